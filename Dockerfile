@@ -1,0 +1,31 @@
+# Builds a wheel and an image that has only the wheel and what it runs on:
+#   docker build -t performer .
+# BASE may be any Debian-based image; Python 3.10 to 3.13 is taken from it, or from its packages.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ \
+ && if ! python3 -c "import ensurepip" 2>/dev/null; then \
+      apt-get install -y --no-install-recommends python3-venv python3-dev; \
+    fi \
+ && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/build
+COPY . /src
+RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
+
+FROM ${BASE}
+RUN if ! python3 -c "import ensurepip" 2>/dev/null; then \
+      apt-get update \
+   && apt-get install -y --no-install-recommends python3-venv \
+   && rm -rf /var/lib/apt/lists/*; \
+    fi \
+ && python3 -m venv /opt/performer
+ENV PATH=/opt/performer/bin:$PATH
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    pip install --no-cache-dir /wheels/*.whl
+
+# The op, on random data, against the plain TensorFlow composition.
+COPY tools/smoke.py /opt/performer/smoke.py
+RUN python /opt/performer/smoke.py
+CMD ["python"]

@@ -1,0 +1,55 @@
+# Everything is set up in .venv on first use. `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find cc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: help build demo test lint format clean distclean environment
+
+help:
+	@echo "make demo    train a byte-level language model with linear attention (6 minutes)"
+	@echo "make test    run the tests; ARGS='-k causal' passes arguments to pytest"
+	@echo "make lint    check style, types and formatting"
+	@echo "make format  format Python and C++"
+	@echo "make build   compile what has changed"
+	@echo "make clean   remove what was built (distclean: the environment too)"
+	@echo
+	@echo "PYTHON=python3.12 chooses the Python for .venv, CXX=clang++ the compiler."
+
+demo: build
+	$(RUN) -m performer demo $(ARGS)
+
+test: build
+	$(RUN) -m pytest tests $(ARGS)
+
+lint: environment
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	find cc tests -name '*.cc' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: environment
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	find cc tests -name '*.cc' -o -name '*.h' | xargs $(VENV)/bin/clang-format -i
+
+environment:
+	@sh tools/setup.sh "$(PYTHON)" $(VENV)
+
+build: environment $(VENV)/built
+
+# Without isolation: the library is compiled against the TensorFlow that it will run with.
+$(VENV)/built: $(SOURCES) | environment
+	@echo "Compiling"
+	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable . \
+	 || { echo; echo "The build failed; the compiler's messages are above."; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info python/*.egg-info python/performer/*.so \
+	  python/performer/_build_info.py $(VENV)/built
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

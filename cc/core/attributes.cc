@@ -1,0 +1,38 @@
+#include "core/attributes.h"
+
+#include <cmath>
+#include <sstream>
+
+namespace performer {
+
+double Attributes::ResolvedScale(int64_t key_dim) const {
+  if (scale != 0) return scale;
+  return feature_map == FeatureMap::kSoftmax ? 1.0 / std::sqrt(static_cast<double>(key_dim)) : 1.0;
+}
+
+static Status FiniteAndNotNegative(const char* name, const char* zero, double value) {
+  if (std::isfinite(value) && value >= 0) return Status();
+  std::ostringstream message;
+  message << name << " must be finite and positive (0: " << zero << "); got " << value;
+  return Status::InvalidArgument(message.str());
+}
+
+Status ValidateAttributes(const Attributes& attributes) {
+  PERFORMER_RETURN_IF_ERROR(FiniteAndNotNegative("scale", "the default", attributes.scale));
+  return FiniteAndNotNegative("feature_epsilon", "none", attributes.feature_epsilon);
+}
+
+Status ParseFeatureMap(const std::string& name, FeatureMap* map) {
+  if (name == "softmax") {
+    *map = FeatureMap::kSoftmax;
+  } else if (name == "relu") {
+    *map = FeatureMap::kRelu;
+  } else if (name == "elu") {
+    *map = FeatureMap::kElu;
+  } else {
+    return Status::InvalidArgument("feature_map must be 'softmax', 'relu' or 'elu'; got '" + name + "'");
+  }
+  return Status();
+}
+
+}  // namespace performer

@@ -1,0 +1,38 @@
+// Outcome of a core function: OK, or a code and a sentence for the user. No exceptions, no aborts.
+#pragma once
+#include <string>
+#include <utility>
+
+namespace performer {
+
+enum class Code { kOk, kInvalidArgument, kResourceExhausted };
+
+class [[nodiscard]] Status {
+ public:
+  Status() = default;
+  static Status InvalidArgument(std::string message) {
+    return Status(Code::kInvalidArgument, std::move(message));
+  }
+  static Status ResourceExhausted(std::string message) {
+    return Status(Code::kResourceExhausted, std::move(message));
+  }
+
+  bool ok() const { return code_ == Code::kOk; }
+  Code code() const { return code_; }
+  const std::string& message() const { return message_; }
+
+ private:
+  Status(Code code, std::string message) : code_(code), message_(std::move(message)) {}
+
+  Code code_ = Code::kOk;
+  std::string message_;
+};
+
+}  // namespace performer
+
+// Returns from the enclosing function with the status of `expression` unless it is OK.
+#define PERFORMER_RETURN_IF_ERROR(expression)      \
+  do {                                             \
+    ::performer::Status status_ = (expression);    \
+    if (!status_.ok()) return status_;             \
+  } while (false)

@@ -1,0 +1,67 @@
+// Bidirectional attention, first half: keys and values to a state of M landmarks.
+//   log_mass[m] = log sum_j exp(b[m, j])      mean[m] = softmax_j(b[m, :]) v
+// Per chunk of keys: log-features into a buffer in L2, their maximum raises the anchors, exponentials, then sum += f^T v.
+#pragma once
+#include "core/chunks.h"
+#include "cpu/features.h"
+
+PERFORMER_ISA_BEGIN
+
+// Raises each anchor to the maximum of its log-features in the chunk; sums are relative to it.
+template <class Acc>
+void RaiseAnchors(int64_t n, const Widths& w, const Acc* offset, const Acc* f, SummaryPartial<Acc> to) {
+  for (int64_t m0 = 0; m0 < w.m; m0 += kLanes<Acc>) {
+    Vec<Acc> top = Load(to.anchor + m0);
+    for (int64_t j = 0; j < n; ++j) top = Max(Load(f + j * w.m_stride + m0) + offset[j], top);  // in this order NaN is passed over
+    Acc now[kLanes<Acc>];
+    Store(now, top);
+    for (int64_t m = m0; m < m0 + kLanes<Acc> && m < w.m; ++m) {
+      const Acc raised = now[m - m0];
+      if (!(raised > to.anchor[m])) continue;
+      const Acc keep = Exp2(to.anchor[m] - raised);  // 0 the first time: the anchor was -inf
+      Acc* sum = to.sum + m * w.e_pad;
+      for (int64_t e = 0; e < w.e_pad; e += kLanes<Acc>) Store(sum + e, Load(sum + e) * keep);
+      to.mass[m] *= keep;
+      to.anchor[m] = raised;
+    }
+  }
+}
+
+template <class Acc>
+struct SummarizeScratch {
+  KeyChunk<Acc> keys;
+  Acc* f;  // [chunk][m_stride]
+
+  void Place(Arena& arena, const Widths& w, int64_t chunk) {
+    keys.Place(arena, w, chunk);
+    f = arena.Take<Acc>(chunk * w.m_stride);
+  }
+};
+
+template <class Acc>
+bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice, SummaryPartial<Acc> partial) {
+  const Widths w = MakeWidths<Acc>(params.dims);
+  const Map<Acc> map(params);
+  const int64_t rows = slice.end - slice.begin, chunk = rows < kSummarizeChunk ? rows : kSummarizeChunk;
+  Arena arena;
+  SummarizeScratch<Acc> s;
+  s.Place(arena, w, chunk);
+  if (!arena.Allocate()) return false;
+  s.Place(arena, w, chunk);
+  const int64_t index = params.keys.projection_heads == 1 ? 0 : slice.head;
+  const auto packed = PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
+
+  for (int64_t m = 0; m < w.m_pad; ++m) partial.anchor[m] = -kInf<Acc>, partial.mass[m] = 0;
+  for (int64_t i = 0; i < w.m * w.e_pad; ++i) partial.sum[i] = 0;
+  for (int64_t row = slice.begin; row < slice.end; row += chunk) {
+    const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
+    if (!s.keys.Load(params, params.keys, map, w, slice, row, n)) continue;
+    LogFeatures<Acc>(map, s.keys.k, n, packed.panels, w, s.f, nullptr);
+    RaiseAnchors(n, w, s.keys.offset, s.f, partial);
+    KeyWeights(n, w, s.keys.offset, partial.anchor, s.f, partial.mass);
+    MatMul<true>(s.f, 1, w.m_stride, s.keys.v, w.e_pad, n, partial.sum, w.e_pad, w.m, w.e_pad);
+  }
+  return true;
+}
+
+PERFORMER_ISA_END

@@ -1,0 +1,120 @@
+// The one matrix product of all kernels: R rows x NV vectors of accumulators in registers, A broadcast with any strides, B rows contiguous.
+#pragma once
+#include "cpu/simd.h"
+
+PERFORMER_ISA_BEGIN
+
+template <class T, int R, int NV>
+struct Tile {
+  static constexpr int kRows = R, kVecs = NV, kCols = NV * kLanes<T>;
+  Vec<T> v[R][NV];
+
+  PERFORMER_INLINE void Zero() {
+    ForEach([](int, int, Vec<T>& x) { x = Vec<T>{}; });
+  }
+  // v[r][:] += sum_k a[r * row + k * step] * b[k * ldb + :]
+  PERFORMER_INLINE void Multiply(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) Rank1<0, R>(a, row, b);
+  }
+  // The triangular end of a causal product: row r takes k <= r only, so that an earlier row never touches a later row of b.
+  PERFORMER_INLINE void MultiplyLower(const T* a, int64_t row, const T* b, int64_t ldb) {
+    Triangle<true, 0>(a, row, b, ldb);
+  }
+  // Its mirror image: row r takes k >= r only.
+  PERFORMER_INLINE void MultiplyUpper(const T* a, int64_t row, const T* b, int64_t ldb) {
+    Triangle<false, 0>(a, row, b, ldb);
+  }
+  // f(r, j, v[r][j]); an explicit unrolled loop, or GCC keeps the tile in memory.
+  template <class F>
+  PERFORMER_INLINE void ForEach(F f) {
+    PERFORMER_UNROLL
+    for (int r = 0; r < R; ++r)
+      PERFORMER_UNROLL
+      for (int j = 0; j < NV; ++j) f(r, j, v[r][j]);
+  }
+
+ private:
+  template <int kBegin, int kEnd>
+  PERFORMER_INLINE void Rank1(const T* a, int64_t row, const T* b) {
+    Vec<T> bv[NV];
+    PERFORMER_UNROLL
+    for (int j = 0; j < NV; ++j) bv[j] = Load(b + j * kLanes<T>);
+    PERFORMER_UNROLL
+    for (int r = kBegin; r < kEnd; ++r) {
+      const Vec<T> av = Splat(a[r * row]);
+      PERFORMER_UNROLL
+      for (int j = 0; j < NV; ++j) v[r][j] += av * bv[j];
+    }
+  }
+  template <bool kLower, int k>
+  PERFORMER_INLINE void Triangle(const T* a, int64_t row, const T* b, int64_t ldb) {
+    if constexpr (k < R) {
+      if constexpr (kLower) {
+        Rank1<k, R>(a + k, row, b + k * ldb);
+      } else {
+        Rank1<0, k + 1>(a + k, row, b + k * ldb);
+      }
+      Triangle<kLower, k + 1>(a, row, b, ldb);
+    }
+  }
+};
+
+namespace tile_internal {
+// body(tile, r, c) with a Tile<T, rows, vecs> for run-time rows <= R and vecs <= NV.
+template <class T, int R, int NV, class Body>
+PERFORMER_INLINE void WithRows(int64_t rows, Body body) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      Tile<T, R, NV> tile;
+      body(tile);
+    } else {
+      WithRows<T, R - 1, NV>(rows, body);
+    }
+  }
+}
+template <class T, int NV, class Body>
+PERFORMER_INLINE void RowBlocks(int64_t rows, int64_t c, Body body) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) {
+    Tile<T, kTileRows, NV> tile;
+    body(tile, r, c);
+  }
+  if (r < rows) WithRows<T, kTileRows - 1, NV>(rows - r, [&](auto& tile) { body(tile, r, c); });
+}
+template <class T, int NV, class Body>
+PERFORMER_INLINE void LastColumns(int64_t vecs, int64_t rows, int64_t c, Body body) {
+  if constexpr (NV > 0) {
+    if (vecs == NV) {
+      RowBlocks<T, NV>(rows, c, body);
+    } else {
+      LastColumns<T, NV - 1>(vecs, rows, c, body);
+    }
+  }
+}
+}  // namespace tile_internal
+
+// body(tile, r, c) for every tile of a rows x cols matrix, column by column of tiles; cols a multiple of the lanes.
+template <class T, class Body>
+PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
+  constexpr int kCols = kTileVecs * kLanes<T>;
+  int64_t c = 0;
+  for (; c + kCols <= cols; c += kCols) tile_internal::RowBlocks<T, kTileVecs>(rows, c, body);
+  if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
+}
+
+// c[rows][cols] = A B, or += with kAdd. Not inlined: constants of the code around it would take registers from the tile (half the rate
+// with AVX2). The bits of an entry depend on its row of A and its column of B only, not on where it lies in the matrix.
+template <bool kAdd, class T>
+__attribute__((noinline)) void MatMul(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc,
+                                      int64_t rows, int64_t cols) {
+  ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) {
+    tile.Zero();
+    tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+    tile.ForEach([&](int r, int j, Vec<T> x) {
+      T* out = c + (r0 + r) * ldc + c0 + j * kLanes<T>;
+      Store(out, kAdd ? Load(out) + x : x);
+    });
+  });
+}
+
+PERFORMER_ISA_END

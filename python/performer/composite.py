@@ -1,0 +1,240 @@
+"""The operators Summarize, Read and Causal as plain TensorFlow, differentiable to any order.
+
+Oracle in tests, fallback where no compiled library exists, second-order gradient of the compiled
+operators. Arguments carry the operators' input and attribute names; everything is in log space and
+scaled per feature by the largest term, so there is no epsilon, and masks (-inf in key_bias) leave
+every value and gradient finite.
+
+Letters: B batch, H query heads, G key/value heads, R = H / G, L queries, S keys, D, E, M features,
+N sequences. T is the type of query, key and value (float32, bfloat16, half, float64), U that of
+projections, biases, states and of all arithmetic: float32, or float64 for float64. For bfloat16 and
+half the projection is rounded once to T (straight-through gradient).
+
+Memory: O(S M) features, unlike the compiled operators. How causal attention stays causal to the
+bit: `landmarks`.
+
+Example:
+
+>>> import tensorflow as tf
+>>> from performer import composite
+>>> x, w = tf.random.normal([1, 5, 2, 4]), tf.random.normal([1, 16, 4])
+>>> no_bias, no_mask = tf.zeros([1, 16]), tf.zeros([1, 1, 1])
+>>> state = composite.summarize(key=x, value=x, key_projection=w, key_bias=no_mask)
+>>> query_side = {"query": x, "query_projection": w, "feature_bias": no_bias}
+>>> composite.read(**query_side, log_mass=state[0], mean=state[1]).shape
+TensorShape([1, 5, 2, 4])
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from performer import logspace, packing
+from performer.landmarks import attend_causally, attend_to_state, dims, state_of_keys
+
+
+def _rounded(projection: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """The projection rounded to T, still in U; its gradient passes straight through."""
+    if dtype.size >= 4:
+        return projection
+    return projection + tf.stop_gradient(
+        tf.cast(tf.cast(projection, dtype), projection.dtype) - projection
+    )
+
+
+def _log_features(x, projection, feature_map, scale, feature_epsilon, norm):
+    """x [..., rows, D] and projection [..., M, D] to log-features without bias [..., rows, M].
+
+    `norm` subtracts scale |x|^2 / 2 (softmax only).
+    """
+    if not scale:
+        scale = tf.cast(dims(x)[-1], x.dtype) ** -0.5 if feature_map == "softmax" else 1.0
+    scale, feature_epsilon = (
+        value if tf.is_tensor(value) else tf.cast(tf.constant(value, tf.float32), x.dtype)
+        for value in (scale, feature_epsilon)  # attributes of operators are float32
+    )
+    u = tf.matmul(x, projection, transpose_b=True) * tf.sqrt(scale)
+    if feature_map == "softmax":
+        return u - scale / 2 * tf.reduce_sum(x * x, -1, keepdims=True) if norm else u
+    if feature_map == "relu":
+        phi = tf.nn.relu(u) + feature_epsilon
+        return logspace.log_or_none(phi, tf.equal(phi, 0))
+    if feature_map == "elu":
+        return tf.where(u > 0, tf.math.log1p(tf.nn.relu(u)), u)
+    raise ValueError(f"feature_map must be one of softmax, relu, elu, got {feature_map!r}")
+
+
+def _query_features(query, projection, feature_bias, groups, feature_map, scale, feature_epsilon):
+    """a [B, G, L, R, M]."""
+    batch, length, heads, dim = dims(query)
+    query_dtype, query = query.dtype, tf.cast(query, projection.dtype)
+    query = tf.reshape(query, [batch, length, groups, heads // groups, dim])
+    query = tf.transpose(query, [0, 2, 3, 1, 4])
+
+    def per_head(x):  # [1|G|H, ...] to [1|G, 1|R, ...]
+        first, *rest = dims(x)
+        outer = tf.minimum(first, groups)
+        return tf.reshape(x, [outer, first // outer, *rest])
+
+    projection = per_head(_rounded(projection, query_dtype))
+    features = _log_features(query, projection, feature_map, scale, feature_epsilon, norm=False)
+    return tf.transpose(features + per_head(feature_bias)[..., None, :], [0, 1, 3, 2, 4])
+
+
+def _key_features(key, value, projection, key_bias, feature_map, scale, key_norm, feature_epsilon):
+    """b [B, G, S, M], -inf where masked, and the values [B, G, S, E], 0 where masked."""
+    masked = tf.equal(key_bias, logspace.NONE)[..., None]
+    zero = tf.zeros([], projection.dtype)
+    projection = _rounded(projection, key.dtype)
+    key, value = (tf.transpose(tf.cast(x, projection.dtype), [0, 2, 1, 3]) for x in (key, value))
+    key, value = tf.where(masked, zero, key), tf.where(masked, zero, value)
+    features = _log_features(key, projection, feature_map, scale, feature_epsilon, norm=key_norm)
+    features += tf.where(masked, zero, key_bias[..., None])
+    return tf.where(masked, tf.constant(logspace.NONE, features.dtype), features), value
+
+
+def _unpack_bias(key_bias, keys, rows, valid):
+    """key_bias [1, 1|G, 1|S] to [N, 1|G, P], -inf on padding."""
+    key_bias = tf.broadcast_to(key_bias, [1, dims(key_bias)[1], keys])
+    key_bias = packing.unpack(tf.transpose(key_bias, [0, 2, 1]), rows, valid)
+    return tf.where(
+        valid[:, None, :],
+        tf.transpose(key_bias, [0, 2, 1]),
+        tf.constant(logspace.NONE, key_bias.dtype),
+    )
+
+
+def _to_heads(out, dtype):
+    """[B, G, L, R, E] to [B, L, H, E] in T."""
+    batch, groups, length, repeats, dim = dims(out)
+    out = tf.transpose(out, [0, 2, 1, 3, 4])
+    return tf.cast(tf.reshape(out, [batch, length, groups * repeats, dim]), dtype)
+
+
+@tf.autograph.experimental.do_not_convert
+def summarize(
+    *,
+    key,
+    value,
+    key_projection,
+    key_bias,
+    offsets=None,
+    feature_map="softmax",
+    scale=0.0,
+    key_norm=True,
+    feature_epsilon=1e-3,
+    packed=False,
+    name=None,
+):
+    """`Performer>Summarize`: the state of key T[B, S, G, D] and value T[B, S, G, E].
+
+    Args:
+        key_projection: U[1|G, M, D].
+        key_bias: U[1|B, 1|G, 1|S], added to the key log-features; -inf masks.
+        offsets: int64 [N + 1], used when `packed` (B = 1).
+        feature_map, scale, key_norm, feature_epsilon, packed: attributes of the operator.
+
+    Returns:
+        log_mass U[N, G, M], mean U[N, G, M, E].
+    """
+    with tf.name_scope(name or "summarize"):
+        if packed:
+            rows, valid = packing.row_index(offsets)
+            key_bias = _unpack_bias(key_bias, dims(key)[1], rows, valid)
+            key, value = packing.unpack(key, rows, valid), packing.unpack(value, rows, valid)
+        return state_of_keys(
+            *_key_features(
+                key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
+            )
+        )
+
+
+@tf.autograph.experimental.do_not_convert
+def read(
+    *,
+    query,
+    query_projection,
+    feature_bias,
+    log_mass,
+    mean,
+    offsets=None,
+    feature_map="softmax",
+    scale=0.0,
+    feature_epsilon=1e-3,
+    packed=False,
+    name=None,
+):
+    """`Performer>Read`: attention of query T[B, L, H, D] to the keys of a state.
+
+    Args:
+        query_projection: U[1|G|H, M, D].
+        feature_bias: U[1|G|H, M].
+        log_mass, mean: U[N, G, M], U[N, G, M, E].
+        offsets, and the attributes: as `summarize`.
+
+    Returns:
+        out T[B, L, H, E]; 0 where the state is empty and on rows outside every sequence.
+    """
+    with tf.name_scope(name or "read"):
+        dtype, length = query.dtype, dims(query)[1]
+        if packed:
+            query = packing.unpack(query, *packing.row_index(offsets))
+        groups = dims(log_mass)[1]
+        a = _query_features(
+            query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
+        )
+        batch, groups, rows, repeats, features = dims(a)
+        _, out = attend_to_state(
+            tf.reshape(a, [batch, groups, rows * repeats, features]), log_mass, mean
+        )
+        out = _to_heads(tf.reshape(out, [batch, groups, rows, repeats, dims(mean)[-1]]), dtype)
+        return packing.pack(out, offsets, length) if packed else out
+
+
+@tf.autograph.experimental.do_not_convert
+def causal(
+    *,
+    query,
+    key,
+    value,
+    query_projection,
+    key_projection,
+    feature_bias,
+    key_bias,
+    initial_log_mass,
+    initial_mean,
+    offsets=None,
+    feature_map="softmax",
+    scale=0.0,
+    key_norm=True,
+    feature_epsilon=1e-3,
+    packed=False,
+    name=None,
+):
+    """`Performer>Causal`: query i attends to keys 0 to i and to the keys of the initial state.
+
+    Args:
+        query, key, value: T[B, L, H, D], T[B, L, G, D], T[B, L, G, E].
+        initial_log_mass, initial_mean: U[1|N, G, M], U[1|N, G, M, E]; (-inf, 0) for none.
+        others: as `summarize` and `read`.
+
+    Returns:
+        out T[B, L, H, E], and the state after the last row: log_mass U[N, G, M] and
+        mean U[N, G, M, E].
+    """
+    with tf.name_scope(name or "causal"):
+        dtype, length = query.dtype, dims(query)[1]
+        if packed:
+            rows, valid = packing.row_index(offsets)
+            key_bias = _unpack_bias(key_bias, length, rows, valid)
+            query, key, value = (packing.unpack(x, rows, valid) for x in (query, key, value))
+        groups = dims(key)[2]
+        a = _query_features(
+            query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
+        )
+        b, v = _key_features(
+            key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
+        )
+        out, log_mass, mean = attend_causally(a, b, v, initial_log_mass, initial_mean)
+        out = _to_heads(out, dtype)
+        return (packing.pack(out, offsets, length) if packed else out), log_mass, mean

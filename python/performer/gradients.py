@@ -1,0 +1,108 @@
+"""Gradients of the compiled operators, registered with TensorFlow when this module is imported.
+
+The forward operators call their Grad operators. A Grad operator's own gradient goes through the
+plain composition, which is differentiable to any order; there the saved results (log_mass, mean,
+out) are functions of the primary inputs, so they receive no gradient of their own and the total is
+right.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from performer import composite, library
+
+_SHARED = ("feature_map", "scale", "feature_epsilon", "packed")
+_FORMS = {
+    # operator: (composition, differentiable inputs, saved outputs, attributes)
+    "Summarize": (
+        composite.summarize,
+        ("key", "value", "key_projection", "key_bias"),
+        ("log_mass", "mean"),
+        (*_SHARED, "key_norm"),
+    ),
+    "Read": (
+        composite.read,
+        ("query", "query_projection", "feature_bias", "log_mass", "mean"),
+        ("out",),
+        _SHARED,
+    ),
+    "Causal": (
+        composite.causal,
+        (
+            "query",
+            "key",
+            "value",
+            "query_projection",
+            "key_projection",
+            "feature_bias",
+            "key_bias",
+            "initial_log_mass",
+            "initial_mean",
+        ),
+        ("out", "log_mass", "mean"),
+        (*_SHARED, "key_norm"),
+    ),
+}
+
+
+def _attributes(op, names):
+    values = {name: op.get_attr(name) for name in names}
+    if isinstance(values["feature_map"], bytes):
+        values["feature_map"] = values["feature_map"].decode()
+    return values
+
+
+def _dense(gradients, like):
+    """Incoming gradients as tensors; zeros where nothing came in."""
+    return [
+        tf.zeros_like(x) if g is None else tf.convert_to_tensor(g)
+        for g, x in zip(gradients, like, strict=True)
+    ]
+
+
+def _first_order(form: str):
+    """Gradient function of `Performer>{form}`: its Grad operator."""
+    _, inputs, outputs, attributes = _FORMS[form]
+
+    def gradient(op, *incoming):
+        arguments = dict(zip((*inputs, "offsets"), op.inputs, strict=True))
+        arguments.update(zip(outputs, op.outputs, strict=True))
+        arguments.update(
+            zip((f"grad_{name}" for name in outputs), _dense(incoming, op.outputs), strict=True)
+        )
+        grad_op = getattr(library.ops(), f"performer_{form.lower()}_grad")
+        return [*grad_op(**arguments, **_attributes(op, attributes)), None]
+
+    return gradient
+
+
+def _second_order(form: str):
+    """Gradient function of `Performer>{form}Grad`, by differentiating the composition twice."""
+    composition, inputs, outputs, attributes = _FORMS[form]
+
+    def gradient(op, *incoming):
+        given = list(op.inputs)
+        count, saved = len(inputs), [name for name in outputs if name not in inputs]
+        primary, offsets = given[:count], given[count]
+        cotangents = given[count + 1 + len(saved) :]
+        options = _attributes(op, attributes)
+        with tf.GradientTape() as outer:
+            outer.watch([*primary, *cotangents])
+            with tf.GradientTape() as inner:
+                inner.watch(primary)
+                results = composition(
+                    **dict(zip(inputs, primary, strict=True)), offsets=offsets, **options
+                )
+            first = inner.gradient(results, primary, cotangents, unconnected_gradients="zero")
+        second = outer.gradient(
+            first, [*primary, *cotangents], _dense(incoming, first), unconnected_gradients="zero"
+        )
+        return [*second[:count], None, *[None] * len(saved), *second[count:]]
+
+    return gradient
+
+
+for _form in _FORMS:
+    tf.RegisterGradient(f"Performer>{_form}")(_first_order(_form))
+    tf.RegisterGradient(f"Performer>{_form}Grad")(_second_order(_form))

@@ -1,0 +1,5 @@
+"""Keras layers."""
+
+from performer.layers.performer import Performer
+
+__all__ = ["Performer"]

@@ -1,0 +1,95 @@
+"""The arguments that `Performer` adds to those of `MultiHeadAttention`, and their rules."""
+
+import dataclasses
+import math
+import numbers
+import random
+
+METHODS = ("linear", "quadratic")
+SCALINGS = (0, 1)
+FEATURE_MAPS = ("softmax", "relu", "elu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The added arguments, checked; the fields are named and valued as in a layer's config.
+
+    `sliding_window` is the parent's argument, which linear attention refuses.
+
+    Raises:
+        RuntimeError: linear attention without `supports`.
+        ValueError: a value outside its range; a sliding window in linear attention.
+    """
+
+    attention_method: str
+    supports: int | None
+    scaling: int
+    feature_map: str
+    redraw_interval: int | None
+    sliding_window: dataclasses.InitVar[int | None] = None
+
+    def __post_init__(self, sliding_window):
+        _check_choice("attention_method", self.attention_method, METHODS)
+        if self.linear and self.supports is None:
+            raise RuntimeError("must have numbers of supports specified")
+        if self.linear and sliding_window is not None:
+            raise ValueError(
+                "`sliding_window` must be None with attention_method='linear', which sums features "
+                "over all keys: a window is no such sum. Use attention_method='quadratic'. "
+                f"Received: sliding_window={sliding_window!r}"
+            )
+        _check_choice("scaling", self.scaling, SCALINGS)
+        _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        for name in ("supports", "redraw_interval"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+            object.__setattr__(self, name, int(value))
+
+    @property
+    def linear(self):
+        """Whether attention is linear."""
+        return self.attention_method == "linear"
+
+
+def check_rate(name, value):
+    """Returns `value` as a float in [0, 1); ValueError otherwise."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or math.isnan(value) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
+    return float(value)
+
+
+def check_seed(name, value):
+    """Returns `value`, an integer of 64 bits, or None; ValueError otherwise."""
+    if value is None:
+        return None
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or not -(2**63) <= value < 2**63:
+        raise ValueError(
+            f"`{name}` must be None or an integer of 64 bits. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def default_seed():
+    """A seed from Python's generator, as Keras's own: `keras.utils.set_random_seed` fixes it."""
+    return random.randint(1, 10**9)
+
+
+def split_list(inputs):
+    """`[query, value]` or `[query, value, key]` of a list call; ValueError for other lengths."""
+    if len(inputs) not in (2, 3):
+        raise ValueError(
+            "A list of inputs must be [query, value] or [query, value, key]. "
+            f"Received a list of {len(inputs)}"
+        )
+    return inputs[0], inputs[1:]
+
+
+def _check_choice(name, value, choices):
+    if isinstance(value, bool) or value not in choices:
+        allowed = ", ".join(map(repr, choices))
+        raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}")

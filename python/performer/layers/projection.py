@@ -1,0 +1,137 @@
+"""The projection of a layer: a saved weight, its redraw counter and the redraw schedule."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from performer.layers.arguments import Options
+from performer.projections import orthogonal_projection
+
+# Joined to the layer's seed, so that projections share no random stream with dropout.
+_STREAM = 0x46_41_56_4F_52
+
+
+class RandomProjection(keras.layers.Layer):
+    """Holds and draws the projection `[M, D]` of a `Performer` layer.
+
+    Draw number n is a function of the saved seed and n alone. A model that is saved, restored
+    (in another process, or with another `seed` in its configuration) and trained on therefore
+    meets the projections it would have met without the interruption. (Compiled by XLA, TensorFlow's
+    generators give other numbers; so does a draw there.)
+
+    All state is in weights (none of them trainable, none ever cast): `projection` float32
+    `[M, D]`, `draw` int64 (how often it has been redrawn), `calls` int64 (training calls since)
+    and `base_seed` int64.
+
+    Args:
+        features: M, number of random features.
+        dim: D, size of a query head.
+        scaling: 0 draws the norm of every row, 1 sets it to sqrt(D).
+        seed: integer.
+        redraw_interval: training calls that one draw serves; `None`: for ever.
+    """
+
+    def __init__(self, features, dim, *, scaling, seed, redraw_interval=None, name=None):
+        super().__init__(trainable=False, dtype="float32", autocast=False, name=name)
+        self._features = features
+        self._dim = dim
+        self._scaling = scaling
+        self._seed = seed
+        self._redraw_interval = redraw_interval
+
+    def build(self):
+        """Creates the weights; the projection is draw 0."""
+
+        def state(name, initializer, shape=(), dtype="int64"):
+            return self.add_weight(
+                name=name,
+                shape=shape,
+                dtype=dtype,
+                initializer=initializer,
+                trainable=False,
+                autocast=False,
+                aggregation="only_first_replica",
+            )
+
+        self.projection = state(
+            "projection",
+            lambda shape, dtype=None: self._sample(self._seed, 0),
+            shape=(self._features, self._dim),
+            dtype="float32",
+        )
+        self.draw = state("draw", "zeros")
+        self.calls = state("calls", "zeros")
+        self.base_seed = state(
+            "base_seed", lambda shape, dtype=None: tf.constant(self._seed, tf.int64)
+        )
+
+    def current(self, training):
+        """The projection to use in this call, float32 `[M, D]`.
+
+        In training with a `redraw_interval`, counts the call, and draws first if the present
+        projection has served `redraw_interval` calls. Works eagerly, in graphs, under XLA and in
+        Keras's stateless scopes, for which the branch returns a value and assigns nothing.
+        """
+        if not training or self._redraw_interval is None:
+            return self.projection.value
+        calls, draw = self.calls.value, self.draw.value
+        due = calls >= self._redraw_interval
+        projection = tf.cond(
+            due,
+            lambda: self._sample(self.base_seed.value, draw + 1),
+            lambda: tf.identity(self.projection.value),
+        )
+        self.projection.assign(projection)
+        self.draw.assign(draw + tf.cast(due, tf.int64))
+        self.calls.assign(tf.where(due, tf.ones_like(calls), calls + 1))
+        return projection
+
+    def redraw(self):
+        """Draws the next projection now and starts the count of training calls again."""
+        draw = self.draw.value + 1
+        self.projection.assign(self._sample(self.base_seed.value, draw))
+        self.draw.assign(draw)
+        self.calls.assign(tf.zeros_like(self.calls.value))
+
+    def _sample(self, seed, draw):
+        """Draw number `draw`, float32 `[M, D]`."""
+        stream = tf.stack([tf.cast(seed, tf.int64), tf.constant(_STREAM, tf.int64)])
+        return orthogonal_projection(
+            self._features,
+            self._dim,
+            scaling=self._scaling,
+            seed=tf.random.experimental.stateless_fold_in(stream, tf.cast(draw, tf.int64)),
+            dtype=tf.float32,
+        )
+
+
+class HasProjection:
+    """What a layer with a `RandomProjection` (made in its `build`) shows of it."""
+
+    built: bool
+    _options: Options
+    _random_projection: Any = None  # a RandomProjection once the layer is built, if it is linear
+
+    @property
+    def projection(self):
+        """The weight that holds the projection, float32 `[M, D]`; None if there is none (yet)."""
+        return self._random_projection and self._random_projection.projection
+
+    @property
+    def draw(self):
+        """The weight that counts redraws, int64; None if there is none (yet)."""
+        return self._random_projection and self._random_projection.draw
+
+    def redraw(self):
+        """Replaces the projection by the next one of its seed, and counts that in `draw`.
+
+        Raises:
+            ValueError: the layer has no projection: it is quadratic, or not built.
+        """
+        if self._random_projection is None:
+            raise ValueError(
+                "`redraw` needs a projection: a built layer with attention_method='linear'. "
+                f"Received: attention_method={self._options.attention_method!r}, built={self.built}"
+            )
+        self._random_projection.redraw()

@@ -1,0 +1,188 @@
+"""Finds, checks and loads the compiled TensorFlow ops: the one place that does.
+
+TensorFlow has no stable C++ ABI, so the library serves the minor version of TensorFlow that it was
+compiled for and no other; and a second copy loaded into one process breaks every op of both. Hence
+everything that needs the ops asks `ops()`, which checks first and loads once. Where the library
+cannot be used, `ops()` warns once, with the ways out, and returns None: callers then take the plain
+TensorFlow composition, which gives the same results more slowly.
+
+Environment:
+    PERFORMER_DISABLE_LIBRARY: 1 takes the composition, without a warning.
+    PERFORMER_REQUIRE_LIBRARY: 1 raises ImportError where there would be a warning.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import struct
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+DISABLE_VARIABLE = "PERFORMER_DISABLE_LIBRARY"
+REQUIRE_VARIABLE = "PERFORMER_REQUIRE_LIBRARY"
+
+_REBUILD = (
+    "build them for this one: `pip install cmake ninja pybind11`, then, in the source folder, "
+    "`pip install --no-build-isolation --no-deps --force-reinstall .`"
+)
+_lock = threading.RLock()
+_ops: ModuleType | None = None
+_status: Status | None = None
+_warned = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of the compiled library in this process.
+
+    Attributes:
+        state: "loaded", "disabled" (by the environment), "missing", "mismatch" (made for another
+            TensorFlow) or "unusable" (damaged, or refused by the loader).
+        path: Where the library is, or should be.
+        built_for: The TensorFlow version it was compiled for; "" if unknown.
+        running: The TensorFlow version of this process.
+        message: What is wrong and what to do about it; "" when loaded.
+    """
+
+    state: str
+    path: Path
+    built_for: str
+    running: str
+    message: str
+
+
+def ops() -> ModuleType | None:
+    """Returns the module of raw ops (`performer_summarize`, ...), loading it on the first call.
+
+    Returns:
+        The module, the same one on every call; None where the library cannot be used, after one
+        `RuntimeWarning` in the life of the process.
+
+    Raises:
+        ImportError: The library cannot be used and PERFORMER_REQUIRE_LIBRARY is set.
+
+    Example:
+        >>> from performer import library
+        >>> library.ops() is library.ops()
+        True
+    """
+    global _warned
+    with _lock:
+        found = status()
+        if found.state in ("loaded", "disabled"):
+            return _ops
+        if _flag(REQUIRE_VARIABLE):
+            raise ImportError(found.message)
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"{found.message} Until then attention runs as a plain TensorFlow composition: "
+                "same results, slower, more memory.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return _ops
+
+
+def status() -> Status:
+    """Returns what became of the library, trying to load it first. Never warns or raises."""
+    global _ops, _status
+    with _lock:
+        if _status is None:
+            _ops, _status = _load()
+        return _status
+
+
+def _load() -> tuple[ModuleType | None, Status]:
+    """Checks the library and loads it; every failure becomes a status, never an exception."""
+    import tensorflow as tf
+
+    # Resolved, so that one file has one name: TensorFlow knows libraries by their path.
+    path = Path(__file__).resolve().parent / "_ops.so"
+    built_for = _built_for()
+
+    def report(state: str, message: str) -> tuple[None, Status]:
+        return None, Status(state, path, built_for, tf.__version__, message)
+
+    if _flag(DISABLE_VARIABLE):
+        return report("disabled", f"Performer's compiled ops are off: {DISABLE_VARIABLE} is set.")
+    if not path.is_file():
+        return report(
+            "missing",
+            f"Performer's compiled ops are missing ({path}). To get them, install from source where"
+            " there is a C++17 compiler, `pip install .`, or install a wheel of this platform.",
+        )
+    if _minor(built_for) != _minor(tf.__version__):
+        return report(
+            "mismatch",
+            f"Performer's compiled ops are made for TensorFlow {built_for or '(unknown)'}, and this"
+            f" is TensorFlow {tf.__version__}. Either install the one that they are made for,"
+            f" `pip install 'tensorflow=={_minor(built_for) or '...'}.*'`, or {_REBUILD}.",
+        )
+    if fault := _damage(path) or _other_copy(path):
+        return report("unusable", f"Performer's compiled ops cannot be used ({path}): {fault}.")
+    try:
+        module = tf.load_op_library(str(path))
+    except (tf.errors.OpError, OSError, RuntimeError) as error:
+        return report(
+            "unusable",
+            f"Performer's compiled ops cannot be loaded ({path}): {str(error).rstrip('.')}. They "
+            f"may belong to another TensorFlow or system; {_REBUILD}.",
+        )
+    if not hasattr(module, "performer_summarize"):
+        return report("unusable", f"Performer's compiled ops are not in {path}; {_REBUILD}.")
+    return module, Status("loaded", path, built_for, tf.__version__, "")
+
+
+def _flag(variable: str) -> bool:
+    """Tells whether an environment variable is set to something other than 0."""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _minor(version: str) -> str:
+    """Returns "2.21" for "2.21.0", which is what the ABI goes with."""
+    return ".".join(version.split(".")[:2])
+
+
+def _built_for() -> str:
+    """Returns the TensorFlow version that the build wrote down, or "" where nothing was built."""
+    if importlib.util.find_spec("performer._build_info") is None:
+        return ""
+    from performer._build_info import TENSORFLOW_VERSION
+
+    return TENSORFLOW_VERSION
+
+
+def _damage(path: Path) -> str:
+    """Returns what is wrong with the file, or "".
+
+    The loader maps a library by the sizes in its header and dies of a bus error where the file
+    ends before them. The table of sections comes last, so a file that ends before it is truncated.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return "it is not a shared library; reinstall the package"
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    if path.stat().st_size < table + entry_size * entries:
+        return "the file is truncated; reinstall the package"
+    return ""
+
+
+def _other_copy(path: Path) -> str:
+    """Returns which other copy of the library this process has loaded already, or ""."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return ""
+    ending = "/".join(("", path.parent.name, path.name))
+    for line in maps.splitlines():
+        mapped = line.partition("/")[2]
+        if mapped and f"/{mapped}".endswith(ending) and f"/{mapped}" != str(path):
+            return f"this process has loaded another copy already (/{mapped}), and can use only one"
+    return ""

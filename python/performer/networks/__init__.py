@@ -1,0 +1,1 @@
+"""Import paths that code written for earlier Performer packages uses."""

@@ -1,0 +1,83 @@
+"""Compiles the C++ parts with CMake. Everything else about the package is in pyproject.toml.
+
+Wheels are built in setuptools' own folder. An editable install (`pip install -e .`) keeps its build
+in build/editable-*, and compiles only what has changed. Environment: CXX chooses the compiler,
+CMAKE_ARGS holds further arguments for CMake, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs with CMake: into the wheel, or beside the source."""
+
+    def run(self):
+        check_machine()
+        if self.inplace or self.editable_mode:
+            build = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+            destination = ROOT / "python"
+        else:
+            build = Path(self.build_temp).resolve()
+            destination = Path(self.build_lib).resolve()
+            # The build requirements of the last wheel lay in a temporary folder that is gone.
+            shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True, exist_ok=True)
+        # Given on every run: what an earlier run remembered may not exist any more.
+        configure = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+        if ninja := tool("ninja"):
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
+        cmake("-S", ROOT, "-B", build, *configure)
+        cmake("--build", build, "--parallel", jobs)
+        cmake("--install", build, "--prefix", destination)
+
+
+def check_machine():
+    """Raises PlatformError, with the remedy, where something is missing that no wheel can bring."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None or shutil.which(shlex.split(compiler)[0]) is None:
+        raise PlatformError(
+            f"no C++ compiler: {compiler or 'c++, g++ and clang++'} not found. Performer needs one "
+            "for C++17, for example `apt-get install g++` or `dnf install gcc-c++`."
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise PlatformError(
+            f"no Python headers: Python.h not found for {sys.executable}. Install them, for "
+            "example with `apt-get install python3-dev` or `dnf install python3-devel`."
+        )
+
+
+def tool(name):
+    """Returns the path of the program `name`: beside this Python, else on PATH, else None."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def cmake(*arguments):
+    """Runs CMake; raises CompileError where it fails, after its own messages."""
+    program = tool("cmake")
+    if program is None:
+        raise PlatformError("CMake is not installed: `pip install cmake`.")
+    command = [program, *map(str, arguments)]
+    print(shlex.join(command), flush=True)
+    if subprocess.run(command, check=False).returncode != 0:
+        raise CompileError(f"CMake failed, see its messages above: {shlex.join(command)}")
+
+
+# The name makes setuptools tag the wheel for this platform; CMakeLists.txt says what is built.
+setup(ext_modules=[Extension("performer._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

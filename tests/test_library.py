@@ -1,0 +1,221 @@
+"""The compiled library: found, checked, loaded once; and what happens where it cannot be used.
+
+Every case needs a process of its own, since a process loads the library at most once. TensorFlow
+takes seconds to import, so one process imports it and forks a child for each case; a child that
+dies of a signal fails its case only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import performer
+
+PACKAGE = Path(performer.__file__).resolve().parent
+LIBRARY = PACKAGE / "_ops.so"
+
+# Runs each case, code that fills the dict `out`, in a child with `folder` first on the path.
+FORKING = """
+import json, os, sys, warnings
+cases, imports = json.loads(sys.stdin.read())
+for name in imports:
+    __import__(name)
+for case, (folder, code) in cases.items():
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        sys.path.insert(0, folder)
+        out = {}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                exec(code)
+            except BaseException as error:
+                out["error"] = f"{type(error).__name__}: {error}"
+        out["warnings"] = [str(w.message) for w in caught if "Performer's" in str(w.message)]
+        print(json.dumps({case: out}), flush=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status:
+        print(json.dumps({case: {"error": f"died with status {status}"}}), flush=True)
+"""
+
+LOAD = """
+from performer import library
+found = library.status()
+out.update(state=found.state, message=found.message, path=str(found.path))
+out["same"] = library.ops() is library.ops()
+out["none"] = library.ops() is None
+"""
+
+ATTEND = """
+import numpy as np, performer
+x = np.random.default_rng(0).normal(size=(1, 5, 2, 4)).astype("float32")
+y = performer.favor_attention(x, x, x, np.eye(4, dtype="float32"))
+out["finite"] = bool(np.isfinite(y).all())
+"""
+
+REQUIRE = """
+import os
+os.environ["PERFORMER_REQUIRE_LIBRARY"] = "1"
+from performer import library
+library.ops()
+"""
+
+DISABLE = 'import os; os.environ["PERFORMER_DISABLE_LIBRARY"] = "1"' + LOAD
+
+SECOND_COPY = (
+    """
+import importlib.util
+from performer import library
+first = library.ops()
+spec = importlib.util.spec_from_file_location("second", sys.argv[1])
+second = importlib.util.module_from_spec(spec)
+sys.modules["second"] = second
+spec.loader.exec_module(second)
+out.update(state=second.status().state, message=second.status().message)
+"""
+    + ATTEND
+)
+
+
+def run_forking(cases, imports, *arguments):
+    """Runs the cases and returns what each put into `out`."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PERFORMER_")}
+    named = {name: [str(folder), code] for name, (folder, code) in cases.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, *map(str, arguments)],
+        input=json.dumps([named, imports]),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**environment, "PYTHONPATH": "", "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    assert done.returncode == 0, done.stderr
+    results = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            results.update(json.loads(line))
+    return results
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """Returns a function that copies the package, edits the copy and returns its folder."""
+    assert LIBRARY.is_file(), "the library is not built: `make build`"
+
+    def make(library=None, built_for=None):
+        folder = tmp_path_factory.mktemp("site")
+        shutil.copytree(PACKAGE, folder / "performer", ignore=shutil.ignore_patterns("__pycache__"))
+        place = folder / "performer" / "_ops.so"
+        if library is False:
+            place.unlink()
+        elif library is not None:
+            place.write_bytes(library)
+        if built_for is not None:
+            info = folder / "performer" / "_build_info.py"
+            info.write_text(info.read_text() + f'\nTENSORFLOW_VERSION = "{built_for}"\n')
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def results(copy):
+    """Runs all cases that differ in what is on the disk."""
+    content = LIBRARY.read_bytes()
+    intact = copy()
+    missing = copy(library=False)
+    (core,) = PACKAGE.glob("_core.*.so")
+    unloadable = content.replace(b"libtensorflow_framework.so.2", b"libtensorflow_framewerk.so.2")
+    assert unloadable != content
+    cases = {
+        "intact": (intact, LOAD + ATTEND),
+        "disabled": (intact, DISABLE + ATTEND),
+        "missing": (missing, LOAD + ATTEND),
+        "missing, required": (missing, REQUIRE),
+        "empty": (copy(library=b""), LOAD),
+        "header only": (copy(library=content[:64]), LOAD),
+        "half": (copy(library=content[: len(content) // 2]), LOAD + ATTEND),
+        "all but a byte": (copy(library=content[:-1]), LOAD),
+        "text": (copy(library=b"x" * 10000), LOAD),
+        "unloadable": (copy(library=unloadable), LOAD + ATTEND),
+        "no ops": (copy(library=core.read_bytes()), LOAD),
+        "older": (copy(built_for="2.20.0"), LOAD + ATTEND),
+        "newer": (copy(built_for="3.0.0"), LOAD),
+        "patch": (copy(built_for="2.21.9"), LOAD),
+        "second copy": (intact, SECOND_COPY),
+    }
+    return run_forking(cases, ["tensorflow"], copy() / "performer" / "library.py")
+
+
+def test_intact_library_is_loaded_once_and_without_a_warning(results):
+    got = results["intact"]
+    assert got["state"] == "loaded", got
+    assert got["message"] == ""
+    assert got["same"] and not got["none"] and got["finite"]
+    assert got["warnings"] == []
+
+
+def test_disabled_by_the_environment_is_silent(results):
+    got = results["disabled"]
+    assert got["state"] == "disabled", got
+    assert got["none"] and got["finite"]
+    assert got["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("case", "state", "words"),
+    [
+        ("missing", "missing", ["missing", "pip install ."]),
+        ("empty", "unusable", ["not a shared library"]),
+        ("header only", "unusable", ["truncated", "reinstall"]),
+        ("half", "unusable", ["truncated", "reinstall"]),
+        ("all but a byte", "unusable", ["truncated", "reinstall"]),
+        ("text", "unusable", ["not a shared library", "reinstall"]),
+        ("unloadable", "unusable", ["libtensorflow_framewerk.so.2", "--no-build-isolation"]),
+        ("no ops", "unusable", ["not in"]),
+        ("older", "mismatch", ["2.20.0", "tensorflow==2.20.*", "--no-build-isolation"]),
+        ("newer", "mismatch", ["3.0.0", "tensorflow==3.0.*"]),
+    ],
+)
+def test_unusable_library_gives_the_composition_and_one_warning(results, case, state, words):
+    got = results[case]
+    assert "error" not in got, got
+    assert got["state"] == state, got
+    assert got["none"]
+    assert got.get("finite", True)
+    assert len(got["warnings"]) == 1
+    for word in words:
+        assert word in got["warnings"][0]
+
+
+def test_requiring_the_library_turns_the_warning_into_an_error(results):
+    got = results["missing, required"]
+    assert got["error"].startswith("ImportError: Performer's compiled ops are missing")
+
+
+def test_another_patch_release_of_tensorflow_is_the_same_abi(results):
+    assert results["patch"]["state"] == "loaded", results["patch"]
+
+
+def test_a_second_copy_is_refused_and_the_first_keeps_working(results):
+    got = results["second copy"]
+    assert got["state"] == "unusable", got
+    assert "another copy" in got["message"]
+    assert got["finite"]
+
+
+@pytest.mark.parametrize("order", [["performer", "tensorflow"], ["keras", "performer"]])
+def test_any_order_of_imports(copy, order):
+    code = "\n".join(f"import {name}" for name in order) + LOAD + ATTEND
+    got = run_forking({"order": (copy(), code)}, [])["order"]
+    assert got.get("state") == "loaded", got
+    assert got["finite"] and got["warnings"] == []
