@@ -56,8 +56,7 @@ def test_gradients_of_masked_keys_are_zero_and_all_others_finite(causal):
         assert not grads[name][[0, 1, 5]].any(), name
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize(("causal", "packed"), [(False, False), (True, False), (True, True)])
 def test_gradients_of_heads_sum_over_what_they_share(causal, packed):
     x = heads_inputs(batch=1 if packed else 2, rows=3, groups=1, heads=2)
     x["query_projection"] = x["query_projection"][:1]

@@ -1,0 +1,176 @@
+// Registration of the operators: arguments, attributes, documentation, shape functions. signature.h holds the rules for shapes.
+#include "core/signature.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tf/attributes.h"
+
+namespace performer {
+namespace {
+
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+Shape FromTensorFlow(InferenceContext* context, ShapeHandle handle) {
+  if (!context->RankKnown(handle)) return Shape::UnknownRank();
+  Shape shape;
+  for (int i = 0; i < context->Rank(handle); ++i) shape.dims.push_back(context->Value(context->Dim(handle, i)));
+  return shape;
+}
+
+ShapeHandle ToTensorFlow(InferenceContext* context, const Shape& shape) {
+  if (!shape.known_rank) return context->UnknownShape();
+  std::vector<tensorflow::shape_inference::DimensionHandle> dims;
+  for (const int64_t dim : shape.dims) dims.push_back(dim == kUnknown ? context->UnknownDim() : context->MakeDim(dim));
+  return context->MakeShape(dims);
+}
+
+template <Op op>
+absl::Status InferOpShapes(InferenceContext* context) {
+  Attributes attributes;
+  TF_RETURN_IF_ERROR(ReadAttributes(context, op, &attributes));
+  std::vector<Shape> inputs, outputs;
+  for (int i = 0; i < context->num_inputs(); ++i) inputs.push_back(FromTensorFlow(context, context->input(i)));
+  Dims dims;
+  TF_RETURN_IF_ERROR(performer::ToTensorFlow(InferShapes(op, attributes, inputs, &dims, &outputs)));
+  for (size_t i = 0; i < outputs.size(); ++i) context->set_output(static_cast<int>(i), ToTensorFlow(context, outputs[i]));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+#define PERFORMER_ATTRIBUTES                                  \
+  Attr("feature_map: {'softmax', 'relu', 'elu'} = 'softmax'") \
+      .Attr("scale: float = 0")                               \
+      .Attr("feature_epsilon: float = 1e-3")                  \
+      .Attr("packed: bool = false")                           \
+      .Attr("T: {float, bfloat16, half, double}")             \
+      .Attr("U: {float, double} = DT_FLOAT")
+#define PERFORMER_KEY_ATTRIBUTES PERFORMER_ATTRIBUTES.Attr("key_norm: bool = true")
+
+#define PERFORMER_SUMMARIZE_INPUTS Input("key: T").Input("value: T").Input("key_projection: U").Input("key_bias: U").Input("offsets: int64")
+#define PERFORMER_READ_INPUTS    \
+  Input("query: T")              \
+      .Input("query_projection: U") \
+      .Input("feature_bias: U")  \
+      .Input("log_mass: U")      \
+      .Input("mean: U")          \
+      .Input("offsets: int64")
+#define PERFORMER_CAUSAL_INPUTS     \
+  Input("query: T")                 \
+      .Input("key: T")              \
+      .Input("value: T")            \
+      .Input("query_projection: U") \
+      .Input("key_projection: U")   \
+      .Input("feature_bias: U")     \
+      .Input("key_bias: U")         \
+      .Input("initial_log_mass: U") \
+      .Input("initial_mean: U")     \
+      .Input("offsets: int64")
+
+REGISTER_OP("Performer>Summarize")
+    .PERFORMER_SUMMARIZE_INPUTS.Output("log_mass: U")
+    .Output("mean: U")
+    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kSummarize>)
+    .Doc(R"doc(
+Summarizes keys and values into the state of M landmarks, the first half of linear attention.
+
+With b[m, j] the log-feature m of key j plus key_bias[j]: log_mass[m] = logsumexp_j b[m, j], mean[m] = softmax_j(b[m, :]) value.
+
+key: [B, S, G, D].
+value: [B, S, G, E].
+key_projection: [1 or G, M, D], rounded once to T.
+key_bias: [1 or B, 1 or G, 1 or S], added to the log weight of each key; -inf masks it.
+offsets: [N + 1], where packed sequences begin and end; ignored unless packed.
+log_mass: [N, G, M], natural logarithms; -inf where nothing was seen.
+mean: [N, G, M, E]; 0 where nothing was seen.
+feature_map: log-feature of u = sqrt(scale) w.k: "softmax" u - scale |k|^2 / 2, "relu" log(max(u, 0) + feature_epsilon), "elu" log(elu(u) + 1).
+scale: multiplies q.k; 0 stands for D**-0.5 for softmax and for 1 otherwise.
+feature_epsilon: of the relu map.
+packed: B is 1 and holds N sequences one after another; otherwise N = B.
+key_norm: whether the softmax map subtracts scale |k|^2 / 2.
+)doc");
+
+REGISTER_OP("Performer>Read")
+    .PERFORMER_READ_INPUTS.Output("out: T")
+    .PERFORMER_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kRead>)
+    .Doc(R"doc(
+Reads a state with queries, the second half of linear attention.
+
+With a[i, m] the log-feature m of query i plus feature_bias[m]: out[i] = softmax_m(a[i, :] + log_mass) mean.
+
+query: [B, L, H, D]; H is a multiple of G, query head h reads head h // (H // G) of the state.
+query_projection: [1, G or H, M, D], rounded once to T.
+feature_bias: [1, G or H, M].
+log_mass: [N, G, M].
+mean: [N, G, M, E].
+offsets: [N + 1], where packed sequences begin and end; ignored unless packed.
+out: [B, L, H, E]; 0 where the state is empty.
+)doc");
+
+REGISTER_OP("Performer>Causal")
+    .PERFORMER_CAUSAL_INPUTS.Output("out: T")
+    .Output("log_mass: U")
+    .Output("mean: U")
+    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kCausal>)
+    .Doc(R"doc(
+Causal linear attention: query i attends to the initial state and to keys j <= i. Later keys cannot change a bit of earlier rows.
+
+query: [B, L, H, D].
+key: [B, L, G, D].
+value: [B, L, G, E].
+query_projection: [1, G or H, M, D].
+key_projection: [1 or G, M, D].
+feature_bias: [1, G or H, M].
+key_bias: [1 or B, 1 or G, 1 or L]; -inf masks a key.
+initial_log_mass: [1 or N, G, M]; -inf for an empty state.
+initial_mean: [1 or N, G, M, E].
+offsets: [N + 1], where packed sequences begin and end; ignored unless packed.
+out: [B, L, H, E]; 0 in rows that see no key.
+log_mass: [N, G, M], of the state after the last row.
+mean: [N, G, M, E].
+)doc");
+
+REGISTER_OP("Performer>SummarizeGrad")
+    .PERFORMER_SUMMARIZE_INPUTS.Input("log_mass: U")
+    .Input("mean: U")
+    .Input("grad_log_mass: U")
+    .Input("grad_mean: U")
+    .Output("grad_key: T")
+    .Output("grad_value: T")
+    .Output("grad_key_projection: U")
+    .Output("grad_key_bias: U")
+    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kSummarizeGrad>)
+    .Doc("Gradient of Performer>Summarize for each of its inputs, summed over broadcast dimensions.");
+
+REGISTER_OP("Performer>ReadGrad")
+    .PERFORMER_READ_INPUTS.Input("out: T")
+    .Input("grad_out: T")
+    .Output("grad_query: T")
+    .Output("grad_query_projection: U")
+    .Output("grad_feature_bias: U")
+    .Output("grad_log_mass: U")
+    .Output("grad_mean: U")
+    .PERFORMER_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kReadGrad>)
+    .Doc("Gradient of Performer>Read for each of its inputs, summed over broadcast dimensions.");
+
+REGISTER_OP("Performer>CausalGrad")
+    .PERFORMER_CAUSAL_INPUTS.Input("out: T")
+    .Input("log_mass: U")
+    .Input("mean: U")
+    .Input("grad_out: T")
+    .Input("grad_log_mass: U")
+    .Input("grad_mean: U")
+    .Output("grad_query: T")
+    .Output("grad_key: T")
+    .Output("grad_value: T")
+    .Output("grad_query_projection: U")
+    .Output("grad_key_projection: U")
+    .Output("grad_feature_bias: U")
+    .Output("grad_key_bias: U")
+    .Output("grad_initial_log_mass: U")
+    .Output("grad_initial_mean: U")
+    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kCausalGrad>)
+    .Doc("Gradient of Performer>Causal for each of its inputs, summed over broadcast dimensions.");
+
+}  // namespace performer
