@@ -31,7 +31,9 @@ void ThrowIfError(const Status& status) {
 Op FindOp(const std::string& name) {
   for (const Op op : kAllOps)
     if (SignatureOf(op).name == "Performer>" + name) return op;
-  throw py::value_error("op must be Summarize, Read, Causal, SummarizeGrad, ReadGrad or CausalGrad; got '" + name + "'");
+  throw py::value_error(
+      "op must be Summarize, Read, Causal, SummarizeGrad, ReadGrad or CausalGrad; got '" + name +
+      "'");
 }
 
 const char* TypeName(DType dtype, ArgumentType type) {
@@ -44,10 +46,14 @@ const char* TypeName(DType dtype, ArgumentType type) {
 std::string NameOf(const py::array& array) { return py::str(array.dtype()); }
 
 DType ParseDType(const std::string& argument, const std::string& name) {
-  const std::map<std::string, DType> types = {
-      {"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kHalf}, {"float64", DType::kFloat64}};
+  const std::map<std::string, DType> types = {{"float32", DType::kFloat32},
+                                              {"bfloat16", DType::kBFloat16},
+                                              {"float16", DType::kHalf},
+                                              {"float64", DType::kFloat64}};
   const auto found = types.find(name);
-  if (found == types.end()) throw py::value_error(argument + " must have dtype float32, bfloat16, float16 or float64; got " + name);
+  if (found == types.end())
+    throw py::value_error(argument +
+                          " must have dtype float32, bfloat16, float16 or float64; got " + name);
   return found->second;
 }
 
@@ -55,17 +61,20 @@ DType ParseDType(const std::string& argument, const std::string& name) {
 cpu::ParallelFor Threads(int threads) {
   return [threads](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& body) {
     std::vector<std::thread> workers;
-    for (int t = 1; t < threads; ++t) workers.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads); });
+    for (int t = 1; t < threads; ++t)
+      workers.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads); });
     body(0, count / threads);
     for (std::thread& worker : workers) worker.join();
   };
 }
 
-py::dict Run(const std::string& name, const py::dict& given, const std::string& feature_map, double scale, bool key_norm,
-             double feature_epsilon, bool packed, int threads, const std::string& isa) {
+py::dict Run(const std::string& name, const py::dict& given, const std::string& feature_map,
+             float scale, bool key_norm, float feature_epsilon, bool packed, int threads,
+             const std::string& isa) {
   const Op op = FindOp(name);
   const Signature& signature = SignatureOf(op);
-  if (threads < 1) throw py::value_error("threads must be at least 1; got " + std::to_string(threads));
+  if (threads < 1)
+    throw py::value_error("threads must be at least 1; got " + std::to_string(threads));
   Call call;
   ThrowIfError(ParseFeatureMap(feature_map, &call.attributes.feature_map));
   call.attributes.scale = scale;
@@ -75,13 +84,15 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
 
   std::vector<py::array> inputs;
   for (const Argument& argument : signature.inputs) {
-    if (!given.contains(argument.name)) throw py::value_error(std::string("inputs must have '") + argument.name + "'");
+    if (!given.contains(argument.name))
+      throw py::value_error(std::string("inputs must have '") + argument.name + "'");
     inputs.push_back(py::array::ensure(given[argument.name], py::array::c_style));
     if (!inputs.back()) throw py::value_error(std::string(argument.name) + " must be an array");
     const std::string type = NameOf(inputs.back());
     if (&argument == &signature.inputs[0]) call.dtype = ParseDType(argument.name, type);
     if (type != TypeName(call.dtype, argument.type))
-      throw py::value_error(std::string(argument.name) + " must have dtype " + TypeName(call.dtype, argument.type) + "; got " + type);
+      throw py::value_error(std::string(argument.name) + " must have dtype " +
+                            TypeName(call.dtype, argument.type) + "; got " + type);
     Shape shape;
     shape.dims.assign(inputs.back().shape(), inputs.back().shape() + inputs.back().ndim());
     call.input_shapes.push_back(shape);
@@ -100,7 +111,9 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
   for (size_t i = 0; i < signature.outputs.size(); ++i) {
     const Argument& output = signature.outputs[i];
     // The type objects of bfloat16 come from the inputs: NumPy itself does not know it.
-    const py::dtype dtype = output.type == ArgumentType::kTensor ? inputs[0].dtype() : py::dtype(TypeName(call.dtype, output.type));
+    const py::dtype dtype = output.type == ArgumentType::kTensor
+                                ? inputs[0].dtype()
+                                : py::dtype(TypeName(call.dtype, output.type));
     py::array array(dtype, output_shapes[i].dims);
     call.outputs.push_back(array.mutable_data());
     results[output.name] = array;
@@ -119,7 +132,9 @@ py::dict SignatureDict(const std::string& name) {
   const auto list = [](const std::vector<Argument>& arguments) {
     py::list rows;
     for (const Argument& argument : arguments) {
-      const char* type = argument.type == ArgumentType::kTensor ? "T" : argument.type == ArgumentType::kState ? "U" : "int64";
+      const char* type = argument.type == ArgumentType::kTensor  ? "T"
+                         : argument.type == ArgumentType::kState ? "U"
+                                                                 : "int64";
       rows.append(py::make_tuple(argument.name, type, argument.shape));
     }
     return rows;
@@ -136,7 +151,8 @@ py::array Elementwise(const py::array& x, const std::string& isa, bool exp2) {
   ThrowIfError(cpu::FindKernels(isa, &kernels));
   const py::array_t<Acc, py::array::c_style> in = x;
   if (in.size() % cpu::kPad<Acc> != 0)
-    throw py::value_error("x must have a multiple of " + std::to_string(cpu::kPad<Acc>) + " elements; got " + std::to_string(in.size()));
+    throw py::value_error("x must have a multiple of " + std::to_string(cpu::kPad<Acc>) +
+                          " elements; got " + std::to_string(in.size()));
   py::array_t<Acc> out(std::vector<py::ssize_t>(in.shape(), in.shape() + in.ndim()));
   (exp2 ? kernels->exp2 : kernels->log2)(in.data(), in.size(), out.mutable_data());
   return out;
@@ -144,7 +160,8 @@ py::array Elementwise(const py::array& x, const std::string& isa, bool exp2) {
 
 py::array ElementwiseOf(const py::array& x, const std::string& isa, bool exp2) {
   const DType dtype = ParseDType("x", NameOf(x));
-  return dtype == DType::kFloat64 ? Elementwise<double>(x, isa, exp2) : Elementwise<float>(x, isa, exp2);
+  return dtype == DType::kFloat64 ? Elementwise<double>(x, isa, exp2)
+                                  : Elementwise<float>(x, isa, exp2);
 }
 
 std::string ChosenIsa() {
@@ -159,17 +176,31 @@ std::string ChosenIsa() {
 PYBIND11_MODULE(_core, module) {
   using py::arg;
   module.doc() = "Performer's operators on NumPy arrays, without TensorFlow.";
-  module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(), arg("feature_map") = "softmax", arg("scale") = 0.0,
-             arg("key_norm") = true, arg("feature_epsilon") = 1e-3, arg("packed") = false, arg("threads") = 1, arg("isa") = "",
-             "Runs one operator (\"Summarize\", ..., \"CausalGrad\") on a dict of arrays by input name; returns a dict of its outputs.\n\n"
+  module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(),
+             arg("feature_map") = "softmax", arg("scale") = 0.0, arg("key_norm") = true,
+             arg("feature_epsilon") = 1e-3, arg("packed") = false, arg("threads") = 1,
+             arg("isa") = "",
+             "Runs one operator (\"Summarize\", ..., \"CausalGrad\") on a dict of arrays by input "
+             "name; returns a dict of its outputs.\n\n"
+             "scale and feature_epsilon are rounded to float32, as the attributes of the "
+             "TensorFlow ops are.\n"
              "Raises ValueError for a wrong argument and MemoryError.");
-  module.def("signature", performer::SignatureDict, arg("op"), "Names, types and shapes of an operator's inputs and outputs.");
-  module.def("isas", performer::cpu::AvailableIsas, "Instruction sets that this build and this processor share, the best last.");
-  module.def("isa", performer::ChosenIsa, "The instruction set in force: the best, or what PERFORMER_ISA names.");
+  module.def("signature", performer::SignatureDict, arg("op"),
+             "Names, types and shapes of an operator's inputs and outputs.");
+  module.def("isas", performer::cpu::AvailableIsas,
+             "Instruction sets that this build and this processor share, the best last.");
+  module.def("isa", performer::ChosenIsa,
+             "The instruction set in force: the best, or what PERFORMER_ISA names.");
   module.def(
-      "exp2", [](const py::array& x, const std::string& isa) { return performer::ElementwiseOf(x, isa, true); }, arg("x"), arg("isa") = "",
-      "2**x as the kernels compute it.");
+      "exp2",
+      [](const py::array& x, const std::string& isa) {
+        return performer::ElementwiseOf(x, isa, true);
+      },
+      arg("x"), arg("isa") = "", "2**x as the kernels compute it.");
   module.def(
-      "log2", [](const py::array& x, const std::string& isa) { return performer::ElementwiseOf(x, isa, false); }, arg("x"), arg("isa") = "",
-      "log2(x) as the kernels compute it.");
+      "log2",
+      [](const py::array& x, const std::string& isa) {
+        return performer::ElementwiseOf(x, isa, false);
+      },
+      arg("x"), arg("isa") = "", "log2(x) as the kernels compute it.");
 }

@@ -30,7 +30,8 @@ Status ParseFeatureMap(const std::string& name, FeatureMap* map) {
   } else if (name == "elu") {
     *map = FeatureMap::kElu;
   } else {
-    return Status::InvalidArgument("feature_map must be 'softmax', 'relu' or 'elu'; got '" + name + "'");
+    return Status::InvalidArgument("feature_map must be 'softmax', 'relu' or 'elu'; got '" + name +
+                                   "'");
   }
   return Status();
 }

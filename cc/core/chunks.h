@@ -1,24 +1,30 @@
-// How the rows of a call are cut: chunks that a kernel handles at a time, segments that are work items of their own.
+// How the rows of a call are cut: chunks that a kernel handles at a time, segments that are work
+// items of their own.
 //
-// Both depend on the lengths only, never on the batch size, the number of heads or threads: results are the same bits for any of these.
+// Both depend on the lengths only, never on the batch size, the number of heads or threads: results
+// are the same bits for any of these.
 #pragma once
 #include <cstdint>
 
 namespace performer {
 
-// Rows a kernel handles at a time: the log-features of a chunk stay in L2 (M = 256: 96 rows are 100 KB).
+// Rows a kernel handles at a time: the log-features of a chunk stay in L2 (M = 256: 96 rows are 100
+// KB).
 inline constexpr int64_t kSummarizeChunk = 96;
 inline constexpr int64_t kReadChunk = 24;
 inline constexpr int64_t kGradChunk = 96;
-inline constexpr int64_t kCausalChunk = 32;      // also the width of the triangle that is computed pairwise
+inline constexpr int64_t kCausalChunk =
+    32;  // also the width of the triangle that is computed pairwise
 inline constexpr int64_t kCausalGradChunk = 48;
 
 // Segments of a sequence are summed apart and merged in order.
 inline constexpr int64_t kSegmentUnit = 480;  // a multiple of every chunk that runs over segments
 inline constexpr int64_t kMaxSegments = 16;   // bounds the memory of partial results
-static_assert(kSegmentUnit % kSummarizeChunk == 0 && kSegmentUnit % kReadChunk == 0 && kSegmentUnit % kGradChunk == 0);
+static_assert(kSegmentUnit % kSummarizeChunk == 0 && kSegmentUnit % kReadChunk == 0 &&
+              kSegmentUnit % kGradChunk == 0);
 
-// Rows of a segment in a sequence of `rows`: the smallest multiple of kSegmentUnit that gives at most kMaxSegments segments.
+// Rows of a segment in a sequence of `rows`: the smallest multiple of kSegmentUnit that gives at
+// most kMaxSegments segments.
 inline constexpr int64_t SegmentRows(int64_t rows) {
   const int64_t units = (rows + kSegmentUnit * kMaxSegments - 1) / (kSegmentUnit * kMaxSegments);
   return kSegmentUnit * (units > 0 ? units : 1);

@@ -12,7 +12,9 @@ class Arguments {
 
   const void* In(const char* name) const { return call_.inputs[Index(signature_.inputs, name)]; }
   void* Out(const char* name) const { return call_.outputs[Index(signature_.outputs, name)]; }
-  int64_t Dim(const char* name, int axis) const { return call_.input_shapes[Index(signature_.inputs, name)].dims[axis]; }
+  int64_t Dim(const char* name, int axis) const {
+    return call_.input_shapes[Index(signature_.inputs, name)].dims[axis];
+  }
 
   template <class Params>
   Params Start() const {
@@ -24,15 +26,22 @@ class Arguments {
     return params;
   }
   QuerySide Queries() const {
-    return {In("query"), In("query_projection"), Dim("query_projection", 0), In("feature_bias"), Dim("feature_bias", 0)};
+    return {In("query"), In("query_projection"), Dim("query_projection", 0), In("feature_bias"),
+            Dim("feature_bias", 0)};
   }
   KeySide Keys() const {
-    return {In("key"),      In("value"),           In("key_projection"), Dim("key_projection", 0),
+    return {In("key"),      In("value"),        In("key_projection"), Dim("key_projection", 0),
             In("key_bias"), Dim("key_bias", 0), Dim("key_bias", 1),   Dim("key_bias", 2)};
   }
-  State StateIn(const char* log_mass, const char* mean) const { return {In(log_mass), In(mean), Dim(log_mass, 0)}; }
-  MutableState StateOut(const char* log_mass, const char* mean) const { return {Out(log_mass), Out(mean)}; }
-  QueryGradients QueryGrads() const { return {Out("grad_query"), Out("grad_query_projection"), Out("grad_feature_bias")}; }
+  State StateIn(const char* log_mass, const char* mean) const {
+    return {In(log_mass), In(mean), Dim(log_mass, 0)};
+  }
+  MutableState StateOut(const char* log_mass, const char* mean) const {
+    return {Out(log_mass), Out(mean)};
+  }
+  QueryGradients QueryGrads() const {
+    return {Out("grad_query"), Out("grad_query_projection"), Out("grad_feature_bias")};
+  }
   KeyGradients KeyGrads() const {
     return {Out("grad_key"), Out("grad_value"), Out("grad_key_projection"), Out("grad_key_bias")};
   }

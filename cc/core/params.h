@@ -1,7 +1,9 @@
-// Parameters of the kernels: plain pointers and sizes, valid only after InferShapes has accepted the shapes.
+// Parameters of the kernels: plain pointers and sizes, valid only after InferShapes has accepted
+// the shapes.
 //
-// Tensors are contiguous. q, k, v, out and their gradients have type `dtype`; everything else (projections, biases, state and
-// gradients of these) has the state type: float64 where dtype is kFloat64, else float32. Letters as in signature.h.
+// Tensors are contiguous. q, k, v, out and their gradients have type `dtype`; everything else
+// (projections, biases, state and gradients of these) has the state type: float64 where dtype is
+// kFloat64, else float32. Letters as in signature.h.
 #pragma once
 #include <cstdint>
 
@@ -14,7 +16,8 @@ struct Common {
   DType dtype = DType::kFloat32;
   Attributes attributes;
   Dims dims;
-  const int64_t* offsets = nullptr;  // [N + 1] rows of the packed sequences; nullptr: sequence n is batch row n
+  const int64_t* offsets =
+      nullptr;  // [N + 1] rows of the packed sequences; nullptr: sequence n is batch row n
 };
 
 struct QuerySide {

@@ -1,4 +1,5 @@
-// A tensor shape of which dimensions, or even the rank, may be unknown (as while a graph is traced).
+// A tensor shape of which dimensions, or even the rank, may be unknown (as while a graph is
+// traced).
 #pragma once
 #include <cstdint>
 #include <string>

@@ -1,8 +1,9 @@
 // The six operators: their arguments, the shapes these must have, and the check of both.
 //
-// Shapes are written with letters: B batch, H query heads, G key/value heads, L queries, S keys, D key dim, E value dim, M features,
-// N sequences. "1|G" is a broadcast dimension. The same check serves shape inference (dimensions unknown), the op kernels and the
-// NumPy bindings, so that a wrong argument gets the same sentence everywhere.
+// Shapes are written with letters: B batch, H query heads, G key/value heads, L queries, S keys, D
+// key dim, E value dim, M features, N sequences. "1|G" is a broadcast dimension. The same check
+// serves shape inference (dimensions unknown), the op kernels and the NumPy bindings, so that a
+// wrong argument gets the same sentence everywhere.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -40,15 +41,17 @@ const Signature& SignatureOf(Op op);
 
 // Sizes of one call; kUnknown where not known. Letters an operator does not use are 0.
 struct Dims {
-  int64_t batch = 0, heads = 0, groups = 0, queries = 0, keys = 0, key_dim = 0, value_dim = 0, features = 0, sequences = 0;
+  int64_t batch = 0, heads = 0, groups = 0, queries = 0, keys = 0, key_dim = 0, value_dim = 0,
+          features = 0, sequences = 0;
 };
 
 // Largest D, E and M: keeps every buffer size of the kernels within int64.
 inline constexpr int64_t kMaxWidth = 65536;
 
-// Checks the input shapes, gives the sizes and the output shapes. inputs.size() must be that of the signature.
-// Errors (InvalidArgument) name the argument, the rule and the value.
-Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>& inputs, Dims* dims, std::vector<Shape>* outputs);
+// Checks the input shapes, gives the sizes and the output shapes. inputs.size() must be that of the
+// signature. Errors (InvalidArgument) name the argument, the rule and the value.
+Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>& inputs,
+                   Dims* dims, std::vector<Shape>* outputs);
 
 // Packed sequences: offsets [count + 1] must start at 0, never fall and end at `rows`.
 Status ValidateOffsets(const int64_t* offsets, int64_t count, int64_t rows);

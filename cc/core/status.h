@@ -31,8 +31,8 @@ class [[nodiscard]] Status {
 }  // namespace performer
 
 // Returns from the enclosing function with the status of `expression` unless it is OK.
-#define PERFORMER_RETURN_IF_ERROR(expression)      \
-  do {                                             \
-    ::performer::Status status_ = (expression);    \
-    if (!status_.ok()) return status_;             \
+#define PERFORMER_RETURN_IF_ERROR(expression)   \
+  do {                                          \
+    ::performer::Status status_ = (expression); \
+    if (!status_.ok()) return status_;          \
   } while (false)

@@ -1,9 +1,11 @@
 // Gradients of Summarize and Read; features are recomputed.
-//   read:       f = 2^(a + log_mass - shift), y = dout / den, g = y mean^T, delta = sum_m f g, da = f (g - delta / den)
+//   read:       f = 2^(a + log_mass - shift), y = dout / den, g = y mean^T, delta = sum_m f g, da =
+//   f (g - delta / den)
 //               dq = da w, dw += da^T q, dmean += f^T y, dlog_mass += sum_i da
 //   summarize:  p = 2^(b - log_mass), db = p (v dmean^T - sum_e dmean mean + dlog_mass)
 //               dk = db w - scale k sum_m db, dw += db^T k, dv = p dmean, dkey_bias = sum_m db
-// delta = dout . out is taken from the features, not from the rounded output: in bfloat16 that is the largest part of the error.
+// delta = dout . out is taken from the features, not from the rounded output: in bfloat16 that is
+// the largest part of the error.
 #pragma once
 #include "core/chunks.h"
 #include "cpu/features.h"
@@ -32,7 +34,8 @@ struct ReadGradScratch {
 
 // g = f (g - sum_m f g / den), and log_mass += sum over rows.
 template <class Acc>
-void ReadLogitGradient(int64_t n, const Widths& w, const Acc* den, const Acc* f, Acc* g, Acc* log_mass) {
+void ReadLogitGradient(int64_t n, const Widths& w, const Acc* den, const Acc* f, Acc* g,
+                       Acc* log_mass) {
   for (int64_t i = 0; i < n; ++i, f += w.m_stride, g += w.m_stride) {
     Vec<Acc> sum = {};
     for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) sum += Load(f + m) * Load(g + m);
@@ -46,7 +49,8 @@ void ReadLogitGradient(int64_t n, const Widths& w, const Acc* den, const Acc* f,
 }
 
 template <class Acc>
-bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice, ReadGradPartial<Acc> partial) {
+bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
+              ReadGradPartial<Acc> partial) {
   const Dims& dims = params.dims;
   const Widths w = MakeWidths<Acc>(dims);
   const Map<Acc> map(params);
@@ -66,7 +70,8 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice, 
   for (int64_t i = 0; i < ReadGradPartial<Acc>::Size(w); ++i) partial.log_mass[i] = 0;
   const ConstRows queries = {params.queries.query, params.dtype, dims.heads, slice.head, w.d};
   const ConstRows grad_out = {params.grad_out, params.dtype, dims.heads, slice.head, w.e};
-  const MutableRows grad_query = {params.grad_queries.query, params.dtype, dims.heads, slice.head, w.d};
+  const MutableRows grad_query = {params.grad_queries.query, params.dtype, dims.heads, slice.head,
+                                  w.d};
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
     LoadRows(queries, row, n, nullptr, s.q, w.d_pad);
@@ -77,7 +82,8 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice, 
     MatMulPanels(s.y, w.e_pad, n, s.panels, w.e_pad, w, s.g);
     ReadLogitGradient(n, w, s.den, s.f, s.g, partial.log_mass);
     ChainSlope(map, n, w, s.slope, s.g);
-    MatMul<false>(s.g, w.m_stride, 1, head.projection.rows, w.d_pad, w.m, s.dq, w.d_pad, n, w.d_pad);
+    MatMul<false>(s.g, w.m_stride, 1, head.projection.rows, w.d_pad, w.m, s.dq, w.d_pad, n,
+                  w.d_pad);
     StoreRows(grad_query, row, n, s.dq, w.d_pad);
     MatMul<true>(s.f, 1, w.m_stride, s.y, w.e_pad, n, partial.mean, w.e_pad, w.m, w.e_pad);
     MatMul<true>(s.g, 1, w.m_stride, s.q, w.d_pad, n, partial.projection, w.d_pad, w.m, w.d_pad);
@@ -85,7 +91,8 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice, 
   return true;
 }
 
-// Where the gradients of one key/value head go: rows of dk and dv, and the log weights' gradient [B, G, S].
+// Where the gradients of one key/value head go: rows of dk and dv, and the log weights' gradient
+// [B, G, S].
 template <class Acc>
 struct KeyGradientRows {
   MutableRows key, value;
@@ -99,13 +106,16 @@ struct KeyGradientRows {
   }
 };
 
-// From db in g, with its row sums: dk, into the scratch rows `dk` and the tensors. Masked keys get exactly 0.
+// From db in g, with its row sums: dk, into the scratch rows `dk` and the tensors. Masked keys get
+// exactly 0.
 template <class Acc>
-void StoreKeyGradients(const KeyGradientRows<Acc>& to, const Map<Acc>& map, const Widths& w, const KeyChunk<Acc>& keys, const Acc* row_sum,
-                       int64_t row, int64_t n, Acc* dk, Acc* dv) {
+void StoreKeyGradients(const KeyGradientRows<Acc>& to, const Map<Acc>& map, const Widths& w,
+                       const KeyChunk<Acc>& keys, const Acc* row_sum, int64_t row, int64_t n,
+                       Acc* dk, Acc* dv) {
   for (int64_t j = 0; j < n; ++j) {
     const Acc norm = map.key_norm ? map.scale * row_sum[j] : Acc(0);
-    for (int64_t d = 0; d < w.d_pad; ++d) dk[j * w.d_pad + d] = keys.skip[j] ? 0 : dk[j * w.d_pad + d] - norm * keys.k[j * w.d_pad + d];
+    for (int64_t d = 0; d < w.d_pad; ++d)
+      dk[j * w.d_pad + d] = keys.skip[j] ? 0 : dk[j * w.d_pad + d] - norm * keys.k[j * w.d_pad + d];
     if (keys.skip[j])
       for (int64_t e = 0; e < w.e_pad; ++e) dv[j * w.e_pad + e] = 0;
     to.bias[row + j] = keys.skip[j] ? 0 : row_sum[j];
@@ -116,7 +126,8 @@ void StoreKeyGradients(const KeyGradientRows<Acc>& to, const Map<Acc>& map, cons
 
 // g[j][m] = f[j][m] (g[j][m] - column[m]) with its row sums; rows of masked keys are 0.
 template <class Acc>
-void KeyLogitGradient(int64_t n, const Widths& w, const uint8_t* skip, const Acc* column, const Acc* f, Acc* g, Acc* row_sum) {
+void KeyLogitGradient(int64_t n, const Widths& w, const uint8_t* skip, const Acc* column,
+                      const Acc* f, Acc* g, Acc* row_sum) {
   for (int64_t j = 0; j < n; ++j, f += w.m_stride, g += w.m_stride) {
     Vec<Acc> sum = {};
     for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {
@@ -149,7 +160,8 @@ struct SummarizeGradScratch {
 };
 
 template <class Acc>
-bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Slice slice, Acc* key_bias, Acc* partial_projection) {
+bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Slice slice,
+                   Acc* key_bias, Acc* partial_projection) {
   const Dims& dims = params.dims;
   const Widths w = MakeWidths<Acc>(dims);
   const Map<Acc> map(params);
@@ -160,13 +172,16 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
   if (!arena.Allocate()) return false;
   s.Place(arena, map, w, chunk);
   const int64_t index = params.keys.projection_heads == 1 ? 0 : slice.head;
-  const auto packed = PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
+  const auto packed =
+      PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
 
   const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head);
   const LoadedState<Acc> grad(params.grad_state, dims, slice.sequence, slice.head);
   for (int64_t m = 0; m < w.m_pad; ++m) {
     const bool nothing = m >= w.m || state.log_mass[m] == -kInf<Acc>;
-    s.anchor[m] = nothing ? kInf<Acc> : state.log_mass[m] * kLog2e<Acc>;  // weights of a landmark that saw nothing are 0
+    s.anchor[m] =
+        nothing ? kInf<Acc>
+                : state.log_mass[m] * kLog2e<Acc>;  // weights of a landmark that saw nothing are 0
     Acc column = nothing ? Acc(0) : -grad.log_mass[m];
     for (int64_t e = 0; e < w.e_pad && m < w.m; ++e) {
       const Acc x = e < w.e && !nothing ? grad.mean[m * w.e + e] : Acc(0);
@@ -191,7 +206,8 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
     MatMul<false>(s.f, w.m_stride, 1, s.grad_mean, w.e_pad, w.m, s.dv, w.e_pad, n, w.e_pad);
     MatMul<false>(s.g, w.m_stride, 1, packed.rows, w.d_pad, w.m, s.dk, w.d_pad, n, w.d_pad);
     StoreKeyGradients(to, map, w, s.keys, s.row_sum, row, n, s.dk, s.dv);
-    MatMul<true>(s.g, 1, w.m_stride, s.keys.k, w.d_pad, n, partial_projection, w.d_pad, w.m, w.d_pad);
+    MatMul<true>(s.g, 1, w.m_stride, s.keys.k, w.d_pad, n, partial_projection, w.d_pad, w.m,
+                 w.d_pad);
   }
   return true;
 }

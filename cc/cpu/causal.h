@@ -1,12 +1,16 @@
-// Causal attention: out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j], in chunks, with a running state.
+// Causal attention: out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j], in chunks, with a
+// running state.
 //
 // Features of keys are made transposed ([M][C]), so that both f kb and kb v stream rows of B:
 //   kb[m][j] = 2^(b - anchor[m])      f[i][m] = 2^(a + anchor - shift_i)      local = tril(f kb)
-//   out = (f sum + local v) / (f mass + row sums of local)      then sum += kb v, mass += row sums of kb
+//   out = (f sum + local v) / (f mass + row sums of local)      then sum += kb v, mass += row sums
+//   of kb
 //
-// Why no later key changes a bit of an earlier row: boundaries of chunks are fixed; a chunk is processed in pieces, nearly always one.
-// The anchors of a piece come from the past and from the key of its first row, and a piece ends before any later key that exceeds an
-// anchor by more than kCutBits, so that rows before the cut do the same arithmetic either way. Products end at their row (MultiplyLower).
+// Why no later key changes a bit of an earlier row: boundaries of chunks are fixed; a chunk is
+// processed in pieces, nearly always one. The anchors of a piece come from the past and from the
+// key of its first row, and a piece ends before any later key that exceeds an anchor by more than
+// kCutBits, so that rows before the cut do the same arithmetic either way. Products end at their
+// row (MultiplyLower).
 #pragma once
 #include "core/chunks.h"
 #include "cpu/features.h"
@@ -17,7 +21,8 @@ PERFORMER_ISA_BEGIN
 template <class Acc>
 constexpr Acc kCutBits = 43;  // 30 nats above an anchor
 template <class Acc>
-constexpr Acc kRenewMass = static_cast<Acc>(0x1p30);  // an anchor is renewed when the mass relative to it passes this
+constexpr Acc kRenewMass =
+    static_cast<Acc>(0x1p30);  // an anchor is renewed when the mass relative to it passes this
 
 // The prefix state as sums relative to 2^anchor; an anchor of -inf means nothing yet.
 template <class Acc>
@@ -51,9 +56,13 @@ struct PrefixState {
   void Get(const Widths& w, Acc* log_mass, Acc* mean) const {
     for (int64_t m = 0; m < w.m; ++m) {
       const Acc inverse = Inverse(mass[m]);
-      log_mass[m] = mass[m] == 0 ? -kInf<Acc>
-                                 : static_cast<Acc>(kLn2Double * (static_cast<double>(anchor[m]) + __builtin_log2(static_cast<double>(mass[m]))));
-      for (int64_t e = 0; e < w.e; ++e) mean[m * w.e + e] = mass[m] == 0 ? Acc(0) : sum[m * w.e_pad + e] * inverse;
+      log_mass[m] =
+          mass[m] == 0
+              ? -kInf<Acc>
+              : static_cast<Acc>(kLn2Double * (static_cast<double>(anchor[m]) +
+                                               __builtin_log2(static_cast<double>(mass[m]))));
+      for (int64_t e = 0; e < w.e; ++e)
+        mean[m * w.e + e] = mass[m] == 0 ? Acc(0) : sum[m * w.e_pad + e] * inverse;
     }
   }
 };
@@ -69,8 +78,9 @@ struct CausalScratch {
   static_assert(C % kPad<Acc> == 0);
   KeyChunk<Acc> keys;
   PrefixState<Acc> state;
-  Acc *kt, *b, *kb, *piece_mass;                   // [d][C], [m][C], [m][C], [m]
-  Acc *q, *f, *local, *out, *bias, *shift, *den;  // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad], [m_pad], [C], [C]
+  Acc *kt, *b, *kb, *piece_mass;  // [d][C], [m][C], [m][C], [m]
+  Acc *q, *f, *local, *out, *bias, *shift,
+      *den;  // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad], [m_pad], [C], [C]
 
   void Place(Arena& arena, const Widths& w) {
     keys.Place(arena, w, C);
@@ -91,7 +101,8 @@ struct CausalScratch {
 
 // b[m][j] of the chunk's keys, for all C columns; columns from n on are -inf.
 template <class Acc>
-void CausalLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection, const Widths& w, int64_t n, CausalScratch<Acc>& s) {
+void CausalLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection,
+                       const Widths& w, int64_t n, CausalScratch<Acc>& s) {
   constexpr int64_t C = CausalScratch<Acc>::C;
   for (int64_t j = n; j < C; ++j) {
     s.keys.offset[j] = -kInf<Acc>;
@@ -102,7 +113,8 @@ void CausalLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& project
   MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, C);
   ApplyMap<Acc>(map, w.m, C, C, s.b, nullptr);
   for (int64_t m = 0; m < w.m; ++m)
-    for (int64_t j = 0; j < C; j += kLanes<Acc>) Store(s.b + m * C + j, Load(s.b + m * C + j) + Load(s.keys.offset + j));
+    for (int64_t j = 0; j < C; j += kLanes<Acc>)
+      Store(s.b + m * C + j, Load(s.b + m * C + j) + Load(s.keys.offset + j));
 }
 
 // Sets the anchors for a piece that begins at an unmasked row, from the past and that row.
@@ -154,34 +166,43 @@ void PieceKeyWeights(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
 // local[i][j] = f[i] . kb[:, j] for the keys j <= piece.begin + i; den[i] += their sum.
 template <class Acc>
 void PieceLocal(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
-  constexpr int64_t C = CausalScratch<Acc>::C, kStride = CausalScratch<Acc>::kLocalStride, kCols = kTileVecs * kLanes<Acc>;
+  constexpr int64_t C = CausalScratch<Acc>::C, kStride = CausalScratch<Acc>::kLocalStride,
+                    kCols = kTileVecs * kLanes<Acc>;
   const int64_t rows = piece.end - piece.begin, width = RoundUp(piece.end, kLanes<Acc>);
   for (int64_t c0 = 0; c0 < width; c0 += kCols) {
-    const int64_t first = c0 > piece.begin ? (c0 - piece.begin) / kTileRows * kTileRows : 0;  // rows above see no key of these columns
-    ForTiles<Acc>(rows - first, width - c0 < kCols ? width - c0 : kCols, [&](auto& tile, int64_t r, int64_t c) {
-      tile.Zero();
-      tile.Multiply(s.f + (first + r) * w.m_stride, w.m_stride, 1, s.kb + c0 + c, C, w.m);
-      tile.ForEach([&](int i, int j, Vec<Acc> x) { Store(s.local + (first + r + i) * kStride + c0 + c + j * kLanes<Acc>, x); });
-    });
+    const int64_t first = c0 > piece.begin ? (c0 - piece.begin) / kTileRows * kTileRows
+                                           : 0;  // rows above see no key of these columns
+    ForTiles<Acc>(rows - first, width - c0 < kCols ? width - c0 : kCols,
+                  [&](auto& tile, int64_t r, int64_t c) {
+                    tile.Zero();
+                    tile.Multiply(s.f + (first + r) * w.m_stride, w.m_stride, 1, s.kb + c0 + c, C,
+                                  w.m);
+                    tile.ForEach([&](int i, int j, Vec<Acc> x) {
+                      Store(s.local + (first + r + i) * kStride + c0 + c + j * kLanes<Acc>, x);
+                    });
+                  });
   }
   for (int64_t i = 0; i < rows; ++i) {
     Acc* row = s.local + i * kStride;
     const int64_t last = piece.begin + i, stop = RoundUp(last + 1, kLanes<Acc>);
     for (int64_t j = last + 1; j < stop; ++j) row[j] = 0;
     Vec<Acc> sum = {};
-    for (int64_t j = piece.begin / kLanes<Acc> * kLanes<Acc>; j < stop; j += kLanes<Acc>) sum += Load(row + j);
+    for (int64_t j = piece.begin / kLanes<Acc> * kLanes<Acc>; j < stop; j += kLanes<Acc>)
+      sum += Load(row + j);
     s.den[i] += ReduceAdd<Acc>(sum);
   }
 }
 
 // Queries of one head for the rows of a piece; `row` is the tensor row of the piece's first.
 template <class Acc>
-void PieceQueries(const CausalParams& params, const Acc* projections, const Map<Acc>& map, const Widths& w, int64_t query_head, int64_t row,
-                  Piece piece, CausalScratch<Acc>& s) {
+void PieceQueries(const CausalParams& params, const Acc* projections, const Map<Acc>& map,
+                  const Widths& w, int64_t query_head, int64_t row, Piece piece,
+                  CausalScratch<Acc>& s) {
   constexpr int64_t kStride = CausalScratch<Acc>::kLocalStride;
   const int64_t rows = piece.end - piece.begin;
   const QueryHead<Acc> head(params.queries, projections, params.dims, w, query_head);
-  LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, w.d}, row, rows, nullptr, s.q, w.d_pad);
+  LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, w.d}, row, rows,
+                nullptr, s.q, w.d_pad);
   LogFeatures<Acc>(map, s.q, rows, head.projection.panels, w, s.f, nullptr);
   SetBias(s.state.anchor, 1.0, head.feature_bias, w, s.bias);
   QueryWeights<true>(rows, w, s.bias, s.state.mass, s.f, s.shift, s.den);
@@ -193,18 +214,21 @@ void PieceQueries(const CausalParams& params, const Acc* projections, const Map<
     tile.Multiply(s.f + r * w.m_stride, w.m_stride, 1, s.state.sum + c, w.e_pad, w.m);
     tile.Multiply(local, kStride, 1, v, w.e_pad, r);
     tile.MultiplyLower(local + r, kStride, v + r * w.e_pad, w.e_pad);
-    tile.ForEach([&](int i, int j, Vec<Acc> x) { Store(s.out + (r + i) * w.e_pad + c + j * kLanes<Acc>, x); });
+    tile.ForEach([&](int i, int j, Vec<Acc> x) {
+      Store(s.out + (r + i) * w.e_pad + c + j * kLanes<Acc>, x);
+    });
   });
   ScaleRows(rows, w.e_pad, s.den, s.out);
-  StoreRows<Acc>({params.out, params.dtype, params.dims.heads, query_head, w.e}, row, rows, s.out, w.e_pad);
+  StoreRows<Acc>({params.out, params.dtype, params.dims.heads, query_head, w.e}, row, rows, s.out,
+                 w.e_pad);
 }
 
 // Adds the keys of a piece to the state.
 template <class Acc>
 void PieceUpdate(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
   PrefixState<Acc>& state = s.state;
-  MatMul<true>(s.kb + piece.begin, s.C, 1, s.keys.v + piece.begin * w.e_pad, w.e_pad, piece.end - piece.begin, state.sum, w.e_pad, w.m,
-               w.e_pad);
+  MatMul<true>(s.kb + piece.begin, s.C, 1, s.keys.v + piece.begin * w.e_pad, w.e_pad,
+               piece.end - piece.begin, state.sum, w.e_pad, w.m, w.e_pad);
   for (int64_t m = 0; m < w.m; ++m) {
     state.mass[m] += s.piece_mass[m];
     if (state.mass[m] > kRenewMass<Acc>) state.Raise(m, state.anchor[m] + Log2(state.mass[m]), w);
@@ -213,14 +237,17 @@ void PieceUpdate(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
 
 // Rows that see no key give 0.
 template <class Acc>
-void ZeroOut(const CausalParams& params, const Widths& w, int64_t group, int64_t row, int64_t rows, CausalScratch<Acc>& s) {
+void ZeroOut(const CausalParams& params, const Widths& w, int64_t group, int64_t row, int64_t rows,
+             CausalScratch<Acc>& s) {
   for (int64_t i = 0; i < rows * w.e_pad; ++i) s.out[i] = 0;
   for (int64_t h = group * GroupSize(params.dims); h < (group + 1) * GroupSize(params.dims); ++h)
-    StoreRows<Acc>({params.out, params.dtype, params.dims.heads, h, w.e}, row, rows, s.out, w.e_pad);
+    StoreRows<Acc>({params.out, params.dtype, params.dims.heads, h, w.e}, row, rows, s.out,
+                   w.e_pad);
 }
 
 template <class Acc>
-bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* key_projection, Slice slice) {
+bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
+            Slice slice) {
   const Dims& dims = params.dims;
   const Widths w = MakeWidths<Acc>(dims);
   const Map<Acc> map(params);
@@ -230,7 +257,8 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
   if (!arena.Allocate()) return false;
   s.Place(arena, w);
   const int64_t index = params.keys.projection_heads == 1 ? 0 : slice.head;
-  const auto projection = PackedProjection<Acc>::At(key_projection + index * PackedProjection<Acc>::Size(w), w);
+  const auto projection =
+      PackedProjection<Acc>::At(key_projection + index * PackedProjection<Acc>::Size(w), w);
   s.state.Set(LoadedState<Acc>(params.initial, dims, slice.sequence, slice.head), w);
 
   for (int64_t row = slice.begin; row < slice.end; row += s.C) {
@@ -253,7 +281,8 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
     }
   }
   const int64_t at = (slice.sequence * dims.groups + slice.head) * w.m;
-  s.state.Get(w, static_cast<Acc*>(params.state.log_mass) + at, static_cast<Acc*>(params.state.mean) + at * w.e);
+  s.state.Get(w, static_cast<Acc*>(params.state.log_mass) + at,
+              static_cast<Acc*>(params.state.mean) + at * w.e);
   return true;
 }
 

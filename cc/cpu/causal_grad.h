@@ -1,14 +1,18 @@
-// Gradient of causal attention in two sweeps over the pieces of causal.h; per row and head one normaliser is kept, never L x M.
+// Gradient of causal attention in two sweeps over the pieces of causal.h; per row and head one
+// normaliser is kept, never L x M.
 //
-// Forward sweep, with the prefix state (sum, mass) before the piece and cum[i] = mass + sum_{j <= i} kb[j]:
+// Forward sweep, with the prefix state (sum, mass) before the piece and cum[i] = mass + sum_{j <=
+// i} kb[j]:
 //   f = 2^(a + anchor - shift)   den = sum_m f cum   y = dout / den   P = tril(y v^T)
 //   g = y sum^T + P kb           delta = sum_m f g   da = f (g - delta / den cum)
 //   dq = da w                    dw += da^T q        lse = shift + log2 den, kept with delta
-// Reverse sweep, with the suffix state R = sum over later rows of f dout, r = the same of f delta, relative to the anchors, which never
-// fall along the sequence: going back, every factor 2^(anchor - later anchor) is <= 1. f = 2^(a + anchor - lse) is normalised here.
+// Reverse sweep, with the suffix state R = sum over later rows of f dout, r = the same of f delta,
+// relative to the anchors, which never fall along the sequence: going back, every factor 2^(anchor
+// - later anchor) is <= 1. f = 2^(a + anchor - lse) is normalised here.
 //   db = kb (v R^T - r + triu(v dout^T - delta) f)      dv = kb R + triu(kb f^T) dout
 //   dk = db w - scale k sum_m db    dw += db^T k        then R += f^T dout, r += f^T delta
-// The final state's gradient is the first suffix state; the initial state is a key that every row sees.
+// The final state's gradient is the first suffix state; the initial state is a key that every row
+// sees.
 #pragma once
 #include <type_traits>
 
@@ -26,17 +30,20 @@ struct CausalGradScratch {
   Acc *b, *kb, *cum, *key_slope;  // [C][m_stride]
   // Queries of the piece.
   Acc *q, *y, *f, *g, *query_slope, *dq, *dk, *dv;
-  Acc *transposed, *f_transposed;        // [e_pad][C], [m_pad][C]
-  Acc *pair, *weights;                   // [C][kPairStride]
+  Acc *transposed, *f_transposed;  // [e_pad][C], [m_pad][C]
+  Acc *pair, *weights;             // [C][kPairStride]
   Acc *shift, *den, *row_sum, *bias;
-  // Prefix sums^T in the forward sweep [m_panels][e_pad][kPanel]; in the reverse sweep R^T, as panels of `suffix`.
-  Acc *panels, *suffix;                  // suffix: R [m][e_pad]
-  Acc *mass, *anchor, *saved, *initial_mean;  // mass: r in the reverse sweep; saved: r before the piece
+  // Prefix sums^T in the forward sweep [m_panels][e_pad][kPanel]; in the reverse sweep R^T, as
+  // panels of `suffix`.
+  Acc *panels, *suffix;  // suffix: R [m][e_pad]
+  Acc *mass, *anchor, *saved,
+      *initial_mean;  // mass: r in the reverse sweep; saved: r before the piece
 
   void Place(Arena& arena, const Map<Acc>& map, const Widths& w) {
     keys.Place(arena, w, C);
     for (Acc** rows : {&b, &kb, &cum, &f, &g}) *rows = arena.Take<Acc>(C * w.m_stride);
-    for (Acc** rows : {&key_slope, &query_slope}) *rows = map.linear() ? nullptr : arena.Take<Acc>(C * w.m_stride);
+    for (Acc** rows : {&key_slope, &query_slope})
+      *rows = map.linear() ? nullptr : arena.Take<Acc>(C * w.m_stride);
     for (Acc** rows : {&q, &dq, &dk}) *rows = arena.Take<Acc>(C * w.d_pad);
     for (Acc** rows : {&y, &dv}) *rows = arena.Take<Acc>(C * w.e_pad);
     transposed = arena.Take<Acc>(w.e_pad * C);
@@ -57,7 +64,8 @@ struct GradPiece {
 template <class Acc>
 class CausalGradient {
  public:
-  CausalGradient(const CausalGradParams& params, const Acc* query_projection, const Acc* key_projection, Slice slice, Acc* key_bias,
+  CausalGradient(const CausalGradParams& params, const Acc* query_projection,
+                 const Acc* key_projection, Slice slice, Acc* key_bias,
                  CausalGradPartial<Acc> partial)
       : params_(params),
         dims_(params.dims),
@@ -65,7 +73,9 @@ class CausalGradient {
         map_(params),
         query_projection_(query_projection),
         key_projection_(PackedProjection<Acc>::At(
-            key_projection + (params.keys.projection_heads == 1 ? 0 : slice.head) * PackedProjection<Acc>::Size(w_), w_)),
+            key_projection + (params.keys.projection_heads == 1 ? 0 : slice.head) *
+                                 PackedProjection<Acc>::Size(w_),
+            w_)),
         slice_(slice),
         partial_(partial),
         key_rows_(params, params.grad_keys, slice, key_bias),
@@ -80,7 +90,8 @@ class CausalGradient {
     lse_ = rows_.Append(2 * rows * GroupSize(dims_));
     if (lse_ == nullptr && rows > 0) return false;
     delta_ = lse_ + rows * GroupSize(dims_);
-    for (int64_t i = 0; i < CausalGradPartial<Acc>::Size(w_, GroupSize(dims_)); ++i) partial_.log_mass[i] = 0;
+    for (int64_t i = 0; i < CausalGradPartial<Acc>::Size(w_, GroupSize(dims_)); ++i)
+      partial_.log_mass[i] = 0;
     if (!ForwardSweep()) return false;
     ReverseSweep();
     return true;
@@ -91,8 +102,12 @@ class CausalGradient {
   static constexpr int64_t C = Scratch::C, kPairStride = Scratch::kPairStride;
 
   int64_t FirstHead() const { return slice_.head * GroupSize(dims_); }
-  Acc* OfHead(Acc* rows, int64_t i, int64_t row) const { return rows + i * (slice_.end - slice_.begin) + row - slice_.begin; }
-  QueryHead<Acc> Head(int64_t i) const { return {params_.queries, query_projection_, dims_, w_, FirstHead() + i}; }
+  Acc* OfHead(Acc* rows, int64_t i, int64_t row) const {
+    return rows + i * (slice_.end - slice_.begin) + row - slice_.begin;
+  }
+  QueryHead<Acc> Head(int64_t i) const {
+    return {params_.queries, query_projection_, dims_, w_, FirstHead() + i};
+  }
 
   // Log-features of the keys of a chunk, with offsets.
   void LoadKeys(int64_t row, int64_t n) {
@@ -105,7 +120,8 @@ class CausalGradient {
 
   bool Exceeds(int64_t j) const {
     IntVec<Acc> any = {};
-    for (int64_t m = 0; m < w_.m_pad; m += kLanes<Acc>) any |= Load(s_.b + j * w_.m_stride + m) > Load(s_.anchor + m) + kCutBits<Acc>;
+    for (int64_t m = 0; m < w_.m_pad; m += kLanes<Acc>)
+      any |= Load(s_.b + j * w_.m_stride + m) > Load(s_.anchor + m) + kCutBits<Acc>;
     for (int l = 0; l < kLanes<Acc>; ++l)
       if (any[l]) return true;
     return false;
@@ -134,7 +150,8 @@ class CausalGradient {
     for (int64_t i = 0; i < w_.m_panels * kPanel * w_.e_pad; ++i) s_.panels[i] = 0;
     TransposeToPanels(s_.initial_mean, w_, s_.panels);
     for (int64_t m = 0; m < w_.m_pad; ++m) {
-      s_.anchor[m] = m < w_.m ? initial_.log_mass[m] * kLog2e<Acc> : kInf<Acc>;  // the padding weighs nothing
+      s_.anchor[m] =
+          m < w_.m ? initial_.log_mass[m] * kLog2e<Acc> : kInf<Acc>;  // the padding weighs nothing
       s_.mass[m] = m < w_.m && s_.anchor[m] != -kInf<Acc> ? 1 : 0;
     }
   }
@@ -172,7 +189,9 @@ class CausalGradient {
     for (int64_t d = 0; d < w_.d_pad; ++d) s_.dq[d] = s_.dk[d] = 0;
     for (int64_t e = 0; e < w_.e_pad; ++e) s_.dv[e] = 0;
     for (int64_t i = 0; i < GroupSize(dims_); ++i)
-      StoreRows<Acc>({params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, w_.d}, row, 1, s_.dq, w_.d_pad);
+      StoreRows<Acc>(
+          {params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, w_.d}, row, 1,
+          s_.dq, w_.d_pad);
     StoreRows(key_rows_.key, row, 1, s_.dk, w_.d_pad);
     StoreRows(key_rows_.value, row, 1, s_.dv, w_.e_pad);
     key_rows_.bias[row] = 0;
@@ -201,12 +220,16 @@ class CausalGradient {
       }
     }
   }
-  const Acc* PieceValues(const GradPiece& piece) const { return s_.keys.v + piece.chunk_begin * w_.e_pad; }
+  const Acc* PieceValues(const GradPiece& piece) const {
+    return s_.keys.v + piece.chunk_begin * w_.e_pad;
+  }
 
   void LoadQueries(const GradPiece& piece, int64_t i) {
     const int64_t head = FirstHead() + i;
-    LoadRows<Acc>({params_.queries.query, params_.dtype, dims_.heads, head, w_.d}, piece.row, piece.rows, nullptr, s_.q, w_.d_pad);
-    LoadRows<Acc>({params_.grad_out, params_.dtype, dims_.heads, head, w_.e}, piece.row, piece.rows, nullptr, s_.y, w_.e_pad);
+    LoadRows<Acc>({params_.queries.query, params_.dtype, dims_.heads, head, w_.d}, piece.row,
+                  piece.rows, nullptr, s_.q, w_.d_pad);
+    LoadRows<Acc>({params_.grad_out, params_.dtype, dims_.heads, head, w_.e}, piece.row, piece.rows,
+                  nullptr, s_.y, w_.e_pad);
   }
 
   void ForwardQueries(const GradPiece& piece, int64_t i) {
@@ -216,14 +239,18 @@ class CausalGradient {
     LogFeatures(map_, s_.q, n, head.projection.panels, w_, s_.f, s_.query_slope);
     SetBias(s_.anchor, 1.0, head.feature_bias, w_, s_.bias);
     QueryWeights<false, Acc>(n, w_, s_.bias, nullptr, s_.f, s_.shift, s_.den);
-    for (int64_t r = 0; r < n; ++r) s_.den[r] = Dot(s_.f + r * w_.m_stride, s_.cum + r * w_.m_stride, w_.m_pad);
+    for (int64_t r = 0; r < n; ++r)
+      s_.den[r] = Dot(s_.f + r * w_.m_stride, s_.cum + r * w_.m_stride, w_.m_pad);
     ScaleRows(n, w_.e_pad, s_.den, s_.y);
     PrefixProducts(piece);
     LogitGradient(piece, i);
     ChainSlope(map_, n, w_, s_.query_slope, s_.g);
-    MatMul<false>(s_.g, w_.m_stride, 1, head.projection.rows, w_.d_pad, w_.m, s_.dq, w_.d_pad, n, w_.d_pad);
-    StoreRows<Acc>({params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, w_.d}, piece.row, n, s_.dq, w_.d_pad);
-    MatMul<true>(s_.g, 1, w_.m_stride, s_.q, w_.d_pad, n, partial_.query_projection + i * w_.m * w_.d_pad, w_.d_pad, w_.m, w_.d_pad);
+    MatMul<false>(s_.g, w_.m_stride, 1, head.projection.rows, w_.d_pad, w_.m, s_.dq, w_.d_pad, n,
+                  w_.d_pad);
+    StoreRows<Acc>({params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, w_.d},
+                   piece.row, n, s_.dq, w_.d_pad);
+    MatMul<true>(s_.g, 1, w_.m_stride, s_.q, w_.d_pad, n,
+                 partial_.query_projection + i * w_.m * w_.d_pad, w_.d_pad, w_.m, w_.d_pad);
   }
 
   // g = y sum^T + tril(y v^T) kb.
@@ -233,7 +260,9 @@ class CausalGradient {
     ForLowerTiles(n, [&](auto& tile, int64_t r, int64_t c) {
       tile.Zero();
       tile.Multiply(s_.y + r * w_.e_pad, w_.e_pad, 1, s_.transposed + c, C, w_.e_pad);
-      tile.ForEach([&](int i, int j, Vec<Acc> x) { Store(s_.pair + (r + i) * kPairStride + c + j * kLanes<Acc>, x); });
+      tile.ForEach([&](int i, int j, Vec<Acc> x) {
+        Store(s_.pair + (r + i) * kPairStride + c + j * kLanes<Acc>, x);
+      });
     });
     for (int64_t m = 0; m < w_.m_pad; m += kPanel) {
       const int64_t cols = w_.m_pad - m < kPanel ? w_.m_pad - m : kPanel;
@@ -241,10 +270,13 @@ class CausalGradient {
         const Acc* pair = s_.pair + r * kPairStride;
         const Acc* kb = s_.kb + m + c;
         tile.Zero();
-        tile.Multiply(s_.y + r * w_.e_pad, w_.e_pad, 1, s_.panels + m * w_.e_pad + c, kPanel, w_.e_pad);
+        tile.Multiply(s_.y + r * w_.e_pad, w_.e_pad, 1, s_.panels + m * w_.e_pad + c, kPanel,
+                      w_.e_pad);
         tile.Multiply(pair, kPairStride, 1, kb, w_.m_stride, r);
         tile.MultiplyLower(pair + r, kPairStride, kb + r * w_.m_stride, w_.m_stride);
-        tile.ForEach([&](int i, int j, Vec<Acc> x) { Store(s_.g + (r + i) * w_.m_stride + m + c + j * kLanes<Acc>, x); });
+        tile.ForEach([&](int i, int j, Vec<Acc> x) {
+          Store(s_.g + (r + i) * w_.m_stride + m + c + j * kLanes<Acc>, x);
+        });
       });
     }
   }
@@ -272,7 +304,8 @@ class CausalGradient {
   bool UpdatePrefix(const GradPiece& piece) {
     for (int64_t m = 0; m < w_.m_pad; m += kPanel) {
       const int64_t cols = w_.m_pad - m < kPanel ? w_.m_pad - m : kPanel;
-      MatMul<true>(PieceValues(piece), 1, w_.e_pad, s_.kb + m, w_.m_stride, piece.rows, s_.panels + m * w_.e_pad, kPanel, w_.e_pad, cols);
+      MatMul<true>(PieceValues(piece), 1, w_.e_pad, s_.kb + m, w_.m_stride, piece.rows,
+                   s_.panels + m * w_.e_pad, kPanel, w_.e_pad, cols);
     }
     bool renewed = false;
     const Acc* mass = s_.cum + (piece.rows - 1) * w_.m_stride;
@@ -336,7 +369,8 @@ class CausalGradient {
   }
 
   void ReversePiece(const GradPiece& given) {
-    const GradPiece piece = {given.row, 0, given.rows, given.anchors};  // here the chunk is the piece
+    const GradPiece piece = {given.row, 0, given.rows,
+                             given.anchors};  // here the chunk is the piece
     const int64_t n = piece.rows;
     LoadKeys(piece.row, n);
     WeighKeys(piece);
@@ -344,13 +378,16 @@ class CausalGradient {
     TransposeToPanels(s_.suffix, w_, s_.panels);
     for (int64_t m = 0; m < w_.m_pad; ++m) s_.saved[m] = s_.mass[m];
     MatMul<false>(s_.kb, w_.m_stride, 1, s_.suffix, w_.e_pad, w_.m, s_.dv, w_.e_pad, n, w_.e_pad);
-    MatMulPanels(s_.keys.v, w_.e_pad, n, s_.panels, w_.e_pad, w_, s_.b);  // g of the keys, in the buffer of the log-features
+    MatMulPanels(s_.keys.v, w_.e_pad, n, s_.panels, w_.e_pad, w_,
+                 s_.b);  // g of the keys, in the buffer of the log-features
     for (int64_t i = 0; i < GroupSize(dims_); ++i) ReverseQueries(piece, i);
     KeyLogitGradient(n, w_, s_.keys.skip, s_.saved, s_.kb, s_.b, s_.row_sum);
     ChainSlope(map_, n, w_, s_.key_slope, s_.b);
-    MatMul<false>(s_.b, w_.m_stride, 1, key_projection_.rows, w_.d_pad, w_.m, s_.dk, w_.d_pad, n, w_.d_pad);
+    MatMul<false>(s_.b, w_.m_stride, 1, key_projection_.rows, w_.d_pad, w_.m, s_.dk, w_.d_pad, n,
+                  w_.d_pad);
     StoreKeyGradients(key_rows_, map_, w_, s_.keys, s_.row_sum, piece.row, n, s_.dk, s_.dv);
-    MatMul<true>(s_.b, 1, w_.m_stride, s_.keys.k, w_.d_pad, n, partial_.key_projection, w_.d_pad, w_.m, w_.d_pad);
+    MatMul<true>(s_.b, 1, w_.m_stride, s_.keys.k, w_.d_pad, n, partial_.key_projection, w_.d_pad,
+                 w_.m, w_.d_pad);
   }
 
   // The queries of one head: adds to the keys' g and dv, then to the suffix state.
@@ -377,13 +414,16 @@ class CausalGradient {
       tile.Zero();
       tile.Multiply(s_.keys.v + r * w_.e_pad, w_.e_pad, 1, s_.transposed + c, C, w_.e_pad);
       tile.ForEach([&](int k, int j, Vec<Acc> x) {
-        Store(s_.pair + (r + k) * kPairStride + c + j * kLanes<Acc>, x - Load(s_.shift + c + j * kLanes<Acc>));
+        Store(s_.pair + (r + k) * kPairStride + c + j * kLanes<Acc>,
+              x - Load(s_.shift + c + j * kLanes<Acc>));
       });
     });
     ForUpperTiles(n, [&](auto& tile, int64_t r, int64_t c) {
       tile.Zero();
       tile.Multiply(s_.kb + r * w_.m_stride, w_.m_stride, 1, s_.f_transposed + c, C, w_.m);
-      tile.ForEach([&](int k, int j, Vec<Acc> x) { Store(s_.weights + (r + k) * kPairStride + c + j * kLanes<Acc>, x); });
+      tile.ForEach([&](int k, int j, Vec<Acc> x) {
+        Store(s_.weights + (r + k) * kPairStride + c + j * kLanes<Acc>, x);
+      });
     });
     AddUpper(s_.pair, s_.f, w_.m_stride, n, w_.m_pad, s_.b, w_.m_stride);
     AddUpper(s_.weights, s_.y, w_.e_pad, n, w_.e_pad, s_.dv, w_.e_pad);
@@ -394,13 +434,19 @@ class CausalGradient {
   }
 
   // to += triu(pair) x.
-  void AddUpper(const Acc* pair, const Acc* x, int64_t x_stride, int64_t n, int64_t cols, Acc* to, int64_t to_stride) {
+  void AddUpper(const Acc* pair, const Acc* x, int64_t x_stride, int64_t n, int64_t cols, Acc* to,
+                int64_t to_stride) {
     ForTiles<Acc>(n, cols, [&](auto& tile, int64_t r, int64_t c) {
       constexpr int64_t kRows = std::remove_reference_t<decltype(tile)>::kRows;
-      tile.ForEach([&](int i, int j, Vec<Acc>& v) { v = Load(to + (r + i) * to_stride + c + j * kLanes<Acc>); });
+      tile.ForEach([&](int i, int j, Vec<Acc>& v) {
+        v = Load(to + (r + i) * to_stride + c + j * kLanes<Acc>);
+      });
       tile.MultiplyUpper(pair + r * kPairStride + r, kPairStride, x + r * x_stride + c, x_stride);
-      tile.Multiply(pair + r * kPairStride + r + kRows, kPairStride, 1, x + (r + kRows) * x_stride + c, x_stride, n - r - kRows);
-      tile.ForEach([&](int i, int j, Vec<Acc> v) { Store(to + (r + i) * to_stride + c + j * kLanes<Acc>, v); });
+      tile.Multiply(pair + r * kPairStride + r + kRows, kPairStride, 1,
+                    x + (r + kRows) * x_stride + c, x_stride, n - r - kRows);
+      tile.ForEach([&](int i, int j, Vec<Acc> v) {
+        Store(to + (r + i) * to_stride + c + j * kLanes<Acc>, v);
+      });
     });
   }
 
@@ -430,7 +476,8 @@ class CausalGradient {
     const int64_t width = RoundUp(n, kLanes<Acc>);
     for (int64_t c0 = 0; c0 < width; c0 += kCols) {
       const int64_t cols = width - c0 < kCols ? width - c0 : kCols, last = c0 + cols;
-      ForTiles<Acc>(last < n ? last : n, cols, [&](auto& tile, int64_t r, int64_t c) { body(tile, r, c0 + c); });
+      ForTiles<Acc>(last < n ? last : n, cols,
+                    [&](auto& tile, int64_t r, int64_t c) { body(tile, r, c0 + c); });
     }
   }
 
@@ -452,9 +499,11 @@ class CausalGradient {
 };
 
 template <class Acc>
-bool CausalGrad(const CausalGradParams& params, const Acc* query_projection, const Acc* key_projection, Slice slice, Acc* key_bias,
+bool CausalGrad(const CausalGradParams& params, const Acc* query_projection,
+                const Acc* key_projection, Slice slice, Acc* key_bias,
                 CausalGradPartial<Acc> partial) {
-  return CausalGradient<Acc>(params, query_projection, key_projection, slice, key_bias, partial).Run();
+  return CausalGradient<Acc>(params, query_projection, key_projection, slice, key_bias, partial)
+      .Run();
 }
 
 PERFORMER_ISA_END

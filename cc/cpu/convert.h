@@ -1,4 +1,5 @@
-// Rows of tensors to rows of Acc in scratch memory and back. Conversions to bfloat16 and half round to nearest even.
+// Rows of tensors to rows of Acc in scratch memory and back. Conversions to bfloat16 and half round
+// to nearest even.
 #pragma once
 #include "core/params.h"
 #include "cpu/simd.h"
@@ -40,7 +41,8 @@ PERFORMER_INLINE double Widen(double x) { return x; }
 PERFORMER_INLINE float Widen(BFloat16 x) { return FromBits(static_cast<uint32_t>(x.bits) << 16); }
 PERFORMER_INLINE float Widen(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-  const uint32_t finite = BitsOf(FromBits(rest << 13) * 0x1p112f);  // the product also normalises subnormals
+  const uint32_t finite =
+      BitsOf(FromBits(rest << 13) * 0x1p112f);  // the product also normalises subnormals
   return FromBits(sign | (rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : finite));
 }
 
@@ -53,19 +55,23 @@ PERFORMER_INLINE void Narrow(float x, BFloat16* to) {
 PERFORMER_INLINE void Narrow(float x, Half* to) {
   const uint32_t bits = BitsOf(x), rest = bits & 0x7fffffff;
   const uint32_t special = rest > 0x7f800000 ? 0x7e00u : 0x7c00u;
-  const uint32_t subnormal = BitsOf(FromBits(rest) + 0.5f) - BitsOf(0.5f);  // the sum rounds at half's last place
-  const uint32_t normal = (rest + 0xc8000fffu + ((rest >> 13) & 1)) >> 13;  // rebias the exponent by 15 - 127, round
+  const uint32_t subnormal =
+      BitsOf(FromBits(rest) + 0.5f) - BitsOf(0.5f);  // the sum rounds at half's last place
+  const uint32_t normal =
+      (rest + 0xc8000fffu + ((rest >> 13) & 1)) >> 13;  // rebias the exponent by 15 - 127, round
   const uint32_t magnitude = rest >= 0x47800000 ? special : rest < 0x38800000 ? subnormal : normal;
   to->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000) | magnitude);
 }
 
 template <class T, class Acc>
-PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip, Acc* to, int64_t stride) {
+PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t n,
+                                    const uint8_t* skip, Acc* to, int64_t stride) {
   const int64_t step = rows.heads * rows.width;
   const T* from = static_cast<const T*>(rows.data) + row * step + rows.head * rows.width;
   for (int64_t i = 0; i < n; ++i, from += step, to += stride) {
     for (int64_t d = 0; d < rows.width; d += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(from + n * step + d);  // the next chunk; only a hint, it may lie past the end
+      __builtin_prefetch(from + n * step +
+                         d);  // the next chunk; only a hint, it may lie past the end
     if (skip && skip[i]) {
       for (int64_t d = 0; d < stride; ++d) to[d] = 0;
     } else {
@@ -75,9 +81,11 @@ PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t 
   }
 }
 
-// to[i][0 : stride] = rows[row + i], zero beyond the width and, whatever the row holds, where skip[i] (skip may be nullptr).
+// to[i][0 : stride] = rows[row + i], zero beyond the width and, whatever the row holds, where
+// skip[i] (skip may be nullptr).
 template <class Acc>
-void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip, Acc* to, int64_t stride) {
+void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip, Acc* to,
+              int64_t stride) {
   if constexpr (sizeof(Acc) == sizeof(double)) {
     LoadTypedRows<double>(rows, row, n, skip, to, stride);
   } else {
@@ -88,7 +96,8 @@ void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip
 }
 
 template <class T, class Acc>
-PERFORMER_INLINE void StoreTypedRows(const MutableRows& rows, int64_t row, int64_t n, const Acc* from, int64_t stride) {
+PERFORMER_INLINE void StoreTypedRows(const MutableRows& rows, int64_t row, int64_t n,
+                                     const Acc* from, int64_t stride) {
   const int64_t step = rows.heads * rows.width;
   T* to = static_cast<T*>(rows.data) + row * step + rows.head * rows.width;
   for (int64_t i = 0; i < n; ++i, to += step, from += stride)

@@ -8,10 +8,10 @@
 namespace performer {
 namespace cpu {
 
-#define PERFORMER_DECLARE(isa)                 \
-  namespace isa {                              \
-  const Kernels<float>& KernelsFor(float);     \
-  const Kernels<double>& KernelsFor(double);   \
+#define PERFORMER_DECLARE(isa)               \
+  namespace isa {                            \
+  const Kernels<float>& KernelsFor(float);   \
+  const Kernels<double>& KernelsFor(double); \
   }
 #ifdef PERFORMER_HAVE_V2
 PERFORMER_DECLARE(v2)
@@ -70,9 +70,11 @@ Status Find(const std::string& name, const char* argument, const Isa** found) {
     *found = &isa;
     if (name == isa.name) return Status();
   }
-  if (usable.empty()) return Status::InvalidArgument("this build has no kernels that this processor can run");
+  if (usable.empty())
+    return Status::InvalidArgument("this build has no kernels that this processor can run");
   if (name.empty()) return Status();
-  return Status::InvalidArgument(std::string(argument) + " must be one of " + usable + " on this processor; got '" + name + "'");
+  return Status::InvalidArgument(std::string(argument) + " must be one of " + usable +
+                                 " on this processor; got '" + name + "'");
 }
 
 Status FindChosen(const std::string& isa, const Isa** found) {

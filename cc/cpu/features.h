@@ -1,4 +1,5 @@
-// Log-features of rows, their weights, and what both sides of the attention share. Everything inside is in base 2.
+// Log-features of rows, their weights, and what both sides of the attention share. Everything
+// inside is in base 2.
 #pragma once
 #include "cpu/convert.h"
 #include "cpu/layout.h"
@@ -23,9 +24,11 @@ struct Map {
   bool linear() const { return kind == FeatureMap::kSoftmax; }
 };
 
-// Writes one [m, d] projection, rounded once to `dtype`, times sqrt(scale), in the layouts of PackedProjection.
+// Writes one [m, d] projection, rounded once to `dtype`, times sqrt(scale), in the layouts of
+// PackedProjection.
 template <class Acc>
-void PackProjection(const Attributes& attributes, DType dtype, const Widths& w, const Acc* from, Acc* to) {
+void PackProjection(const Attributes& attributes, DType dtype, const Widths& w, const Acc* from,
+                    Acc* to) {
   const double root = __builtin_sqrt(attributes.ResolvedScale(w.d));
   const double base = attributes.feature_map == FeatureMap::kSoftmax ? kLog2eDouble : 1.0;
   Acc* panels = to;
@@ -36,7 +39,8 @@ void PackProjection(const Attributes& attributes, DType dtype, const Widths& w, 
     for (int64_t d = 0; d < w.d; ++d) {
       const double x = root * static_cast<double>(RoundTo(dtype, from[m * w.d + d]));
       rows[m * w.d_pad + d] = static_cast<Acc>(x);
-      base2_rows[m * w.d_pad + d] = panels[(m / kPanel * w.d + d) * kPanel + m % kPanel] = static_cast<Acc>(x * base);
+      base2_rows[m * w.d_pad + d] = panels[(m / kPanel * w.d + d) * kPanel + m % kPanel] =
+          static_cast<Acc>(x * base);
     }
 }
 
@@ -49,14 +53,16 @@ PERFORMER_INLINE Acc Dot(const Acc* a, const Acc* b, int64_t n) {
 
 // c[n][m_pad] = a [n][depth] times panels [m_panels][depth][kPanel]; rows of c are m_stride apart.
 template <class Acc>
-PERFORMER_INLINE void MatMulPanels(const Acc* a, int64_t lda, int64_t n, const Acc* panels, int64_t depth, const Widths& w, Acc* c) {
+PERFORMER_INLINE void MatMulPanels(const Acc* a, int64_t lda, int64_t n, const Acc* panels,
+                                   int64_t depth, const Widths& w, Acc* c) {
   for (int64_t m = 0; m < w.m_pad; m += kPanel) {
     const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
     MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols);
   }
 }
 
-// x [m][e_pad] to panels of its transpose, [m_panels][e_pad][kPanel]: a row stride of m would use a part of the L1 sets.
+// x [m][e_pad] to panels of its transpose, [m_panels][e_pad][kPanel]: a row stride of m would use a
+// part of the L1 sets.
 template <class Acc>
 PERFORMER_INLINE void TransposeToPanels(const Acc* x, const Widths& w, Acc* panels) {
   for (int64_t m = 0; m < w.m; m += kPanel) {
@@ -71,9 +77,11 @@ PERFORMER_INLINE void TransposeToPanels(const Acc* x, const Widths& w, Acc* pane
   }
 }
 
-// The epilogue of the maps that are not linear: u to log2 phi(u) in place, and slope = d log phi / du where asked for.
+// The epilogue of the maps that are not linear: u to log2 phi(u) in place, and slope = d log phi /
+// du where asked for.
 template <class Acc, bool kSlope>
-void ApplyEpilogue(const Map<Acc>& map, int64_t n, int64_t width, int64_t stride, Acc* f, Acc* slope) {
+void ApplyEpilogue(const Map<Acc>& map, int64_t n, int64_t width, int64_t stride, Acc* f,
+                   Acc* slope) {
   const Vec<Acc> zero = {}, one = Splat(Acc(1));
   for (int64_t i = 0; i < n; ++i)
     for (int64_t m = i * stride; m < i * stride + width; m += kLanes<Acc>) {
@@ -89,7 +97,8 @@ void ApplyEpilogue(const Map<Acc>& map, int64_t n, int64_t width, int64_t stride
     }
 }
 template <class Acc>
-PERFORMER_INLINE void ApplyMap(const Map<Acc>& map, int64_t n, int64_t width, int64_t stride, Acc* f, Acc* slope) {
+PERFORMER_INLINE void ApplyMap(const Map<Acc>& map, int64_t n, int64_t width, int64_t stride,
+                               Acc* f, Acc* slope) {
   if (map.linear()) return;
   if (slope) {
     ApplyEpilogue<Acc, true>(map, n, width, stride, f, slope);
@@ -98,25 +107,30 @@ PERFORMER_INLINE void ApplyMap(const Map<Acc>& map, int64_t n, int64_t width, in
   }
 }
 
-// f[i][m] = log2 phi_m(x_i) without biases and norms; slope (d log phi / du) may be nullptr, and is not written for linear maps.
+// f[i][m] = log2 phi_m(x_i) without biases and norms; slope (d log phi / du) may be nullptr, and is
+// not written for linear maps.
 template <class Acc>
-PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Acc* x, int64_t n, const Acc* panels, const Widths& w, Acc* f, Acc* slope) {
+PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Acc* x, int64_t n, const Acc* panels,
+                                  const Widths& w, Acc* f, Acc* slope) {
   MatMulPanels(x, w.d_pad, n, panels, w.d, w, f);
   ApplyMap(map, n, w.m_pad, w.m_stride, f, slope);
 }
 
 // g[i][m] *= slope[i][m].
 template <class Acc>
-PERFORMER_INLINE void ChainSlope(const Map<Acc>& map, int64_t n, const Widths& w, const Acc* slope, Acc* g) {
+PERFORMER_INLINE void ChainSlope(const Map<Acc>& map, int64_t n, const Widths& w, const Acc* slope,
+                                 Acc* g) {
   if (map.linear()) return;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t m = i * w.m_stride; m < i * w.m_stride + w.m_pad; m += kLanes<Acc>) Store(g + m, Load(g + m) * Load(slope + m));
+    for (int64_t m = i * w.m_stride; m < i * w.m_stride + w.m_pad; m += kLanes<Acc>)
+      Store(g + m, Load(g + m) * Load(slope + m));
 }
 
 // One chunk of keys and values in scratch memory.
 template <class Acc>
 struct KeyChunk {
-  Acc *k, *v, *offset;  // [chunk][d_pad], [chunk][e_pad], [chunk]: what to add to the log-features, -inf where masked
+  Acc *k, *v, *offset;  // [chunk][d_pad], [chunk][e_pad], [chunk]: what to add to the log-features,
+                        // -inf where masked
   uint8_t* skip;        // [chunk]: masked
 
   void Place(Arena& arena, const Widths& w, int64_t chunk) {
@@ -126,12 +140,16 @@ struct KeyChunk {
     skip = arena.Take<uint8_t>(chunk);
   }
 
-  // Rows [row, row + n) of the slice's head; masked rows are replaced by 0, whatever they hold. False if all are masked.
-  bool Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Widths& w, const Slice& slice, int64_t row, int64_t n) {
+  // Rows [row, row + n) of the slice's head; masked rows are replaced by 0, whatever they hold.
+  // False if all are masked.
+  bool Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Widths& w,
+            const Slice& slice, int64_t row, int64_t n) {
     const Dims& dims = call.dims;
     const int64_t batch = call.offsets ? 0 : slice.sequence;
-    const Acc* bias = static_cast<const Acc*>(keys.bias) +
-                      ((keys.bias_batch == 1 ? 0 : batch) * keys.bias_heads + (keys.bias_heads == 1 ? 0 : slice.head)) * keys.bias_length;
+    const Acc* bias =
+        static_cast<const Acc*>(keys.bias) + ((keys.bias_batch == 1 ? 0 : batch) * keys.bias_heads +
+                                              (keys.bias_heads == 1 ? 0 : slice.head)) *
+                                                 keys.bias_length;
     const int64_t first = row - batch * dims.keys, step = keys.bias_length == 1 ? 0 : 1;
     bool any = false;
     for (int64_t j = 0; j < n; ++j) {
@@ -139,20 +157,25 @@ struct KeyChunk {
       skip[j] = offset[j] == -kInf<Acc>;
       any |= !skip[j];
     }
-    LoadRows<Acc>({keys.key, call.dtype, dims.groups, slice.head, dims.key_dim}, row, n, skip, k, w.d_pad);
-    LoadRows<Acc>({keys.value, call.dtype, dims.groups, slice.head, dims.value_dim}, row, n, skip, v, w.e_pad);
+    LoadRows<Acc>({keys.key, call.dtype, dims.groups, slice.head, dims.key_dim}, row, n, skip, k,
+                  w.d_pad);
+    LoadRows<Acc>({keys.value, call.dtype, dims.groups, slice.head, dims.value_dim}, row, n, skip,
+                  v, w.e_pad);
     const Acc half = map.key_norm ? map.scale / 2 : Acc(0);
     for (int64_t j = 0; j < n; ++j) {
-      const Acc norm = map.key_norm ? half * Dot(k + j * w.d_pad, k + j * w.d_pad, w.d_pad) : Acc(0);
+      const Acc norm =
+          map.key_norm ? half * Dot(k + j * w.d_pad, k + j * w.d_pad, w.d_pad) : Acc(0);
       offset[j] = kLog2e<Acc> * (offset[j] - norm);
     }
     return any;
   }
 };
 
-// f[j][m] = 2^(f + offset_j - anchor_m) and, if asked for, mass[m] += sum_j; where the anchor is -inf, f + offset is -inf too.
+// f[j][m] = 2^(f + offset_j - anchor_m) and, if asked for, mass[m] += sum_j; where the anchor is
+// -inf, f + offset is -inf too.
 template <class Acc>
-void KeyWeights(int64_t n, const Widths& w, const Acc* offset, const Acc* anchor, Acc* f, Acc* mass) {
+void KeyWeights(int64_t n, const Widths& w, const Acc* offset, const Acc* anchor, Acc* f,
+                Acc* mass) {
   for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {
     const Vec<Acc> given = Load(anchor + m), zero = {};
     const Vec<Acc> a = given == -kInf<Acc> ? zero : given;
@@ -166,17 +189,22 @@ void KeyWeights(int64_t n, const Widths& w, const Acc* offset, const Acc* anchor
   }
 }
 
-// bias[m] = log2 of what feature m weighs: the state's log_mass (in base 2, or natural) and the feature bias; -inf in the padding.
+// bias[m] = log2 of what feature m weighs: the state's log_mass (in base 2, or natural) and the
+// feature bias; -inf in the padding.
 template <class Acc>
-void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const Widths& w, Acc* bias) {
+void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const Widths& w,
+             Acc* bias) {
   for (int64_t m = 0; m < w.m_pad; ++m)
-    bias[m] = m < w.m ? static_cast<Acc>(unit * static_cast<double>(log_mass[m]) + kLog2eDouble * static_cast<double>(feature_bias[m]))
+    bias[m] = m < w.m ? static_cast<Acc>(unit * static_cast<double>(log_mass[m]) +
+                                         kLog2eDouble * static_cast<double>(feature_bias[m]))
                       : -kInf<Acc>;
 }
 
-// f[i] = 2^(f[i] + bias - shift_i), shift_i the row's maximum (0 if that is -inf); den_i = sum_m f[i][m] * weight[m], or of f alone.
+// f[i] = 2^(f[i] + bias - shift_i), shift_i the row's maximum (0 if that is -inf); den_i = sum_m
+// f[i][m] * weight[m], or of f alone.
 template <bool kWeighted, class Acc>
-void QueryWeights(int64_t n, const Widths& w, const Acc* bias, const Acc* weight, Acc* f, Acc* shift, Acc* den) {
+void QueryWeights(int64_t n, const Widths& w, const Acc* bias, const Acc* weight, Acc* f,
+                  Acc* shift, Acc* den) {
   for (int64_t i = 0; i < n; ++i, f += w.m_stride) {
     Vec<Acc> top = Splat(-kInf<Acc>);
     for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {

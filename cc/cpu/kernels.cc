@@ -1,4 +1,5 @@
-// The kernels of one instruction set (PERFORMER_ISA) and one type of sums (PERFORMER_ACC): compiled once for each pair.
+// The kernels of one instruction set (PERFORMER_ISA) and one type of sums (PERFORMER_ACC): compiled
+// once for each pair.
 #include "cpu/kernels.h"
 
 #include "cpu/causal.h"
@@ -19,15 +20,10 @@ void Elementwise(const Acc* x, int64_t n, Acc* y) {
 
 const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
   using Acc = PERFORMER_ACC;
-  static constexpr Kernels<Acc> kKernels = {PackProjection<Acc>,
-                                            Summarize<Acc>,
-                                            Read<Acc>,
-                                            Causal<Acc>,
-                                            SummarizeGrad<Acc>,
-                                            ReadGrad<Acc>,
-                                            CausalGrad<Acc>,
-                                            Elementwise<Acc, Exp2>,
-                                            Elementwise<Acc, Log2>};
+  static constexpr Kernels<Acc> kKernels = {
+      PackProjection<Acc>, Summarize<Acc>,         Read<Acc>,
+      Causal<Acc>,         SummarizeGrad<Acc>,     ReadGrad<Acc>,
+      CausalGrad<Acc>,     Elementwise<Acc, Exp2>, Elementwise<Acc, Log2>};
   return kKernels;
 }
 

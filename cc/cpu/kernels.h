@@ -1,32 +1,40 @@
-// What one compiled instruction set offers: single-threaded kernels, each for one work item. The drivers (run.h) divide the work.
+// What one compiled instruction set offers: single-threaded kernels, each for one work item. The
+// drivers (run.h) divide the work.
 #pragma once
 #include "cpu/layout.h"
 
 namespace performer {
 namespace cpu {
 
-// Every kernel returns false if scratch memory could not be allocated, and has then written nothing that counts.
-// `projection` is indexed as the heads of params' projection: PackedProjection<Acc>::Size elements each.
+// Every kernel returns false if scratch memory could not be allocated, and has then written nothing
+// that counts. `projection` is indexed as the heads of params' projection:
+// PackedProjection<Acc>::Size elements each.
 template <class Acc>
 struct Kernels {
   // to[PackedProjection::Size] = w [m, d] rounded once to `dtype`, packed.
-  void (*pack_projection)(const Attributes& attributes, DType dtype, const Widths& widths, const Acc* w, Acc* to);
+  void (*pack_projection)(const Attributes& attributes, DType dtype, const Widths& widths,
+                          const Acc* w, Acc* to);
 
   // Keys of the slice (head: a key/value head) into `partial`.
-  bool (*summarize)(const SummarizeParams& params, const Acc* projection, Slice slice, SummaryPartial<Acc> partial);
+  bool (*summarize)(const SummarizeParams& params, const Acc* projection, Slice slice,
+                    SummaryPartial<Acc> partial);
 
   // Rows of params.out for the slice.
   bool (*read)(const ReadParams& params, const Acc* projection, Slice slice);
 
   // A whole sequence and key/value head: out of its query heads, and the final state.
-  bool (*causal)(const CausalParams& params, const Acc* query_projection, const Acc* key_projection, Slice slice);
+  bool (*causal)(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
+                 Slice slice);
 
   // key_bias: gradient of the log weights of the keys, [B, G, S].
-  bool (*summarize_grad)(const SummarizeGradParams& params, const Acc* projection, Slice slice, Acc* key_bias, Acc* partial_projection);
+  bool (*summarize_grad)(const SummarizeGradParams& params, const Acc* projection, Slice slice,
+                         Acc* key_bias, Acc* partial_projection);
 
-  bool (*read_grad)(const ReadGradParams& params, const Acc* projection, Slice slice, ReadGradPartial<Acc> partial);
+  bool (*read_grad)(const ReadGradParams& params, const Acc* projection, Slice slice,
+                    ReadGradPartial<Acc> partial);
 
-  bool (*causal_grad)(const CausalGradParams& params, const Acc* query_projection, const Acc* key_projection, Slice slice, Acc* key_bias,
+  bool (*causal_grad)(const CausalGradParams& params, const Acc* query_projection,
+                      const Acc* key_projection, Slice slice, Acc* key_bias,
                       CausalGradPartial<Acc> partial);
 
   // For tests: y[i] = 2^x[i] and log2(x[i]), n a multiple of kPad.

@@ -1,4 +1,5 @@
-// Layouts shared by the drivers and the kernels of every instruction set. Acc is the type of sums and state: float or double.
+// Layouts shared by the drivers and the kernels of every instruction set. Acc is the type of sums
+// and state: float or double.
 #pragma once
 #include <cstdint>
 
@@ -9,19 +10,23 @@ namespace performer {
 namespace cpu {
 
 inline constexpr int64_t kAlignment = 64;  // bytes: a cache line, the widest vector
-inline constexpr int64_t kPanel = 64;      // columns of a panel: B operands of features lie as panels [depth][kPanel]
+inline constexpr int64_t kPanel =
+    64;  // columns of a panel: B operands of features lie as panels [depth][kPanel]
 
 template <class Acc>
 constexpr int64_t kPad = kAlignment / static_cast<int64_t>(sizeof(Acc));
 
-PERFORMER_INLINE constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+PERFORMER_INLINE constexpr int64_t RoundUp(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 // Widths of rows in scratch memory: padded to whole vectors, the padding is zero.
 struct Widths {
-  int64_t d, e, m;                  // as in the call
-  int64_t d_pad, e_pad, m_pad;      // of padded rows
-  int64_t m_panels;                 // panels that hold m columns
-  int64_t m_stride;                 // of rows of features: one vector more than m_pad, spreads them over all cache sets
+  int64_t d, e, m;              // as in the call
+  int64_t d_pad, e_pad, m_pad;  // of padded rows
+  int64_t m_panels;             // panels that hold m columns
+  int64_t m_stride;  // of rows of features: one vector more than m_pad, spreads them over all cache
+                     // sets
 };
 
 template <class Acc>
@@ -38,14 +43,17 @@ PERFORMER_INLINE constexpr Widths MakeWidths(const Dims& dims) {
           m_pad + kUnit};
 }
 
-// One projection [M, D] prepared for the products, times sqrt(scale); the softmax map works in base 2.
+// One projection [M, D] prepared for the products, times sqrt(scale); the softmax map works in
+// base 2.
 template <class Acc>
 struct PackedProjection {
-  const Acc* panels = nullptr;     // [m_panels][d][kPanel]: w^T, times log2(e) for the softmax map
-  const Acc* rows = nullptr;       // [m][d_pad]: w
-  const Acc* base2_rows = nullptr; // [m][d_pad]: w, times log2(e) for the softmax map
+  const Acc* panels = nullptr;      // [m_panels][d][kPanel]: w^T, times log2(e) for the softmax map
+  const Acc* rows = nullptr;        // [m][d_pad]: w
+  const Acc* base2_rows = nullptr;  // [m][d_pad]: w, times log2(e) for the softmax map
 
-  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) { return w.m_panels * kPanel * w.d + 2 * w.m * w.d_pad; }
+  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) {
+    return w.m_panels * kPanel * w.d + 2 * w.m * w.d_pad;
+  }
   static PERFORMER_INLINE PackedProjection At(const Acc* base, const Widths& w) {
     const Acc* rows = base + w.m_panels * kPanel * w.d;
     return {base, rows, rows + w.m * w.d_pad};
@@ -54,21 +62,32 @@ struct PackedProjection {
 
 // Partial results of one work item, in memory of the driver. Each starts on a cache line.
 template <class Acc>
-struct SummaryPartial {  // sums relative to 2^anchor
+struct SummaryPartial {      // sums relative to 2^anchor
   Acc *anchor, *mass, *sum;  // [m_pad], [m_pad], [m][e_pad]; anchor -inf: nothing yet
-  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) { return 2 * w.m_pad + w.m * w.e_pad; }
-  static PERFORMER_INLINE SummaryPartial At(Acc* base, const Widths& w) { return {base, base + w.m_pad, base + 2 * w.m_pad}; }
+  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) {
+    return 2 * w.m_pad + w.m * w.e_pad;
+  }
+  static PERFORMER_INLINE SummaryPartial At(Acc* base, const Widths& w) {
+    return {base, base + w.m_pad, base + 2 * w.m_pad};
+  }
 };
 template <class Acc>
 struct ReadGradPartial {
-  Acc *log_mass, *mean, *projection;  // [m_pad] (also the gradient of feature_bias), [m][e_pad], [m][d_pad] / sqrt(scale)
-  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) { return w.m_pad + w.m * (w.e_pad + w.d_pad); }
-  static PERFORMER_INLINE ReadGradPartial At(Acc* base, const Widths& w) { return {base, base + w.m_pad, base + w.m_pad + w.m * w.e_pad}; }
+  Acc *log_mass, *mean, *projection;  // [m_pad] (also the gradient of feature_bias), [m][e_pad],
+                                      // [m][d_pad] / sqrt(scale)
+  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) {
+    return w.m_pad + w.m * (w.e_pad + w.d_pad);
+  }
+  static PERFORMER_INLINE ReadGradPartial At(Acc* base, const Widths& w) {
+    return {base, base + w.m_pad, base + w.m_pad + w.m * w.e_pad};
+  }
 };
 template <class Acc>
 struct CausalGradPartial {
-  Acc *log_mass, *mean, *key_projection;   // of the initial state [m_pad], [m][e_pad]; [m][d_pad] / sqrt(scale)
-  Acc *feature_bias, *query_projection;    // [heads of the group][m_pad], [heads of the group][m][d_pad] / sqrt(scale)
+  Acc *log_mass, *mean,
+      *key_projection;  // of the initial state [m_pad], [m][e_pad]; [m][d_pad] / sqrt(scale)
+  Acc *feature_bias, *query_projection;  // [heads of the group][m_pad], [heads of the
+                                         // group][m][d_pad] / sqrt(scale)
   static PERFORMER_INLINE constexpr int64_t Size(const Widths& w, int64_t group_size) {
     return w.m_pad + w.m * (w.e_pad + w.d_pad) + group_size * (w.m_pad + w.m * w.d_pad);
   }
@@ -88,7 +107,8 @@ PERFORMER_INLINE int64_t QueryHeadIndex(int64_t count, int64_t head, const Dims&
   return count == 1 ? 0 : count == dims.heads ? head : head / GroupSize(dims);
 }
 
-// A work item: rows [begin, end) of one sequence and one head, rows counted through the whole tensor [B * L].
+// A work item: rows [begin, end) of one sequence and one head, rows counted through the whole
+// tensor [B * L].
 struct Slice {
   int64_t sequence, head, begin, end;
 };

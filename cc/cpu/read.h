@@ -6,7 +6,8 @@
 
 PERFORMER_ISA_BEGIN
 
-// The state of one sequence and key/value head as the kernels want it: rows of means padded, zero where nothing was seen.
+// The state of one sequence and key/value head as the kernels want it: rows of means padded, zero
+// where nothing was seen.
 template <class Acc>
 struct LoadedState {
   const Acc* log_mass;  // [m], natural logarithms, as given
@@ -30,10 +31,14 @@ struct QueryHead {
   PackedProjection<Acc> projection;
   const Acc* feature_bias;
 
-  QueryHead(const QuerySide& queries, const Acc* packed, const Dims& dims, const Widths& w, int64_t head)
+  QueryHead(const QuerySide& queries, const Acc* packed, const Dims& dims, const Widths& w,
+            int64_t head)
       : projection(PackedProjection<Acc>::At(
-            packed + QueryHeadIndex(queries.projection_heads, head, dims) * PackedProjection<Acc>::Size(w), w)),
-        feature_bias(static_cast<const Acc*>(queries.feature_bias) + QueryHeadIndex(queries.feature_bias_heads, head, dims) * w.m) {}
+            packed + QueryHeadIndex(queries.projection_heads, head, dims) *
+                         PackedProjection<Acc>::Size(w),
+            w)),
+        feature_bias(static_cast<const Acc*>(queries.feature_bias) +
+                     QueryHeadIndex(queries.feature_bias_heads, head, dims) * w.m) {}
 };
 
 template <class Acc>

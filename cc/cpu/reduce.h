@@ -21,7 +21,8 @@ class Totals {
   }
   int64_t rows() const { return rows_; }
   void Store(double factor, void* to) const {
-    for (int64_t i = 0; i < heads_ * rows_ * width_; ++i) static_cast<Acc*>(to)[i] = static_cast<Acc>(sums_[i] * factor);
+    for (int64_t i = 0; i < heads_ * rows_ * width_; ++i)
+      static_cast<Acc*>(to)[i] = static_cast<Acc>(sums_[i] * factor);
   }
 
  private:
@@ -33,7 +34,9 @@ class Totals {
 template <class Acc>
 void ReduceKeyBias(const Dims& dims, const KeySide& keys, const Acc* full, void* to) {
   Acc* out = static_cast<Acc*>(to);
-  const auto all = [](int64_t given, int64_t size) { return given == size ? std::pair(size, int64_t{1}) : std::pair(int64_t{1}, size); };
+  const auto all = [](int64_t given, int64_t size) {
+    return given == size ? std::pair(size, int64_t{1}) : std::pair(int64_t{1}, size);
+  };
   const auto [batches, sum_batches] = all(keys.bias_batch, dims.batch);
   const auto [groups, sum_groups] = all(keys.bias_heads, dims.groups);
   const auto [rows, sum_rows] = all(keys.bias_length, dims.keys);

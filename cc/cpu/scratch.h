@@ -8,7 +8,8 @@
 
 PERFORMER_ISA_BEGIN
 
-// Hands out aligned pieces of one block. A first pass without a block measures, a second one places:
+// Hands out aligned pieces of one block. A first pass without a block measures, a second one
+// places:
 //   Arena arena; s.Place(arena, ...); if (!arena.Allocate()) return false; s.Place(arena, ...);
 class Arena {
  public:
@@ -25,14 +26,18 @@ class Arena {
   }
   bool Allocate() {
     void* block = nullptr;
-    if (posix_memalign(&block, kAlignment, static_cast<size_t>(used_ > 0 ? used_ : kAlignment)) != 0) return false;
+    if (posix_memalign(&block, kAlignment, static_cast<size_t>(used_ > 0 ? used_ : kAlignment)) !=
+        0)
+      return false;
     block_ = static_cast<char*>(block);
     used_ = 0;
     return true;
   }
 
  private:
-  static int64_t RoundUpBytes(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+  static int64_t RoundUpBytes(int64_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
 
   char* block_ = nullptr;
   int64_t used_ = 0;

@@ -1,4 +1,5 @@
-// Vectors of float or double through the compiler's vector extensions: one source for x86-64-v2, v3, v4 and aarch64.
+// Vectors of float or double through the compiler's vector extensions: one source for x86-64-v2,
+// v3, v4 and aarch64.
 #pragma once
 #include <cstdint>
 
@@ -13,9 +14,11 @@
 PERFORMER_ISA_BEGIN
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 6, kTileVecs = 4;  // 24 accumulators + 4 + 1 of 32 registers
+constexpr int kVectorBytes = 64, kTileRows = 6,
+              kTileVecs = 4;  // 24 accumulators + 4 + 1 of 32 registers
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kTileRows = 6, kTileVecs = 2;  // 12 accumulators + 2 + 1 of 16 registers
+constexpr int kVectorBytes = 32, kTileRows = 6,
+              kTileVecs = 2;  // 12 accumulators + 2 + 1 of 16 registers
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16, kTileRows = 6, kTileVecs = 4;
 #else
@@ -109,16 +112,20 @@ PERFORMER_INLINE float ReduceMax<float>(Vec<float> x) {
 
 // dst[c][r] = src[r][c]; rows and cols multiples of 4. 4 x 4 blocks on every target.
 template <class T>
-PERFORMER_INLINE void Transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst, int64_t dst_stride) {
+PERFORMER_INLINE void Transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols,
+                                T* dst, int64_t dst_stride) {
   typedef T Quad __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
   const auto load = [](const T* p) { return *reinterpret_cast<const Quad*>(p); };
   const auto store = [](T* p, Quad x) { *reinterpret_cast<Quad*>(p) = x; };
   for (int64_t c = 0; c < cols; c += 4)
     for (int64_t r = 0; r < rows; r += 4) {
       const T* s = src + r * src_stride + c;
-      const Quad a0 = load(s), a1 = load(s + src_stride), a2 = load(s + 2 * src_stride), a3 = load(s + 3 * src_stride);
-      const Quad l0 = __builtin_shufflevector(a0, a1, 0, 4, 1, 5), h0 = __builtin_shufflevector(a0, a1, 2, 6, 3, 7);
-      const Quad l1 = __builtin_shufflevector(a2, a3, 0, 4, 1, 5), h1 = __builtin_shufflevector(a2, a3, 2, 6, 3, 7);
+      const Quad a0 = load(s), a1 = load(s + src_stride), a2 = load(s + 2 * src_stride),
+                 a3 = load(s + 3 * src_stride);
+      const Quad l0 = __builtin_shufflevector(a0, a1, 0, 4, 1, 5),
+                 h0 = __builtin_shufflevector(a0, a1, 2, 6, 3, 7);
+      const Quad l1 = __builtin_shufflevector(a2, a3, 0, 4, 1, 5),
+                 h1 = __builtin_shufflevector(a2, a3, 2, 6, 3, 7);
       T* d = dst + c * dst_stride + r;
       store(d, __builtin_shufflevector(l0, l1, 0, 1, 4, 5));
       store(d + dst_stride, __builtin_shufflevector(l0, l1, 2, 3, 6, 7));

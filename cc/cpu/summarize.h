@@ -1,6 +1,7 @@
 // Bidirectional attention, first half: keys and values to a state of M landmarks.
 //   log_mass[m] = log sum_j exp(b[m, j])      mean[m] = softmax_j(b[m, :]) v
-// Per chunk of keys: log-features into a buffer in L2, their maximum raises the anchors, exponentials, then sum += f^T v.
+// Per chunk of keys: log-features into a buffer in L2, their maximum raises the anchors,
+// exponentials, then sum += f^T v.
 #pragma once
 #include "core/chunks.h"
 #include "cpu/features.h"
@@ -9,10 +10,13 @@ PERFORMER_ISA_BEGIN
 
 // Raises each anchor to the maximum of its log-features in the chunk; sums are relative to it.
 template <class Acc>
-void RaiseAnchors(int64_t n, const Widths& w, const Acc* offset, const Acc* f, SummaryPartial<Acc> to) {
+void RaiseAnchors(int64_t n, const Widths& w, const Acc* offset, const Acc* f,
+                  SummaryPartial<Acc> to) {
   for (int64_t m0 = 0; m0 < w.m; m0 += kLanes<Acc>) {
     Vec<Acc> top = Load(to.anchor + m0);
-    for (int64_t j = 0; j < n; ++j) top = Max(Load(f + j * w.m_stride + m0) + offset[j], top);  // in this order NaN is passed over
+    for (int64_t j = 0; j < n; ++j)
+      top =
+          Max(Load(f + j * w.m_stride + m0) + offset[j], top);  // in this order NaN is passed over
     Acc now[kLanes<Acc>];
     Store(now, top);
     for (int64_t m = m0; m < m0 + kLanes<Acc> && m < w.m; ++m) {
@@ -39,17 +43,20 @@ struct SummarizeScratch {
 };
 
 template <class Acc>
-bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice, SummaryPartial<Acc> partial) {
+bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice,
+               SummaryPartial<Acc> partial) {
   const Widths w = MakeWidths<Acc>(params.dims);
   const Map<Acc> map(params);
-  const int64_t rows = slice.end - slice.begin, chunk = rows < kSummarizeChunk ? rows : kSummarizeChunk;
+  const int64_t rows = slice.end - slice.begin,
+                chunk = rows < kSummarizeChunk ? rows : kSummarizeChunk;
   Arena arena;
   SummarizeScratch<Acc> s;
   s.Place(arena, w, chunk);
   if (!arena.Allocate()) return false;
   s.Place(arena, w, chunk);
   const int64_t index = params.keys.projection_heads == 1 ? 0 : slice.head;
-  const auto packed = PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
+  const auto packed =
+      PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
 
   for (int64_t m = 0; m < w.m_pad; ++m) partial.anchor[m] = -kInf<Acc>, partial.mass[m] = 0;
   for (int64_t i = 0; i < w.m * w.e_pad; ++i) partial.sum[i] = 0;

@@ -1,4 +1,5 @@
-// The one matrix product of all kernels: R rows x NV vectors of accumulators in registers, A broadcast with any strides, B rows contiguous.
+// The one matrix product of all kernels: R rows x NV vectors of accumulators in registers, A
+// broadcast with any strides, B rows contiguous.
 #pragma once
 #include "cpu/simd.h"
 
@@ -13,10 +14,12 @@ struct Tile {
     ForEach([](int, int, Vec<T>& x) { x = Vec<T>{}; });
   }
   // v[r][:] += sum_k a[r * row + k * step] * b[k * ldb + :]
-  PERFORMER_INLINE void Multiply(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, int64_t depth) {
+  PERFORMER_INLINE void Multiply(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
+                                 int64_t depth) {
     for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) Rank1<0, R>(a, row, b);
   }
-  // The triangular end of a causal product: row r takes k <= r only, so that an earlier row never touches a later row of b.
+  // The triangular end of a causal product: row r takes k <= r only, so that an earlier row never
+  // touches a later row of b.
   PERFORMER_INLINE void MultiplyLower(const T* a, int64_t row, const T* b, int64_t ldb) {
     Triangle<true, 0>(a, row, b, ldb);
   }
@@ -28,9 +31,8 @@ struct Tile {
   template <class F>
   PERFORMER_INLINE void ForEach(F f) {
     PERFORMER_UNROLL
-    for (int r = 0; r < R; ++r)
-      PERFORMER_UNROLL
-      for (int j = 0; j < NV; ++j) f(r, j, v[r][j]);
+    for (int r = 0; r < R; ++r) PERFORMER_UNROLL
+    for (int j = 0; j < NV; ++j) f(r, j, v[r][j]);
   }
 
  private:
@@ -93,7 +95,8 @@ PERFORMER_INLINE void LastColumns(int64_t vecs, int64_t rows, int64_t c, Body bo
 }
 }  // namespace tile_internal
 
-// body(tile, r, c) for every tile of a rows x cols matrix, column by column of tiles; cols a multiple of the lanes.
+// body(tile, r, c) for every tile of a rows x cols matrix, column by column of tiles; cols a
+// multiple of the lanes.
 template <class T, class Body>
 PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   constexpr int kCols = kTileVecs * kLanes<T>;
@@ -102,11 +105,13 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
 }
 
-// c[rows][cols] = A B, or += with kAdd. Not inlined: constants of the code around it would take registers from the tile (half the rate
-// with AVX2). The bits of an entry depend on its row of A and its column of B only, not on where it lies in the matrix.
+// c[rows][cols] = A B, or += with kAdd. Not inlined: constants of the code around it would take
+// registers from the tile (half the rate with AVX2). The bits of an entry depend on its row of A
+// and its column of B only, not on where it lies in the matrix.
 template <bool kAdd, class T>
-__attribute__((noinline)) void MatMul(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc,
-                                      int64_t rows, int64_t cols) {
+__attribute__((noinline)) void MatMul(const T* a, int64_t row, int64_t step, const T* b,
+                                      int64_t ldb, int64_t depth, T* c, int64_t ldc, int64_t rows,
+                                      int64_t cols) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) {
     tile.Zero();
     tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);

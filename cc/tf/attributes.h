@@ -14,14 +14,15 @@ inline absl::Status ToTensorFlow(const Status& status) {
     case Code::kOk:
       return absl::OkStatus();
     case Code::kInvalidArgument:
-      return tensorflow::errors::InvalidArgument(status.message());
+      return absl::InvalidArgumentError(status.message());
     case Code::kResourceExhausted:
-      return tensorflow::errors::ResourceExhausted(status.message());
+      return absl::ResourceExhaustedError(status.message());
   }
-  return tensorflow::errors::Internal(status.message());
+  return absl::InternalError(status.message());
 }
 
-// Reads the attributes of an op from an OpKernelConstruction or InferenceContext; checks that U belongs to T.
+// Reads the attributes of an op from an OpKernelConstruction or InferenceContext; checks that U
+// belongs to T.
 template <class Context>
 absl::Status ReadAttributes(Context* context, Op op, Attributes* attributes) {
   std::string feature_map;
@@ -33,14 +34,17 @@ absl::Status ReadAttributes(Context* context, Op op, Attributes* attributes) {
   TF_RETURN_IF_ERROR(context->GetAttr("packed", &attributes->packed));
   TF_RETURN_IF_ERROR(context->GetAttr("T", &t));
   TF_RETURN_IF_ERROR(context->GetAttr("U", &u));
-  if (op != Op::kRead && op != Op::kReadGrad) TF_RETURN_IF_ERROR(context->GetAttr("key_norm", &attributes->key_norm));
+  if (op != Op::kRead && op != Op::kReadGrad)
+    TF_RETURN_IF_ERROR(context->GetAttr("key_norm", &attributes->key_norm));
   TF_RETURN_IF_ERROR(ToTensorFlow(ParseFeatureMap(feature_map, &attributes->feature_map)));
   attributes->scale = scale;
   attributes->feature_epsilon = feature_epsilon;
   TF_RETURN_IF_ERROR(ToTensorFlow(ValidateAttributes(*attributes)));
   if ((t == tensorflow::DT_DOUBLE) != (u == tensorflow::DT_DOUBLE))
-    return tensorflow::errors::InvalidArgument("U, the type of projections, biases and state, must be double if T is double, else float; got T = ",
-                                               tensorflow::DataTypeString(t), ", U = ", tensorflow::DataTypeString(u));
+    return absl::InvalidArgumentError(
+        "U, the type of projections, biases and state, must be double if T is double, else float; "
+        "got T = " +
+        tensorflow::DataTypeString(t) + ", U = " + tensorflow::DataTypeString(u));
   return absl::OkStatus();
 }
 

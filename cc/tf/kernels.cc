@@ -1,4 +1,5 @@
-// CPU OpKernels: tensors to a Call, one validation, then the driver on TensorFlow's own thread pool.
+// CPU OpKernels: tensors to a Call, one validation, then the driver on TensorFlow's own thread
+// pool.
 #include "core/params.h"
 #include "cpu/run.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -48,7 +49,8 @@ class PerformerOp : public OpKernel {
       call.inputs.push_back(input.tensor_data().data());
     }
     std::vector<Shape> outputs;
-    OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, call.input_shapes, &call.dims, &outputs)));
+    OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, call.input_shapes, &call.dims,
+                                                     &outputs)));
     if (attributes_.packed) OP_REQUIRES_OK(context, CheckOffsets(context, call.dims));
     for (size_t i = 0; i < outputs.size(); ++i) {
       tensorflow::TensorShape shape;
@@ -58,7 +60,8 @@ class PerformerOp : public OpKernel {
       call.outputs.push_back(const_cast<char*>(output->tensor_data().data()));
     }
     auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
-    const auto parallel_for = [pool](int64_t count, int64_t cost, const std::function<void(int64_t, int64_t)>& body) {
+    const auto parallel_for = [pool](int64_t count, int64_t cost,
+                                     const std::function<void(int64_t, int64_t)>& body) {
       pool->ParallelFor(count, cost, body);
     };
     OP_REQUIRES_OK(context, ToTensorFlow(cpu::Run(op, call, parallel_for)));
@@ -69,20 +72,24 @@ class PerformerOp : public OpKernel {
     const Tensor* offsets = nullptr;
     TF_RETURN_IF_ERROR(context->input("offsets", &offsets));
     const bool reads = op == Op::kRead || op == Op::kReadGrad;
-    return ToTensorFlow(ValidateOffsets(offsets->flat<int64_t>().data(), dims.sequences, reads ? dims.queries : dims.keys));
+    return ToTensorFlow(ValidateOffsets(offsets->flat<int64_t>().data(), dims.sequences,
+                                        reads ? dims.queries : dims.keys));
   }
 
   DType dtype_ = DType::kFloat32;
   Attributes attributes_;
 };
 
-#define PERFORMER_REGISTER(name, op, type, state)                                                                             \
-  REGISTER_KERNEL_BUILDER(                                                                                                    \
-      Name(name).Device(tensorflow::DEVICE_CPU).TypeConstraint<type>("T").TypeConstraint<state>("U"), PerformerOp<op>)
-#define PERFORMER_REGISTER_ALL(name, op)                             \
-  PERFORMER_REGISTER(name, op, float, float);                        \
-  PERFORMER_REGISTER(name, op, tensorflow::bfloat16, float);         \
-  PERFORMER_REGISTER(name, op, Eigen::half, float);                  \
+#define PERFORMER_REGISTER(name, op, type, state)             \
+  REGISTER_KERNEL_BUILDER(Name(name)                          \
+                              .Device(tensorflow::DEVICE_CPU) \
+                              .TypeConstraint<type>("T")      \
+                              .TypeConstraint<state>("U"),    \
+                          PerformerOp<op>)
+#define PERFORMER_REGISTER_ALL(name, op)                     \
+  PERFORMER_REGISTER(name, op, float, float);                \
+  PERFORMER_REGISTER(name, op, tensorflow::bfloat16, float); \
+  PERFORMER_REGISTER(name, op, Eigen::half, float);          \
   PERFORMER_REGISTER(name, op, double, double)
 
 PERFORMER_REGISTER_ALL("Performer>Summarize", Op::kSummarize);

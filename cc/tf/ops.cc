@@ -1,4 +1,5 @@
-// Registration of the operators: arguments, attributes, documentation, shape functions. signature.h holds the rules for shapes.
+// Registration of the operators: arguments, attributes, documentation, shape functions. signature.h
+// holds the rules for shapes.
 #include "core/signature.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -14,14 +15,16 @@ using tensorflow::shape_inference::ShapeHandle;
 Shape FromTensorFlow(InferenceContext* context, ShapeHandle handle) {
   if (!context->RankKnown(handle)) return Shape::UnknownRank();
   Shape shape;
-  for (int i = 0; i < context->Rank(handle); ++i) shape.dims.push_back(context->Value(context->Dim(handle, i)));
+  for (int i = 0; i < context->Rank(handle); ++i)
+    shape.dims.push_back(context->Value(context->Dim(handle, i)));
   return shape;
 }
 
 ShapeHandle ToTensorFlow(InferenceContext* context, const Shape& shape) {
   if (!shape.known_rank) return context->UnknownShape();
   std::vector<tensorflow::shape_inference::DimensionHandle> dims;
-  for (const int64_t dim : shape.dims) dims.push_back(dim == kUnknown ? context->UnknownDim() : context->MakeDim(dim));
+  for (const int64_t dim : shape.dims)
+    dims.push_back(dim == kUnknown ? context->UnknownDim() : context->MakeDim(dim));
   return context->MakeShape(dims);
 }
 
@@ -30,10 +33,12 @@ absl::Status InferOpShapes(InferenceContext* context) {
   Attributes attributes;
   TF_RETURN_IF_ERROR(ReadAttributes(context, op, &attributes));
   std::vector<Shape> inputs, outputs;
-  for (int i = 0; i < context->num_inputs(); ++i) inputs.push_back(FromTensorFlow(context, context->input(i)));
+  for (int i = 0; i < context->num_inputs(); ++i)
+    inputs.push_back(FromTensorFlow(context, context->input(i)));
   Dims dims;
   TF_RETURN_IF_ERROR(performer::ToTensorFlow(InferShapes(op, attributes, inputs, &dims, &outputs)));
-  for (size_t i = 0; i < outputs.size(); ++i) context->set_output(static_cast<int>(i), ToTensorFlow(context, outputs[i]));
+  for (size_t i = 0; i < outputs.size(); ++i)
+    context->set_output(static_cast<int>(i), ToTensorFlow(context, outputs[i]));
   return absl::OkStatus();
 }
 
@@ -48,13 +53,18 @@ absl::Status InferOpShapes(InferenceContext* context) {
       .Attr("U: {float, double} = DT_FLOAT")
 #define PERFORMER_KEY_ATTRIBUTES PERFORMER_ATTRIBUTES.Attr("key_norm: bool = true")
 
-#define PERFORMER_SUMMARIZE_INPUTS Input("key: T").Input("value: T").Input("key_projection: U").Input("key_bias: U").Input("offsets: int64")
-#define PERFORMER_READ_INPUTS    \
-  Input("query: T")              \
+#define PERFORMER_SUMMARIZE_INPUTS \
+  Input("key: T")                  \
+      .Input("value: T")           \
+      .Input("key_projection: U")  \
+      .Input("key_bias: U")        \
+      .Input("offsets: int64")
+#define PERFORMER_READ_INPUTS       \
+  Input("query: T")                 \
       .Input("query_projection: U") \
-      .Input("feature_bias: U")  \
-      .Input("log_mass: U")      \
-      .Input("mean: U")          \
+      .Input("feature_bias: U")     \
+      .Input("log_mass: U")         \
+      .Input("mean: U")             \
       .Input("offsets: int64")
 #define PERFORMER_CAUSAL_INPUTS     \
   Input("query: T")                 \
@@ -141,7 +151,9 @@ REGISTER_OP("Performer>SummarizeGrad")
     .Output("grad_key_projection: U")
     .Output("grad_key_bias: U")
     .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kSummarizeGrad>)
-    .Doc("Gradient of Performer>Summarize for each of its inputs, summed over broadcast dimensions.");
+    .Doc(
+        "Gradient of Performer>Summarize for each of its inputs, summed over broadcast "
+        "dimensions.");
 
 REGISTER_OP("Performer>ReadGrad")
     .PERFORMER_READ_INPUTS.Input("out: T")
