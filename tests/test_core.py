@@ -1,6 +1,6 @@
 """The compiled core against the reference: every instruction set, type, shape and option."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from kit.core_cases import cases, parameters
 from performer.tolerances import tolerances
 
 
-@lru_cache(maxsize=None)
+@cache
 def wanted(causal, name, dtype):
     case = cases(causal)[name]
     return expected(make(case, dtype), causal, **case.options)
@@ -25,9 +25,9 @@ def test_results_are_those_of_the_reference(causal, name, dtype, isa):
     assert list(results) == ["out", "log_mass", "mean"]
     wide = np.float64 if dtype == "float64" else np.float32
     assert [x.dtype for x in results.values()] == [DTYPES[dtype], wide, wide]
-    for name, x in wanted(causal, name, dtype).items():
-        worst = bound.worst if name == "out" else None
-        assert_close(results[name], x, rms=bound.rms, worst=worst, what=name)
+    for output, x in wanted(causal, name, dtype).items():
+        worst = bound.worst if output == "out" else None
+        assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
 
 
 @isas
@@ -41,7 +41,7 @@ def test_a_state_without_keys_reads_as_zero(isa):
 def test_the_core_names_its_instruction_sets():
     assert _core.isa() in _core.isas()
     assert len(set(_core.isas())) == len(_core.isas()) >= 1
-    with pytest.raises(ValueError, match="isa.*z80"):
+    with pytest.raises(ValueError, match=r"isa.*z80"):
         _core.exp2(np.zeros(16, np.float32), isa="z80")
 
 
@@ -54,7 +54,9 @@ def ulps(got, exact):
 @isas
 def test_exp2_of_float32_has_the_stated_error(isa):
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.uniform(-125.5, 127, 60000), np.arange(-125, 127), rng.normal(size=748)])
+    x = np.concatenate(
+        [rng.uniform(-125.5, 127, 60000), np.arange(-125, 127), rng.normal(size=748)]
+    )
     x = x[: len(x) // 16 * 16].astype(np.float32)
     assert ulps(_core.exp2(x, isa=isa), np.exp2(x.astype(np.float64))).max() <= 1.2
 

@@ -1,6 +1,6 @@
 """Gradients of the compiled core against the analytic gradients of the reference."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from kit.core_cases import CASES, ELU, RELU, cases, parameters
 from performer.tolerances import tolerances
 
 
-@lru_cache(maxsize=None)
+@cache
 def wanted(causal, name, dtype):
     case = cases(causal)[name]
     return expected_gradients(make(case, dtype), cotangents(case, dtype), causal, **case.options)
@@ -33,9 +33,9 @@ def test_gradients_are_those_of_the_reference(causal, name, dtype, isa):
     case, bound = cases(causal)[name], tolerances(dtype, causal=causal).gradient_rms
     x = make(case, dtype)
     grads = backward(x, cotangents(case, dtype), causal, isa=isa, **case.options)
-    for name, grad in wanted(causal, name, dtype).items():
-        assert grads[name].dtype == x[name].dtype, name
-        assert_close(grads[name], grad, rms=bound, what=name)
+    for argument, grad in wanted(causal, name, dtype).items():
+        assert grads[argument].dtype == x[argument].dtype, argument
+        assert_close(grads[argument], grad, rms=bound, what=argument)
 
 
 SMALL = shortened(CASES["an initial state for each, 500 rows"], rows=60, heads=6)

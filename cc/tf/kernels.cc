@@ -62,7 +62,7 @@ class PerformerOp : public OpKernel {
     auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
     const auto parallel_for = [pool](int64_t count, int64_t cost,
                                      const std::function<void(int64_t, int64_t)>& body) {
-      pool->ParallelFor(count, cost, body);
+      pool->ParallelFor(count, tsl::thread::ThreadPool::SchedulingParams::Adaptive(cost), body);
     };
     OP_REQUIRES_OK(context, ToTensorFlow(cpu::Run(op, call, parallel_for)));
   }

@@ -177,7 +177,7 @@ def expected(x: dict, causal: bool, **options) -> dict[str, np.ndarray]:
 def expected_gradients(
     x: dict, incoming: dict, causal: bool, *, state: bool | None = None, **options
 ) -> dict[str, np.ndarray]:
-    """What `backward` should give, in float64; `state`: with the initial state (default: causal)."""
+    """What `backward` should give, in float64; `state`: with the initial one (default: causal)."""
     options, state = dict(options), causal if state is None else state
     return reference.attention_gradients(
         **{name: a for name, a in x.items() if not name.startswith(("initial", "offsets"))},

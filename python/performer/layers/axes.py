@@ -6,7 +6,7 @@ reshapes, preceded by a transposition only where an attention axis stands before
 """
 
 import math
-import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +34,7 @@ def resolve_axes(attention_axes: Sequence[int] | None, rank: int) -> tuple[int, 
     if attention_axes is None:
         return tuple(range(1, rank - 1))
     axes = tuple(
-        int(axis) + rank * (axis < 0) if isinstance(axis, numbers.Integral) else 0
+        operator.index(axis) + rank * (axis < 0) if hasattr(axis, "__index__") else 0
         for axis in attention_axes
     )
     if not axes or len(set(axes)) < len(axes) or not all(0 < axis < rank - 1 for axis in axes):
