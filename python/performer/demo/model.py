@@ -51,8 +51,8 @@ def build(kind):
         mixer = attention(kind)
         if mixer is not None:
             y = layers.LayerNormalization()(x)
-            x = x + mixer(y, y, use_causal_mask=True)
+            x = layers.Add()([x, mixer(y, y, use_causal_mask=True)])
         y = layers.LayerNormalization()(x)
         y = layers.Dense(4 * WIDTH, activation="gelu")(y)
-        x = x + layers.Dense(WIDTH)(y)
+        x = layers.Add()([x, layers.Dense(WIDTH)(y)])
     return keras.Model(text, layers.Dense(256)(layers.LayerNormalization()(x)))

@@ -1,0 +1,67 @@
+"""The command `performer` (`python -m performer`)."""
+
+import argparse
+import platform
+import sys
+
+
+def main(argv=None):
+    """Runs a subcommand; returns the exit status (2: a wrong argument).
+
+    Example:
+        >>> main(["info"])  # doctest: +ELLIPSIS
+        performer ...
+        0
+    """
+    parser = argparse.ArgumentParser(prog="performer", description="Linear attention.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train a byte-level language model on long real text")
+    demo.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text to train on")
+    demo.add_argument("--output", default="performer-demo", metavar="FOLDER")
+    demo.add_argument("--length", type=int, default=4096, help="of a sequence (default 4096)")
+    demo.add_argument("--steps", type=int, default=350, help="of training (default 350)")
+    commands.add_parser("info", help="versions and devices: what a bug report needs")
+    arguments = parser.parse_args(argv)
+    return _demo(arguments) if arguments.command == "demo" else _info()
+
+
+def _demo(arguments):
+    from performer.demo import corpus, report
+
+    for name, least in (("length", 64), ("steps", 1)):
+        value = getattr(arguments, name)
+        if value < least:
+            print(f"performer: --{name} must be at least {least}; got {value}", file=sys.stderr)
+            return 2
+    try:
+        report.run(arguments.text, arguments.output, length=arguments.length, steps=arguments.steps)
+    except corpus.CorpusError as error:
+        print(f"performer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _info():
+    import keras
+    import numpy
+    import tensorflow as tf
+
+    import performer
+    from performer import library
+
+    found = library.status()
+    print(f"performer {performer.__version__}")
+    print(f"python {platform.python_version()}, {platform.platform()}")
+    print(f"tensorflow {tf.__version__}, keras {keras.__version__}, numpy {numpy.__version__}")
+    print(f"compiled ops: {found.state}, built for TensorFlow {found.built_for or '-'}")
+    if found.message:
+        print(f"  {found.message}")
+    try:
+        from performer import _core
+    except ImportError as error:
+        print(f"compiled core: missing ({error})")
+    else:
+        print(f"instruction set: {_core.isa()} of {', '.join(_core.isas())}")
+    for device in tf.config.list_physical_devices():
+        print(f"device: {device.name}")
+    return 0

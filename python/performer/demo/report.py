@@ -1,0 +1,103 @@
+"""Runs the whole demo and reports it."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from performer.demo import baselines, corpus
+from performer.demo.train import BANDS
+
+
+def run(files, output, *, length, steps):
+    """Trains the model with linear, without and with exact attention; prints and draws the rest.
+
+    Args:
+        files: Paths of text files; none: the Python standard library.
+        output: Folder for the model, the results and the plots; made if it does not exist.
+        length: Length of the sequences.
+        steps: Number of steps of the first two; the third gets the first one's wall time.
+
+    Raises:
+        CorpusError: A text that cannot be used.
+    """
+    text = corpus.load(files)
+    rows, held_out = corpus.split(text, length)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"{len(text):,} bytes of text, {len(rows)} sequences of {length} to train on")
+    simple = {
+        name: baselines.markov(rows.ravel(), held_out.ravel(), order)
+        for order, name in enumerate(("unigram", "order-1", "order-2"))
+    }
+    simple["bz2"] = baselines.bz2_bits(held_out.ravel())
+
+    results, seconds = {}, 0.0
+    model = output / "model.keras"
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "text.npy", text)
+        for kind in ("linear", "none", "exact"):
+            print(f"\nTraining with {kind} attention", flush=True)
+            start = time.perf_counter()
+            results[kind] = _train(
+                Path(folder),
+                kind=kind,
+                length=length,
+                steps=steps,
+                seconds=seconds if kind == "exact" else 0,
+                save=str(model) if kind == "linear" else None,
+            )
+            if kind == "linear":
+                seconds = results[kind]["step_seconds"] * steps
+            results[kind]["wall_seconds"] = time.perf_counter() - start
+    _finish(output, model, text, simple, results)
+
+
+def _train(folder, **task):
+    result = folder / "result.json"
+    arguments = json.dumps({"text": str(folder / "text.npy"), "result": str(result), **task})
+    subprocess.run([sys.executable, "-m", "performer.demo.train", arguments], check=True)
+    return json.loads(result.read_text())
+
+
+def _finish(output, model, text, simple, results):
+    import keras
+
+    from performer.demo import plots, scaling, streaming
+
+    print("\nMeasuring time against length", flush=True)
+    times = scaling.measure()
+    network = keras.models.load_model(model)
+    start = time.perf_counter()
+    written = streaming.sample(network, b"def main(", 200)
+    speed = 209 / (time.perf_counter() - start)
+    (output / "results.json").write_text(
+        json.dumps({"baselines": simple, "models": results, "milliseconds": times}, indent=1)
+    )
+    plots.losses(results, simple, output / "loss.png")
+    plots.times(times, output / "time.png")
+
+    print("\nBits per byte on held-out text")
+    for name, bits in simple.items():
+        print(f"  {name:18} {bits:6.3f}")
+    for name, result in results.items():
+        print(
+            f"  {name + ' attention':18} {result['held_out']:6.3f}   {result['steps']} steps, "
+            f"{1e3 * result['step_seconds']:.0f} ms each, {result['peak_mib']:.0f} MiB at most"
+        )
+    print("\nBits per byte by position")
+    for i, (first, last) in enumerate(BANDS[: len(results["linear"]["bands"])]):
+        end = "" if last > len(text) else str(last - 1)
+        row = "   ".join(f"{name} {result['bands'][i]:.3f}" for name, result in results.items())
+        print(f"  {f'{first}-{end}':10} {row}")
+    print("\nMilliseconds of one causal layer, forward (linear, exact)")
+    for i, length in enumerate(scaling.LENGTHS):
+        exact = f"{times['exact'][i]:9.1f}" if i < len(times["exact"]) else "        -"
+        print(f"  {length:6} {times['linear'][i]:9.1f} {exact}")
+    print(f"\nA sample, {speed:.0f} bytes a second with a state of constant size:\n")
+    print(written.decode("utf-8", "replace"))
+    print(f"\nSaved, reloaded, equal: {model}; plots: {output}/loss.png, {output}/time.png")

@@ -1,0 +1,80 @@
+"""The parts of the demo, at small sizes."""
+
+import keras
+import numpy as np
+import pytest
+
+from performer.cli import main
+from performer.demo import baselines, corpus, model, streaming, train
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "is a directory"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"a\0b" * 100000), "is binary"),
+        (lambda path: path.write_bytes(b"short"), "at least 200000 bytes"),
+    ],
+    ids=["missing", "directory", "empty", "binary", "short"],
+)
+def test_bad_text_is_refused_by_name_and_rule(make, rule, tmp_path, capsys):
+    path = tmp_path / "given"
+    make(path)
+    assert main(["demo", "--text", str(path), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "--text" in message
+    assert rule in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_numbers_are_refused(capsys):
+    assert main(["demo", "--steps", "0"]) == 2
+    assert "--steps must be at least 1; got 0" in capsys.readouterr().err
+
+
+def test_info_names_versions_and_instruction_set(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("performer", "tensorflow", "keras", "compiled ops: loaded", "instruction set"):
+        assert word in text
+
+
+def test_baselines_are_those_computed_by_hand():
+    text = np.frombuffer(b"abac" * 2000, np.uint8)
+    assert baselines.markov(text, text, 0) == pytest.approx(1.5, abs=1e-2)
+    assert baselines.markov(text, text, 1) == pytest.approx(0.5, abs=1e-2)
+    assert baselines.markov(text, text, 2) == pytest.approx(0.0, abs=1e-2)
+
+
+def test_the_future_does_not_change_a_prediction():
+    network = model.build("linear")
+    text = np.random.default_rng(0).integers(0, 256, (1, 80), np.int32)
+    other = text.copy()
+    other[:, 50:] = 7
+    assert np.array_equal(network(text)[:, :50], network(other)[:, :50])
+
+
+def test_streaming_predicts_what_the_whole_pass_does():
+    network = model.build("linear")
+    text = np.random.default_rng(0).integers(0, 256, 70)
+    stream = streaming.Stream(network)
+    steps = np.stack([stream.step(int(byte)) for byte in text])
+    np.testing.assert_allclose(steps, network(text[None].astype(np.int32))[0], atol=1e-4)
+
+
+def test_training_measures_and_saves_what_it_trained(tmp_path):
+    text = corpus.load([])[:40000]
+    saved = tmp_path / "model.keras"
+    result = train.train("linear", text, length=512, steps=12, seconds=0, save=str(saved))
+    assert result["steps"] == len(result["losses"]) == 12
+    assert result["losses"][-1] < result["losses"][0]
+    assert len(result["bands"]) == 2
+    assert 0 < result["held_out"] < 8.5
+    assert isinstance(keras.models.load_model(saved), keras.Model)
+
+
+def test_training_stops_when_its_time_is_over():
+    text = corpus.load([])[:40000]
+    assert train.train("none", text, length=256, steps=50, seconds=1e-6)["steps"] == 1
