@@ -1,6 +1,7 @@
 """The command `performer` (`python -m performer`)."""
 
 import argparse
+import importlib
 import platform
 import sys
 
@@ -57,11 +58,11 @@ def _info():
     if found.message:
         print(f"  {found.message}")
     try:
-        from performer import _core
+        core = importlib.import_module("performer._core")
     except ImportError as error:
         print(f"compiled core: missing ({error})")
     else:
-        print(f"instruction set: {_core.isa()} of {', '.join(_core.isas())}")
+        print(f"instruction set: {core.isa()} of {', '.join(core.isas())}")
     for device in tf.config.list_physical_devices():
         print(f"device: {device.name}")
     return 0

@@ -13,12 +13,9 @@ MOST_EXACT = 8192  # memory of exact attention grows with the square
 
 def measure():
     """Returns {"linear": [...], "exact": [...]}, milliseconds (minimum of 3) at `LENGTHS`."""
-    times = {"linear": [], "exact": []}
+    times: dict[str, list[float]] = {"linear": [], "exact": []}
     random = np.random.default_rng(0)
-    layers = {kind: model.attention(kind) for kind in times}
-    calls = {
-        kind: tf.function(_causal(layer), reduce_retracing=True) for kind, layer in layers.items()
-    }
+    calls = {kind: tf.function(_causal(model.attention(kind))) for kind in times}
     for length in LENGTHS:
         x = tf.constant(random.normal(size=(1, length, model.WIDTH)), tf.float32)
         for kind in times:
