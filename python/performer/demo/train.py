@@ -15,7 +15,10 @@ BANDS = ((0, 256), (256, 1024), (1024, 2048), (2048, 1 << 62))  # of positions
 
 
 class Stop(keras.callbacks.Callback):
-    """Keeps the loss and time of every step, and stops after `seconds` if that is not 0."""
+    """Keeps the loss and time of every step; stops after `seconds` (0: never).
+
+    The first step, which traces the graph, does not count against `seconds`.
+    """
 
     def __init__(self, seconds):
         super().__init__()
@@ -30,7 +33,7 @@ class Stop(keras.callbacks.Callback):
         self.times.append(time.perf_counter() - self.start)
         mean = float(logs["loss"]) / np.log(2)  # of all steps so far, in bits
         self.losses.append(mean * (batch + 1) - sum(self.losses))
-        if self.seconds and sum(self.times) > self.seconds:
+        if self.seconds and sum(self.times[1:]) > self.seconds:
             self.model.stop_training = True
 
 
