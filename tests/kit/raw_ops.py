@@ -1,0 +1,81 @@
+"""The raw TensorFlow operators on dicts of arrays, and what they should give."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tensorflow as tf
+
+from performer import composite, library
+from performer import gradients as gradients  # registers the gradients of the operators
+
+OPS = ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad")
+FORWARD = OPS[:3]
+needs_library = pytest.mark.skipif(
+    library.ops() is None, reason="the compiled operators are not installed"
+)
+
+
+def function(op: str):
+    """The Python wrapper of `Performer>{op}`."""
+    return getattr(library.ops(), "performer_" + re.sub(r"(?<!^)(?=[A-Z])", "_", op).lower())
+
+
+def arguments(op: str, x: dict) -> dict:
+    """Those entries that are inputs of an operator, as tensors."""
+    names = [argument.name for argument in definition(op).input_arg]
+    return {name: tf.constant(x[name]) for name in names}
+
+
+def definition(op: str):
+    """The registered OpDef."""
+    from tensorflow.python.framework import op_def_registry
+
+    found = op_def_registry.get(f"Performer>{op}")
+    assert found is not None, f"Performer>{op} is not registered"
+    return found
+
+
+def call(op: str, x: dict, **attributes) -> dict:
+    """Runs an operator eagerly (or into the graph of the caller); its outputs by name."""
+    if op.startswith("Read"):
+        attributes.pop("key_norm", None)
+    results = function(op)(**arguments(op, x), **attributes)
+    return _named(op, results)
+
+
+def _named(op, results) -> dict:
+    names = [output.name for output in definition(op).output_arg]
+    results = [results] if len(names) == 1 else list(results)
+    return dict(zip(names, results, strict=True))
+
+
+def traced(op: str, shapes: str, x: dict, **attributes) -> dict:
+    """Runs an operator in a tf.function.
+
+    Args:
+        shapes: "static", "dynamic" (ranks known) or "unknown" (not even these).
+    """
+    if op.startswith("Read"):
+        attributes.pop("key_norm", None)
+    inputs = arguments(op, x)
+    known = {
+        "static": lambda shape: shape,
+        "dynamic": lambda shape: [None] * len(shape),
+        "unknown": lambda shape: None,
+    }[shapes]
+    specs = [tf.TensorSpec(known(tensor.shape), tensor.dtype) for tensor in inputs.values()]
+
+    @tf.function(input_signature=specs, autograph=False)
+    def graph(*tensors):
+        return function(op)(**dict(zip(inputs, tensors, strict=True)), **attributes)
+
+    return _named(op, graph(*inputs.values()))
+
+
+def composed(op: str, x: dict, **attributes) -> dict:
+    """The same by the plain composition (forward operators)."""
+    if op == "Read":
+        attributes.pop("key_norm", None)
+    return _named(op, getattr(composite, op.lower())(**arguments(op, x), **attributes))
