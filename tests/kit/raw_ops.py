@@ -6,6 +6,7 @@ import re
 
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import op_def_registry
 
 from performer import composite, library
 from performer import gradients as gradients  # registers the gradients of the operators
@@ -30,8 +31,6 @@ def arguments(op: str, x: dict) -> dict:
 
 def definition(op: str):
     """The registered OpDef."""
-    from tensorflow.python.framework import op_def_registry
-
     found = op_def_registry.get(f"Performer>{op}")
     assert found is not None, f"Performer>{op} is not registered"
     return found
