@@ -7,7 +7,7 @@ SOURCES := $(shell find cc cmake -type f 2>/dev/null) CMakeLists.txt setup.py py
 .PHONY: help build demo test lint format clean distclean environment
 
 help:
-	@echo "make demo    train a byte-level language model with linear attention (a few minutes)"
+	@echo "make demo    train a byte-level language model with linear attention"
 	@echo "make test    run the tests; ARGS='-k causal' passes arguments to pytest"
 	@echo "make lint    check style, types and formatting"
 	@echo "make format  format Python and C++"
