@@ -1,5 +1,7 @@
 """The parts of the demo, at small sizes."""
 
+import importlib.util
+
 import keras
 import numpy as np
 import pytest
@@ -32,6 +34,12 @@ def test_bad_text_is_refused_by_name_and_rule(make, rule, tmp_path, capsys):
 def test_bad_numbers_are_refused(capsys):
     assert main(["demo", "--steps", "0"]) == 2
     assert "--steps must be at least 1; got 0" in capsys.readouterr().err
+
+
+def test_a_missing_plotting_library_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["demo"]) == 2
+    assert "tensorflow-performer[demo]" in capsys.readouterr().err
 
 
 def test_info_names_versions_and_instruction_set(capsys):
@@ -73,6 +81,22 @@ def test_training_measures_and_saves_what_it_trained(tmp_path):
     assert len(result["bands"]) == 2
     assert 0 < result["held_out"] < 8.5
     assert isinstance(keras.models.load_model(saved), keras.Model)
+
+
+def test_the_learning_rate_follows_the_budget_that_is_spent_first():
+    budget = train.Budget(steps=100, seconds=10)
+    budget.set_model(model.build("none"))
+    budget.model.compile("adam", "mse")
+    rates = []
+    for _ in range(51):
+        budget.on_train_batch_begin(0)
+        rates.append(float(budget.model.optimizer.learning_rate))
+        budget.times.append(0.2)  # 50 steps after the first spend all of the time
+    assert rates[0] == pytest.approx(budget.LOWEST, rel=1e-3)
+    assert rates[6] == pytest.approx(budget.HIGHEST, rel=1e-3)
+    assert rates[50] < 1.1 * budget.LOWEST
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert budget.spent() == pytest.approx(1)
 
 
 def test_training_stops_when_its_time_is_over():

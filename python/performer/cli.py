@@ -1,7 +1,7 @@
 """The command `performer` (`python -m performer`)."""
 
 import argparse
-import importlib
+import importlib.util
 import platform
 import sys
 
@@ -20,13 +20,19 @@ def main(argv=None):
     demo.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text to train on")
     demo.add_argument("--output", default="performer-demo", metavar="FOLDER")
     demo.add_argument("--length", type=int, default=4096, help="of a sequence (default 4096)")
-    demo.add_argument("--steps", type=int, default=350, help="of training (default 350)")
+    demo.add_argument("--steps", type=int, default=500, help="of training (default 500)")
     commands.add_parser("info", help="versions and devices: what a bug report needs")
     arguments = parser.parse_args(argv)
     return _demo(arguments) if arguments.command == "demo" else _info()
 
 
 def _demo(arguments):
+    if importlib.util.find_spec("matplotlib") is None:
+        extra = "python -m pip install 'tensorflow-performer[demo]'"
+        print(
+            f"performer: the demo draws with matplotlib, which is missing: {extra}", file=sys.stderr
+        )
+        return 2
     from performer.demo import corpus, report
 
     for name, least in (("length", 64), ("steps", 1)):

@@ -9,19 +9,22 @@ import numpy as np
 
 from performer.demo.scaling import LENGTHS
 
+NAMES = {"linear": "linear attention", "none": "no attention", "exact": "exact attention"}
+
 
 def losses(results, baselines, path):
-    """Draws the training loss of every model against the step, with the baselines as lines."""
+    """Draws the training loss of every model against its time, with the baselines as lines."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, result in results.items():
-        curve = np.asarray(result["losses"])
+    for kind, result in results.items():
+        curve, seconds = np.asarray(result["losses"]), np.cumsum(result["times"])
         width = min(15, len(curve))
         smooth = np.convolve(curve, np.ones(width) / width, "valid")
-        axes.plot(np.arange(width, len(curve) + 1), smooth, label=f"{name} attention")
+        axes.plot(seconds[width - 1 :], smooth, label=f"{NAMES[kind]}, {len(curve)} steps")
     for name, bits in baselines.items():
         axes.axhline(bits, color="grey", linewidth=0.8, linestyle="--")
-        axes.annotate(name, (1, bits), xycoords=("axes fraction", "data"), fontsize=8)
-    axes.set(xlabel="step", ylabel="bits per byte (mean of 15 steps)", title="Training loss")
+        axes.annotate(name, (1.01, bits), xycoords=("axes fraction", "data"), va="center")
+    axes.set(xlabel="seconds of training", ylabel="bits per byte (mean of 15 steps)")
+    axes.set_title("Training loss")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -31,8 +34,8 @@ def losses(results, baselines, path):
 def times(measured, path):
     """Draws milliseconds against the length, both logarithmic."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, milliseconds in measured.items():
-        axes.loglog(LENGTHS[: len(milliseconds)], milliseconds, "o-", label=f"{name} attention")
+    for kind, milliseconds in measured.items():
+        axes.loglog(LENGTHS[: len(milliseconds)], milliseconds, "o-", label=NAMES[kind])
     axes.set(xlabel="length of the sequence", ylabel="milliseconds")
     axes.set_title("One causal layer, forward")
     axes.legend()

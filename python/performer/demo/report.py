@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from performer.demo import baselines, corpus
+from performer.demo import baselines, corpus, plots
 from performer.demo.train import BANDS
+
+PROMPT, WRITTEN = 2000, 300  # bytes of held-out text that the sample continues, and its length
 
 
 def run(files, output, *, length, steps):
@@ -41,7 +43,7 @@ def run(files, output, *, length, steps):
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "text.npy", text)
         for kind in ("linear", "none", "exact"):
-            print(f"\nTraining with {kind} attention", flush=True)
+            print(f"\nTraining with {plots.NAMES[kind]}", flush=True)
             start = time.perf_counter()
             results[kind] = _train(
                 Path(folder),
@@ -54,7 +56,7 @@ def run(files, output, *, length, steps):
             if kind == "linear":
                 seconds = results[kind]["step_seconds"] * steps
             results[kind]["wall_seconds"] = time.perf_counter() - start
-    _finish(output, model, text, simple, results)
+    _finish(output, model, held_out, simple, results)
 
 
 def _train(folder, **task):
@@ -64,17 +66,18 @@ def _train(folder, **task):
     return json.loads(result.read_text())
 
 
-def _finish(output, model, text, simple, results):
+def _finish(output, model, held_out, simple, results):
     import keras
 
-    from performer.demo import plots, scaling, streaming
+    from performer.demo import scaling, streaming
 
     print("\nMeasuring time against length", flush=True)
     times = scaling.measure()
     network = keras.models.load_model(model)
+    prompt = held_out[0, :PROMPT].tobytes()
     start = time.perf_counter()
-    written = streaming.sample(network, b"def main(", 200)
-    speed = 209 / (time.perf_counter() - start)
+    written = streaming.sample(network, prompt, WRITTEN)
+    speed = len(written) / (time.perf_counter() - start)
     (output / "results.json").write_text(
         json.dumps({"baselines": simple, "models": results, "milliseconds": times}, indent=1)
     )
@@ -86,18 +89,25 @@ def _finish(output, model, text, simple, results):
         print(f"  {name:18} {bits:6.3f}")
     for name, result in results.items():
         print(
-            f"  {name + ' attention':18} {result['held_out']:6.3f}   {result['steps']} steps, "
+            f"  {plots.NAMES[name]:18} {result['held_out']:6.3f}   {result['steps']} steps, "
             f"{1e3 * result['step_seconds']:.0f} ms each, {result['peak_mib']:.0f} MiB at most"
         )
     print("\nBits per byte by position")
     for i, (first, last) in enumerate(BANDS[: len(results["linear"]["bands"])]):
-        end = "" if last > len(text) else str(last - 1)
+        end = "" if last > held_out.shape[1] else str(last - 1)
         row = "   ".join(f"{name} {result['bands'][i]:.3f}" for name, result in results.items())
         print(f"  {f'{first}-{end}':10} {row}")
     print("\nMilliseconds of one causal layer, forward (linear, exact)")
     for i, length in enumerate(scaling.LENGTHS):
         exact = f"{times['exact'][i]:9.1f}" if i < len(times["exact"]) else "        -"
         print(f"  {length:6} {times['linear'][i]:9.1f} {exact}")
-    print(f"\nA sample, {speed:.0f} bytes a second with a state of constant size:\n")
-    print(written.decode("utf-8", "replace"))
+    print(
+        f"\n{len(prompt)} bytes of held-out text (their end is shown), and {WRITTEN} written after"
+    )
+    print(f"them (from | on), {speed:.0f} a second with a state of constant size:\n")
+    for part, end in (
+        (written[len(prompt) - 200 : len(prompt)], "|"),
+        (written[len(prompt) :], "\n"),
+    ):
+        print(part.decode("utf-8", "replace"), end=end)
     print(f"\nSaved, reloaded, equal: {model}; plots: {output}/loss.png, {output}/time.png")

@@ -4,57 +4,51 @@ import numpy as np
 import tensorflow as tf
 
 from performer import ops
-from performer.layers import Performer
+from performer.demo.model import WIDTH
 
 
 class Stream:
     """Runs a trained model of `model.build("linear")` one byte at a time.
 
-    The state is one `AttentionState` for each attention layer and the byte before.
+    Its state is the byte before and, for each block, the `AttentionState` and the key's input,
+    which is one position late.
     """
 
     def __init__(self, network):
-        self.layers = network.layers[1:]
-        mixers = [layer for layer in self.layers if isinstance(layer, Performer)]
-        self.states = {
-            layer.name: ops.empty_state(
-                1, layer.num_heads, layer.projection.shape[0], layer._value_dim, draw=layer.draw
-            )
-            for layer in mixers
-        }
-        self.network = network
-        self.previous = 0
+        self.embedding, *self.blocks, self.norm, self.head = network.layers[1:]
+        self.state = [tf.zeros([1, 1], tf.int32), *(_empty(block) for block in self.blocks)]
         self._step = tf.function(self._forward)
 
     def step(self, byte):
         """Takes one byte and returns the logits `[256]` of the next."""
-        logits, self.states = self._step(
-            tf.constant([[byte]]), tf.constant([[self.previous]]), self.states
-        )
-        self.previous = byte
+        logits, self.state = self._step(tf.constant([[byte]]), self.state)
         return logits[0, 0].numpy()
 
-    def _forward(self, byte, previous, states):
-        states = dict(states)
-        embedding, *rest = self.layers
-        stream = embedding.this(byte) + embedding.previous(previous)
-        branch = stream
-        for layer in rest:
-            kind = type(layer).__name__
-            if kind == "Add":
-                stream = branch = stream + branch
-            elif isinstance(layer, Performer):
-                branch, states[layer.name] = attend(layer, branch, states[layer.name])
-            else:
-                branch = layer(branch)
-        return branch, states
+    def _forward(self, byte, state):
+        previous, *states = state
+        x = self.embedding.embed(byte, previous)
+        after = [byte]
+        for block, (memory, key) in zip(self.blocks, states, strict=True):
+            y = block.norm(x)
+            branch, memory = attend(block.attention, y, key, memory)
+            x = block.dense(x + branch)
+            after.append((memory, y))
+        return self.head(self.norm(x)), after
 
 
-def attend(layer, x, state):
-    """Returns (output, state after) of a causal self-attention layer for `x` `[B, L, dim]`."""
+def _empty(block):
+    """The state of a block before the first byte."""
+    layer = block.attention
+    features, size = layer.projection.shape
+    memory = ops.empty_state(1, layer.num_heads, features, size, draw=layer.draw)
+    return memory, tf.zeros([1, 1, WIDTH])
+
+
+def attend(layer, x, key, state):
+    """Returns (output, state after) of a causal attention layer for `x`, `key` `[B, L, dim]`."""
     out, state = ops.favor_attention(
         layer.query_dense(x),
-        layer.key_dense(x),
+        layer.key_dense(key),
         layer.value_dense(x),
         layer.projection,
         causal=True,

@@ -11,21 +11,37 @@ import numpy as np
 
 from performer.demo import corpus, model
 
+HELD_OUT = 64  # sequences, at most
 BANDS = ((0, 256), (256, 1024), (1024, 2048), (2048, 1 << 62))  # of positions
 
 
-class Stop(keras.callbacks.Callback):
-    """Keeps the loss and time of every step; stops after `seconds` (0: never).
+class Budget(keras.callbacks.Callback):
+    """Spends `steps` steps or `seconds` (0: no limit), whichever ends first.
 
-    The first step, which traces the graph, does not count against `seconds`.
+    The learning rate warms up over the first tenth of the budget and falls as a cosine over the
+    rest. The first step, which traces the graph, does not count against `seconds`. Keeps the loss
+    and the time of every step.
     """
 
-    def __init__(self, seconds):
+    HIGHEST, LOWEST = 3e-3, 1.5e-4
+
+    def __init__(self, steps, seconds):
         super().__init__()
-        self.seconds, self.losses, self.times = seconds, [], []
+        self.steps, self.seconds, self.losses, self.times = steps, seconds, [], []
+
+    def spent(self):
+        """Returns the share of the budget that is spent, in [0, 1]."""
+        share = len(self.times) / self.steps
+        if self.seconds:
+            share = max(share, sum(self.times[1:]) / self.seconds)
+        return min(share, 1.0)
 
     def on_train_batch_begin(self, batch, logs=None):
-        """Starts the clock."""
+        """Sets the learning rate and starts the clock."""
+        share = self.spent()
+        cosine = (1 + np.cos(np.pi * (share - 0.1) / 0.9)) / 2
+        rate = self.LOWEST + (self.HIGHEST - self.LOWEST) * min(share / 0.1, cosine)
+        self.model.optimizer.learning_rate = rate
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -33,7 +49,7 @@ class Stop(keras.callbacks.Callback):
         self.times.append(time.perf_counter() - self.start)
         mean = float(logs["loss"]) / np.log(2)  # of all steps so far, in bits
         self.losses.append(mean * (batch + 1) - sum(self.losses))
-        if self.seconds and sum(self.times[1:]) > self.seconds:
+        if self.spent() >= 1:
             self.model.stop_training = True
 
 
@@ -49,24 +65,22 @@ def train(kind, text, *, length, steps, seconds, save=None):
         save: Path of a `.keras` file to write, or `None`.
 
     Returns:
-        A dict: `losses` (bits per byte of every step), `held_out` (bits per byte), `bands`
+        A dict: `losses` (bits per byte of every step), `times` (seconds of every step, 0 for the
+        first, which traces the graph), `held_out` (bits per byte), `bands`
         (the same by position), `step_seconds` (median), `steps`, `peak_mib`.
     """
     network = model.build(kind)
-    rate = keras.optimizers.schedules.CosineDecay(
-        1e-4, steps, warmup_target=3e-3, warmup_steps=max(1, steps // 10), alpha=0.05
-    )
     network.compile(
-        keras.optimizers.Adam(rate, global_clipnorm=1.0),
+        keras.optimizers.Adam(global_clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
     rows, held_out = corpus.split(text, length)
     order = np.random.default_rng(0).permutation(np.arange(steps) % len(rows))
     batch = rows[order].astype(np.int32)
-    watch = Stop(seconds)
+    watch = Budget(steps, seconds)
     network.fit(batch[:, :-1], batch[:, 1:], batch_size=1, shuffle=False, callbacks=[watch])
-    bits = bits_by_position(network, held_out[:8])
+    bits = bits_by_position(network, _spread(held_out, HELD_OUT))
     if save:
         network.save(save)
         restored = keras.models.load_model(save)
@@ -75,12 +89,18 @@ def train(kind, text, *, length, steps, seconds, save=None):
             raise RuntimeError("the model that was saved and reloaded predicts other values")
     return {
         "losses": watch.losses,
+        "times": [0.0, *watch.times[1:]],
         "held_out": float(bits.mean()),
         "bands": [float(bits[a:b].mean()) for a, b in BANDS if a < length],
         "step_seconds": float(np.median(watch.times[1:] or watch.times)),
         "steps": len(watch.times),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def _spread(rows, most):
+    """At most `most` of `rows`, evenly spread."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, most).astype(int))]
 
 
 def bits_by_position(network, rows):
