@@ -14,7 +14,7 @@ inline constexpr int64_t kSummarizeChunk = 96;
 inline constexpr int64_t kReadChunk = 24;
 inline constexpr int64_t kGradChunk = 96;
 inline constexpr int64_t kCausalChunk =
-    32;  // also the width of the triangle that is computed pairwise
+    48;  // also the width of the triangle that is computed pairwise
 inline constexpr int64_t kCausalGradChunk = 48;
 
 // Segments of a sequence are summed apart and merged in order.

@@ -10,11 +10,12 @@
 // processed in pieces, nearly always one. The anchors of a piece come from the past and from the
 // key of its first row, and a piece ends before any later key that exceeds an anchor by more than
 // kCutBits, so that rows before the cut do the same arithmetic either way. Products end at their
-// row (MultiplyLower).
+// row (triangle.h).
 #pragma once
 #include "core/chunks.h"
 #include "cpu/features.h"
 #include "cpu/read.h"
+#include "cpu/triangle.h"
 
 PERFORMER_ISA_BEGIN
 
@@ -166,22 +167,9 @@ void PieceKeyWeights(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
 // local[i][j] = f[i] . kb[:, j] for the keys j <= piece.begin + i; den[i] += their sum.
 template <class Acc>
 void PieceLocal(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
-  constexpr int64_t C = CausalScratch<Acc>::C, kStride = CausalScratch<Acc>::kLocalStride,
-                    kCols = kTileVecs * kLanes<Acc>;
-  const int64_t rows = piece.end - piece.begin, width = RoundUp(piece.end, kLanes<Acc>);
-  for (int64_t c0 = 0; c0 < width; c0 += kCols) {
-    const int64_t first = c0 > piece.begin ? (c0 - piece.begin) / kTileRows * kTileRows
-                                           : 0;  // rows above see no key of these columns
-    ForTiles<Acc>(rows - first, width - c0 < kCols ? width - c0 : kCols,
-                  [&](auto& tile, int64_t r, int64_t c) {
-                    tile.Zero();
-                    tile.Multiply(s.f + (first + r) * w.m_stride, w.m_stride, 1, s.kb + c0 + c, C,
-                                  w.m);
-                    tile.ForEach([&](int i, int j, Vec<Acc> x) {
-                      Store(s.local + (first + r + i) * kStride + c0 + c + j * kLanes<Acc>, x);
-                    });
-                  });
-  }
+  constexpr int64_t C = CausalScratch<Acc>::C, kStride = CausalScratch<Acc>::kLocalStride;
+  const int64_t rows = piece.end - piece.begin;
+  LowerProduct(s.f, w.m_stride, s.kb, C, w.m, rows, piece.begin, s.local, kStride);
   for (int64_t i = 0; i < rows; ++i) {
     Acc* row = s.local + i * kStride;
     const int64_t last = piece.begin + i, stop = RoundUp(last + 1, kLanes<Acc>);
@@ -207,17 +195,8 @@ void PieceQueries(const CausalParams& params, const Acc* projections, const Map<
   SetBias(s.state.anchor, 1.0, head.feature_bias, w, s.bias);
   QueryWeights<true>(rows, w, s.bias, s.state.mass, s.f, s.shift, s.den);
   PieceLocal(piece, w, s);
-  ForTiles<Acc>(rows, w.e_pad, [&](auto& tile, int64_t r, int64_t c) {
-    const Acc* local = s.local + r * kStride + piece.begin;
-    const Acc* v = s.keys.v + piece.begin * w.e_pad + c;
-    tile.Zero();
-    tile.Multiply(s.f + r * w.m_stride, w.m_stride, 1, s.state.sum + c, w.e_pad, w.m);
-    tile.Multiply(local, kStride, 1, v, w.e_pad, r);
-    tile.MultiplyLower(local + r, kStride, v + r * w.e_pad, w.e_pad);
-    tile.ForEach([&](int i, int j, Vec<Acc> x) {
-      Store(s.out + (r + i) * w.e_pad + c + j * kLanes<Acc>, x);
-    });
-  });
+  PrefixProduct(s.f, w.m_stride, s.state.sum, w.e_pad, w.m, s.local + piece.begin, kStride,
+                s.keys.v + piece.begin * w.e_pad, w.e_pad, s.out, w.e_pad, rows, w.e_pad);
   ScaleRows(rows, w.e_pad, s.den, s.out);
   StoreRows<Acc>({params.out, params.dtype, params.dims.heads, query_head, w.e}, row, rows, s.out,
                  w.e_pad);

@@ -14,8 +14,6 @@
 // The final state's gradient is the first suffix state; the initial state is a key that every row
 // sees.
 #pragma once
-#include <type_traits>
-
 #include "cpu/bidirectional_grad.h"
 #include "cpu/causal.h"
 
@@ -257,27 +255,11 @@ class CausalGradient {
   void PrefixProducts(const GradPiece& piece) {
     const int64_t n = piece.rows;
     TransposeRows(PieceValues(piece), w_.e_pad, n, w_.e_pad, s_.transposed);
-    ForLowerTiles(n, [&](auto& tile, int64_t r, int64_t c) {
-      tile.Zero();
-      tile.Multiply(s_.y + r * w_.e_pad, w_.e_pad, 1, s_.transposed + c, C, w_.e_pad);
-      tile.ForEach([&](int i, int j, Vec<Acc> x) {
-        Store(s_.pair + (r + i) * kPairStride + c + j * kLanes<Acc>, x);
-      });
-    });
+    LowerProduct(s_.y, w_.e_pad, s_.transposed, C, w_.e_pad, n, 0, s_.pair, kPairStride);
     for (int64_t m = 0; m < w_.m_pad; m += kPanel) {
       const int64_t cols = w_.m_pad - m < kPanel ? w_.m_pad - m : kPanel;
-      ForTiles<Acc>(n, cols, [&](auto& tile, int64_t r, int64_t c) {
-        const Acc* pair = s_.pair + r * kPairStride;
-        const Acc* kb = s_.kb + m + c;
-        tile.Zero();
-        tile.Multiply(s_.y + r * w_.e_pad, w_.e_pad, 1, s_.panels + m * w_.e_pad + c, kPanel,
-                      w_.e_pad);
-        tile.Multiply(pair, kPairStride, 1, kb, w_.m_stride, r);
-        tile.MultiplyLower(pair + r, kPairStride, kb + r * w_.m_stride, w_.m_stride);
-        tile.ForEach([&](int i, int j, Vec<Acc> x) {
-          Store(s_.g + (r + i) * w_.m_stride + m + c + j * kLanes<Acc>, x);
-        });
-      });
+      PrefixProduct(s_.y, w_.e_pad, s_.panels + m * w_.e_pad, kPanel, w_.e_pad, s_.pair,
+                    kPairStride, s_.kb + m, w_.m_stride, s_.g + m, w_.m_stride, n, cols);
     }
   }
 
@@ -410,44 +392,19 @@ class CausalGradient {
     TransposeRows(s_.f, w_.m_stride, n, w_.m_pad, s_.f_transposed);
     for (int64_t r = 0; r < n; ++r) s_.shift[r] = delta[r];
     for (int64_t r = n; r < C; ++r) s_.shift[r] = 0;
-    ForUpperTiles(n, [&](auto& tile, int64_t r, int64_t c) {
-      tile.Zero();
-      tile.Multiply(s_.keys.v + r * w_.e_pad, w_.e_pad, 1, s_.transposed + c, C, w_.e_pad);
-      tile.ForEach([&](int k, int j, Vec<Acc> x) {
-        Store(s_.pair + (r + k) * kPairStride + c + j * kLanes<Acc>,
-              x - Load(s_.shift + c + j * kLanes<Acc>));
-      });
-    });
-    ForUpperTiles(n, [&](auto& tile, int64_t r, int64_t c) {
-      tile.Zero();
-      tile.Multiply(s_.kb + r * w_.m_stride, w_.m_stride, 1, s_.f_transposed + c, C, w_.m);
-      tile.ForEach([&](int k, int j, Vec<Acc> x) {
-        Store(s_.weights + (r + k) * kPairStride + c + j * kLanes<Acc>, x);
-      });
-    });
-    AddUpper(s_.pair, s_.f, w_.m_stride, n, w_.m_pad, s_.b, w_.m_stride);
-    AddUpper(s_.weights, s_.y, w_.e_pad, n, w_.e_pad, s_.dv, w_.e_pad);
+    UpperProduct(s_.keys.v, w_.e_pad, s_.transposed, C, w_.e_pad, n, s_.pair, kPairStride);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = 0; c < C; c += kLanes<Acc>) {
+        Acc* pair = s_.pair + r * kPairStride + c;
+        Store(pair, Load(pair) - Load(s_.shift + c));
+      }
+    UpperProduct(s_.kb, w_.m_stride, s_.f_transposed, C, w_.m, n, s_.weights, kPairStride);
+    AddSuffixProduct(s_.pair, kPairStride, s_.f, w_.m_stride, s_.b, w_.m_stride, n, w_.m_pad);
+    AddSuffixProduct(s_.weights, kPairStride, s_.y, w_.e_pad, s_.dv, w_.e_pad, n, w_.e_pad);
     MatMul<true>(s_.f, 1, w_.m_stride, s_.y, w_.e_pad, n, s_.suffix, w_.e_pad, w_.m, w_.e_pad);
     for (int64_t r = 0; r < n; ++r)
       for (int64_t m = 0; m < w_.m_pad; m += kLanes<Acc>)
         Store(s_.mass + m, Load(s_.mass + m) + delta[r] * Load(s_.f + r * w_.m_stride + m));
-  }
-
-  // to += triu(pair) x.
-  void AddUpper(const Acc* pair, const Acc* x, int64_t x_stride, int64_t n, int64_t cols, Acc* to,
-                int64_t to_stride) {
-    ForTiles<Acc>(n, cols, [&](auto& tile, int64_t r, int64_t c) {
-      constexpr int64_t kRows = std::remove_reference_t<decltype(tile)>::kRows;
-      tile.ForEach([&](int i, int j, Vec<Acc>& v) {
-        v = Load(to + (r + i) * to_stride + c + j * kLanes<Acc>);
-      });
-      tile.MultiplyUpper(pair + r * kPairStride + r, kPairStride, x + r * x_stride + c, x_stride);
-      tile.Multiply(pair + r * kPairStride + r + kRows, kPairStride, 1,
-                    x + (r + kRows) * x_stride + c, x_stride, n - r - kRows);
-      tile.ForEach([&](int i, int j, Vec<Acc> v) {
-        Store(to + (r + i) * to_stride + c + j * kLanes<Acc>, v);
-      });
-    });
   }
 
   // to[cols][C] = from[n][cols]^T, zero in the columns from n on.
@@ -456,29 +413,6 @@ class CausalGradient {
     Transpose(from, stride, whole, cols, to, C);
     for (int64_t c = 0; c < cols; ++c)
       for (int64_t r = whole; r < C; ++r) to[c * C + r] = r < n ? from[r * stride + c] : Acc(0);
-  }
-
-  // body(tile, r, c) for tiles of an n x n matrix that touch c <= r, or c >= r.
-  template <class Body>
-  static void ForLowerTiles(int64_t n, Body body) {
-    constexpr int64_t kCols = kTileVecs * kLanes<Acc>;
-    const int64_t width = RoundUp(n, kLanes<Acc>);
-    for (int64_t c0 = 0; c0 < width; c0 += kCols) {
-      const int64_t first = c0 / kTileRows * kTileRows;
-      if (first >= n) break;
-      ForTiles<Acc>(n - first, width - c0 < kCols ? width - c0 : kCols,
-                    [&](auto& tile, int64_t r, int64_t c) { body(tile, first + r, c0 + c); });
-    }
-  }
-  template <class Body>
-  static void ForUpperTiles(int64_t n, Body body) {
-    constexpr int64_t kCols = kTileVecs * kLanes<Acc>;
-    const int64_t width = RoundUp(n, kLanes<Acc>);
-    for (int64_t c0 = 0; c0 < width; c0 += kCols) {
-      const int64_t cols = width - c0 < kCols ? width - c0 : kCols, last = c0 + cols;
-      ForTiles<Acc>(last < n ? last : n, cols,
-                    [&](auto& tile, int64_t r, int64_t c) { body(tile, r, c0 + c); });
-    }
   }
 
   const CausalGradParams& params_;

@@ -27,6 +27,12 @@ struct Tile {
   PERFORMER_INLINE void MultiplyUpper(const T* a, int64_t row, const T* b, int64_t ldb) {
     Triangle<false, 0>(a, row, b, ldb);
   }
+  PERFORMER_INLINE void LoadFrom(const T* from, int64_t stride) {
+    ForEach([&](int r, int j, Vec<T>& x) { x = Load(from + r * stride + j * kLanes<T>); });
+  }
+  PERFORMER_INLINE void StoreTo(T* to, int64_t stride) {
+    ForEach([&](int r, int j, Vec<T> x) { Store(to + r * stride + j * kLanes<T>, x); });
+  }
   // f(r, j, v[r][j]); an explicit unrolled loop, or GCC keeps the tile in memory.
   template <class F>
   PERFORMER_INLINE void ForEach(F f) {
@@ -81,7 +87,9 @@ PERFORMER_INLINE void RowBlocks(int64_t rows, int64_t c, Body body) {
     Tile<T, kTileRows, NV> tile;
     body(tile, r, c);
   }
-  if (r < rows) WithRows<T, kTileRows - 1, NV>(rows - r, [&](auto& tile) { body(tile, r, c); });
+  if (r < rows)
+    WithRows<T, kTileRows - 1, NV>(rows - r,
+                                   [&](auto& tile) PERFORMER_TILE_BODY { body(tile, r, c); });
 }
 template <class T, int NV, class Body>
 PERFORMER_INLINE void LastColumns(int64_t vecs, int64_t rows, int64_t c, Body body) {
@@ -105,20 +113,19 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
 }
 
-// c[rows][cols] = A B, or += with kAdd. Not inlined: constants of the code around it would take
-// registers from the tile (half the rate with AVX2). The bits of an entry depend on its row of A
-// and its column of B only, not on where it lies in the matrix.
+// c[rows][cols] = A B, or += with kAdd. The bits of an entry depend on its row of A and its column
+// of B only, not on where it lies in the matrix.
 template <bool kAdd, class T>
-__attribute__((noinline)) void MatMul(const T* a, int64_t row, int64_t step, const T* b,
-                                      int64_t ldb, int64_t depth, T* c, int64_t ldc, int64_t rows,
-                                      int64_t cols) {
-  ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) {
+PERFORMER_NOINLINE void MatMul(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
+                               int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols) {
+  ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
+    T* out = c + r0 * ldc + c0;
     tile.Zero();
     tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
-    tile.ForEach([&](int r, int j, Vec<T> x) {
-      T* out = c + (r0 + r) * ldc + c0 + j * kLanes<T>;
-      Store(out, kAdd ? Load(out) + x : x);
-    });
+    if constexpr (kAdd) {
+      tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(out + r * ldc + j * kLanes<T>) + x; });
+    }
+    tile.StoreTo(out, ldc);
   });
 }
 
