@@ -24,6 +24,8 @@ def test_linear_needs_supports():
     [
         ("num_heads", 0, "positive integer"),
         ("key_dim", 0, "positive integer"),
+        ("value_dim", 0, "positive integer"),
+        ("num_heads", 2.0, "positive integer"),
         ("supports", 0, "positive integer"),
         ("supports", -3, "positive integer"),
         ("supports", 2.0, "positive integer"),

@@ -11,29 +11,32 @@ import pytest
 import tensorflow as tf
 
 import performer
+from kit.keras_versions import known
 
-OPTIONS = {
-    "num_heads": 2,
-    "key_dim": 4,
-    "value_dim": 3,
-    "dropout": 0.2,
-    "use_bias": False,
-    "output_shape": (6,),
-    "attention_axes": (1,),
-    "attention_method": "linear",
-    "supports": 8,
-    "scaling": 1,
-    "feature_map": "elu",
-    "redraw_interval": 3,
-    "seed": 11,
-    "flash_attention": True,
-    "sliding_window": None,
-    "use_gate": True,
-    "kernel_initializer": "he_normal",
-    "kernel_regularizer": "l2",
-    "name": "attention",
-    "dtype": "mixed_bfloat16",
-}
+OPTIONS = known(
+    {
+        "num_heads": 2,
+        "key_dim": 4,
+        "value_dim": 3,
+        "dropout": 0.2,
+        "use_bias": False,
+        "output_shape": (6,),
+        "attention_axes": (1,),
+        "attention_method": "linear",
+        "supports": 8,
+        "scaling": 1,
+        "feature_map": "elu",
+        "redraw_interval": 3,
+        "seed": 11,
+        "flash_attention": True,
+        "sliding_window": None,
+        "use_gate": True,
+        "kernel_initializer": "he_normal",
+        "kernel_regularizer": "l2",
+        "name": "attention",
+        "dtype": "mixed_bfloat16",
+    }
+)
 
 
 def make_model(seed=None):

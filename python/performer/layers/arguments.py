@@ -44,14 +44,19 @@ class Options:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, check_size(name, value))
 
     @property
     def linear(self):
         """Whether attention is linear."""
         return self.attention_method == "linear"
+
+
+def check_size(name, value):
+    """Returns `value`, an integer of at least 1; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    return int(value)
 
 
 def check_rate(name, value):

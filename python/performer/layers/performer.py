@@ -6,7 +6,14 @@ import inspect
 import keras
 import tensorflow as tf
 
-from performer.layers.arguments import Options, check_rate, check_seed, default_seed, split_list
+from performer.layers.arguments import (
+    Options,
+    check_rate,
+    check_seed,
+    check_size,
+    default_seed,
+    split_list,
+)
 from performer.layers.attention import attend, check_call
 from performer.layers.projection import HasProjection, RandomProjection
 
@@ -45,8 +52,9 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         seed: Integer that seeds projection and dropout, or `None`: taken from Python's random
             generator, which `keras.utils.set_random_seed` fixes.
         flash_attention: As in `MultiHeadAttention`, for quadratic attention; ignored in linear.
-        **kwargs: `use_gate`, initializers, regularizers, constraints and (for quadratic attention
-            only) `sliding_window` of `MultiHeadAttention`; arguments of `keras.layers.Layer`.
+        **kwargs: Initializers, regularizers, constraints, `use_gate` and (for quadratic attention
+            only) `sliding_window`, as far as this version of Keras's `MultiHeadAttention` has
+            them; arguments of `keras.layers.Layer`.
 
     Call arguments:
         query: Tensor `(B, T, dim)`, or `(B, d1, ..., dn, dim)`. Or a list `[query, value]` or
@@ -116,9 +124,9 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
             sliding_window=kwargs.get("sliding_window"),
         )
         super().__init__(
-            num_heads=num_heads,
-            key_dim=key_dim,
-            value_dim=value_dim,
+            num_heads=check_size("num_heads", num_heads),
+            key_dim=check_size("key_dim", key_dim),
+            value_dim=None if value_dim is None else check_size("value_dim", value_dim),
             dropout=check_rate("dropout", dropout),
             use_bias=use_bias,
             output_shape=output_shape,
@@ -223,7 +231,7 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
             draw=self.draw.value,
             feature_map=self._options.feature_map,
         )
-        if self._use_gate:
+        if getattr(self, "_use_gate", False):  # not in every version of Keras
             output = output * self._gate_dense(query)
         return self._output_dense(output)
 
