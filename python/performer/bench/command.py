@@ -14,7 +14,9 @@ _STEP, _LONGEST = 64, 1 << 20
 
 def add_arguments(parser) -> None:
     """Adds the options to an `argparse` parser."""
-    parser.add_argument("--quick", action="store_true", help="two minutes: one setting, few lengths")
+    parser.add_argument(
+        "--quick", action="store_true", help="two minutes: one setting, few lengths"
+    )
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -67,7 +69,9 @@ def refusal(arguments) -> str:
     """What is wrong with the options: argument, rule and value; or ""."""
     for length in arguments.lengths or ():
         if length % _STEP or not 0 < length <= _LONGEST:
-            return f"--lengths must be multiples of {_STEP} from {_STEP} to {_LONGEST}; got {length}"
+            return (
+                f"--lengths must be multiples of {_STEP} from {_STEP} to {_LONGEST}; got {length}"
+            )
     for name in ("features", "dims"):
         for value in getattr(arguments, name) or ():
             if not 1 <= value <= 1024:
@@ -82,7 +86,7 @@ def chosen(arguments) -> plan.Plan:
     """The plan that the options ask for."""
     default = plan.Plan(threads=arguments.threads, cases=tuple(arguments.cases))
     default = plan.quick(default) if arguments.quick else default
-    given = {
+    given: dict = {
         name: tuple(dict.fromkeys(getattr(arguments, name)))
         for name in ("lengths", "features", "dims", "dtypes")
         if getattr(arguments, name)

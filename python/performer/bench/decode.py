@@ -74,7 +74,7 @@ def measure(features: int, dim: int, heads: int = 8, rounds: int = 5) -> dict:
 
         return run
 
-    record = {"features": features, "dim": dim, "heads": heads}
+    record: dict = {"features": features, "dim": dim, "heads": heads}
     record["state_bytes"] = 4 * heads * features * (dim + 1)
     for name, kind in (("call", called), ("loop", looped)):
         runs = {"step": kind(step), "identity": kind(identity)}

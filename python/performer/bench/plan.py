@@ -21,7 +21,6 @@ DTYPES = ("float32", "bfloat16")
 
 _LENGTHS = tuple(2**n for n in range(7, 18))  # 128 ... 131072
 _MOST_ELSEWHERE = 16384  # length of the settings beside the main one
-_SHORTEST_MEMORY = 1024
 _LONG = 4096  # length of the cases that compare heads, and threads
 
 
@@ -38,8 +37,10 @@ class Plan:
         threads: number of threads.
         rounds: of the timings.
         most_seconds: a call that would take longer is left out.
-        quick: leaves out exact attention under XLA (where measured, slower than without), memory
-            but at the longest length and without XLA, and the second run with each thread count.
+        most_total: seconds after which nothing new begins, or None.
+        quick: leaves out exact attention under XLA (slower than without), memory except at the
+            longest length and of the sides for everywhere, the backward pass in comparisons of
+            heads and threads, and the second run with each number of threads.
     """
 
     cases: tuple[str, ...] = CASES
@@ -50,6 +51,7 @@ class Plan:
     threads: int = 1
     rounds: int = 5
     most_seconds: float = 10.0
+    most_total: float | None = None
     quick: bool = False
 
     def settings(self) -> list[tuple[int, int, str]]:
@@ -69,35 +71,40 @@ class Plan:
 
     def extra_jobs(self) -> list[dict]:
         """One head against eight with the same work, and a decode step."""
-        jobs = []
+        jobs: list[dict] = []
         features, dim, dtype = self.settings()[0]
         if "heads" in self.cases:
-            for causal, backward in MODES.values():
-                many = Case(causal, backward, _LONG, features, dim, dtype)
+            for mode in self._compared():
+                many = Case(*mode, _LONG, features, dim, dtype)
                 one = dataclasses.replace(many, heads=1, length=many.heads * many.length)
                 entries = [("performer", vars(case)) for case in (many, one)]
-                jobs.append({"kind": "time", "entries": entries})
+                jobs.append({"kind": "compare", "entries": entries})
         if "decode" in self.cases:
             jobs.append({"kind": "decode", "features": features, "dim": dim})
         return jobs
 
-    def memory_jobs(self, framework: str) -> list[dict]:
-        """Peak memory in the main setting, from length 1024 on: below it is next to nothing."""
+    def memory_jobs(self, framework: str, timed: set[tuple[str, Case]]) -> list[dict]:
+        """Peak memory of the (side, case) pairs that were timed, in the main setting."""
         if "memory" not in self.cases:
             return []
-        lengths = [length for length in sorted(self.lengths) if length >= _SHORTEST_MEMORY]
-        sides = _sides(framework)
+        lengths, sides = self.lengths, _sides(framework)
         if self.quick:
-            lengths, sides = lengths[-1:], [side for side in sides if not SIDES[side].xla]
-        cases = self._cases(self.settings()[0], lengths)
-        return [_job("memory", case, sides) for case in cases]
+            lengths, sides = (max(lengths),), [side for side in sides if SIDES[side].everywhere]
+        return [
+            _job("memory", case, [side for side in sides if (side, case) in timed])
+            for case in self._cases(self.settings()[0], lengths)
+        ]
 
     def thread_jobs(self) -> list[dict]:
         """What is timed with one thread and with all."""
         if "threads" not in self.cases or self.threads == 1:
             return []
-        cases = [Case(*mode, _LONG, *self.settings()[0]) for mode in MODES.values()]
-        return [_job("time", case, ["performer"]) for case in cases]
+        features, dim, dtype = self.settings()[0]
+        cases = [Case(*mode, _LONG, features, dim, dtype) for mode in self._compared()]
+        return [_job("compare", case, ["performer"]) for case in cases]
+
+    def _compared(self):
+        return [mode for mode in MODES.values() if not (self.quick and mode[1])]
 
     def _cases(self, setting, lengths):
         chosen = [mode for name, mode in MODES.items() if name in self.cases]
@@ -114,6 +121,7 @@ def quick(plan: Plan) -> Plan:
         dtypes=plan.dtypes[:1],
         rounds=3,
         most_seconds=1.0,
+        most_total=105.0,
         quick=True,
     )
 

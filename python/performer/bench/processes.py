@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from performer.bench.checking import WrongResult
-from performer.bench.memory import ENVIRONMENT
 
 
 class WorkerFailed(Exception):
@@ -28,12 +27,10 @@ def records(task: dict, job_done: Callable[[], object] = lambda: None) -> Iterat
         WrongResult: a check failed.
         WorkerFailed: the process died.
     """
-    memory_only = all(job["kind"] == "memory" for job in task["jobs"])
     environment = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         **os.environ,
         "OMP_NUM_THREADS": str(task["threads"]),
-        **(ENVIRONMENT if memory_only else {}),
     }
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -45,6 +42,7 @@ def records(task: dict, job_done: Callable[[], object] = lambda: None) -> Iterat
             text=True,
         )
         try:
+            assert process.stdin is not None and process.stdout is not None
             process.stdin.write(json.dumps(task))
             process.stdin.close()
             for line in process.stdout:

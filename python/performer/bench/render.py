@@ -24,7 +24,8 @@ def terminal(run: dict, console: Console) -> None:
     for table in tables.details(run) + tables.conclusions(run):
         grid = rich.table.Table(title=table.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for i, column in enumerate(table.columns):
-            grid.add_column(column, justify="left" if i < table.left else "right", no_wrap=True)
+            number = i == 0 or i >= table.left
+            grid.add_column(column, justify="right" if i >= table.left else "left", no_wrap=number)
         shown = ""
         for row in table.rows:  # what is the same as above is not repeated
             grid.add_row("" if row[0] == shown else row[0], *row[1:])

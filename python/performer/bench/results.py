@@ -5,11 +5,12 @@ A run is a dict, the content of results.json: `machine` (facts), `plan` (fields 
 
     time      side, case, minimum and median (ms), gflops, product_gflops, fraction
     memory    side, case, mebibytes
-    heads     as time: one head and eight, the same work
-    threads   as time, with the number of threads
+    heads     side, case, minimum, median: one head and eight, the same work
+    threads   likewise, and the number of threads
     decode    see `performer.bench.decode.measure`
     check     see `performer.bench.checking.check`
     left out  side, case, reason
+    not begun part, jobs: how many, for want of time
     failed    message: measurements after it in its process are missing
 """
 

@@ -8,12 +8,13 @@ import importlib.util
 import json
 import os
 import platform
+import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from performer.bench import plots, processes, render
+from performer.bench import plots, processes, render, results
 from performer.bench.plan import Plan
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "torch", "performer-pytorch")
@@ -45,7 +46,6 @@ def run(plan: Plan, output: Path, console: Console) -> dict:
 def measure(plan: Plan, console: Console) -> list[dict]:
     """The records of all parts of a plan; a process that dies leaves a record of kind "failed"."""
     records: list[dict] = []
-    parts = list(_parts(plan))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -53,39 +53,40 @@ def measure(plan: Plan, console: Console) -> list[dict]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=sum(len(jobs) for _, _, _, jobs, _ in parts))
-        for name, framework, threads, jobs, changes in parts:
-            progress.update(bar, description=name)
+        deadline = None if plan.most_total is None else time.time() + plan.most_total
+
+        def part(name, framework, jobs, count=plan.threads, **changes):
+            if not jobs:
+                return
+            bar = progress.add_task(name, total=len(jobs))
             task = {
                 "framework": framework,
-                "threads": threads,
+                "threads": count,
                 "rounds": plan.rounds,
                 "most_seconds": plan.most_seconds,
+                "deadline": deadline,
                 "jobs": jobs,
             }
             try:
                 for record in processes.records(task, lambda: progress.advance(bar)):
-                    timed = record["kind"] == "time"
-                    records.append({**record, **changes} if timed else record)
+                    compared = record["kind"] == "compare"
+                    records.append({**record, **changes} if compared else record)
             except processes.WorkerFailed as failure:
                 records.append({"kind": "failed", "message": f"{name}: {failure}"})
+            missing = len(jobs) - int(progress.tasks[bar].completed)
+            if missing:
+                records.append({"kind": "not begun", "part": name, "jobs": missing})
+
+        part("time", "tensorflow", plan.time_jobs("tensorflow"))
+        part("time, torch", "torch", plan.time_jobs("torch"))
+        timed = {(x["side"], x["case"]) for x in results.of_kind({"records": records}, "time")}
+        part("memory", "tensorflow", plan.memory_jobs("tensorflow", timed))
+        part("memory, torch", "torch", plan.memory_jobs("torch", timed))
+        part("heads, decode", "tensorflow", plan.extra_jobs(), kind="heads")
+        for count in (1, plan.threads) * (1 if plan.quick else 2):
+            jobs = plan.thread_jobs()
+            part(f"threads: {count}", "tensorflow", jobs, count, kind="threads", threads=count)
     return records
-
-
-def _parts(plan):
-    """(name, framework, threads, jobs, changes to the records of timings)."""
-    threads = plan.threads
-    parts = [
-        ("timing", "tensorflow", threads, plan.time_jobs("tensorflow"), {}),
-        ("heads, decoding", "tensorflow", threads, plan.extra_jobs(), {"kind": "heads"}),
-        ("timing torch", "torch", threads, plan.time_jobs("torch"), {}),
-        ("memory", "tensorflow", threads, plan.memory_jobs("tensorflow"), {}),
-        ("memory of torch", "torch", threads, plan.memory_jobs("torch"), {}),
-    ]
-    for count in (1, threads) * (1 if plan.quick else 2):
-        changes = {"kind": "threads", "threads": count}
-        parts.append((f"threads: {count}", "tensorflow", count, plan.thread_jobs(), changes))
-    return (part for part in parts if part[3])
 
 
 def write(measured: dict, output: Path, console: Console) -> None:

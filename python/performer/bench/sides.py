@@ -64,14 +64,12 @@ class Side:
 
 SIDES = {
     "performer": Side("Performer", "tensorflow", FAVOR, fused=True, everywhere=True),
-    "lean": Side("lean composition", "tensorflow", FAVOR, everywhere=True),
-    "lean_xla": Side("lean composition, XLA", "tensorflow", FAVOR, xla=True),
-    "usual": Side("usual composition", "tensorflow", EPSILON, float32_only=True),
-    "usual_xla": Side(
-        "usual composition, XLA", "tensorflow", EPSILON, xla=True, float32_only=True
-    ),
-    "exact": Side("exact, Keras", "tensorflow", SOFTMAX, everywhere=True),
-    "exact_xla": Side("exact, Keras, XLA", "tensorflow", SOFTMAX, xla=True),
-    "torch_exact": Side("exact, torch SDPA", "torch", SOFTMAX, fused=True, everywhere=True),
+    "lean": Side("lean", "tensorflow", FAVOR, everywhere=True),
+    "lean_xla": Side("lean, XLA", "tensorflow", FAVOR, xla=True),
+    "usual": Side("usual", "tensorflow", EPSILON, float32_only=True),
+    "usual_xla": Side("usual, XLA", "tensorflow", EPSILON, xla=True, float32_only=True),
+    "exact": Side("exact Keras", "tensorflow", SOFTMAX, everywhere=True),
+    "exact_xla": Side("exact Keras, XLA", "tensorflow", SOFTMAX, xla=True),
+    "torch_exact": Side("exact torch", "torch", SOFTMAX, fused=True, everywhere=True),
     "torch_performer": Side("performer-pytorch", "torch", TWO_EPSILONS, float32_only=True),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from performer.bench import results
@@ -15,7 +16,7 @@ class Table:
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     left: int = 1
 
 
@@ -44,7 +45,7 @@ def details(run: dict) -> list[Table]:
                         "" if ours is None else f"{figures[0] / ours:.2f}",
                     )
                 )
-        columns = ("L", "", "ms, min", "median", "GFLOP/s", "of product", "MiB", "x Performer")
+        columns = ("L", "", "ms", "median", "GFLOP/s", "fraction", "MiB", "relative")
         tables.append(Table(_title(*group), columns, rows, left=2))
     return tables
 
@@ -90,7 +91,11 @@ def conclusions(run: dict) -> list[Table]:
         for x in results.crossovers(run)
     ]
     doublings = [
-        (_title(x["mode"], x["setting"]), f"{x['length']} to {2 * x['length']}", f"{x['ratio']:.2f}")
+        (
+            _title(x["mode"], x["setting"]),
+            f"{x['length']} to {2 * x['length']}",
+            f"{x['ratio']:.2f}",
+        )
         for x in results.doublings(run)
     ]
     heads = [
@@ -102,7 +107,13 @@ def conclusions(run: dict) -> list[Table]:
         for x in results.head_ratios(run)
     ]
     threads = [
-        (x["mode"], str(x["threads"]), f"{x['one']:.1f}", f"{x['all']:.1f}", f"{x['one'] / x['all']:.2f}")
+        (
+            x["mode"],
+            str(x["threads"]),
+            f"{x['one']:.1f}",
+            f"{x['all']:.1f}",
+            f"{x['one'] / x['all']:.2f}",
+        )
         for x in results.thread_ratios(run)
     ]
     decode = [
@@ -131,7 +142,9 @@ def notes(run: dict) -> list[str]:
     for x in results.of_kind(run, "check"):
         key = SIDES[x["side"]].label, x["estimator"], x["case"].dtype
         before = largest.get(key, (0.0, 1.0, None))
-        largest[key] = max(before, (x["error"], x["bound"], x["distance"]), key=lambda e: e[0] / e[1])
+        largest[key] = max(
+            before, (x["error"], x["bound"], x["distance"]), key=lambda e: e[0] / e[1]
+        )
     for (label, estimator, dtype), (error, bound, distance) in largest.items():
         line = f"{label}, {dtype}: {estimator} within {error:.1e} (bound {bound:g})"
         if distance is not None:
@@ -143,11 +156,16 @@ def notes(run: dict) -> list[str]:
         where = "" if everything else f", {_title(x['case'].mode, x['case'].setting)}"
         where += "" if everything else f" from L = {x['case'].length}"
         reasons[f"left out: {SIDES[x['side']].label}{where}: {x['reason']}"] = None
-    return [*lines, *reasons, *(f"failed: {x['message']}" for x in results.of_kind(run, "failed"))]
+    late = [
+        f"left out for want of time: {x['jobs']} jobs of the part '{x['part']}'"
+        for x in results.of_kind(run, "not begun")
+    ]
+    failed = [f"failed: {x['message']}" for x in results.of_kind(run, "failed")]
+    return [*lines, *reasons, *late, *failed]
 
 
 def _title(mode, setting):
-    return "{}, M = {}, D = {}, {}".format(mode, *setting)
+    return "{}, M={} D={} {}".format(mode, *setting)
 
 
 def _number(x):

@@ -15,7 +15,9 @@ from performer.bench.sides import SIDES
 
 
 def prepare(threads: int) -> None:
-    """Fixes the number of threads; before anything else."""
+    """Fixes the number of threads, before anything is computed."""
+    if tf.config.threading.get_intra_op_parallelism_threads() == threads:
+        return
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
