@@ -74,8 +74,8 @@ class Plan:
         jobs: list[dict] = []
         features, dim, dtype = self.settings()[0]
         if "heads" in self.cases:
-            for mode in self._compared():
-                many = Case(*mode, _LONG, features, dim, dtype)
+            for causal, backward in self._compared():
+                many = Case(causal, backward, _LONG, features, dim, dtype)
                 one = dataclasses.replace(many, heads=1, length=many.heads * many.length)
                 entries = [("performer", vars(case)) for case in (many, one)]
                 jobs.append({"kind": "compare", "entries": entries})
@@ -100,7 +100,10 @@ class Plan:
         if "threads" not in self.cases or self.threads == 1:
             return []
         features, dim, dtype = self.settings()[0]
-        cases = [Case(*mode, _LONG, features, dim, dtype) for mode in self._compared()]
+        cases = [
+            Case(causal, backward, _LONG, features, dim, dtype)
+            for causal, backward in self._compared()
+        ]
         return [_job("compare", case, ["performer"]) for case in cases]
 
     def _compared(self):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 from performer.bench.checking import WrongResult
@@ -27,6 +28,8 @@ def records(task: dict, job_done: Callable[[], object] = lambda: None) -> Iterat
         WrongResult: a check failed.
         WorkerFailed: the process died.
     """
+    if task["deadline"] is not None and time.time() > task["deadline"]:
+        return
     environment = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         **os.environ,

@@ -22,10 +22,12 @@ def machine(run: dict) -> str:
 def terminal(run: dict, console: Console) -> None:
     """Prints every table and note of a run."""
     for table in tables.details(run) + tables.conclusions(run):
-        grid = rich.table.Table(title=table.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+        grid = rich.table.Table(
+            title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
+        )
         for i, column in enumerate(table.columns):
-            number = i == 0 or i >= table.left
-            grid.add_column(column, justify="right" if i >= table.left else "left", no_wrap=number)
+            justify = "left" if i < table.left else "right"
+            grid.add_column(column, justify=justify, overflow="fold")
         shown = ""
         for row in table.rows:  # what is the same as above is not repeated
             grid.add_row("" if row[0] == shown else row[0], *row[1:])
