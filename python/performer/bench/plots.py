@@ -8,6 +8,8 @@ from pathlib import Path
 from performer.bench import results
 from performer.bench.sides import SIDES
 
+_APART = 0.055  # of labels, in heights of a panel
+
 # The palette of Okabe and Ito, distinct for every kind of colour vision; XLA is dashed.
 _COLOURS = {
     "performer": "#0072B2",
@@ -49,7 +51,7 @@ def _draw(panels, unit, path):
     setting = next(iter(panels))[1]
     panels = {mode: sides for (mode, other), sides in panels.items() if other == setting}
     rows, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
-    figure, grid = plt.subplots(rows, columns, figsize=(6.5 * columns, 4.5 * rows), squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(7.5 * columns, 4.5 * rows), squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes, (mode, sides) in zip(grid.flat, panels.items(), strict=False):
@@ -64,6 +66,9 @@ def _draw(panels, unit, path):
                 marker="o",
                 markersize=3,
             )
+        every = sorted({n for points in sides.values() for n in points})
+        axes.set_xticks(every, [f"{n:g}" if n < 1024 else f"{n / 1024:g}k" for n in every])
+        axes.minorticks_off()
         _label(axes, sides)
         axes.set(title=mode, xlabel="length of the sequence", ylabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
@@ -78,12 +83,14 @@ def _label(axes, sides):
     """Writes the name of each line at the right, level with its end, moved apart where needed."""
     low, high = (math.log(y) for y in axes.get_ylim())
     right = math.log(axes.get_xlim()[1] / axes.get_xlim()[0])
-    least = 0.055
     ends = sorted((math.log(points[max(points)]), side) for side, points in sides.items())
-    level = -math.inf
-    for end, side in ends:
-        height = (end - low) / (high - low)
-        level = max(height, level + least)
+    heights = [(end - low) / (high - low) for end, _ in ends]
+    levels = heights[:]
+    for i in range(1, len(levels)):
+        levels[i] = max(levels[i], levels[i - 1] + _APART)
+    for i, ceiling in enumerate(reversed(range(len(levels)))):  # none above the panel
+        levels[ceiling] = min(levels[ceiling], 1 - i * _APART)
+    for (_, side), height, level in zip(ends, heights, levels, strict=True):
         last = max(sides[side])
         at = math.log(last / axes.get_xlim()[0]) / right
         axes.annotate(

@@ -26,8 +26,7 @@ def terminal(run: dict, console: Console) -> None:
             title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
         )
         for i, column in enumerate(table.columns):
-            justify = "left" if i < table.left else "right"
-            grid.add_column(column, justify=justify, overflow="fold")
+            grid.add_column(column, justify="left" if i < table.left else "right", overflow="fold")
         shown = ""
         for row in table.rows:  # what is the same as above is not repeated
             grid.add_row("" if row[0] == shown else row[0], *row[1:])
