@@ -25,14 +25,21 @@ def add_arguments(parser) -> None:
         metavar="CASE",
         help=f"some of: {', '.join(plan.CASES)} (default all)",
     )
-    for name, what, values in (
-        ("lengths", "L, multiples of 64 (default 128 to 131072)", {}),
-        ("features", "M; the first one makes the main setting (default 256 64 128)", {}),
-        ("dims", "D, likewise (default 64 128)", {}),
-        ("dtypes", "likewise (default float32 bfloat16)", {"choices": plan.DTYPES, "type": str}),
-    ):
-        options = {"type": int, "metavar": name[0].upper() if name != "features" else "M", **values}
-        parser.add_argument(f"--{name}", nargs="+", help=what, **options)
+    several: dict = {"nargs": "+", "type": int}
+    parser.add_argument(
+        "--lengths", metavar="L", help="multiples of 64 (default 128 to 131072)", **several
+    )
+    parser.add_argument(
+        "--features", metavar="M", help="first: the main setting (default 256 64 128)", **several
+    )
+    parser.add_argument("--dims", metavar="D", help="likewise (default 64 128)", **several)
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=plan.DTYPES,
+        metavar="DTYPE",
+        help=f"likewise (default {' '.join(plan.DTYPES)})",
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help=f"(default all: {cores})")
     parser.add_argument("--output", default="performer-bench", metavar="FOLDER")

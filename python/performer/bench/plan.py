@@ -90,10 +90,11 @@ class Plan:
         lengths, sides = self.lengths, _sides(framework)
         if self.quick:
             lengths, sides = (max(lengths),), [side for side in sides if SIDES[side].everywhere]
-        return [
+        jobs = [
             _job("memory", case, [side for side in sides if (side, case) in timed])
             for case in self._cases(self.settings()[0], lengths)
         ]
+        return [job for job in jobs if job["entries"]]
 
     def thread_jobs(self) -> list[dict]:
         """What is timed with one thread and with all."""

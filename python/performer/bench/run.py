@@ -77,15 +77,17 @@ def measure(plan: Plan, console: Console) -> list[dict]:
             if missing:
                 records.append({"kind": "not begun", "part": name, "jobs": missing})
 
+        def timed():
+            return {(x["side"], x["case"]) for x in results.of_kind({"records": records}, "time")}
+
         part("time", "tensorflow", plan.time_jobs("tensorflow"))
-        part("time, torch", "torch", plan.time_jobs("torch"))
-        timed = {(x["side"], x["case"]) for x in results.of_kind({"records": records}, "time")}
-        part("memory", "tensorflow", plan.memory_jobs("tensorflow", timed))
-        part("memory, torch", "torch", plan.memory_jobs("torch", timed))
+        part("memory", "tensorflow", plan.memory_jobs("tensorflow", timed()))
         part("heads, decode", "tensorflow", plan.extra_jobs(), kind="heads")
         for count in (1, plan.threads) * (1 if plan.quick else 2):
             jobs = plan.thread_jobs()
             part(f"threads: {count}", "tensorflow", jobs, count, kind="threads", threads=count)
+        part("time, torch", "torch", plan.time_jobs("torch"))
+        part("memory, torch", "torch", plan.memory_jobs("torch", timed()))
     return records
 
 
