@@ -143,6 +143,18 @@ def test_too_slow_and_unfit_sides_are_named_once(monkeypatch):
     assert "memory" in reasons[2]
 
 
+def test_a_framework_that_is_not_installed_is_left_out_by_name(monkeypatch):
+    records = []
+    worker = Worker("torch", 1, 1, 1.0, lambda **record: records.append(record))
+    monkeypatch.setattr(worker.calls, "missing", lambda side: "torch not installed")
+    entries = [("torch_exact", Case(False, False, 64)), ("torch_performer", Case(True, True, 64))]
+    worker.time(entries)
+    worker.memory(entries)
+    assert [(x["kind"], x["side"], x["reason"]) for x in records] == [
+        ("left out", side, "torch not installed") for side, _ in entries
+    ]
+
+
 def test_memory_of_a_call_is_measured_in_its_own_process():
     def prepare():
         return lambda: np.ones(64 << 20, np.uint8)

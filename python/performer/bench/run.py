@@ -73,6 +73,7 @@ def measure(plan: Plan, console: Console) -> list[dict]:
                     records.append({**record, **changes} if compared else record)
             except processes.WorkerFailed as failure:
                 records.append({"kind": "failed", "message": f"{name}: {failure}"})
+                return
             missing = len(jobs) - int(progress.tasks[bar].completed)
             if missing:
                 records.append({"kind": "not begun", "part": name, "jobs": missing})

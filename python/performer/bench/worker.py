@@ -58,6 +58,8 @@ class Worker:
     def time(self, entries):
         """Checks and times (side, case) pairs against each other and the matrix product."""
         calls = self.ready(entries)
+        if not calls:
+            return
         times, product = timing.take_turns(calls, self.rounds, self.product)
         for (side, case), milliseconds in times.items():
             self.seconds[side, case] = milliseconds.minimum / 1e3
@@ -103,11 +105,11 @@ class Worker:
 
     def ready(self, entries):
         """The calls of the pairs that can take part, checked and compiled."""
-        self.calls.prepare(self.threads)
         calls: dict[tuple[str, Case], Callable] = {}
         tensors: dict[Case, dict] = {}
         for side, case in entries:
             if self.possible(side, case):
+                self.calls.prepare(self.threads)
                 self.check(side, case)
                 if case not in tensors:
                     tensors[case] = self.calls.tensors(case.inputs())
