@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -46,8 +47,9 @@ def records(task: dict, job_done: Callable[[], object] = lambda: None) -> Iterat
         )
         try:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps(task))
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it died: its status says so below
+                process.stdin.write(json.dumps(task))
+                process.stdin.close()
             for line in process.stdout:
                 record = json.loads(line)
                 if record["kind"] == "wrong":
