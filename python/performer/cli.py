@@ -5,6 +5,8 @@ import importlib.util
 import platform
 import sys
 
+from performer.bench import command as bench
+
 
 def main(argv=None):
     """Runs a subcommand; returns the exit status (2: a wrong argument).
@@ -21,8 +23,13 @@ def main(argv=None):
     demo.add_argument("--output", default="performer-demo", metavar="FOLDER")
     demo.add_argument("--length", type=int, default=4096, help="of a sequence (default 4096)")
     demo.add_argument("--steps", type=int, default=500, help="of training (default 500)")
+    bench.add_arguments(
+        commands.add_parser("bench", help="time linear attention beside its peers, checked first")
+    )
     commands.add_parser("info", help="versions and devices: what a bug report needs")
     arguments = parser.parse_args(argv)
+    if arguments.command == "bench":
+        return bench.main(arguments)
     return _demo(arguments) if arguments.command == "demo" else _info()
 
 

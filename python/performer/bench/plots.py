@@ -1,0 +1,105 @@
+"""Time and memory against the length, both logarithmic: one panel for each mode."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from performer.bench import results
+from performer.bench.sides import SIDES
+
+_APART = 0.055  # of labels, in heights of a panel
+
+# The palette of Okabe and Ito, distinct for every kind of colour vision; XLA is dashed.
+_COLOURS = {
+    "performer": "#0072B2",
+    "lean": "#E69F00",
+    "usual": "#009E73",
+    "exact": "#D55E00",
+    "torch_exact": "#CC79A7",
+    "torch_performer": "#000000",
+}
+
+
+def draw(run: dict, folder: Path) -> list[Path]:
+    """Writes time.png and memory.png of the main setting (the first one measured).
+
+    Args:
+        run: see `results`.
+        folder: where the files go.
+
+    Returns:
+        The paths of what was written: nothing that was not measured.
+    """
+    written = []
+    for name, kind, value, unit in (
+        ("time", "time", "minimum", "milliseconds"),
+        ("memory", "memory", "mebibytes", "peak memory, MiB"),
+    ):
+        panels = results.groups(run, kind, value)
+        if panels:
+            written.append(_draw(panels, unit, folder / f"{name}.png"))
+    return written
+
+
+def _draw(panels, unit, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    setting = next(iter(panels))[1]
+    panels = {mode: sides for (mode, other), sides in panels.items() if other == setting}
+    rows, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
+    figure, grid = plt.subplots(rows, columns, figsize=(7.5 * columns, 4.5 * rows), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, (mode, sides) in zip(grid.flat, panels.items(), strict=False):
+        for side, points in sides.items():
+            lengths = sorted(points)
+            axes.loglog(
+                lengths,
+                [points[n] for n in lengths],
+                color=_COLOURS[side.removesuffix("_xla")],
+                linestyle="--" if SIDES[side].xla else "-",
+                linewidth=2.5 if side == "performer" else 1.2,
+                marker="o",
+                markersize=3,
+            )
+        every = sorted({n for points in sides.values() for n in points})
+        axes.set_xticks(every, [f"{n:g}" if n < 1024 else f"{n / 1024:g}k" for n in every])
+        axes.minorticks_off()
+        _label(axes, sides)
+        axes.set(title=mode, xlabel="length of the sequence", ylabel=unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("M = {}, D = {}, {}".format(*setting))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _label(axes, sides):
+    """Writes the name of each line at the right, level with its end, moved apart where needed."""
+    low, high = (math.log(y) for y in axes.get_ylim())
+    right = math.log(axes.get_xlim()[1] / axes.get_xlim()[0])
+    ends = sorted((math.log(points[max(points)]), side) for side, points in sides.items())
+    heights = [(end - low) / (high - low) for end, _ in ends]
+    levels = heights[:]
+    for i in range(1, len(levels)):
+        levels[i] = max(levels[i], levels[i - 1] + _APART)
+    for i, ceiling in enumerate(reversed(range(len(levels)))):  # none above the panel
+        levels[ceiling] = min(levels[ceiling], 1 - i * _APART)
+    for (_, side), height, level in zip(ends, heights, levels, strict=True):
+        last = max(sides[side])
+        at = math.log(last / axes.get_xlim()[0]) / right
+        axes.annotate(
+            SIDES[side].label,
+            xy=(at, height),
+            xytext=(1.02, level),
+            xycoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=_COLOURS[side.removesuffix("_xla")],
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999", "shrinkA": 0},
+        )

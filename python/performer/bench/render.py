@@ -1,0 +1,61 @@
+"""Tables in the terminal (rich) and in Markdown."""
+
+from __future__ import annotations
+
+import rich.box
+import rich.table
+from rich.console import Console
+
+from performer.bench import tables
+
+
+def machine(run: dict) -> str:
+    """One line: processor, threads, instruction set, versions."""
+    facts = run["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return (
+        f"{facts['processor']}, {facts['cores']} cores, {run['plan']['threads']} threads, "
+        f"{facts['isa']}; {versions}"
+    )
+
+
+def terminal(run: dict, console: Console) -> None:
+    """Prints every table and note of a run."""
+    for table in tables.details(run) + tables.conclusions(run):
+        grid = rich.table.Table(
+            title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
+        )
+        for i, column in enumerate(table.columns):
+            grid.add_column(column, justify="left" if i < table.left else "right", overflow="fold")
+        shown = ""
+        for row in table.rows:  # what is the same as above is not repeated
+            grid.add_row("" if row[0] == shown else row[0], *row[1:])
+            shown = row[0]
+        console.print(grid)
+    for note in [machine(run), *tables.notes(run)]:
+        console.print(note, markup=False, highlight=False)
+
+
+def markdown(run: dict) -> str:
+    """The tables and notes of a run as Markdown.
+
+    Example:
+
+    >>> empty = {"plan": {"threads": 2}, "records": [], "machine": {"processor": "a processor",
+    ...          "cores": 2, "isa": "v3", "versions": {"performer": "0.1.0"}}}
+    >>> print(markdown(empty))
+    a processor, 2 cores, 2 threads, v3; performer 0.1.0
+    """
+    parts = [machine(run)]
+    for table in tables.times(run) + tables.memory(run) + tables.conclusions(run):
+        marks = [":--" if i < table.left else "--:" for i in range(len(table.columns))]
+        lines = [_line(row) for row in (table.columns, marks, *table.rows)]
+        parts.append(f"**{table.title}**\n\n" + "\n".join(lines))
+    notes = tables.notes(run)
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts)
+
+
+def _line(cells):
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,126 @@
+"""What a run measured, and what follows from it.
+
+A run is a dict, the content of results.json: `machine` (facts), `plan` (fields of `Plan`) and
+`records`, each with a `kind`:
+
+    time      side, case, minimum and median (ms), gflops, product_gflops, fraction
+    memory    side, case, mebibytes
+    heads     side, case, minimum, median: one head and eight, the same work
+    threads   likewise, and the number of threads
+    decode    see `performer.bench.decode.measure`
+    check     see `performer.bench.checking.check`
+    left out  side, case, reason
+    not begun part, jobs: how many, for want of time
+    failed    message: measurements after it in its process are missing
+"""
+
+from __future__ import annotations
+
+import math
+
+from performer.bench.cases import Case
+from performer.bench.sides import SIDES
+
+
+def of_kind(run: dict, kind: str) -> list[dict]:
+    """The records of a kind, each with a `Case` where there is one."""
+    return [
+        {**record, "case": Case(**record["case"])} if "case" in record else record
+        for record in run["records"]
+        if record["kind"] == kind
+    ]
+
+
+def groups(run: dict, kind: str = "time", value: str = "minimum") -> dict:
+    """{(mode, setting): {side: {length: value}}}, in the order of measurement."""
+    found: dict = {}
+    for record in of_kind(run, kind):
+        case = record["case"]
+        lengths = found.setdefault((case.mode, case.setting), {}).setdefault(record["side"], {})
+        lengths[case.length] = record[value]
+    return found
+
+
+def crossover(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
+    """The length from which on `ours` is faster.
+
+    Args:
+        ours, theirs: time by length. Lengths that only one has do not count.
+
+    Returns:
+        The length, between two measured ones by interpolation on logarithmic axes; the shortest
+        one if ours is faster there already; infinity if it is not at the longest; None if there
+        is no common length.
+
+    Example:
+
+    >>> crossover({64: 4.0, 256: 16.0}, {64: 1.0, 256: 64.0})
+    128.0
+    """
+    lengths = sorted(ours.keys() & theirs.keys())
+    if not lengths:
+        return None
+    gaps = [math.log2(ours[n] / theirs[n]) for n in lengths]
+    slower = [i for i, gap in enumerate(gaps) if gap > 0]
+    if not slower:
+        return float(lengths[0])
+    last = slower[-1]
+    if last == len(lengths) - 1:
+        return math.inf
+    part = gaps[last] / (gaps[last] - gaps[last + 1])
+    return lengths[last] * (lengths[last + 1] / lengths[last]) ** part
+
+
+def crossovers(run: dict) -> list[dict]:
+    """Crossover of Performer with each form of exact attention, by mode and setting."""
+    return [
+        {
+            "mode": mode,
+            "setting": setting,
+            "side": side,
+            "length": crossover(sides["performer"], times),
+            "measured": sorted(sides["performer"].keys() & times.keys()),
+        }
+        for (mode, setting), sides in groups(run).items()
+        if "performer" in sides
+        for side, times in sides.items()
+        if SIDES[side].exact and sides["performer"].keys() & times.keys()
+    ]
+
+
+def doublings(run: dict) -> list[dict]:
+    """Time of Performer at 2L over its time at L, by mode and setting."""
+    return [
+        {"mode": mode, "setting": setting, "length": n, "ratio": times[2 * n] / times[n]}
+        for (mode, setting), sides in groups(run).items()
+        for times in [sides.get("performer", {})]
+        for n in sorted(times)
+        if 2 * n in times
+    ]
+
+
+def head_ratios(run: dict) -> list[dict]:
+    """Time with all heads over time with one of the same work (1: no difference)."""
+    found: dict = {}
+    for record in of_kind(run, "heads"):
+        found.setdefault(record["case"].mode, {})[record["case"].heads] = record
+    return [
+        {"mode": mode, "one": pair[1], "many": pair[max(pair)]}
+        for mode, pair in found.items()
+        if len(pair) == 2
+    ]
+
+
+def thread_ratios(run: dict) -> list[dict]:
+    """Fastest time with one thread and with all, by mode."""
+    found: dict = {}
+    for record in of_kind(run, "threads"):
+        times = found.setdefault(record["case"].mode, {})
+        times[record["threads"]] = min(
+            record["minimum"], times.get(record["threads"], record["minimum"])
+        )
+    return [
+        {"mode": mode, "threads": max(times), "one": times[1], "all": times[max(times)]}
+        for mode, times in found.items()
+        if len(times) == 2
+    ]

@@ -1,0 +1,191 @@
+"""A process that measures: one framework, one number of threads.
+
+Reads a task as JSON from standard input and writes a record as JSON, one a line, to standard
+output. `processes` starts it.
+
+    {"framework": "tensorflow" | "torch", "threads": n, "rounds": n, "most_seconds": s,
+     "deadline": time after which no job begins, or null, "jobs": [job, ...]}
+
+where a job is one of
+
+    {"kind": "time", "entries": [[side, case], ...]}    these take turns with each other
+    {"kind": "compare", "entries": [[side, case], ...]}    the same, without the matrix product
+    {"kind": "memory", "entries": [[side, case], ...]}
+    {"kind": "decode", "features": M, "dim": D}
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from performer.bench import checking, memory, timing
+from performer.bench.cases import Case
+from performer.bench.sides import SIDES
+
+_SHORT = 64  # length of the call that warms up a process for the measurement of memory
+
+
+class Worker:
+    """Runs jobs; what has been checked, and what has been too slow, is remembered.
+
+    Args:
+        framework: "tensorflow" or "torch".
+        threads: number of threads to compute with.
+        rounds: of the timings.
+        most_seconds: a call that would take longer is left out.
+        emit: called with every record.
+    """
+
+    def __init__(self, framework, threads, rounds, most_seconds, emit):
+        self.calls = importlib.import_module(f"performer.bench.{framework}_calls")
+        self.threads, self.rounds, self.most_seconds = threads, rounds, most_seconds
+        self.emit = emit
+        self.checked: set = set()
+        self.left_out: set = set()
+        self.seconds: dict = {}
+
+    @functools.cached_property
+    def product(self):
+        """The matrix product of the framework."""
+        return self.calls.matrix_product(timing.PRODUCT_SIZE)
+
+    def time(self, entries):
+        """Checks and times (side, case) pairs against each other and the matrix product."""
+        calls = self.ready(entries)
+        if not calls:
+            return
+        times, product = timing.take_turns(calls, self.rounds, self.product)
+        for (side, case), milliseconds in times.items():
+            self.seconds[side, case] = milliseconds.minimum / 1e3
+            rate = SIDES[side].operations(case) / milliseconds.minimum / 1e6
+            self.emit(
+                kind="time",
+                side=side,
+                case=vars(case),
+                minimum=milliseconds.minimum,
+                median=milliseconds.median,
+                gflops=rate,
+                product_gflops=product,
+                fraction=rate / product,
+            )
+
+    def compare(self, entries):
+        """Checks and times (side, case) pairs against each other."""
+        times, _ = timing.take_turns(self.ready(entries), self.rounds)
+        for (side, case), milliseconds in times.items():
+            self.emit(kind="compare", side=side, case=vars(case), **milliseconds._asdict())
+
+    def memory(self, entries):
+        """Measures the peak memory of (side, case) pairs."""
+        for side, case in entries:
+
+            def prepare(side=side, case=case):
+                self.calls.prepare(self.threads)
+                short = case.at(_SHORT)  # loads, compiles and allocates what every call shares
+                self.calls.call(side, short, self.calls.tensors(short.inputs()))()
+                return self.calls.call(side, case, self.calls.tensors(case.inputs()))
+
+            if self.possible(side, case):
+                mebibytes = memory.peak(prepare)
+                if mebibytes is None:
+                    self.leave_out(side, case, "the process that measured its memory died")
+                else:
+                    self.emit(kind="memory", side=side, case=vars(case), mebibytes=mebibytes)
+
+    def decode(self, features, dim):
+        """Measures a decode step."""
+        measured = importlib.import_module("performer.bench.decode").measure(features, dim)
+        self.emit(kind="decode", **measured)
+
+    def ready(self, entries):
+        """The calls of the pairs that can take part, checked and compiled."""
+        calls: dict[tuple[str, Case], Callable] = {}
+        tensors: dict[Case, dict] = {}
+        for side, case in entries:
+            if self.possible(side, case):
+                self.calls.prepare(self.threads)
+                self.check(side, case)
+                if case not in tensors:
+                    tensors[case] = self.calls.tensors(case.inputs())
+                calls[side, case] = self.calls.call(side, case, tensors[case])
+                calls[side, case]()
+        return calls
+
+    def possible(self, side, case):
+        """Whether a side can take part; where it cannot, says so once."""
+        reason = self.calls.missing(side) or _unfit(SIDES[side], case)
+        if not reason and self.forecast(side, case) > self.most_seconds:
+            reason = f"a call would take more than {self.most_seconds:g} s"
+        if reason:
+            self.leave_out(side, case, reason)
+        return not reason
+
+    def leave_out(self, side, case, reason):
+        """Says once why a side is not measured."""
+        key = side, case.mode, case.setting, reason
+        if key not in self.left_out:
+            self.left_out.add(key)
+            self.emit(kind="left out", side=side, case=vars(case), reason=reason)
+
+    def forecast(self, side, case):
+        """Seconds of a call, from the longest shorter one that has been timed; 0: unknown."""
+        timed = [
+            (c.length, t)
+            for (s, c), t in self.seconds.items()
+            if (s, c.at(case.length)) == (side, case)
+        ]
+        length, seconds = max((x for x in timed if x[0] < case.length), default=(case.length, 0.0))
+        return seconds * (case.length / length) ** SIDES[side].power
+
+    def check(self, side, case):
+        """Raises WrongResult unless the side is right on a short case of the same kind."""
+        short = Case(case.causal, case.backward, checking.LENGTH, *case.setting)
+        if (side, short) in self.checked:
+            return
+        results = self.calls.call(side, short, self.calls.tensors(short.inputs()))()
+        self.emit(kind="check", **checking.check(side, short, self.calls.arrays(results)))
+        self.checked.add((side, short))
+
+
+def _unfit(side, case):
+    if side.float32_only and case.dtype != "float32":
+        return "for float32 only"
+    needed, there = side.bytes(case), memory.available()
+    if needed > there / 2:
+        return f"needs about {needed / 2**30:.0f} GiB of memory; {there / 2**30:.0f} GiB are free"
+    return ""
+
+
+def main():
+    """Does the task; what libraries print goes to standard error."""
+    output = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def emit(**record):
+        output.write(json.dumps(record) + "\n")
+
+    task = json.load(sys.stdin)
+    jobs, deadline = task.pop("jobs"), task.pop("deadline")
+    worker = Worker(**task, emit=emit)
+    for job in jobs:
+        if deadline is not None and time.time() > deadline:
+            return
+        kind = job.pop("kind")
+        if "entries" in job:
+            job["entries"] = [(side, Case(**case)) for side, case in job["entries"]]
+        try:
+            getattr(worker, kind)(**job)
+        except checking.WrongResult as wrong:
+            emit(kind="wrong", message=str(wrong))
+            return
+        emit(kind="done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""`performer bench`: its options, the cases they choose, and its exit status."""
+
+import argparse
+import itertools
+import json
+
+import pytest
+
+from performer.bench import command, plan, processes, results
+from performer.bench.cases import Case
+from performer.bench.checking import WrongResult
+from performer.cli import main
+
+
+def test_a_wrong_result_leaves_status_1_and_no_file(monkeypatch, tmp_path, capsys):
+    def wrong(task, job_done):
+        raise WrongResult("lean, causal: the output must be right")
+        yield
+
+    monkeypatch.setattr(processes, "records", wrong)
+    assert main(["bench", "--quick", "--output", str(tmp_path)]) == 1
+    assert "no figures" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_dies_is_reported(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    arguments = ["bench", "--quick", "--cases", "decode", "--output", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "failed: heads, decode: " in capsys.readouterr().out
+    failures = results.of_kind(json.loads((tmp_path / "results.json").read_text()), "failed")
+    assert len(failures) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "128", "100"], "--lengths must be multiples of 64 from 64 to"),
+        (["--lengths", "0"], "--lengths must be multiples of 64"),
+        (["--features", "0"], "--features must be from 1 to 1024; got 0"),
+        (["--dims", "2000"], "--dims must be from 1 to 1024; got 2000"),
+        (["--threads", "0"], "--threads must be from 1 to"),
+    ],
+)
+def test_bad_options_are_refused(options, message, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["bench", *options, "--output", str(output)]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("option", ["--cases", "--dtypes"])
+def test_unknown_names_are_refused(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", option, "nonsense"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert "nonsense" in error
+    assert "choose from" in error
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["bench", "--output", str(file)]) == 2
+    assert "--output must be a folder" in capsys.readouterr().err
+
+
+def chosen(*options):
+    """The plan of command line options."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.chosen(parser.parse_args(options))
+
+
+def test_the_options_choose_the_cases():
+    quick = chosen("--quick", "--lengths", "512", "--cases", "causal", "memory")
+    assert quick.quick
+    jobs = quick.time_jobs("tensorflow")
+    assert [job["entries"][0][1]["length"] for job in jobs] == [512]
+    assert {side for side, _ in jobs[0]["entries"]} == {
+        "performer", "lean", "lean_xla", "usual", "usual_xla", "exact"
+    }  # fmt: skip
+    case = Case(True, False, 512)
+    (job,) = quick.memory_jobs("tensorflow", {("lean", case), ("usual", case)})
+    assert [side for side, _ in job["entries"]] == ["lean"]
+    assert quick.extra_jobs() == quick.thread_jobs() == []
+
+
+def test_a_full_run_covers_every_size():
+    cases = [Case(**job["entries"][0][1]) for job in chosen().time_jobs("tensorflow")]
+    assert {case.setting for case in cases} == set(
+        itertools.product((64, 128, 256), (64, 128), plan.DTYPES)
+    )
+    assert {case.length for case in cases} == {2**n for n in range(7, 18)}
+    assert len({case.mode for case in cases}) == 4
