@@ -54,18 +54,6 @@ struct PrefixState {
     mass[m] *= keep;
     anchor[m] = to;
   }
-  void Get(const Widths& w, Acc* log_mass, Acc* mean) const {
-    for (int64_t m = 0; m < w.m; ++m) {
-      const Acc inverse = Inverse(mass[m]);
-      log_mass[m] =
-          mass[m] == 0
-              ? -kInf<Acc>
-              : static_cast<Acc>(kLn2Double * (static_cast<double>(anchor[m]) +
-                                               __builtin_log2(static_cast<double>(mass[m]))));
-      for (int64_t e = 0; e < w.e; ++e)
-        mean[m * w.e + e] = mass[m] == 0 ? Acc(0) : sum[m * w.e_pad + e] * inverse;
-    }
-  }
 };
 
 // Rows of a chunk that are processed with the same anchors.
@@ -260,8 +248,9 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
     }
   }
   const int64_t at = (slice.sequence * dims.groups + slice.head) * w.m;
-  s.state.Get(w, static_cast<Acc*>(params.state.log_mass) + at,
-              static_cast<Acc*>(params.state.mean) + at * w.e);
+  WriteState(w, s.state.anchor, s.state.mass, s.state.sum,
+             static_cast<Acc*>(params.state.log_mass) + at,
+             static_cast<Acc*>(params.state.mean) + at * w.e);
   return true;
 }
 

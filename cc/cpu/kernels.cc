@@ -16,14 +16,26 @@ void Elementwise(const Acc* x, int64_t n, Acc* y) {
   for (int64_t i = 0; i < n; i += kLanes<Acc>) Store(y + i, kFunction(Load(x + i)));
 }
 
+template <class Acc>
+void Finish(const Widths& w, SummaryPartial<Acc> partial, Acc* log_mass, Acc* mean) {
+  WriteState(w, partial.anchor, partial.mass, partial.sum, log_mass, mean);
+}
+
 }  // namespace
 
 const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
   using Acc = PERFORMER_ACC;
-  static constexpr Kernels<Acc> kKernels = {
-      PackProjection<Acc>, Summarize<Acc>,         Read<Acc>,
-      Causal<Acc>,         SummarizeGrad<Acc>,     ReadGrad<Acc>,
-      CausalGrad<Acc>,     Elementwise<Acc, Exp2>, Elementwise<Acc, Log2>};
+  static constexpr Kernels<Acc> kKernels = {PackProjection<Acc>,
+                                            Summarize<Acc>,
+                                            MergeSummaries<Acc>,
+                                            Finish<Acc>,
+                                            Read<Acc>,
+                                            Causal<Acc>,
+                                            SummarizeGrad<Acc>,
+                                            ReadGrad<Acc>,
+                                            CausalGrad<Acc>,
+                                            Elementwise<Acc, Exp2>,
+                                            Elementwise<Acc, Log2>};
   return kKernels;
 }
 

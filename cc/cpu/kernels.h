@@ -19,6 +19,12 @@ struct Kernels {
   bool (*summarize)(const SummarizeParams& params, const Acc* projection, Slice slice,
                     SummaryPartial<Acc> partial);
 
+  // into = into merged with `more`: partial results of the same head.
+  void (*merge)(const Widths& widths, SummaryPartial<Acc> into, SummaryPartial<Acc> more);
+
+  // log_mass[m] and mean[m][e] of a partial result.
+  void (*finish)(const Widths& widths, SummaryPartial<Acc> partial, Acc* log_mass, Acc* mean);
+
   // Rows of params.out for the slice.
   bool (*read)(const ReadParams& params, const Acc* projection, Slice slice);
 

@@ -3,27 +3,9 @@
 #pragma once
 #include "core/chunks.h"
 #include "cpu/features.h"
+#include "cpu/state.h"
 
 PERFORMER_ISA_BEGIN
-
-// The state of one sequence and key/value head as the kernels want it: rows of means padded, zero
-// where nothing was seen.
-template <class Acc>
-struct LoadedState {
-  const Acc* log_mass;  // [m], natural logarithms, as given
-  const Acc* mean;      // [m][e], as given
-
-  LoadedState(const State& state, const Dims& dims, int64_t sequence, int64_t group) {
-    const int64_t at = ((state.count == 1 ? 0 : sequence) * dims.groups + group) * dims.features;
-    log_mass = static_cast<const Acc*>(state.log_mass) + at;
-    mean = static_cast<const Acc*>(state.mean) + at * dims.value_dim;
-  }
-  void CopyMean(const Widths& w, Acc* to) const {
-    for (int64_t m = 0; m < w.m; ++m)
-      for (int64_t e = 0; e < w.e_pad; ++e)
-        to[m * w.e_pad + e] = e < w.e && log_mass[m] != -kInf<Acc> ? mean[m * w.e + e] : Acc(0);
-  }
-};
 
 // The projection and feature bias of one query head.
 template <class Acc>

@@ -1,0 +1,60 @@
+// What the drivers of all operators share: widths, kernels, threads, packed projections.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/work.h"
+
+namespace performer {
+namespace cpu {
+
+inline constexpr char kNoScratch[] = "out of memory for scratch rows";
+
+template <class Acc>
+class Driver {
+ public:
+  Driver(const Common& call, const Kernels<Acc>& kernels, const ParallelFor& parallel_for)
+      : call_(call),
+        dims_(call.dims),
+        w_(MakeWidths<Acc>(call.dims)),
+        kernels_(kernels),
+        parallel_for_(parallel_for) {}
+
+ protected:
+  static int64_t Count(const WorkList& list) { return static_cast<int64_t>(list.slices.size()); }
+  double RootScale() const { return std::sqrt(call_.attributes.ResolvedScale(w_.d)); }
+
+  // Nanoseconds for one row that needs `factor` M D multiply-adds or additions, at 20 per
+  // nanosecond.
+  int64_t Cost(int64_t factor) const { return factor * w_.m * std::max(w_.d, w_.e) / 20 + 1; }
+
+  WorkList KeySegments() const {
+    return Divide(call_, dims_.groups, dims_.keys, true, SegmentRows);
+  }
+  WorkList WholeSequences() const {
+    return Divide(call_, dims_.groups, dims_.keys, true,
+                  [](int64_t rows) { return std::max<int64_t>(rows, 1); });
+  }
+
+  Status Pack(const void* projection, int64_t heads, Buffer<Acc>* packed) const {
+    const int64_t size = PackedProjection<Acc>::Size(w_), given = w_.m * w_.d;
+    PERFORMER_RETURN_IF_ERROR(Allocate(heads * size, "the packed projection", packed));
+    parallel_for_(heads, given, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h)
+        kernels_.pack_projection(call_.attributes, call_.dtype, w_,
+                                 static_cast<const Acc*>(projection) + h * given,
+                                 packed->get() + h * size);
+    });
+    return Status();
+  }
+
+  const Common& call_;
+  const Dims& dims_;
+  const Widths w_;
+  const Kernels<Acc>& kernels_;
+  const ParallelFor& parallel_for_;
+};
+
+}  // namespace cpu
+}  // namespace performer
