@@ -6,7 +6,8 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
- && if ! python3 -c "import ensurepip" 2>/dev/null; then \
+ && if ! python3 -c "import ensurepip, os, sysconfig as s; os.stat(s.get_path('include') + '/Python.h')" \
+      2>/dev/null; then \
       apt-get install -y --no-install-recommends python3-venv python3-dev; \
     fi \
  && rm -rf /var/lib/apt/lists/*
