@@ -68,18 +68,20 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
   SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
 
   for (int64_t i = 0; i < ReadGradPartial<Acc>::Size(w); ++i) partial.log_mass[i] = 0;
+  Ahead ahead;
   const ConstRows queries = {params.queries.query, params.dtype, dims.heads, slice.head, w.d};
   const ConstRows grad_out = {params.grad_out, params.dtype, dims.heads, slice.head, w.e};
   const MutableRows grad_query = {params.grad_queries.query, params.dtype, dims.heads, slice.head,
                                   w.d};
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
-    LoadRows(queries, row, n, nullptr, s.q, w.d_pad);
-    LoadRows(grad_out, row, n, nullptr, s.y, w.e_pad);
-    LogFeatures(map, s.q, n, head.projection.panels, w, s.f, s.slope);
+    LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
+    LoadRows(grad_out, row, n, nullptr, s.y, w.e_pad, &ahead);
+    ahead.Want(grad_query, row, n);
+    LogFeatures(map, s.q, n, head.projection.panels, w, s.f, s.slope, &ahead);
     QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.f, s.shift, s.den);
     ScaleRows(n, w.e_pad, s.den, s.y);
-    MatMulPanels(s.y, w.e_pad, n, s.panels, w.e_pad, w, s.g);
+    MatMulPanels(s.y, w.e_pad, n, s.panels, w.e_pad, w, s.g, &ahead);
     ReadLogitGradient(n, w, s.den, s.f, s.g, partial.log_mass);
     ChainSlope(map, n, w, s.slope, s.g);
     MatMul<false>(s.g, w.m_stride, 1, head.projection.rows, w.d_pad, w.m, s.dq, w.d_pad, n,
@@ -194,13 +196,16 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
   TransposeToPanels(s.grad_mean, w, s.panels);
 
   for (int64_t i = 0; i < w.m * w.d_pad; ++i) partial_projection[i] = 0;
+  Ahead ahead;
   const KeyGradientRows<Acc> to(params, params.grad_keys, slice, key_bias);
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
-    s.keys.Load(params, params.keys, map, w, slice, row, n);
-    LogFeatures(map, s.keys.k, n, packed.panels, w, s.f, s.slope);
+    s.keys.Load(params, params.keys, map, w, slice, row, n, &ahead);
+    ahead.Want(to.key, row, n);
+    ahead.Want(to.value, row, n);
+    LogFeatures(map, s.keys.k, n, packed.panels, w, s.f, s.slope, &ahead);
     KeyWeights<Acc>(n, w, s.keys.offset, s.anchor, s.f, nullptr);
-    MatMulPanels(s.keys.v, w.e_pad, n, s.panels, w.e_pad, w, s.g);
+    MatMulPanels(s.keys.v, w.e_pad, n, s.panels, w.e_pad, w, s.g, &ahead);
     KeyLogitGradient(n, w, s.keys.skip, s.column, s.f, s.g, s.row_sum);
     ChainSlope(map, n, w, s.slope, s.g);
     MatMul<false>(s.f, w.m_stride, 1, s.grad_mean, w.e_pad, w.m, s.dv, w.e_pad, n, w.e_pad);

@@ -65,6 +65,7 @@ template <class Acc>
 struct CausalScratch {
   static constexpr int64_t C = kCausalChunk, kLocalStride = C + kPad<Acc>;
   static_assert(C % kPad<Acc> == 0);
+  Ahead ahead;
   KeyChunk<Acc> keys;
   PrefixState<Acc> state;
   Acc *kt, *b, *kb, *piece_mass;  // [d][C], [m][C], [m][C], [m]
@@ -99,7 +100,8 @@ void CausalLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& project
     for (int64_t d = 0; d < w.d_pad; ++d) s.keys.k[j * w.d_pad + d] = 0;
   }
   Transpose(s.keys.k, w.d_pad, C, w.d_pad, s.kt, C);
-  MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, C);
+  s.ahead.Divide(RoundUp(w.m, kTileRows) / kTileRows);
+  MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, C, &s.ahead);
   ApplyMap<Acc>(map, w.m, C, C, s.b, nullptr);
   for (int64_t m = 0; m < w.m; ++m)
     for (int64_t j = 0; j < C; j += kLanes<Acc>)
@@ -178,8 +180,8 @@ void PieceQueries(const CausalParams& params, const Acc* projections, const Map<
   const int64_t rows = piece.end - piece.begin;
   const QueryHead<Acc> head(params.queries, projections, params.dims, w, query_head);
   LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, w.d}, row, rows,
-                nullptr, s.q, w.d_pad);
-  LogFeatures<Acc>(map, s.q, rows, head.projection.panels, w, s.f, nullptr);
+                nullptr, s.q, w.d_pad, &s.ahead);
+  LogFeatures<Acc>(map, s.q, rows, head.projection.panels, w, s.f, nullptr, &s.ahead);
   SetBias(s.state.anchor, 1.0, head.feature_bias, w, s.bias);
   QueryWeights<true>(rows, w, s.bias, s.state.mass, s.f, s.shift, s.den);
   PieceLocal(piece, w, s);
@@ -230,7 +232,7 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
 
   for (int64_t row = slice.begin; row < slice.end; row += s.C) {
     const int64_t n = slice.end - row < s.C ? slice.end - row : s.C;
-    s.keys.Load(params, params.keys, map, w, slice, row, n);
+    s.keys.Load(params, params.keys, map, w, slice, row, n, &s.ahead);
     CausalLogFeatures(map, projection, w, n, s);
     for (Piece piece = {0, 0}; piece.begin < n; piece.begin = piece.end) {
       if (s.keys.skip[piece.begin] && s.state.Empty(w)) {

@@ -109,8 +109,8 @@ class CausalGradient {
 
   // Log-features of the keys of a chunk, with offsets.
   void LoadKeys(int64_t row, int64_t n) {
-    s_.keys.Load(params_, params_.keys, map_, w_, slice_, row, n);
-    LogFeatures(map_, s_.keys.k, n, key_projection_.panels, w_, s_.b, s_.key_slope);
+    s_.keys.Load(params_, params_.keys, map_, w_, slice_, row, n, &ahead_);
+    LogFeatures(map_, s_.keys.k, n, key_projection_.panels, w_, s_.b, s_.key_slope, &ahead_);
     for (int64_t j = 0; j < n; ++j)
       for (int64_t m = j * w_.m_stride; m < j * w_.m_stride + w_.m_pad; m += kLanes<Acc>)
         Store(s_.b + m, Load(s_.b + m) + s_.keys.offset[j]);
@@ -225,16 +225,16 @@ class CausalGradient {
   void LoadQueries(const GradPiece& piece, int64_t i) {
     const int64_t head = FirstHead() + i;
     LoadRows<Acc>({params_.queries.query, params_.dtype, dims_.heads, head, w_.d}, piece.row,
-                  piece.rows, nullptr, s_.q, w_.d_pad);
+                  piece.rows, nullptr, s_.q, w_.d_pad, &ahead_);
     LoadRows<Acc>({params_.grad_out, params_.dtype, dims_.heads, head, w_.e}, piece.row, piece.rows,
-                  nullptr, s_.y, w_.e_pad);
+                  nullptr, s_.y, w_.e_pad, &ahead_);
   }
 
   void ForwardQueries(const GradPiece& piece, int64_t i) {
     const QueryHead<Acc> head = Head(i);
     const int64_t n = piece.rows;
     LoadQueries(piece, i);
-    LogFeatures(map_, s_.q, n, head.projection.panels, w_, s_.f, s_.query_slope);
+    LogFeatures(map_, s_.q, n, head.projection.panels, w_, s_.f, s_.query_slope, &ahead_);
     SetBias(s_.anchor, 1.0, head.feature_bias, w_, s_.bias);
     QueryWeights<false, Acc>(n, w_, s_.bias, nullptr, s_.f, s_.shift, s_.den);
     for (int64_t r = 0; r < n; ++r)
@@ -331,6 +331,7 @@ class CausalGradient {
   }
 
   void ReverseSweep() {
+    ahead_ = Ahead(true);
     StartSuffix();
     for (int64_t p = pieces_.size() - 1; p >= 0; --p) {
       const GradPiece piece = pieces_[p];
@@ -360,8 +361,8 @@ class CausalGradient {
     TransposeToPanels(s_.suffix, w_, s_.panels);
     for (int64_t m = 0; m < w_.m_pad; ++m) s_.saved[m] = s_.mass[m];
     MatMul<false>(s_.kb, w_.m_stride, 1, s_.suffix, w_.e_pad, w_.m, s_.dv, w_.e_pad, n, w_.e_pad);
-    MatMulPanels(s_.keys.v, w_.e_pad, n, s_.panels, w_.e_pad, w_,
-                 s_.b);  // g of the keys, in the buffer of the log-features
+    MatMulPanels(s_.keys.v, w_.e_pad, n, s_.panels, w_.e_pad, w_, s_.b,
+                 &ahead_);  // g of the keys, in the buffer of the log-features
     for (int64_t i = 0; i < GroupSize(dims_); ++i) ReverseQueries(piece, i);
     KeyLogitGradient(n, w_, s_.keys.skip, s_.saved, s_.kb, s_.b, s_.row_sum);
     ChainSlope(map_, n, w_, s_.key_slope, s_.b);
@@ -378,7 +379,7 @@ class CausalGradient {
     const QueryHead<Acc> head = Head(i);
     const Acc *lse = OfHead(lse_, i, piece.row), *delta = OfHead(delta_, i, piece.row);
     LoadQueries(piece, i);
-    LogFeatures<Acc>(map_, s_.q, n, head.projection.panels, w_, s_.f, nullptr);
+    LogFeatures<Acc>(map_, s_.q, n, head.projection.panels, w_, s_.f, nullptr, &ahead_);
     SetBias(s_.anchor, 1.0, head.feature_bias, w_, s_.bias);
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t m = 0; m < w_.m_pad; m += kLanes<Acc>) {
@@ -426,6 +427,7 @@ class CausalGradient {
   const KeyGradientRows<Acc> key_rows_;
   const LoadedState<Acc> initial_;
   Scratch s_;
+  Ahead ahead_;
   GrowingArray<GradPiece> pieces_;
   GrowingArray<Acc> anchors_;  // sets of m_pad, a new one only when an anchor changed
   GrowingArray<Acc> rows_;

@@ -2,6 +2,7 @@
 // to nearest even.
 #pragma once
 #include "core/params.h"
+#include "cpu/layout.h"
 #include "cpu/simd.h"
 
 PERFORMER_ISA_BEGIN
@@ -16,6 +17,54 @@ struct MutableRows {
   void* data;
   DType dtype;
   int64_t heads, head, width;
+};
+
+PERFORMER_INLINE constexpr int64_t SizeOf(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Rows that will be wanted soon. They are fetched a few at a time, between the tiles of a product:
+// all at once they would be waited for, as a core has only so many lines on the way.
+class Ahead {
+ public:
+  explicit Ahead(bool backwards = false) : backwards_(backwards) {}
+
+  // Rows [row, row + n). Only a hint: they may lie outside of the tensor.
+  template <class Rows>
+  void Want(const Rows& rows, int64_t row, int64_t n) {
+    if (n == 0 || entries_ == kMost) return;
+    const int64_t width = rows.width * SizeOf(rows.dtype), step = rows.heads * width;
+    const auto at = reinterpret_cast<uintptr_t>(rows.data) +
+                    static_cast<uintptr_t>(row * step + rows.head * width);
+    entry_[entries_++] = {at, step, width, n};
+    rows_ += n;
+  }
+  // The rows that come after [row, row + n), as many.
+  void WantNext(const ConstRows& rows, int64_t row, int64_t n) {
+    Want(rows, backwards_ ? row - n : row + n, n);
+  }
+  // Of `parts` calls of Fetch each takes the same share.
+  PERFORMER_INLINE void Divide(int64_t parts) { share_ = (rows_ + parts - 1) / parts; }
+  PERFORMER_INLINE void Fetch() {
+    for (int64_t i = 0; i < share_ && entries_ > 0; ++i) {
+      Entry& entry = entry_[entries_ - 1];
+      for (int64_t b = 0; b < entry.bytes; b += kAlignment)
+        __builtin_prefetch(reinterpret_cast<const void*>(entry.at + static_cast<uintptr_t>(b)));
+      entry.at += static_cast<uintptr_t>(entry.step);
+      --rows_;
+      if (--entry.rows == 0) --entries_;
+    }
+  }
+
+ private:
+  struct Entry {
+    uintptr_t at;
+    int64_t step, bytes, rows;
+  };
+  static constexpr int64_t kMost = 4;
+  Entry entry_[kMost];
+  int64_t entries_ = 0, rows_ = 0, share_ = 0;
+  bool backwards_;
 };
 
 struct BFloat16 {
@@ -69,9 +118,6 @@ PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t 
   const int64_t step = rows.heads * rows.width;
   const T* from = static_cast<const T*>(rows.data) + row * step + rows.head * rows.width;
   for (int64_t i = 0; i < n; ++i, from += step, to += stride) {
-    for (int64_t d = 0; d < rows.width; d += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(from + n * step +
-                         d);  // the next chunk; only a hint, it may lie past the end
     if (skip && skip[i]) {
       for (int64_t d = 0; d < stride; ++d) to[d] = 0;
     } else {
@@ -82,10 +128,11 @@ PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t 
 }
 
 // to[i][0 : stride] = rows[row + i], zero beyond the width and, whatever the row holds, where
-// skip[i] (skip may be nullptr).
+// skip[i] (skip may be nullptr). The next n rows are wanted.
 template <class Acc>
 void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip, Acc* to,
-              int64_t stride) {
+              int64_t stride, Ahead* ahead) {
+  ahead->WantNext(rows, row, n);
   if constexpr (sizeof(Acc) == sizeof(double)) {
     LoadTypedRows<double>(rows, row, n, skip, to, stride);
   } else {

@@ -52,12 +52,14 @@ PERFORMER_INLINE Acc Dot(const Acc* a, const Acc* b, int64_t n) {
 }
 
 // c[n][m_pad] = a [n][depth] times panels [m_panels][depth][kPanel]; rows of c are m_stride apart.
+// Fetches the rows ahead.
 template <class Acc>
 PERFORMER_INLINE void MatMulPanels(const Acc* a, int64_t lda, int64_t n, const Acc* panels,
-                                   int64_t depth, const Widths& w, Acc* c) {
+                                   int64_t depth, const Widths& w, Acc* c, Ahead* ahead) {
+  ahead->Divide(RoundUp(n, kTileRows) / kTileRows * w.m_panels);
   for (int64_t m = 0; m < w.m_pad; m += kPanel) {
     const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
-    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols);
+    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols, ahead);
   }
 }
 
@@ -111,8 +113,8 @@ PERFORMER_INLINE void ApplyMap(const Map<Acc>& map, int64_t n, int64_t width, in
 // not written for linear maps.
 template <class Acc>
 PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Acc* x, int64_t n, const Acc* panels,
-                                  const Widths& w, Acc* f, Acc* slope) {
-  MatMulPanels(x, w.d_pad, n, panels, w.d, w, f);
+                                  const Widths& w, Acc* f, Acc* slope, Ahead* ahead) {
+  MatMulPanels(x, w.d_pad, n, panels, w.d, w, f, ahead);
   ApplyMap(map, n, w.m_pad, w.m_stride, f, slope);
 }
 
@@ -143,7 +145,7 @@ struct KeyChunk {
   // Rows [row, row + n) of the slice's head; masked rows are replaced by 0, whatever they hold.
   // False if all are masked.
   bool Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Widths& w,
-            const Slice& slice, int64_t row, int64_t n) {
+            const Slice& slice, int64_t row, int64_t n, Ahead* ahead) {
     const Dims& dims = call.dims;
     const int64_t batch = call.offsets ? 0 : slice.sequence;
     const Acc* bias =
@@ -158,9 +160,9 @@ struct KeyChunk {
       any |= !skip[j];
     }
     LoadRows<Acc>({keys.key, call.dtype, dims.groups, slice.head, dims.key_dim}, row, n, skip, k,
-                  w.d_pad);
+                  w.d_pad, ahead);
     LoadRows<Acc>({keys.value, call.dtype, dims.groups, slice.head, dims.value_dim}, row, n, skip,
-                  v, w.e_pad);
+                  v, w.e_pad, ahead);
     const Acc half = map.key_norm ? map.scale / 2 : Acc(0);
     for (int64_t j = 0; j < n; ++j) {
       const Acc norm =

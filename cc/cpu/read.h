@@ -54,12 +54,14 @@ bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
   state.CopyMean(w, s.mean);
   SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
 
+  Ahead ahead;
   const ConstRows queries = {params.queries.query, params.dtype, dims.heads, slice.head, w.d};
   const MutableRows out = {params.out, params.dtype, dims.heads, slice.head, w.e};
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
-    LoadRows(queries, row, n, nullptr, s.q, w.d_pad);
-    LogFeatures<Acc>(map, s.q, n, head.projection.panels, w, s.f, nullptr);
+    LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
+    ahead.Want(out, row, n);
+    LogFeatures<Acc>(map, s.q, n, head.projection.panels, w, s.f, nullptr, &ahead);
     QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.f, s.shift, s.den);
     MatMul<false>(s.f, w.m_stride, 1, s.mean, w.e_pad, w.m, s.out, w.e_pad, n, w.e_pad);
     ScaleRows(n, w.e_pad, s.den, s.out);

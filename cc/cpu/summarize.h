@@ -60,10 +60,11 @@ bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice
 
   for (int64_t m = 0; m < w.m_pad; ++m) partial.anchor[m] = -kInf<Acc>, partial.mass[m] = 0;
   for (int64_t i = 0; i < w.m * w.e_pad; ++i) partial.sum[i] = 0;
+  Ahead ahead;
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
-    if (!s.keys.Load(params, params.keys, map, w, slice, row, n)) continue;
-    LogFeatures<Acc>(map, s.keys.k, n, packed.panels, w, s.f, nullptr);
+    if (!s.keys.Load(params, params.keys, map, w, slice, row, n, &ahead)) continue;
+    LogFeatures<Acc>(map, s.keys.k, n, packed.panels, w, s.f, nullptr, &ahead);
     RaiseAnchors(n, w, s.keys.offset, s.f, partial);
     KeyWeights(n, w, s.keys.offset, partial.anchor, s.f, partial.mass);
     MatMul<true>(s.f, 1, w.m_stride, s.keys.v, w.e_pad, n, partial.sum, w.e_pad, w.m, w.e_pad);

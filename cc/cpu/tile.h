@@ -1,6 +1,8 @@
 // The one matrix product of all kernels: R rows x NV vectors of accumulators in registers, A
 // broadcast with any strides, B rows contiguous.
 #pragma once
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 PERFORMER_ISA_BEGIN
@@ -113,13 +115,15 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
 }
 
-// c[rows][cols] = A B, or += with kAdd. The bits of an entry depend on its row of A and its column
-// of B only, not on where it lies in the matrix.
-template <bool kAdd, class T>
+// c[rows][cols] = A B, or += with kAdd; ahead->Fetch(), if given, before every tile. The bits of an
+// entry depend on its row of A and its column of B only, not on where it lies in the matrix.
+template <bool kAdd, class T, class Ahead = void>
 PERFORMER_NOINLINE void MatMul(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
-                               int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols) {
+                               int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols,
+                               Ahead* ahead = nullptr) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
     T* out = c + r0 * ldc + c0;
+    if constexpr (!std::is_void_v<Ahead>) ahead->Fetch();
     tile.Zero();
     tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
     if constexpr (kAdd) {
