@@ -8,25 +8,27 @@
 
 PERFORMER_ISA_BEGIN
 
-// Raises each anchor to the maximum of its log-features in the chunk; sums are relative to it.
+// Raises each anchor to the maximum of its log-features in the chunk; sums are relative to it. If
+// `first`, nothing has been summed yet.
 template <class Acc>
-void RaiseAnchors(int64_t n, const Widths& w, const Acc* offset, const Acc* f,
+void RaiseAnchors(int64_t n, const Widths& w, const Acc* offset, const Acc* f, bool first,
                   SummaryPartial<Acc> to) {
   for (int64_t m0 = 0; m0 < w.m; m0 += kLanes<Acc>) {
-    Vec<Acc> top = Load(to.anchor + m0);
+    const Vec<Acc> before = Load(to.anchor + m0);
+    Vec<Acc> top = before;
     for (int64_t j = 0; j < n; ++j)
       top =
           Max(Load(f + j * w.m_stride + m0) + offset[j], top);  // in this order NaN is passed over
-    Acc now[kLanes<Acc>];
-    Store(now, top);
+    Store(to.anchor + m0, top);
+    if (first) continue;
+    const IntVec<Acc> raised = top > before;
+    const Vec<Acc> keep = Exp2(before - top);  // 0 where the anchor was -inf
     for (int64_t m = m0; m < m0 + kLanes<Acc> && m < w.m; ++m) {
-      const Acc raised = now[m - m0];
-      if (!(raised > to.anchor[m])) continue;
-      const Acc keep = Exp2(to.anchor[m] - raised);  // 0 the first time: the anchor was -inf
+      if (!raised[m - m0]) continue;
       Acc* sum = to.sum + m * w.e_pad;
-      for (int64_t e = 0; e < w.e_pad; e += kLanes<Acc>) Store(sum + e, Load(sum + e) * keep);
-      to.mass[m] *= keep;
-      to.anchor[m] = raised;
+      for (int64_t e = 0; e < w.e_pad; e += kLanes<Acc>)
+        Store(sum + e, Load(sum + e) * keep[m - m0]);
+      to.mass[m] *= keep[m - m0];
     }
   }
 }
@@ -59,16 +61,22 @@ bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice
       PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
 
   for (int64_t m = 0; m < w.m_pad; ++m) partial.anchor[m] = -kInf<Acc>, partial.mass[m] = 0;
-  for (int64_t i = 0; i < w.m * w.e_pad; ++i) partial.sum[i] = 0;
+  bool first = true;
   Ahead ahead;
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
     if (!s.keys.Load(params, params.keys, map, w, slice, row, n, &ahead)) continue;
     LogFeatures<Acc>(map, s.keys.k, n, packed.panels, w, s.f, nullptr, &ahead);
-    RaiseAnchors(n, w, s.keys.offset, s.f, partial);
+    RaiseAnchors(n, w, s.keys.offset, s.f, first, partial);
     KeyWeights(n, w, s.keys.offset, partial.anchor, s.f, partial.mass);
-    MatMul<true>(s.f, 1, w.m_stride, s.keys.v, w.e_pad, n, partial.sum, w.e_pad, w.m, w.e_pad);
+    if (first) {
+      MatMul<false>(s.f, 1, w.m_stride, s.keys.v, w.e_pad, n, partial.sum, w.e_pad, w.m, w.e_pad);
+    } else {
+      MatMul<true>(s.f, 1, w.m_stride, s.keys.v, w.e_pad, n, partial.sum, w.e_pad, w.m, w.e_pad);
+    }
+    first = false;
   }
+  for (int64_t i = 0; first && i < w.m * w.e_pad; ++i) partial.sum[i] = 0;
   return true;
 }
 
