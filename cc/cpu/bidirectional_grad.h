@@ -63,8 +63,7 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
   const QueryHead<Acc> head(params.queries, projection, dims, w, slice.head);
   const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head / GroupSize(dims));
   state.CopyMean(w, s.mean);
-  for (int64_t i = 0; i < w.m_panels * kPanel * w.e_pad; ++i) s.panels[i] = 0;
-  TransposeToPanels(s.mean, w, s.panels);
+  TransposeToPanels(s.mean, w.m, w.e_pad, w.e_pad, s.panels);
   SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
 
   for (int64_t i = 0; i < ReadGradPartial<Acc>::Size(w); ++i) partial.log_mass[i] = 0;
@@ -192,8 +191,7 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
     }
     s.column[m] = column;
   }
-  for (int64_t i = 0; i < w.m_panels * kPanel * w.e_pad; ++i) s.panels[i] = 0;
-  TransposeToPanels(s.grad_mean, w, s.panels);
+  TransposeToPanels(s.grad_mean, w.m, w.e_pad, w.e_pad, s.panels);
 
   for (int64_t i = 0; i < w.m * w.d_pad; ++i) partial_projection[i] = 0;
   Ahead ahead;

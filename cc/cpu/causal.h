@@ -89,22 +89,23 @@ struct CausalScratch {
   }
 };
 
-// b[m][j] of the chunk's keys, for all C columns; columns from n on are -inf.
+// b[m][j] of the chunk's keys; columns from n on, as far as vectors reach, are -inf.
 template <class Acc>
 void CausalLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection,
                        const Widths& w, int64_t n, CausalScratch<Acc>& s) {
   constexpr int64_t C = CausalScratch<Acc>::C;
-  for (int64_t j = n; j < C; ++j) {
+  const int64_t width = RoundUp(n, kLanes<Acc>);
+  for (int64_t j = n; j < RoundUp(n, kPad<Acc>); ++j) {
     s.keys.offset[j] = -kInf<Acc>;
     s.keys.skip[j] = 1;
     for (int64_t d = 0; d < w.d_pad; ++d) s.keys.k[j * w.d_pad + d] = 0;
   }
-  Transpose(s.keys.k, w.d_pad, C, w.d_pad, s.kt, C);
+  Transpose(s.keys.k, w.d_pad, RoundUp(width, 4), w.d_pad, s.kt, C);
   s.ahead.Divide(RoundUp(w.m, kTileRows) / kTileRows);
-  MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, C, &s.ahead);
-  ApplyMap<Acc>(map, w.m, C, C, s.b, nullptr);
+  MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, width, &s.ahead);
+  ApplyMap<Acc>(map, w.m, width, C, s.b, nullptr);
   for (int64_t m = 0; m < w.m; ++m)
-    for (int64_t j = 0; j < C; j += kLanes<Acc>)
+    for (int64_t j = 0; j < width; j += kLanes<Acc>)
       Store(s.b + m * C + j, Load(s.b + m * C + j) + Load(s.keys.offset + j));
 }
 
@@ -126,14 +127,16 @@ int64_t PieceEnd(int64_t begin, int64_t n, const Widths& w, const CausalScratch<
   IntVec<Acc> exceeds[kVecs] = {};
   for (int64_t m = 0; m < w.m; ++m) {
     const Vec<Acc> limit = Splat(s.state.anchor[m] + kCutBits<Acc>);
-    for (int64_t i = 0; i < kVecs; ++i) exceeds[i] |= Load(s.b + m * C + i * kLanes<Acc>) > limit;
+    for (int64_t i = 0; i < kVecs && i * kLanes<Acc> < n; ++i)
+      exceeds[i] |= Load(s.b + m * C + i * kLanes<Acc>) > limit;
   }
   for (int64_t j = begin + 1; j < n; ++j)
     if (exceeds[j / kLanes<Acc>][j % kLanes<Acc>]) return j;
   return n;
 }
 
-// kb and its row sums for the columns of the piece; 0 in all others, whatever these keys hold.
+// kb and its row sums for the columns of the piece; 0 in the others, as far as vectors reach,
+// whatever these keys hold.
 template <class Acc>
 void PieceKeyWeights(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
   constexpr int64_t C = CausalScratch<Acc>::C;
@@ -144,7 +147,7 @@ void PieceKeyWeights(Piece piece, const Widths& w, CausalScratch<Acc>& s) {
     const Acc anchor = s.state.anchor[m] == -kInf<Acc> ? Acc(0) : s.state.anchor[m];
     Vec<Acc> sum = {};
     const Vec<Acc> zero = {};
-    for (int64_t j = 0; j < C; j += kLanes<Acc>) {
+    for (int64_t j = 0; j < piece.end; j += kLanes<Acc>) {
       const IntVec<Acc> inside = (Load(column + j) >= begin) & (Load(column + j) < end);
       const Vec<Acc> y = inside ? Exp2(Load(s.b + m * C + j) - anchor) : zero;
       Store(s.kb + m * C + j, y);

@@ -145,8 +145,7 @@ class CausalGradient {
 
   void StartPrefix() {
     initial_.CopyMean(w_, s_.initial_mean);
-    for (int64_t i = 0; i < w_.m_panels * kPanel * w_.e_pad; ++i) s_.panels[i] = 0;
-    TransposeToPanels(s_.initial_mean, w_, s_.panels);
+    TransposeToPanels(s_.initial_mean, w_.m, w_.e_pad, w_.e_pad, s_.panels);
     for (int64_t m = 0; m < w_.m_pad; ++m) {
       s_.anchor[m] =
           m < w_.m ? initial_.log_mass[m] * kLog2e<Acc> : kInf<Acc>;  // the padding weighs nothing
@@ -357,8 +356,7 @@ class CausalGradient {
     const int64_t n = piece.rows;
     LoadKeys(piece.row, n);
     WeighKeys(piece);
-    for (int64_t i = 0; i < w_.m_panels * kPanel * w_.e_pad; ++i) s_.panels[i] = 0;
-    TransposeToPanels(s_.suffix, w_, s_.panels);
+    TransposeToPanels(s_.suffix, w_.m, w_.e_pad, w_.e_pad, s_.panels);
     for (int64_t m = 0; m < w_.m_pad; ++m) s_.saved[m] = s_.mass[m];
     MatMul<false>(s_.kb, w_.m_stride, 1, s_.suffix, w_.e_pad, w_.m, s_.dv, w_.e_pad, n, w_.e_pad);
     MatMulPanels(s_.keys.v, w_.e_pad, n, s_.panels, w_.e_pad, w_, s_.b,

@@ -24,6 +24,22 @@ struct Map {
   bool linear() const { return kind == FeatureMap::kSoftmax; }
 };
 
+// x [m][width], rows `stride` apart, to panels of its transpose [m_panels][width][kPanel], padded
+// with zeros: a row stride of m would use a part of the L1 sets.
+template <class Acc>
+PERFORMER_INLINE void TransposeToPanels(const Acc* x, int64_t m, int64_t width, int64_t stride,
+                                        Acc* panels) {
+  for (int64_t first = 0; first < m; first += kPanel, panels += width * kPanel) {
+    const Acc* from = x + first * stride;
+    const int64_t rows = m - first < kPanel ? m - first : kPanel;
+    const int64_t whole_rows = rows / 4 * 4, whole_width = width / 4 * 4;
+    Transpose(from, stride, whole_rows, whole_width, panels, kPanel);
+    for (int64_t e = 0; e < width; ++e)
+      for (int64_t r = e < whole_width ? whole_rows : 0; r < kPanel; ++r)
+        panels[e * kPanel + r] = r < rows ? from[r * stride + e] : Acc(0);
+  }
+}
+
 // Writes one [m, d] projection, rounded once to `dtype`, times sqrt(scale), in the layouts of
 // PackedProjection.
 template <class Acc>
@@ -34,14 +50,17 @@ void PackProjection(const Attributes& attributes, DType dtype, const Widths& w, 
   Acc* panels = to;
   Acc* rows = to + w.m_panels * kPanel * w.d;
   Acc* base2_rows = rows + w.m * w.d_pad;
-  for (int64_t i = 0; i < PackedProjection<Acc>::Size(w); ++i) to[i] = 0;
-  for (int64_t m = 0; m < w.m; ++m)
-    for (int64_t d = 0; d < w.d; ++d) {
-      const double x = root * static_cast<double>(RoundTo(dtype, from[m * w.d + d]));
-      rows[m * w.d_pad + d] = static_cast<Acc>(x);
-      base2_rows[m * w.d_pad + d] = panels[(m / kPanel * w.d + d) * kPanel + m % kPanel] =
-          static_cast<Acc>(x * base);
+  for (int64_t m = 0; m < w.m; ++m) {
+    Acc *row = rows + m * w.d_pad, *base2_row = base2_rows + m * w.d_pad;
+    for (int64_t d = 0; d < w.d_pad; ++d)
+      row[d] = d < w.d ? RoundTo(dtype, from[m * w.d + d]) : Acc(0);
+    for (int64_t d = 0; d < w.d_pad; d += kLanes<Acc>) {
+      const Vec<Acc> x = Load(row + d);
+      Store(row + d, x * static_cast<Acc>(root));
+      Store(base2_row + d, x * static_cast<Acc>(root * base));
     }
+  }
+  TransposeToPanels(base2_rows, w.m, w.d, w.d_pad, panels);
 }
 
 template <class Acc>
@@ -60,22 +79,6 @@ PERFORMER_INLINE void MatMulPanels(const Acc* a, int64_t lda, int64_t n, const A
   for (int64_t m = 0; m < w.m_pad; m += kPanel) {
     const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
     MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols, ahead);
-  }
-}
-
-// x [m][e_pad] to panels of its transpose, [m_panels][e_pad][kPanel]: a row stride of m would use a
-// part of the L1 sets.
-template <class Acc>
-PERFORMER_INLINE void TransposeToPanels(const Acc* x, const Widths& w, Acc* panels) {
-  for (int64_t m = 0; m < w.m; m += kPanel) {
-    const int64_t rows = w.m - m < kPanel ? w.m - m : kPanel;
-    Acc* panel = panels + m * w.e_pad;
-    if (rows % 4 == 0) {
-      Transpose(x + m * w.e_pad, w.e_pad, rows, w.e_pad, panel, kPanel);
-    } else {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t e = 0; e < w.e_pad; ++e) panel[e * kPanel + r] = x[(m + r) * w.e_pad + e];
-    }
   }
 }
 

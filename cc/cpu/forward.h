@@ -49,6 +49,19 @@ class ForwardDriver : public Driver<Acc> {
   }
 
   Status Causal(const CausalParams& params) {
+    return dims_.keys == 1 && !call_.offsets ? CausalStep(params) : CausalSequences(params);
+  }
+
+ private:
+  Status CausalStep(const CausalParams& params) {
+    const WorkList list = WholeSequences();
+    const bool ok =
+        ForEachItem(list, 0, Count(list), Cost(8), parallel_for_,
+                    [&](const Slice& slice, int64_t) { return kernels_.step(params, slice); });
+    return ok ? Status() : Status::ResourceExhausted(kNoScratch);
+  }
+
+  Status CausalSequences(const CausalParams& params) {
     Buffer<Acc> query_projection, key_projection;
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.queries.projection, params.queries.projection_heads, &query_projection));
@@ -62,7 +75,6 @@ class ForwardDriver : public Driver<Acc> {
     return ok ? Status() : Status::ResourceExhausted(kNoScratch);
   }
 
- private:
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::parallel_for_;
   using Base::Cost, Base::Count, Base::KeySegments, Base::Pack, Base::WholeSequences;

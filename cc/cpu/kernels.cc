@@ -5,6 +5,7 @@
 #include "cpu/causal.h"
 #include "cpu/causal_grad.h"
 #include "cpu/read.h"
+#include "cpu/step.h"
 #include "cpu/summarize.h"
 
 PERFORMER_ISA_BEGIN
@@ -31,6 +32,7 @@ const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
                                             Finish<Acc>,
                                             Read<Acc>,
                                             Causal<Acc>,
+                                            Step<Acc>,
                                             SummarizeGrad<Acc>,
                                             ReadGrad<Acc>,
                                             CausalGrad<Acc>,

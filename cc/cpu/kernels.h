@@ -32,6 +32,9 @@ struct Kernels {
   bool (*causal)(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
                  Slice slice);
 
+  // The same for one token, slice.end = slice.begin + 1; the projections are those of params.
+  bool (*step)(const CausalParams& params, Slice slice);
+
   // key_bias: gradient of the log weights of the keys, [B, G, S].
   bool (*summarize_grad)(const SummarizeGradParams& params, const Acc* projection, Slice slice,
                          Acc* key_bias, Acc* partial_projection);

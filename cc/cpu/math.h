@@ -8,6 +8,8 @@ constexpr double kLog2eDouble = 1.4426950408889634, kLn2Double = 0.6931471805599
 template <class T>
 constexpr T kLog2e = static_cast<T>(kLog2eDouble);
 template <class T>
+constexpr T kLn2 = static_cast<T>(kLn2Double);
+template <class T>
 constexpr T kInf = static_cast<T>(__builtin_inf());
 
 // Minimax polynomial of 2^r on [-1/2, 1/2], relative error 1.9e-9.

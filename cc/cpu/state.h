@@ -19,9 +19,13 @@ struct LoadedState {
   }
   // to [m][e_pad]: means with padding, zero where nothing was seen.
   void CopyMean(const Widths& w, Acc* to) const {
-    for (int64_t m = 0; m < w.m; ++m)
-      for (int64_t e = 0; e < w.e_pad; ++e)
-        to[m * w.e_pad + e] = e < w.e && log_mass[m] != -kInf<Acc> ? mean[m * w.e + e] : Acc(0);
+    for (int64_t m = 0; m < w.m; ++m) {
+      const Acc* from = mean + m * w.e;
+      Acc* row = to + m * w.e_pad;
+      const int64_t given = log_mass[m] == -kInf<Acc> ? 0 : w.e;
+      for (int64_t e = 0; e < given; ++e) row[e] = from[e];
+      for (int64_t e = given; e < w.e_pad; ++e) row[e] = 0;
+    }
   }
 };
 
