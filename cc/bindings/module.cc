@@ -58,14 +58,16 @@ DType ParseDType(const std::string& argument, const std::string& name) {
 }
 
 // `threads` threads, each with an equal share of the items.
-cpu::ParallelFor Threads(int threads) {
-  return [threads](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+cpu::Threads MakeThreads(int threads) {
+  const auto parallel_for = [threads](int64_t count, int64_t,
+                                      const std::function<void(int64_t, int64_t)>& body) {
     std::vector<std::thread> workers;
     for (int t = 1; t < threads; ++t)
       workers.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads); });
     body(0, count / threads);
     for (std::thread& worker : workers) worker.join();
   };
+  return {threads, parallel_for};
 }
 
 py::dict Run(const std::string& name, const py::dict& given, const std::string& feature_map,
@@ -121,7 +123,7 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
   Status status;
   {
     py::gil_scoped_release release;
-    status = cpu::Run(op, call, Threads(threads), isa);
+    status = cpu::Run(op, call, MakeThreads(threads), isa);
   }
   ThrowIfError(status);
   return results;

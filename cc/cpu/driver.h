@@ -9,17 +9,16 @@
 namespace performer {
 namespace cpu {
 
-inline constexpr char kNoScratch[] = "out of memory for scratch rows";
-
 template <class Acc>
 class Driver {
  public:
-  Driver(const Common& call, const Kernels<Acc>& kernels, const ParallelFor& parallel_for)
+  Driver(const Common& call, const Kernels<Acc>& kernels, const Threads& threads)
       : call_(call),
         dims_(call.dims),
         w_(MakeWidths<Acc>(call.dims)),
         kernels_(kernels),
-        parallel_for_(parallel_for) {}
+        threads_(threads),
+        parallel_for_(threads.parallel_for) {}
 
  protected:
   static int64_t Count(const WorkList& list) { return static_cast<int64_t>(list.slices.size()); }
@@ -53,6 +52,7 @@ class Driver {
   const Dims& dims_;
   const Widths w_;
   const Kernels<Acc>& kernels_;
+  const Threads& threads_;
   const ParallelFor& parallel_for_;
 };
 

@@ -1,6 +1,7 @@
 // Drivers of the forward operators.
 #pragma once
 #include "cpu/driver.h"
+#include "cpu/pipeline.h"
 
 namespace performer {
 namespace cpu {
@@ -68,6 +69,9 @@ class ForwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.keys.projection, params.keys.projection_heads, &key_projection));
     const WorkList list = WholeSequences();
+    if (CausalPipeline<Acc>::Pays(list, threads_))
+      return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())
+          .Run(list, threads_, Cost(8));
     const bool ok =
         ForEachItem(list, 0, Count(list), Cost(8), parallel_for_, [&](const Slice& slice, int64_t) {
           return kernels_.causal(params, query_projection.get(), key_projection.get(), slice);
@@ -76,7 +80,7 @@ class ForwardDriver : public Driver<Acc> {
   }
 
   using Base = Driver<Acc>;
-  using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::parallel_for_;
+  using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::threads_, Base::parallel_for_;
   using Base::Cost, Base::Count, Base::KeySegments, Base::Pack, Base::WholeSequences;
 
   // body(begin, end) for the items of every sequence and head among [first, last), in parallel.

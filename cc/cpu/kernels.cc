@@ -32,6 +32,8 @@ const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
                                             Finish<Acc>,
                                             Read<Acc>,
                                             Causal<Acc>,
+                                            CausalKeys<Acc>,
+                                            CausalQueries<Acc>,
                                             Step<Acc>,
                                             SummarizeGrad<Acc>,
                                             ReadGrad<Acc>,

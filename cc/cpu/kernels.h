@@ -2,6 +2,7 @@
 // drivers (run.h) divide the work.
 #pragma once
 #include "cpu/layout.h"
+#include "cpu/pieces.h"
 
 namespace performer {
 namespace cpu {
@@ -32,7 +33,17 @@ struct Kernels {
   bool (*causal)(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
                  Slice slice);
 
-  // The same for one token, slice.end = slice.begin + 1; the projections are those of params.
+  // The same in parts, on several threads. causal_keys: the next pieces of the chain into `window`,
+  // window->slots of them or all that are left, and then the final state. causal_queries: out of
+  // the items of `window` (a piece and one of the query heads of key/value head `group`) that no
+  // other call takes meanwhile.
+  bool (*causal_keys)(const CausalParams& params, const Acc* key_projection,
+                      CausalChain<Acc>* chain, CausalWindow<Acc>* window);
+  bool (*causal_queries)(const CausalParams& params, const Acc* query_projection, int64_t group,
+                         CausalWindow<Acc>* window);
+
+  // A whole sequence and key/value head for one token, slice.end = slice.begin + 1; the projections
+  // are those of params.
   bool (*step)(const CausalParams& params, Slice slice);
 
   // key_bias: gradient of the log weights of the keys, [B, G, S].

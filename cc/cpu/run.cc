@@ -9,7 +9,7 @@ namespace cpu {
 namespace {
 
 template <class Acc>
-Status RunTyped(Op op, const Call& call, const ParallelFor& parallel_for, const std::string& isa) {
+Status RunTyped(Op op, const Call& call, const Threads& threads, const std::string& isa) {
   const Kernels<Acc>* kernels = nullptr;
   PERFORMER_RETURN_IF_ERROR(FindKernels(isa, &kernels));
   using Forward = ForwardDriver<Acc>;
@@ -18,12 +18,8 @@ Status RunTyped(Op op, const Call& call, const ParallelFor& parallel_for, const 
     auto driver = make(params);
     return (driver.*method)(params);
   };
-  const auto forward = [&](const Common& common) {
-    return Forward(common, *kernels, parallel_for);
-  };
-  const auto backward = [&](const Common& common) {
-    return Backward(common, *kernels, parallel_for);
-  };
+  const auto forward = [&](const Common& common) { return Forward(common, *kernels, threads); };
+  const auto backward = [&](const Common& common) { return Backward(common, *kernels, threads); };
   switch (op) {
     case Op::kSummarize:
       return run(MakeSummarizeParams(call), &Forward::Summarize, forward);
@@ -43,9 +39,9 @@ Status RunTyped(Op op, const Call& call, const ParallelFor& parallel_for, const 
 
 }  // namespace
 
-Status Run(Op op, const Call& call, const ParallelFor& parallel_for, const std::string& isa) {
-  return call.dtype == DType::kFloat64 ? RunTyped<double>(op, call, parallel_for, isa)
-                                       : RunTyped<float>(op, call, parallel_for, isa);
+Status Run(Op op, const Call& call, const Threads& threads, const std::string& isa) {
+  return call.dtype == DType::kFloat64 ? RunTyped<double>(op, call, threads, isa)
+                                       : RunTyped<float>(op, call, threads, isa);
 }
 
 }  // namespace cpu

@@ -15,12 +15,19 @@ namespace cpu {
 using ParallelFor = std::function<void(int64_t count, int64_t cost,
                                        const std::function<void(int64_t, int64_t)>& body)>;
 
+// The threads of a caller. How many there are may decide how work is divided among them, and
+// changes no bit of a result.
+struct Threads {
+  int64_t count = 1;  // that run at the same time, at best
+  ParallelFor parallel_for;
+};
+
 // Runs one operator. The shapes of the call have been accepted by InferShapes, its offsets by
-// ValidateOffsets. Every output is written. Results are the same bits for any `parallel_for`, batch
+// ValidateOffsets. Every output is written. Results are the same bits for any `threads`, batch
 // size and number of heads. `isa`: "", the best of this processor or what the environment variable
 // PERFORMER_ISA names; or one of AvailableIsas(). Errors: InvalidArgument for an unknown or
 // unusable isa, ResourceExhausted if there is no memory.
-Status Run(Op op, const Call& call, const ParallelFor& parallel_for, const std::string& isa = "");
+Status Run(Op op, const Call& call, const Threads& threads, const std::string& isa = "");
 
 // Instruction sets that were compiled and that this processor has, the best one last.
 std::vector<std::string> AvailableIsas();

@@ -13,6 +13,8 @@
 namespace performer {
 namespace cpu {
 
+inline constexpr char kNoScratch[] = "out of memory for scratch rows";
+
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
@@ -96,7 +98,7 @@ Status ForWaves(const WorkList& list, int64_t size, int64_t cost_per_row,
       return body(slice, partials.get() + i * size);
     };
     if (!ForEachItem(list, first, last, cost_per_row, parallel_for, run))
-      return Status::ResourceExhausted("out of memory for scratch rows");
+      return Status::ResourceExhausted(kNoScratch);
     fold(first, last, partials.get());
   }
   return Status();

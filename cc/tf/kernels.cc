@@ -64,7 +64,7 @@ class PerformerOp : public OpKernel {
                                      const std::function<void(int64_t, int64_t)>& body) {
       pool->ParallelFor(count, tsl::thread::ThreadPool::SchedulingParams::Adaptive(cost), body);
     };
-    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Run(op, call, parallel_for)));
+    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Run(op, call, {pool->NumThreads(), parallel_for})));
   }
 
  private:

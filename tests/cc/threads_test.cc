@@ -20,13 +20,15 @@ std::vector<float> Values(int64_t count, int seed) {
   return values;
 }
 
-cpu::ParallelFor Threads(int threads) {
-  return [threads](int64_t count, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+cpu::Threads MakeThreads(int threads) {
+  const auto parallel_for = [threads](int64_t count, int64_t,
+                                      const std::function<void(int64_t, int64_t)>& body) {
     std::vector<std::thread> workers;
     for (int t = 0; t < threads; ++t)
       workers.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads); });
     for (std::thread& worker : workers) worker.join();
   };
+  return {threads, parallel_for};
 }
 
 int64_t Elements(const Shape& shape) {
@@ -66,7 +68,7 @@ std::vector<float> Run(Op op, int threads) {
   std::vector<std::vector<float>> outputs;
   for (const Shape& shape : shapes) outputs.emplace_back(Elements(shape), NAN);
   for (auto& output : outputs) call.outputs.push_back(output.data());
-  if (status.ok()) status = cpu::Run(op, call, Threads(threads));
+  if (status.ok()) status = cpu::Run(op, call, MakeThreads(threads));
   if (!status.ok()) {
     std::fprintf(stderr, "%s: %s\n", signature.name, status.message().c_str());
     return {};
