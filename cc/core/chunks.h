@@ -21,6 +21,7 @@ inline constexpr int64_t kCausalGradChunk = 48;
 // keys run ahead: enough that the work outweighs bringing threads together, few enough that they
 // stay in the last cache (M = 256, D = 64: 4 MB). No bit depends on it.
 inline constexpr int64_t kCausalWindow = 32;
+inline constexpr int64_t kFirstCausalWindow = 4;
 inline constexpr int64_t kLeastPipelineChunks = 16;
 
 // Segments of a sequence are summed apart and merged in order.

@@ -92,19 +92,14 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
   place();
   if (!arena.Allocate()) return false;
   place();
-  chain.Start(slice.begin, SummaryPartial<Acc>::At(state, w));
+  const auto before = SummaryPartial<Acc>::At(state, w);
+  chain.Start(slice.begin, before);
   const int64_t group = GroupSize(params.dims);
-  for (CausalPiece<Acc> piece; chain.Next(kb, &piece); chain.Add(piece))
+  for (CausalPiece<Acc> piece; chain.Next(kb, &piece); chain.Add(piece, before))
     for (int64_t h = slice.head * group; h < (slice.head + 1) * group; ++h)
       PieceQueries(params, query_projection, map, w, h, piece, s);
   chain.Finish();
   return true;
-}
-
-template <class Acc>
-PERFORMER_INLINE const Acc* Copy(const Acc* from, int64_t count, Acc* to) {
-  for (int64_t i = 0; i < count; i += kLanes<Acc>) Store(to + i, Load(from + i));
-  return to;
 }
 
 // The next window of a chain.
@@ -117,19 +112,18 @@ bool CausalKeys(const CausalParams& params, const Acc* projection, CausalChain<A
   chain.Place(arena);
   if (!arena.Allocate()) return false;
   chain.Place(arena);
-  chain.Start(at->row, at->state);
+  // The state before each piece stays in its slot; only the one before the first is copied.
+  const SummaryPartial<Acc> first = window->At(0, w).state;
+  if (at->row > at->slice.begin) PrefixState<Acc>(at->state).CopyTo(PrefixState<Acc>(first), w);
+  chain.Start(at->row, first);
   int64_t i = 0;
   for (; i < window->slots; ++i) {
     const auto slot = window->At(i, w);
     CausalPiece<Acc>& piece = window->pieces[i];
     if (!chain.Next(slot.kb, &piece)) break;
-    if (!piece.blind) {
-      piece.sum = Copy(piece.sum, w.m * w.e_pad, slot.state.sum);
-      piece.mass = Copy(piece.mass, w.m_pad, slot.state.mass);
-      piece.anchor = Copy(piece.anchor, w.m_pad, slot.state.anchor);
-      piece.v = Copy(piece.v, piece.rows * w.e_pad, slot.v);
-    }
-    chain.Add(piece);
+    Copy(piece.v, piece.rows * w.e_pad, slot.v);
+    piece.v = slot.v;
+    chain.Add(piece, i + 1 < window->slots ? window->At(i + 1, w).state : at->state);
   }
   window->count = i;
   at->row = chain.row();
@@ -138,7 +132,8 @@ bool CausalKeys(const CausalParams& params, const Acc* projection, CausalChain<A
   return true;
 }
 
-// Queries of the window that nobody has taken, one piece and head at a time.
+// Queries of the window, one piece and head at a time, as long as there are some that nobody has
+// taken.
 template <class Acc>
 bool CausalQueries(const CausalParams& params, const Acc* projection, int64_t group_head,
                    CausalWindow<Acc>* window) {

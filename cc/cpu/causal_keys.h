@@ -21,16 +21,21 @@ template <class Acc>
 constexpr Acc kRenewMass =
     static_cast<Acc>(0x1p30);  // an anchor is renewed when the mass relative to it passes this
 
-// The prefix state as sums relative to 2^anchor; an anchor of -inf means nothing yet.
+template <class Acc>
+PERFORMER_INLINE void Copy(const Acc* from, int64_t count, Acc* to) {
+  for (int64_t i = 0; i < count; i += kLanes<Acc>) Store(to + i, Load(from + i));
+}
+
+// The prefix state as sums relative to 2^anchor, in memory of somebody else; an anchor of -inf
+// means nothing yet.
 template <class Acc>
 struct PrefixState {
-  Acc *sum, *mass, *anchor;  // [m][e_pad], [m_pad], [m_pad]
+  Acc *sum = nullptr, *mass = nullptr, *anchor = nullptr;  // [m][e_pad], [m_pad], [m_pad]
 
-  void Place(SummaryPartial<Acc> memory) {
-    sum = memory.sum;
-    mass = memory.mass;
-    anchor = memory.anchor;
-  }
+  PrefixState() = default;
+  explicit PrefixState(const SummaryPartial<Acc>& at)
+      : sum(at.sum), mass(at.mass), anchor(at.anchor) {}
+
   void Set(const LoadedState<Acc>& state, const Widths& w) {
     state.CopyMean(w, sum);
     for (int64_t m = 0; m < w.m_pad; ++m) {
@@ -50,6 +55,11 @@ struct PrefixState {
     mass[m] *= keep;
     anchor[m] = to;
   }
+  void CopyTo(const PrefixState& to, const Widths& w) const {
+    Copy(sum, w.m * w.e_pad, to.sum);
+    Copy(mass, w.m_pad, to.mass);
+    Copy(anchor, w.m_pad, to.anchor);
+  }
 };
 
 // A chunk of keys, and the state before the next piece of it.
@@ -59,9 +69,8 @@ struct KeyScratch {
   static_assert(C % kPad<Acc> == 0);
   Ahead ahead;
   KeyChunk<Acc> keys;
-  PrefixState<Acc> state;    // in memory of the caller
+  PrefixState<Acc> state;
   Acc *kt, *b, *piece_mass;  // [d][C], [m][C], [m]
-  Acc* kb;                   // [m][C], in memory of the caller
 
   void Place(Arena& arena, const Widths& w) {
     keys.Place(arena, w, C);
@@ -117,10 +126,10 @@ int64_t PieceEnd(int64_t begin, int64_t n, const Widths& w, const KeyScratch<Acc
   return n;
 }
 
-// kb and its row sums for the columns [first, last); 0 in the others, as far as vectors reach,
-// whatever these keys hold.
+// kb [m][C] and its row sums for the columns [first, last); 0 in the others, as far as vectors
+// reach, whatever these keys hold.
 template <class Acc>
-void PieceKeyWeights(int64_t first, int64_t last, const Widths& w, KeyScratch<Acc>& s) {
+void PieceKeyWeights(int64_t first, int64_t last, const Widths& w, Acc* kb, KeyScratch<Acc>& s) {
   constexpr int64_t C = KeyScratch<Acc>::C;
   alignas(kAlignment) Acc column[C];
   for (int64_t j = 0; j < C; ++j) column[j] = static_cast<Acc>(j);
@@ -132,28 +141,31 @@ void PieceKeyWeights(int64_t first, int64_t last, const Widths& w, KeyScratch<Ac
     for (int64_t j = 0; j < last; j += kLanes<Acc>) {
       const IntVec<Acc> inside = (Load(column + j) >= begin) & (Load(column + j) < end);
       const Vec<Acc> y = inside ? Exp2(Load(s.b + m * C + j) - anchor) : zero;
-      Store(s.kb + m * C + j, y);
+      Store(kb + m * C + j, y);
       sum += y;
     }
     s.piece_mass[m] = ReduceAdd<Acc>(sum);
   }
 }
 
-// Adds the keys of a piece to the state.
+// next = the state and the keys of a piece; it may lie in the same memory.
 template <class Acc>
-void PieceUpdate(const CausalPiece<Acc>& piece, const Widths& w, KeyScratch<Acc>& s) {
-  PrefixState<Acc>& state = s.state;
-  MatMul<true>(s.kb + piece.begin, s.C, 1, s.keys.v + piece.begin * w.e_pad, w.e_pad, piece.rows,
-               state.sum, w.e_pad, w.m, w.e_pad);
-  for (int64_t m = 0; m < w.m; ++m) {
-    state.mass[m] += s.piece_mass[m];
-    if (state.mass[m] > kRenewMass<Acc>) state.Raise(m, state.anchor[m] + Log2(state.mass[m]), w);
+void PieceUpdate(const CausalPiece<Acc>& piece, const Widths& w, KeyScratch<Acc>& s,
+                 PrefixState<Acc>& next) {
+  AddProduct(piece.kb + piece.begin, s.C, 1, piece.v, w.e_pad, piece.rows, s.state.sum, next.sum,
+             w.e_pad, w.m, w.e_pad);
+  for (int64_t m = 0; m < w.m_pad; ++m) {
+    next.anchor[m] = s.state.anchor[m];
+    next.mass[m] = s.state.mass[m];
+    if (m >= w.m) continue;
+    next.mass[m] += s.piece_mass[m];
+    if (next.mass[m] > kRenewMass<Acc>) next.Raise(m, next.anchor[m] + Log2(next.mass[m]), w);
   }
 }
 
 // The chain of one sequence and key/value head:
-//   while (chain.Next(kb, &piece)) { read the piece; chain.Add(piece); }
-// It may be left after any piece and continued by another object.
+//   while (chain.Next(kb, &piece)) { read the piece; chain.Add(piece, next_state); }
+// It may be left after any piece and continued by another object with the same bits.
 template <class Acc>
 class KeyChain {
  public:
@@ -173,14 +185,14 @@ class KeyChain {
   // slice's first row that becomes the initial state.
   void Start(int64_t row, SummaryPartial<Acc> state) {
     row_ = row;
-    s_.state.Place(state);
+    s_.state = PrefixState<Acc>(state);
     if (row == slice_.begin)
       s_.state.Set(LoadedState<Acc>(params_.initial, params_.dims, slice_.sequence, slice_.head),
                    w_);
   }
 
-  // The next piece, its key weights in kb [m][C]; false at the end of the slice. What it points to
-  // is changed by Add.
+  // The next piece, its key weights in kb [m][C]; false at the end of the slice. The piece points
+  // into the memory of the state and into rows that the next call replaces.
   bool Next(Acc* kb, CausalPiece<Acc>* piece) {
     if (row_ == slice_.end) return false;
     const int64_t begin = (row_ - slice_.begin) % kCausalChunk;
@@ -192,8 +204,7 @@ class KeyChain {
     } else {
       if (!masked) AnchorPiece(begin, w_, s_);
       end = PieceEnd(begin, chunk_rows_, w_, s_);
-      s_.kb = kb;
-      PieceKeyWeights(begin, end, w_, s_);
+      PieceKeyWeights(begin, end, w_, kb, s_);
     }
     *piece = {row_,
               begin,
@@ -207,8 +218,15 @@ class KeyChain {
     return true;
   }
 
-  void Add(const CausalPiece<Acc>& piece) {
-    if (!piece.blind) PieceUpdate(piece, w_, s_);
+  // The state after the piece goes to `memory`, which may be that of the state before it.
+  void Add(const CausalPiece<Acc>& piece, const SummaryPartial<Acc>& memory) {
+    PrefixState<Acc> next(memory);
+    if (!piece.blind) {
+      PieceUpdate(piece, w_, s_, next);
+    } else if (next.sum != s_.state.sum) {
+      s_.state.CopyTo(next, w_);
+    }
+    s_.state = next;
     row_ += piece.rows;
   }
 

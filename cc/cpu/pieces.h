@@ -22,12 +22,12 @@ struct CausalPiece {
 template <class Acc>
 struct CausalChain {
   Slice slice;
-  int64_t row;                // of the next piece; slice.end once the final state is written
-  bool done;                  // the final state is written
-  SummaryPartial<Acc> state;  // before that row; set by the chain at slice.begin
+  int64_t row;                // where the next piece begins
+  bool done;                  // there is none, and the final state is written
+  SummaryPartial<Acc> state;  // before that row; at slice.begin not set
 };
 
-// Consecutive pieces of a chain.
+// Consecutive pieces of a chain, and memory for what they point to.
 template <class Acc>
 struct CausalWindow {
   CausalPiece<Acc>* pieces;  // [slots]

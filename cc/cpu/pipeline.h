@@ -35,7 +35,10 @@ class CausalPipeline {
   Status Run(const WorkList& list, const Threads& threads, int64_t cost_per_row) {
     PERFORMER_RETURN_IF_ERROR(Place(list));
     const int64_t cost = count_ * slots_ * kCausalChunk * cost_per_row / threads.count + 1;
-    for (int step = 0; Busy(); step = 1 - step) {
+    // The first windows are short: until there is one, only the chains have work.
+    int64_t slots = std::min(kFirstCausalWindow, slots_);
+    for (int step = 0; Busy(); step = 1 - step, slots = std::min(2 * slots, slots_)) {
+      for (int64_t c = 0; c < count_; ++c) Window(c, step).slots = slots;
       // An item is what one thread gets done: the chains are far longer than other work, and nobody
       // could cut the range evenly beforehand.
       next_chain_ = 0;

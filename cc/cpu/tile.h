@@ -133,4 +133,18 @@ PERFORMER_NOINLINE void MatMul(const T* a, int64_t row, int64_t step, const T* b
   });
 }
 
+// to[rows][cols] = from + A B; `from` may be `to`.
+template <class T>
+PERFORMER_NOINLINE void AddProduct(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
+                                   int64_t depth, const T* from, T* to, int64_t ldto, int64_t rows,
+                                   int64_t cols) {
+  ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
+    const T* add = from + r0 * ldto + c0;
+    tile.Zero();
+    tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+    tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(add + r * ldto + j * kLanes<T>) + x; });
+    tile.StoreTo(to + r0 * ldto + c0, ldto);
+  });
+}
+
 PERFORMER_ISA_END
