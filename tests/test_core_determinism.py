@@ -22,6 +22,30 @@ PLAIN = Case(
     state=5,
 )
 PACKED = shortened(PLAIN, batch=1, offsets=(0, 0, 100, 101, 530), state=1, bias="1GS", masked="")
+# Fewer sequences and heads than threads, and far more pieces than two windows of them hold.
+FEW = Case(
+    batch=1,
+    rows=4850,
+    heads=2,
+    groups=1,
+    dim=3,
+    features=512,
+    query_projections=2,
+    feature_biases=2,
+    bias="BGS",
+    masked="left",
+    state=1,
+)
+
+
+def few(case=FEW, dtype="float32"):
+    """Inputs with keys that outweigh all before by far: chunks of several pieces, one of so many
+    that they fill more than a window."""
+    x = make(case, dtype)
+    heavier = np.zeros(case.rows)
+    heavier[[70, 100, 101, 143, 144, 900, *range(2020, 2060), 3300, 4800]] = 40
+    x["key_bias"] += np.cumsum(heavier).astype(x["key_bias"].dtype)
+    return x
 
 
 def everything(x, incoming, causal, **options):
@@ -47,6 +71,48 @@ def test_threads_change_no_bit(case, causal, isa, dtype):
     for threads in (2, 3, 8, 64):
         again = everything(x, incoming, causal, isa=isa, threads=threads, **case.options)
         assert_all_same(again, once, f"{threads} threads")
+
+
+@isas
+@pytest.mark.parametrize(
+    "case",
+    [
+        FEW,
+        shortened(FEW, state=0, rows=4848, masked="holes"),
+        shortened(FEW, batch=2, heads=4, groups=2),
+        shortened(FEW, bias="1GS", masked="", state=1, offsets=(0, 0, 1600, 1601, 4850)),
+    ],
+    ids=["one", "empty state", "four", "packed"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_that_share_a_sequence_change_no_bit(case, isa, dtype):
+    x = few(case, dtype)
+    once = forward(x, True, isa=isa, **case.options)
+    assert not any(np.isnan(result.astype(np.float32)).any() for result in once.values())
+    for threads in (2, 3, 8):
+        again = forward(x, True, isa=isa, threads=threads, **case.options)
+        assert_all_same(again, once, f"{threads} threads")
+
+
+@isas
+def test_threads_that_share_a_sequence_see_no_later_key(isa):
+    x, cut = few(), 2500
+    once = forward(x, True, isa=isa)
+    for name in ("key", "value", "query"):
+        x[name][:, cut:] = np.nan
+    x["key_bias"][..., cut:] = np.inf
+    for threads in (1, 2, 8):
+        out = forward(x, True, isa=isa, threads=threads)["out"]
+        assert_same_bits(out[:, :cut], once["out"][:, :cut], what=f"out, {threads} threads")
+
+
+@isas
+def test_fifty_runs_of_threads_that_share_a_sequence_give_the_same_bits(isa):
+    case = shortened(FEW, rows=1700)
+    x = make(case)
+    once = forward(x, True, isa=isa)
+    for _ in range(50):
+        assert_all_same(forward(x, True, isa=isa, threads=2), once, "again")
 
 
 @isas

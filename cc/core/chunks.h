@@ -17,17 +17,10 @@ inline constexpr int64_t kCausalChunk =
     48;  // also the width of the triangle that is computed pairwise
 inline constexpr int64_t kCausalGradChunk = 48;
 
-// Pieces (chunks, nearly always) of a causal sequence whose queries wait for their turn while its
-// keys run ahead: enough that the work outweighs bringing threads together, few enough that they
-// stay in the last cache (M = 256, D = 64: 4 MB). No bit depends on it.
-inline constexpr int64_t kCausalWindow = 32;
-inline constexpr int64_t kFirstCausalWindow = 4;
-inline constexpr int64_t kLeastPipelineChunks = 16;
-
 // Segments of a sequence are summed apart and merged in order.
 // A multiple of every chunk that runs over segments; powers of two are cut into nearly equal ones.
 inline constexpr int64_t kSegmentUnit = 1056;
-inline constexpr int64_t kMaxSegments = 16;  // bounds the memory of partial results
+inline constexpr int64_t kMaxSegments = 16;   // bounds the memory of partial results
 static_assert(kSegmentUnit % kSummarizeChunk == 0 && kSegmentUnit % kReadChunk == 0 &&
               kSegmentUnit % kGradChunk == 0);
 

@@ -69,7 +69,7 @@ class ForwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.keys.projection, params.keys.projection_heads, &key_projection));
     const WorkList list = WholeSequences();
-    if (CausalPipeline<Acc>::Pays(list, threads_))
+    if (CausalPipeline<Acc>::Pays(list, w_, threads_))
       return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())
           .Run(list, threads_, Cost(8));
     const bool ok =

@@ -3,7 +3,7 @@
 // queries of the window before meanwhile.
 //   step 0: keys of window 0      step 1: keys of window 1, queries of window 0      ...
 // Bits are those of Kernels::causal: the same functions on the same numbers. Memory is two windows
-// for each chain, whatever the length.
+// for each chain, whatever its length.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -14,13 +14,18 @@
 namespace performer {
 namespace cpu {
 
+// For all windows: small enough to stay in the last cache on the way from thread to thread. As the
+// work on a piece grows like its size, it also fixes the work of a step, half a millisecond or so:
+// threads have to come together after each.
+inline constexpr int64_t kPipelineBytes = 8 << 20;
+
 template <class Acc>
 class CausalPipeline {
  public:
-  // True where threads would idle otherwise and a sequence is long enough to keep them busy.
-  static bool Pays(const WorkList& list, const Threads& threads) {
+  // True where threads would idle otherwise and a sequence would fill the windows.
+  static bool Pays(const WorkList& list, const Widths& w, const Threads& threads) {
     return static_cast<int64_t>(list.slices.size()) < threads.count &&
-           Longest(list) >= kLeastPipelineChunks * kCausalChunk;
+           LongestChunks(list) >= Slots(w, 1);
   }
 
   CausalPipeline(const CausalParams& params, const Kernels<Acc>& kernels,
@@ -34,13 +39,13 @@ class CausalPipeline {
   // `cost_per_row`: of a row's key and queries, in nanoseconds.
   Status Run(const WorkList& list, const Threads& threads, int64_t cost_per_row) {
     PERFORMER_RETURN_IF_ERROR(Place(list));
-    const int64_t cost = count_ * slots_ * kCausalChunk * cost_per_row / threads.count + 1;
-    // The first windows are short: until there is one, only the chains have work.
-    int64_t slots = std::min(kFirstCausalWindow, slots_);
+    // The first windows are short: before there is one, only the chains have work.
+    int64_t slots = slots_ / 8 + 1;
     for (int step = 0; Busy(); step = 1 - step, slots = std::min(2 * slots, slots_)) {
       for (int64_t c = 0; c < count_; ++c) Window(c, step).slots = slots;
       // An item is what one thread gets done: the chains are far longer than other work, and nobody
       // could cut the range evenly beforehand.
+      const int64_t cost = count_ * slots * kCausalChunk * cost_per_row / threads.count + 1;
       next_chain_ = 0;
       threads.parallel_for(threads.count, cost, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) Work(step);
@@ -52,10 +57,15 @@ class CausalPipeline {
   }
 
  private:
-  static int64_t Longest(const WorkList& list) {
-    int64_t longest = 0;
-    for (const Slice& slice : list.slices) longest = std::max(longest, slice.end - slice.begin);
-    return longest;
+  static int64_t LongestChunks(const WorkList& list) {
+    int64_t rows = 0;
+    for (const Slice& slice : list.slices) rows = std::max(rows, slice.end - slice.begin);
+    return rows / kCausalChunk;
+  }
+  // Pieces of a window.
+  static int64_t Slots(const Widths& w, int64_t chains) {
+    const int64_t size = CausalWindow<Acc>::SlotSize(w) * static_cast<int64_t>(sizeof(Acc));
+    return std::max<int64_t>(kPipelineBytes / (2 * chains * size), 1);
   }
   static void Clear(CausalWindow<Acc>& window) { window.count = window.taken = 0; }
   CausalWindow<Acc>& Window(int64_t chain, int which) const { return windows_[2 * chain + which]; }
@@ -63,8 +73,7 @@ class CausalPipeline {
   Status Place(const WorkList& list) {
     count_ = static_cast<int64_t>(list.slices.size());
     const int64_t slot = CausalWindow<Acc>::SlotSize(w_), state = SummaryPartial<Acc>::Size(w_);
-    const int64_t fit = kWaveBytes / (2 * count_ * slot * static_cast<int64_t>(sizeof(Acc)));
-    slots_ = std::min({std::max<int64_t>(fit, 1), kCausalWindow, Longest(list) / kCausalChunk + 1});
+    slots_ = Slots(w_, count_);
     PERFORMER_RETURN_IF_ERROR(Allocate(count_, "chains of keys", &chains_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_, "windows", &windows_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_, "pieces", &pieces_));
