@@ -78,8 +78,8 @@ def test_threads_change_no_bit(case, causal, isa, dtype):
     "case",
     [
         FEW,
-        shortened(FEW, state=0, rows=4848, masked="holes"),
-        shortened(FEW, batch=2, heads=4, groups=2),
+        shortened(FEW, state=0, rows=4848),
+        shortened(FEW, batch=2, heads=4, groups=2, masked="holes"),
         shortened(FEW, bias="1GS", masked="", state=1, offsets=(0, 0, 1600, 1601, 4850)),
     ],
     ids=["one", "empty state", "four", "packed"],
