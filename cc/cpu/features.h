@@ -71,14 +71,16 @@ PERFORMER_INLINE Acc Dot(const Acc* a, const Acc* b, int64_t n) {
 }
 
 // c[n][m_pad] = a [n][depth] times panels [m_panels][depth][kPanel]; rows of c are m_stride apart.
-// Fetches the rows ahead.
-template <class Acc>
-PERFORMER_INLINE void MatMulPanels(const Acc* a, int64_t lda, int64_t n, const Acc* panels,
-                                   int64_t depth, const Widths& w, Acc* c, Ahead* ahead) {
+// Fetches the rows ahead. `scale` as in MatMul.
+template <class In, class Acc>
+PERFORMER_INLINE void MatMulPanels(const In* a, int64_t lda, int64_t n, const In* panels,
+                                   int64_t depth, const Widths& w, Acc* c, Ahead* ahead,
+                                   Acc scale = 1) {
   ahead->Divide(RoundUp(n, kTileRows) / kTileRows * w.m_panels);
   for (int64_t m = 0; m < w.m_pad; m += kPanel) {
     const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
-    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols, ahead);
+    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols, ahead,
+                  scale);
   }
 }
 

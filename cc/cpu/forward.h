@@ -13,7 +13,7 @@ class ForwardDriver : public Driver<Acc> {
   Status Summarize(const SummarizeParams& params) {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, &projection));
+        Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
     const WorkList list = KeySegments();
     const auto run = [&](const Slice& slice, Acc* partial) {
       return kernels_.summarize(params, projection.get(), slice,
@@ -38,7 +38,7 @@ class ForwardDriver : public Driver<Acc> {
   Status Read(const ReadParams& params) {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, &projection));
+        Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
     const WorkList list =
         Divide(call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSegmentUnit; });
     const bool ok =
@@ -64,9 +64,9 @@ class ForwardDriver : public Driver<Acc> {
   Status CausalSequences(const CausalParams& params) {
     Buffer<Acc> query_projection, key_projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, &query_projection));
+        Pack(params.queries.projection, params.queries.projection_heads, true, &query_projection));
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, &key_projection));
+        Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
     const WorkList list = WholeSequences();
     const bool ok =
         ForEachItem(list, 0, Count(list), Cost(8), parallel_for_, [&](const Slice& slice, int64_t) {
