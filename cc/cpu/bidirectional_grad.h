@@ -14,7 +14,7 @@ PERFORMER_ISA_BEGIN
 
 template <class Acc, class In>
 struct ReadGradScratch {
-  Acc *q, *y, *f, *g, *slope, *dq, *mean, *panels, *bias, *shift, *den;
+  Acc *q, *y, *f, *g, *slope, *dq, *mean, *panels, *bias, *tops, *shift, *den;
   In *q_rows, *q_stack, *y_rows, *y_stack, *f_columns, *g_rows, *g_columns;  // operands
 
   void Place(Arena& arena, const Map<Acc>& map, const Widths& w, int64_t chunk) {
@@ -33,6 +33,7 @@ struct ReadGradScratch {
     mean = arena.Take<Acc>(w.m * w.e_pad);
     panels = arena.Take<Acc>(w.m_panels * kPanel * w.e_pad);
     bias = arena.Take<Acc>(w.m_pad);
+    tops = arena.Take<Acc>(chunk * kLanes<Acc>);
     shift = arena.Take<Acc>(chunk);
     den = arena.Take<Acc>(chunk);
   }
@@ -90,9 +91,9 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
     LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
     LoadRows(grad_out, row, n, nullptr, s.y, w.e_pad, &ahead);
     ahead.Want(grad_query, row, n);
-    LogFeatures<Acc>(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_rows), n, weights, w, s.f,
-                     s.slope, &ahead);
-    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.f, s.shift, s.den);
+    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_rows), n, weights, w, s.bias,
+                     s.f, s.slope, s.tops, &ahead);
+    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
     ScaleRows(n, w.e_pad, s.den, s.y);
     const Left<In> y = Operand::Rows(s.y, n, w.e_pad, w.e_pad, s.y_rows);
     MatMulPanels(y.at, y.row, n, panels, Operand::Depth(w.e_pad), w, s.g, &ahead);
@@ -231,8 +232,10 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
     s.keys.Load(params, params.keys, map, w, slice, row, n, &ahead);
     ahead.Want(to.key, row, n);
     ahead.Want(to.value, row, n);
-    LogFeatures<Acc>(map, Operand::Rows(s.keys.k, n, w.d_pad, w.d_pad, s.k_rows), n, weights, w,
-                     s.f, s.slope, &ahead);
+    const Left<In> k = Operand::Rows(s.keys.k, n, w.d_pad, w.d_pad, s.k_rows);
+    MatMulPanels(k.at, k.row, n, weights.panels, Operand::Depth(w.d), w, s.f, &ahead,
+                 weights.feature_scale);
+    ApplyMap(map, n, w.m_pad, w.m_stride, s.f, s.slope);
     KeyWeights<Acc>(n, w, s.keys.offset, s.anchor, s.f, nullptr);
     const Left<In> v = Operand::Rows(s.keys.v, n, w.e_pad, w.e_pad, s.v_rows);
     MatMulPanels(v.at, v.row, n, panels, Operand::Depth(w.e_pad), w, s.g, &ahead);

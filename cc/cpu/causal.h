@@ -69,7 +69,7 @@ struct CausalScratch {
   KeyChunk<Acc> keys;
   PrefixState<Acc> state;
   Acc *kt, *b, *kb, *piece_mass;  // [d][C], [m][C], [m][C], [m]
-  Acc *q, *f, *local, *out, *bias, *shift,
+  Acc *q, *f, *local, *out, *bias, *tops, *shift,
       *den;  // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad], [m_pad], [C], [C]
 
   void Place(Arena& arena, const Widths& w) {
@@ -84,6 +84,7 @@ struct CausalScratch {
     local = arena.Take<Acc>(C * kLocalStride);
     out = arena.Take<Acc>(C * w.e_pad);
     bias = arena.Take<Acc>(w.m_pad);
+    tops = arena.Take<Acc>(C * kLanes<Acc>);
     shift = arena.Take<Acc>(C);
     den = arena.Take<Acc>(C);
   }
@@ -186,7 +187,8 @@ void PieceQueries(const CausalParams& params, const Acc* projections, const Map<
                 nullptr, s.q, w.d_pad, &s.ahead);
   LogFeatures<Acc>(map, s.q, rows, head.projection.panels, w, s.f, nullptr, &s.ahead);
   SetBias(s.state.anchor, 1.0, head.feature_bias, w, s.bias);
-  QueryWeights<true>(rows, w, s.bias, s.state.mass, s.f, s.shift, s.den);
+  RowTops(rows, w, s.bias, s.f, s.tops);
+  QueryWeights<true>(rows, w, s.bias, s.state.mass, s.tops, s.f, s.shift, s.den);
   PieceLocal(piece, w, s);
   PrefixProduct(s.f, w.m_stride, s.state.sum, w.e_pad, w.m, s.local + piece.begin, kStride,
                 s.keys.v + piece.begin * w.e_pad, w.e_pad, s.out, w.e_pad, rows, w.e_pad);

@@ -30,7 +30,7 @@ struct CausalGradScratch {
   Acc *q, *y, *f, *g, *query_slope, *dq, *dk, *dv;
   Acc *transposed, *f_transposed;  // [e_pad][C], [m_pad][C]
   Acc *pair, *weights;             // [C][kPairStride]
-  Acc *shift, *den, *row_sum, *bias;
+  Acc *tops, *shift, *den, *row_sum, *bias;
   // Prefix sums^T in the forward sweep [m_panels][e_pad][kPanel]; in the reverse sweep R^T, as
   // panels of `suffix`.
   Acc *panels, *suffix;  // suffix: R [m][e_pad]
@@ -47,6 +47,7 @@ struct CausalGradScratch {
     transposed = arena.Take<Acc>(w.e_pad * C);
     f_transposed = arena.Take<Acc>(w.m_pad * C);
     for (Acc** pairs : {&pair, &weights}) *pairs = arena.Take<Acc>(C * kPairStride);
+    tops = arena.Take<Acc>(C * kLanes<Acc>);
     for (Acc** column : {&shift, &den, &row_sum}) *column = arena.Take<Acc>(C);
     panels = arena.Take<Acc>(w.m_panels * kPanel * w.e_pad);
     for (Acc** state : {&suffix, &initial_mean}) *state = arena.Take<Acc>(w.m * w.e_pad);
@@ -235,7 +236,8 @@ class CausalGradient {
     LoadQueries(piece, i);
     LogFeatures(map_, s_.q, n, head.projection.panels, w_, s_.f, s_.query_slope, &ahead_);
     SetBias(s_.anchor, 1.0, head.feature_bias, w_, s_.bias);
-    QueryWeights<false, Acc>(n, w_, s_.bias, nullptr, s_.f, s_.shift, s_.den);
+    RowTops(n, w_, s_.bias, s_.f, s_.tops);
+    QueryWeights<false, Acc>(n, w_, s_.bias, nullptr, s_.tops, s_.f, s_.shift, s_.den);
     for (int64_t r = 0; r < n; ++r)
       s_.den[r] = Dot(s_.f + r * w_.m_stride, s_.cum + r * w_.m_stride, w_.m_pad);
     ScaleRows(n, w_.e_pad, s_.den, s_.y);

@@ -140,14 +140,22 @@ struct Operands<float, Pair> {
 };
 #endif
 
-// As in features.h, of any operands.
-template <class Acc, class In>
+// Log-features as in features.h, of any operands, with the maxima that hook gathers; of maps that
+// are not linear it cannot, and `pass` does so afterwards.
+template <class Acc, class In, class Hook, class Pass>
 PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Left<In>& x, int64_t n,
                                   const ProjectionOperands<Acc, In>& projection, const Widths& w,
-                                  Acc* f, Acc* slope, Ahead* ahead) {
-  MatMulPanels(x.at, x.row, n, projection.panels, Operands<Acc, In>::Depth(w.d), w, f, ahead,
-               projection.feature_scale);
-  ApplyMap(map, n, w.m_pad, w.m_stride, f, slope);
+                                  Acc* f, Acc* slope, Hook hook, Pass pass) {
+  constexpr auto kDepth = Operands<Acc, In>::Depth;
+  if (map.linear()) {
+    MatMulPanelsWith(x.at, x.row, n, projection.panels, kDepth(w.d), w, f, hook.ahead, &hook,
+                     projection.feature_scale);
+  } else {
+    MatMulPanels(x.at, x.row, n, projection.panels, kDepth(w.d), w, f, hook.ahead,
+                 projection.feature_scale);
+    ApplyMap(map, n, w.m_pad, w.m_stride, f, slope);
+    pass();
+  }
 }
 
 // c[rows][cols] = scale a b, or += with kAdd; summed over `terms` rows of what b was made from.

@@ -29,9 +29,19 @@ struct QueryHead {
         feature_bias(FeatureBias<Acc>(queries, head, dims)) {}
 };
 
+// f and the maxima of f + bias that QueryWeights wants.
+template <class Acc, class In>
+void QueryLogFeatures(const Map<Acc>& map, const Left<In>& q, int64_t n,
+                      const ProjectionOperands<Acc, In>& projection, const Widths& w,
+                      const Acc* bias, Acc* f, Acc* slope, Acc* tops, Ahead* ahead) {
+  for (int64_t i = 0; i < n * kLanes<Acc>; ++i) tops[i] = -kInf<Acc>;
+  LogFeatures<Acc>(map, q, n, projection, w, f, slope, RowMaxima<Acc>{ahead, bias, tops},
+                   [&] { RowTops(n, w, bias, f, tops); });
+}
+
 template <class Acc, class In>
 struct ReadScratch {
-  Acc *q, *f, *out, *mean, *bias, *shift, *den;
+  Acc *q, *f, *out, *mean, *bias, *tops, *shift, *den;
   In *q_operand, *f_operand, *mean_operand;
 
   void Place(Arena& arena, const Widths& w, int64_t chunk) {
@@ -46,6 +56,7 @@ struct ReadScratch {
     out = arena.Take<Acc>(chunk * w.e_pad);
     mean = arena.Take<Acc>(w.m * w.e_pad);
     bias = arena.Take<Acc>(w.m_pad);
+    tops = arena.Take<Acc>(chunk * kLanes<Acc>);
     shift = arena.Take<Acc>(chunk);
     den = arena.Take<Acc>(chunk);
   }
@@ -81,9 +92,9 @@ bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
     LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
     ahead.Want(out, row, n);
-    LogFeatures<Acc>(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_operand), n, weights, w, s.f,
-                     nullptr, &ahead);
-    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.f, s.shift, s.den);
+    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_operand), n, weights, w,
+                     s.bias, s.f, static_cast<Acc*>(nullptr), s.tops, &ahead);
+    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
     Product<false>(Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_operand), mean, w.m, s.out,
                    w.e_pad, n, w.e_pad);
     ScaleRows(n, w.e_pad, s.den, s.out);

@@ -116,21 +116,23 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
 }
 
-// c[rows][cols] = A B, or += with kAdd; ahead->Fetch(), if given, before every tile. Products of
-// pairs are multiplied by `scale`. The bits of an entry depend on its row of A and its column of B
-// only, not on where it lies in the matrix.
-template <bool kAdd, class In, class T, class Ahead = void>
+// c[rows][cols] = A B, or += with kAdd. A hook, if given, is told of every tile: hook->Before()
+// and, with the results, hook->After(tile, r, c). Products of pairs are multiplied by `scale`. The
+// bits of an entry depend on its row of A and its column of B only, not on where it lies in the
+// matrix.
+template <bool kAdd, class In, class T, class Hook = void>
 PERFORMER_NOINLINE void MatMul(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
                                int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols,
-                               Ahead* ahead = nullptr, T scale = 1) {
+                               Hook* hook = nullptr, T scale = 1) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
     T* out = c + r0 * ldc + c0;
-    if constexpr (!std::is_void_v<Ahead>) ahead->Fetch();
+    if constexpr (!std::is_void_v<Hook>) hook->Before();
     tile.Zero();
     tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
     if constexpr (!std::is_same_v<In, T>) tile.ForEach([&](int, int, Vec<T>& x) { x *= scale; });
     if constexpr (kAdd)
       tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(out + r * ldc + j * kLanes<T>) + x; });
+    if constexpr (!std::is_void_v<Hook>) hook->After(tile, r0, c0);
     tile.StoreTo(out, ldc);
   });
 }
