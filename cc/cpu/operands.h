@@ -2,7 +2,7 @@
 //
 // In = Acc: they are those rows. In = Pair (bfloat16 calls, where the processor multiplies
 // bfloat16): copies rounded to bfloat16, in pairs of neighbours along the summed index; sums,
-// weights' masses, maxima and states stay float32. The projection is rounded to bfloat16 by the
+// masses, maxima and states stay float32. The projection is rounded to bfloat16 by the
 // definition of the operators; its scale would round it once more, so it multiplies the products.
 #pragma once
 #include "cpu/features.h"
@@ -46,8 +46,6 @@ struct Operands {
   static Right<In> Stack(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
     return {x, stride};
   }
-  // Columns and Stack of the same x share their copy.
-  static Right<In> Again(const Left<In>& columns) { return {columns.at, columns.step}; }
   // Panels [m_panels][width][kPanel] as right operand, in place.
   static const In* Panels(Acc* panels, int64_t, int64_t) { return panels; }
 
@@ -99,7 +97,6 @@ struct Operands<float, Pair> {
     }
     return {to, stride};
   }
-  static Right<Pair> Again(const Left<Pair>& columns) { return {columns.at, columns.step}; }
   static const Pair* Panels(float* panels, int64_t count, int64_t width) {
     Pair* to = reinterpret_cast<Pair*>(panels);
     for (int64_t p = 0; p < count; ++p, panels += width * kPanel, to += Depth(width) * kPanel)
