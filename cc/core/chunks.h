@@ -20,7 +20,7 @@ inline constexpr int64_t kCausalGradChunk = 48;
 // Segments of a sequence are summed apart and merged in order.
 // A multiple of every chunk that runs over segments; powers of two are cut into nearly equal ones.
 inline constexpr int64_t kSegmentUnit = 1056;
-inline constexpr int64_t kMaxSegments = 16;   // bounds the memory of partial results
+inline constexpr int64_t kMaxSegments = 16;  // bounds the memory of partial results
 static_assert(kSegmentUnit % kSummarizeChunk == 0 && kSegmentUnit % kReadChunk == 0 &&
               kSegmentUnit % kGradChunk == 0);
 

@@ -15,7 +15,7 @@ class BackwardDriver : public Driver<Acc> {
     Buffer<Acc> projection, key_bias;
     Totals<Acc> total;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, &projection));
+        Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(total.Start(params.keys.projection_heads, w_.m, w_.d, w_.d_pad));
@@ -41,7 +41,7 @@ class BackwardDriver : public Driver<Acc> {
     Buffer<Acc> projection;
     Totals<Acc> total, bias;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, &projection));
+        Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
     PERFORMER_RETURN_IF_ERROR(total.Start(params.queries.projection_heads, w_.m, w_.d, w_.d_pad));
     PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, w_.m, 1, 1));
     const WorkList list = Divide(call_, dims_.heads, dims_.queries, false, SegmentRows);
@@ -79,9 +79,9 @@ class BackwardDriver : public Driver<Acc> {
     Totals<Acc> query_total, key_total, bias, log_mass, mean;
     const int64_t states = params.initial.count * dims_.groups;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, &query_projection));
+        Pack(params.queries.projection, params.queries.projection_heads, true, &query_projection));
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, &key_projection));
+        Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(

@@ -8,16 +8,22 @@
 // the largest part of the error.
 #pragma once
 #include "core/chunks.h"
-#include "cpu/features.h"
 #include "cpu/read.h"
 
 PERFORMER_ISA_BEGIN
 
-template <class Acc>
+template <class Acc, class In>
 struct ReadGradScratch {
-  Acc *q, *y, *f, *g, *slope, *dq, *mean, *panels, *bias, *shift, *den;
+  Acc *q, *y, *f, *g, *slope, *dq, *mean, *panels, *bias, *tops, *shift, *den;
+  In *q_rows, *q_stack, *y_rows, *y_stack, *f_columns, *g_rows, *g_columns;  // operands
 
   void Place(Arena& arena, const Map<Acc>& map, const Widths& w, int64_t chunk) {
+    const auto take = [&](int64_t width) {
+      return arena.Take<In>(Operands<Acc, In>::Size(chunk * width));
+    };
+    for (In** x : {&q_rows, &q_stack}) *x = take(w.d_pad);
+    for (In** x : {&y_rows, &y_stack}) *x = take(w.e_pad);
+    for (In** x : {&f_columns, &g_rows, &g_columns}) *x = take(w.m_stride);
     q = arena.Take<Acc>(chunk * w.d_pad);
     y = arena.Take<Acc>(chunk * w.e_pad);
     f = arena.Take<Acc>(chunk * w.m_stride);
@@ -27,6 +33,7 @@ struct ReadGradScratch {
     mean = arena.Take<Acc>(w.m * w.e_pad);
     panels = arena.Take<Acc>(w.m_panels * kPanel * w.e_pad);
     bias = arena.Take<Acc>(w.m_pad);
+    tops = arena.Take<Acc>(chunk * kLanes<Acc>);
     shift = arena.Take<Acc>(chunk);
     den = arena.Take<Acc>(chunk);
   }
@@ -48,7 +55,7 @@ void ReadLogitGradient(int64_t n, const Widths& w, const Acc* den, const Acc* f,
   }
 }
 
-template <class Acc>
+template <class Acc, class In>
 bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
               ReadGradPartial<Acc> partial) {
   const Dims& dims = params.dims;
@@ -56,15 +63,22 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
   const Map<Acc> map(params);
   const int64_t rows = slice.end - slice.begin, chunk = rows < kGradChunk ? rows : kGradChunk;
   Arena arena;
-  ReadGradScratch<Acc> s;
+  using Operand = Operands<Acc, In>;
+  ReadGradScratch<Acc, In> s;
   s.Place(arena, map, w, chunk);
   if (!arena.Allocate()) return false;
   s.Place(arena, map, w, chunk);
-  const QueryHead<Acc> head(params.queries, projection, dims, w, slice.head);
+  const auto weights = Operand::Projection(
+      params.attributes,
+      projection + QueryHeadIndex(params.queries.projection_heads, slice.head, dims) *
+                       PackedProjection<Acc>::Size(w),
+      w);
   const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head / GroupSize(dims));
   state.CopyMean(w, s.mean);
   TransposeToPanels(s.mean, w.m, w.e_pad, w.e_pad, s.panels);
-  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
+  const In* panels = Operand::Panels(s.panels, w.m_panels, w.e_pad);
+  SetBias(state.log_mass, kLog2eDouble, FeatureBias<Acc>(params.queries, slice.head, dims), w,
+          s.bias);
 
   for (int64_t i = 0; i < ReadGradPartial<Acc>::Size(w); ++i) partial.log_mass[i] = 0;
   Ahead ahead;
@@ -77,17 +91,23 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
     LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
     LoadRows(grad_out, row, n, nullptr, s.y, w.e_pad, &ahead);
     ahead.Want(grad_query, row, n);
-    LogFeatures(map, s.q, n, head.projection.panels, w, s.f, s.slope, &ahead);
-    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.f, s.shift, s.den);
+    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_rows), n, weights, w, s.bias,
+                     s.f, s.slope, s.tops, &ahead);
+    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
     ScaleRows(n, w.e_pad, s.den, s.y);
-    MatMulPanels(s.y, w.e_pad, n, s.panels, w.e_pad, w, s.g, &ahead);
+    const Left<In> y = Operand::Rows(s.y, n, w.e_pad, w.e_pad, s.y_rows);
+    MatMulPanels(y.at, y.row, n, panels, Operand::Depth(w.e_pad), w, s.g, &ahead);
     ReadLogitGradient(n, w, s.den, s.f, s.g, partial.log_mass);
     ChainSlope(map, n, w, s.slope, s.g);
-    MatMul<false>(s.g, w.m_stride, 1, head.projection.rows, w.d_pad, w.m, s.dq, w.d_pad, n,
-                  w.d_pad);
+    Product<false>(Operand::Rows(s.g, n, w.m_pad, w.m_stride, s.g_rows), weights.rows, w.m, s.dq,
+                   w.d_pad, n, w.d_pad, weights.row_scale);
     StoreRows(grad_query, row, n, s.dq, w.d_pad);
-    MatMul<true>(s.f, 1, w.m_stride, s.y, w.e_pad, n, partial.mean, w.e_pad, w.m, w.e_pad);
-    MatMul<true>(s.g, 1, w.m_stride, s.q, w.d_pad, n, partial.projection, w.d_pad, w.m, w.d_pad);
+    Product<true>(Operand::Columns(s.f, n, w.m_pad, w.m_stride, s.f_columns),
+                  Operand::Stack(s.y, n, w.e_pad, w.e_pad, s.y_stack), n, partial.mean, w.e_pad,
+                  w.m, w.e_pad);
+    Product<true>(Operand::Columns(s.g, n, w.m_pad, w.m_stride, s.g_columns),
+                  Operand::Stack(s.q, n, w.d_pad, w.d_pad, s.q_stack), n, partial.projection,
+                  w.d_pad, w.m, w.d_pad);
   }
   return true;
 }
@@ -140,12 +160,20 @@ void KeyLogitGradient(int64_t n, const Widths& w, const uint8_t* skip, const Acc
   }
 }
 
-template <class Acc>
+template <class Acc, class In>
 struct SummarizeGradScratch {
   KeyChunk<Acc> keys;
   Acc *f, *g, *slope, *dk, *dv, *grad_mean, *panels, *anchor, *column, *row_sum;
+  In *k_rows, *k_stack, *v_rows, *f_rows, *g_rows, *g_columns, *mean_stack;  // operands
 
   void Place(Arena& arena, const Map<Acc>& map, const Widths& w, int64_t chunk) {
+    const auto take = [&](int64_t numbers) {
+      return arena.Take<In>(Operands<Acc, In>::Size(numbers));
+    };
+    for (In** x : {&k_rows, &k_stack}) *x = take(chunk * w.d_pad);
+    v_rows = take(chunk * w.e_pad);
+    for (In** x : {&f_rows, &g_rows, &g_columns}) *x = take(chunk * w.m_stride);
+    mean_stack = take((w.m + 1) * w.e_pad);
     keys.Place(arena, w, chunk);
     f = arena.Take<Acc>(chunk * w.m_stride);
     g = arena.Take<Acc>(chunk * w.m_stride);
@@ -160,7 +188,7 @@ struct SummarizeGradScratch {
   }
 };
 
-template <class Acc>
+template <class Acc, class In>
 bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Slice slice,
                    Acc* key_bias, Acc* partial_projection) {
   const Dims& dims = params.dims;
@@ -168,13 +196,14 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
   const Map<Acc> map(params);
   const int64_t rows = slice.end - slice.begin, chunk = rows < kGradChunk ? rows : kGradChunk;
   Arena arena;
-  SummarizeGradScratch<Acc> s;
+  using Operand = Operands<Acc, In>;
+  SummarizeGradScratch<Acc, In> s;
   s.Place(arena, map, w, chunk);
   if (!arena.Allocate()) return false;
   s.Place(arena, map, w, chunk);
   const int64_t index = params.keys.projection_heads == 1 ? 0 : slice.head;
-  const auto packed =
-      PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
+  const auto weights = Operand::Projection(params.attributes,
+                                           projection + index * PackedProjection<Acc>::Size(w), w);
 
   const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head);
   const LoadedState<Acc> grad(params.grad_state, dims, slice.sequence, slice.head);
@@ -192,6 +221,8 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
     s.column[m] = column;
   }
   TransposeToPanels(s.grad_mean, w.m, w.e_pad, w.e_pad, s.panels);
+  const In* panels = Operand::Panels(s.panels, w.m_panels, w.e_pad);
+  const Right<In> grad_mean = Operand::Stack(s.grad_mean, w.m, w.e_pad, w.e_pad, s.mean_stack);
 
   for (int64_t i = 0; i < w.m * w.d_pad; ++i) partial_projection[i] = 0;
   Ahead ahead;
@@ -201,16 +232,23 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
     s.keys.Load(params, params.keys, map, w, slice, row, n, &ahead);
     ahead.Want(to.key, row, n);
     ahead.Want(to.value, row, n);
-    LogFeatures(map, s.keys.k, n, packed.panels, w, s.f, s.slope, &ahead);
+    const Left<In> k = Operand::Rows(s.keys.k, n, w.d_pad, w.d_pad, s.k_rows);
+    MatMulPanels(k.at, k.row, n, weights.panels, Operand::Depth(w.d), w, s.f, &ahead,
+                 weights.feature_scale);
+    ApplyMap(map, n, w.m_pad, w.m_stride, s.f, s.slope);
     KeyWeights<Acc>(n, w, s.keys.offset, s.anchor, s.f, nullptr);
-    MatMulPanels(s.keys.v, w.e_pad, n, s.panels, w.e_pad, w, s.g, &ahead);
+    const Left<In> v = Operand::Rows(s.keys.v, n, w.e_pad, w.e_pad, s.v_rows);
+    MatMulPanels(v.at, v.row, n, panels, Operand::Depth(w.e_pad), w, s.g, &ahead);
     KeyLogitGradient(n, w, s.keys.skip, s.column, s.f, s.g, s.row_sum);
     ChainSlope(map, n, w, s.slope, s.g);
-    MatMul<false>(s.f, w.m_stride, 1, s.grad_mean, w.e_pad, w.m, s.dv, w.e_pad, n, w.e_pad);
-    MatMul<false>(s.g, w.m_stride, 1, packed.rows, w.d_pad, w.m, s.dk, w.d_pad, n, w.d_pad);
+    Product<false>(Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_rows), grad_mean, w.m, s.dv,
+                   w.e_pad, n, w.e_pad);
+    Product<false>(Operand::Rows(s.g, n, w.m_pad, w.m_stride, s.g_rows), weights.rows, w.m, s.dk,
+                   w.d_pad, n, w.d_pad, weights.row_scale);
     StoreKeyGradients(to, map, w, s.keys, s.row_sum, row, n, s.dk, s.dv);
-    MatMul<true>(s.g, 1, w.m_stride, s.keys.k, w.d_pad, n, partial_projection, w.d_pad, w.m,
-                 w.d_pad);
+    Product<true>(Operand::Columns(s.g, n, w.m_pad, w.m_stride, s.g_columns),
+                  Operand::Stack(s.keys.k, n, w.d_pad, w.d_pad, s.k_stack), n, partial_projection,
+                  w.d_pad, w.m, w.d_pad);
   }
   return true;
 }

@@ -18,8 +18,8 @@ template <class Acc>
 struct QueryScratch {
   static constexpr int64_t C = kCausalChunk, kLocalStride = C + kPad<Acc>;
   Ahead ahead;
-  Acc *q, *f, *local, *out, *bias, *shift,
-      *den;  // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad], [m_pad], [C], [C]
+  Acc *q, *f, *local, *out;        // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad]
+  Acc *bias, *tops, *shift, *den;  // [m_pad], [C][kLanes], [C], [C]
 
   void Place(Arena& arena, const Widths& w) {
     q = arena.Take<Acc>(C * w.d_pad);
@@ -27,6 +27,7 @@ struct QueryScratch {
     local = arena.Take<Acc>(C * kLocalStride);
     out = arena.Take<Acc>(C * w.e_pad);
     bias = arena.Take<Acc>(w.m_pad);
+    tops = arena.Take<Acc>(C * kLanes<Acc>);
     shift = arena.Take<Acc>(C);
     den = arena.Take<Acc>(C);
   }
@@ -63,7 +64,8 @@ void PieceQueries(const CausalParams& params, const Acc* projections, const Map<
                   piece.row, rows, nullptr, s.q, w.d_pad, &s.ahead);
     LogFeatures<Acc>(map, s.q, rows, head.projection.panels, w, s.f, nullptr, &s.ahead);
     SetBias(piece.anchor, 1.0, head.feature_bias, w, s.bias);
-    QueryWeights<true>(rows, w, s.bias, piece.mass, s.f, s.shift, s.den);
+    RowTops(rows, w, s.bias, s.f, s.tops);
+    QueryWeights<true>(rows, w, s.bias, piece.mass, s.tops, s.f, s.shift, s.den);
     PieceLocal(piece, w, s);
     PrefixProduct(s.f, w.m_stride, piece.sum, w.e_pad, w.m, s.local + piece.begin, kStride, piece.v,
                   w.e_pad, s.out, w.e_pad, rows, w.e_pad);

@@ -43,9 +43,9 @@ class Ahead {
   void WantNext(const ConstRows& rows, int64_t row, int64_t n) {
     Want(rows, backwards_ ? row - n : row + n, n);
   }
-  // Of `parts` calls of Fetch each takes the same share.
+  // Of `parts` tiles each takes the same share.
   PERFORMER_INLINE void Divide(int64_t parts) { share_ = (rows_ + parts - 1) / parts; }
-  PERFORMER_INLINE void Fetch() {
+  PERFORMER_INLINE void Before() {
     for (int64_t i = 0; i < share_ && entries_ > 0; ++i) {
       Entry& entry = entry_[entries_ - 1];
       for (int64_t b = 0; b < entry.bytes; b += kAlignment)
@@ -55,6 +55,8 @@ class Ahead {
       if (--entry.rows == 0) --entries_;
     }
   }
+  template <class Tile>
+  PERFORMER_INLINE void After(const Tile&, int64_t, int64_t) {}
 
  private:
   struct Entry {

@@ -22,6 +22,9 @@ PERFORMER_DECLARE(v3)
 #ifdef PERFORMER_HAVE_V4
 PERFORMER_DECLARE(v4)
 #endif
+#ifdef PERFORMER_HAVE_V4BF16
+PERFORMER_DECLARE(v4bf16)
+#endif
 #ifdef PERFORMER_HAVE_NEON
 PERFORMER_DECLARE(neon)
 #endif
@@ -57,6 +60,10 @@ const std::vector<Isa>& Compiled() {
 #endif
 #ifdef PERFORMER_HAVE_V4
       PERFORMER_ISA_ENTRY(v4, __builtin_cpu_supports("x86-64-v4") != 0),
+#endif
+#ifdef PERFORMER_HAVE_V4BF16
+      PERFORMER_ISA_ENTRY(v4bf16, __builtin_cpu_supports("x86-64-v4") != 0 &&
+                                      __builtin_cpu_supports("avx512bf16") != 0),
 #endif
   };
   return compiled;

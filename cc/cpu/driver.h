@@ -36,14 +36,14 @@ class Driver {
                   [](int64_t rows) { return std::max<int64_t>(rows, 1); });
   }
 
-  Status Pack(const void* projection, int64_t heads, Buffer<Acc>* packed) const {
+  Status Pack(const void* projection, int64_t heads, bool causal, Buffer<Acc>* packed) const {
     const int64_t size = PackedProjection<Acc>::Size(w_), given = w_.m * w_.d;
     PERFORMER_RETURN_IF_ERROR(Allocate(heads * size, "the packed projection", packed));
     parallel_for_(heads, given, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
-        kernels_.pack_projection(call_.attributes, call_.dtype, w_,
-                                 static_cast<const Acc*>(projection) + h * given,
-                                 packed->get() + h * size);
+        (causal ? kernels_.pack_projection : kernels_.pack_bidirectional)(
+            call_.attributes, call_.dtype, w_, static_cast<const Acc*>(projection) + h * given,
+            packed->get() + h * size);
     });
     return Status();
   }

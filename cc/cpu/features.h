@@ -1,6 +1,8 @@
 // Log-features of rows, their weights, and what both sides of the attention share. Everything
 // inside is in base 2.
 #pragma once
+#include <type_traits>
+
 #include "cpu/convert.h"
 #include "cpu/layout.h"
 #include "cpu/math.h"
@@ -70,16 +72,71 @@ PERFORMER_INLINE Acc Dot(const Acc* a, const Acc* b, int64_t n) {
   return ReduceAdd<Acc>(sum);
 }
 
-// c[n][m_pad] = a [n][depth] times panels [m_panels][depth][kPanel]; rows of c are m_stride apart.
-// Fetches the rows ahead.
+// Hooks of MatMulPanels: fetch the rows ahead, and gather maxima while the results are in
+// registers.
 template <class Acc>
-PERFORMER_INLINE void MatMulPanels(const Acc* a, int64_t lda, int64_t n, const Acc* panels,
-                                   int64_t depth, const Widths& w, Acc* c, Ahead* ahead) {
+struct RowMaxima {
+  Ahead* ahead;
+  const Acc* bias;  // [m_pad], added first
+  Acc* tops;        // [n][kLanes]: its lanes' maximum is the row's
+  int64_t column = 0;
+
+  PERFORMER_INLINE void Before() { ahead->Before(); }
+  template <class Tile>
+  PERFORMER_INLINE void After(Tile& tile, int64_t r0, int64_t c0) {
+    Vec<Acc> added[Tile::kVecs];
+    PERFORMER_UNROLL
+    for (int j = 0; j < Tile::kVecs; ++j) added[j] = Load(bias + column + c0 + j * kLanes<Acc>);
+    PERFORMER_UNROLL
+    for (int r = 0; r < Tile::kRows; ++r) {
+      Vec<Acc> top = Load(tops + (r0 + r) * kLanes<Acc>);
+      PERFORMER_UNROLL
+      for (int j = 0; j < Tile::kVecs; ++j) top = Max(tile.v[r][j] + added[j], top);
+      Store(tops + (r0 + r) * kLanes<Acc>, top);
+    }
+  }
+};
+template <class Acc>
+struct ColumnMaxima {
+  Ahead* ahead;
+  const Acc* offset;  // [n], added first
+  Acc* tops;          // [m_pad]
+  int64_t column = 0;
+
+  PERFORMER_INLINE void Before() { ahead->Before(); }
+  template <class Tile>
+  PERFORMER_INLINE void After(Tile& tile, int64_t r0, int64_t c0) {
+    PERFORMER_UNROLL
+    for (int j = 0; j < Tile::kVecs; ++j) {
+      Acc* to = tops + column + c0 + j * kLanes<Acc>;
+      Vec<Acc> top = Load(to);
+      PERFORMER_UNROLL
+      for (int r = 0; r < Tile::kRows; ++r)
+        top = Max(tile.v[r][j] + offset[r0 + r], top);  // in this order NaN is passed over
+      Store(to, top);
+    }
+  }
+};
+
+// c[n][m_pad] = a [n][depth] times panels [m_panels][depth][kPanel]; rows of c are m_stride apart.
+// Fetches the rows ahead; hook and scale as in MatMul.
+template <class In, class Acc, class Hook>
+PERFORMER_INLINE void MatMulPanelsWith(const In* a, int64_t lda, int64_t n, const In* panels,
+                                       int64_t depth, const Widths& w, Acc* c, Ahead* ahead,
+                                       Hook* hook, Acc scale) {
   ahead->Divide(RoundUp(n, kTileRows) / kTileRows * w.m_panels);
   for (int64_t m = 0; m < w.m_pad; m += kPanel) {
     const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
-    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols, ahead);
+    if constexpr (!std::is_same_v<Hook, Ahead>) hook->column = m;
+    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols, hook,
+                  scale);
   }
+}
+template <class In, class Acc>
+PERFORMER_INLINE void MatMulPanels(const In* a, int64_t lda, int64_t n, const In* panels,
+                                   int64_t depth, const Widths& w, Acc* c, Ahead* ahead,
+                                   Acc scale = 1) {
+  MatMulPanelsWith(a, lda, n, panels, depth, w, c, ahead, ahead, scale);
 }
 
 // The epilogue of the maps that are not linear: u to log2 phi(u) in place, and slope = d log phi /
@@ -205,23 +262,27 @@ void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const Wi
                       : -kInf<Acc>;
 }
 
-// f[i] = 2^(f[i] + bias - shift_i), shift_i the row's maximum (0 if that is -inf); den_i = sum_m
-// f[i][m] * weight[m], or of f alone.
-template <bool kWeighted, class Acc>
-void QueryWeights(int64_t n, const Widths& w, const Acc* bias, const Acc* weight, Acc* f,
-                  Acc* shift, Acc* den) {
+// tops[i] = lanes whose maximum is that of f[i] + bias.
+template <class Acc>
+void RowTops(int64_t n, const Widths& w, const Acc* bias, const Acc* f, Acc* tops) {
   for (int64_t i = 0; i < n; ++i, f += w.m_stride) {
     Vec<Acc> top = Splat(-kInf<Acc>);
-    for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {
-      const Vec<Acc> x = Load(f + m) + Load(bias + m);
-      top = Max(x, top);
-      Store(f + m, x);
-    }
-    const Acc highest = ReduceMax<Acc>(top);
+    for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) top = Max(Load(f + m) + Load(bias + m), top);
+    Store(tops + i * kLanes<Acc>, top);
+  }
+}
+
+// f[i] = 2^(f[i] + bias - shift_i), shift_i the row's maximum (0 if that is -inf), from RowTops;
+// den_i = sum_m f[i][m] * weight[m], or of f alone.
+template <bool kWeighted, class Acc>
+void QueryWeights(int64_t n, const Widths& w, const Acc* bias, const Acc* weight, const Acc* tops,
+                  Acc* f, Acc* shift, Acc* den) {
+  for (int64_t i = 0; i < n; ++i, f += w.m_stride) {
+    const Acc highest = ReduceMax<Acc>(Load(tops + i * kLanes<Acc>));
     shift[i] = highest == -kInf<Acc> ? Acc(0) : highest;
     Vec<Acc> sum = {};
     for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {
-      const Vec<Acc> y = Exp2(Load(f + m) - shift[i]);
+      const Vec<Acc> y = Exp2(Load(f + m) + Load(bias + m) - shift[i]);
       Store(f + m, y);
       sum += kWeighted ? y * Load(weight + m) : y;
     }

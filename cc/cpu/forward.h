@@ -14,7 +14,7 @@ class ForwardDriver : public Driver<Acc> {
   Status Summarize(const SummarizeParams& params) {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, &projection));
+        Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
     const WorkList list = KeySegments();
     const auto run = [&](const Slice& slice, Acc* partial) {
       return kernels_.summarize(params, projection.get(), slice,
@@ -39,7 +39,7 @@ class ForwardDriver : public Driver<Acc> {
   Status Read(const ReadParams& params) {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, &projection));
+        Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
     const WorkList list =
         Divide(call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSegmentUnit; });
     const bool ok =
@@ -65,9 +65,9 @@ class ForwardDriver : public Driver<Acc> {
   Status CausalSequences(const CausalParams& params) {
     Buffer<Acc> query_projection, key_projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, &query_projection));
+        Pack(params.queries.projection, params.queries.projection_heads, true, &query_projection));
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, &key_projection));
+        Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
     const WorkList list = WholeSequences();
     if (CausalPipeline<Acc>::Pays(list, w_, threads_))
       return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())

@@ -7,7 +7,7 @@
 #pragma once
 
 #ifndef PERFORMER_ISA
-#error "compile this file with PERFORMER_ISA=v2, v3, v4, neon or generic"
+#error "compile this file with PERFORMER_ISA=v2, v3, v4, v4bf16, neon or generic"
 #endif
 
 #define PERFORMER_ISA_BEGIN \

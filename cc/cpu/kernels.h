@@ -16,6 +16,10 @@ struct Kernels {
   void (*pack_projection)(const Attributes& attributes, DType dtype, const Widths& widths,
                           const Acc* w, Acc* to);
 
+  // The same for the bidirectional kernels, which may want it in another form.
+  void (*pack_bidirectional)(const Attributes& attributes, DType dtype, const Widths& widths,
+                             const Acc* w, Acc* to);
+
   // Keys of the slice (head: a key/value head) into `partial`.
   bool (*summarize)(const SummarizeParams& params, const Acc* projection, Slice slice,
                     SummaryPartial<Acc> partial);

@@ -2,10 +2,17 @@
 //   out[i] = softmax_m(a[i, :] + log_mass) mean
 #pragma once
 #include "core/chunks.h"
-#include "cpu/features.h"
+#include "cpu/operands.h"
 #include "cpu/state.h"
 
 PERFORMER_ISA_BEGIN
+
+// [m] of one query head.
+template <class Acc>
+PERFORMER_INLINE const Acc* FeatureBias(const QuerySide& queries, int64_t head, const Dims& dims) {
+  return static_cast<const Acc*>(queries.feature_bias) +
+         QueryHeadIndex(queries.feature_bias_heads, head, dims) * dims.features;
+}
 
 // The projection and feature bias of one query head.
 template <class Acc>
@@ -19,40 +26,64 @@ struct QueryHead {
             packed + QueryHeadIndex(queries.projection_heads, head, dims) *
                          PackedProjection<Acc>::Size(w),
             w)),
-        feature_bias(static_cast<const Acc*>(queries.feature_bias) +
-                     QueryHeadIndex(queries.feature_bias_heads, head, dims) * w.m) {}
+        feature_bias(FeatureBias<Acc>(queries, head, dims)) {}
 };
 
-template <class Acc>
+// f and the maxima of f + bias that QueryWeights wants.
+template <class Acc, class In>
+void QueryLogFeatures(const Map<Acc>& map, const Left<In>& q, int64_t n,
+                      const ProjectionOperands<Acc, In>& projection, const Widths& w,
+                      const Acc* bias, Acc* f, Acc* slope, Acc* tops, Ahead* ahead) {
+  for (int64_t i = 0; i < n * kLanes<Acc>; ++i) tops[i] = -kInf<Acc>;
+  LogFeatures<Acc>(map, q, n, projection, w, f, slope, RowMaxima<Acc>{ahead, bias, tops},
+                   [&] { RowTops(n, w, bias, f, tops); });
+}
+
+template <class Acc, class In>
 struct ReadScratch {
-  Acc *q, *f, *out, *mean, *bias, *shift, *den;
+  Acc *q, *f, *out, *mean, *bias, *tops, *shift, *den;
+  In *q_operand, *f_operand, *mean_operand;
 
   void Place(Arena& arena, const Widths& w, int64_t chunk) {
+    const auto take = [&](int64_t numbers) {
+      return arena.Take<In>(Operands<Acc, In>::Size(numbers));
+    };
+    q_operand = take(chunk * w.d_pad);
+    f_operand = take(chunk * w.m_stride);
+    mean_operand = take((w.m + 1) * w.e_pad);
     q = arena.Take<Acc>(chunk * w.d_pad);
     f = arena.Take<Acc>(chunk * w.m_stride);
     out = arena.Take<Acc>(chunk * w.e_pad);
     mean = arena.Take<Acc>(w.m * w.e_pad);
     bias = arena.Take<Acc>(w.m_pad);
+    tops = arena.Take<Acc>(chunk * kLanes<Acc>);
     shift = arena.Take<Acc>(chunk);
     den = arena.Take<Acc>(chunk);
   }
 };
 
-template <class Acc>
+template <class Acc, class In>
 bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
   const Dims& dims = params.dims;
   const Widths w = MakeWidths<Acc>(dims);
   const Map<Acc> map(params);
   const int64_t rows = slice.end - slice.begin, chunk = rows < kReadChunk ? rows : kReadChunk;
   Arena arena;
-  ReadScratch<Acc> s;
+  using Operand = Operands<Acc, In>;
+  ReadScratch<Acc, In> s;
   s.Place(arena, w, chunk);
   if (!arena.Allocate()) return false;
   s.Place(arena, w, chunk);
-  const QueryHead<Acc> head(params.queries, projection, dims, w, slice.head);
+  const auto weights = Operand::Projection(
+      params.attributes,
+      projection + QueryHeadIndex(params.queries.projection_heads, slice.head, dims) *
+                       PackedProjection<Acc>::Size(w),
+      w);
   const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head / GroupSize(dims));
   state.CopyMean(w, s.mean);
-  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
+  const Right<In> mean = Operand::Stack(s.mean, w.m, w.e_pad, w.e_pad, s.mean_operand);
+  SetBias(state.log_mass, kLog2eDouble, FeatureBias<Acc>(params.queries, slice.head, dims), w,
+          s.bias);
 
   Ahead ahead;
   const ConstRows queries = {params.queries.query, params.dtype, dims.heads, slice.head, w.d};
@@ -61,9 +92,11 @@ bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
     LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
     ahead.Want(out, row, n);
-    LogFeatures<Acc>(map, s.q, n, head.projection.panels, w, s.f, nullptr, &ahead);
-    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.f, s.shift, s.den);
-    MatMul<false>(s.f, w.m_stride, 1, s.mean, w.e_pad, w.m, s.out, w.e_pad, n, w.e_pad);
+    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_operand), n, weights, w,
+                     s.bias, s.f, static_cast<Acc*>(nullptr), s.tops, &ahead);
+    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
+    Product<false>(Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_operand), mean, w.m, s.out,
+                   w.e_pad, n, w.e_pad);
     ScaleRows(n, w.e_pad, s.den, s.out);
     StoreRows(out, row, n, s.out, w.e_pad);
   }

@@ -58,6 +58,33 @@ template <class T>
 PERFORMER_INLINE Vec<T> Splat(T x) {
   return x - Vec<T>{};  // x - 0, not x + 0: keeps -0 and compiles to one broadcast
 }
+PERFORMER_INLINE Vec<float> MultiplyAdd(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return a * b + c;
+}
+PERFORMER_INLINE Vec<double> MultiplyAdd(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return a * b + c;
+}
+
+// Two bfloat16 that are neighbours along the summed index of a product; the first in the low half.
+struct Pair {
+  uint32_t bits;
+};
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+PERFORMER_INLINE __m512bh Load(const Pair* p) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
+PERFORMER_INLINE __m512bh Splat(Pair x) {
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x.bits)));
+}
+// c + a0 b0 + a1 b1
+PERFORMER_INLINE Vec<float> MultiplyAdd(__m512bh a, __m512bh b, Vec<float> c) {
+  return _mm512_dpbf16_ps(c, a, b);
+}
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 // Elementwise a > b ? a : b. Where a is NaN the result is b: Max(x, top) passes over NaN.
 template <class V>
 PERFORMER_INLINE V Max(V a, V b) {

@@ -15,7 +15,7 @@ struct StepScratch {
   KeyChunk<Acc> keys;
   Acc *weights, *b, *keep, *add, *log_mass, *bias;  // [d_pad], then [m_pad] each
   Acc *q, *f, *out;                                 // [d_pad], [group][m_pad], [group][e_pad]
-  Acc *shift, *den;                                 // [group]
+  Acc *tops, *shift, *den;                          // [kLanes], [group], [group]
 
   void Place(Arena& arena, const Widths& w, int64_t group) {
     keys.Place(arena, w, 1);
@@ -24,6 +24,7 @@ struct StepScratch {
     q = arena.Take<Acc>(w.d_pad);
     f = arena.Take<Acc>(group * w.m_stride);
     out = arena.Take<Acc>(group * w.e_pad);
+    tops = arena.Take<Acc>(kLanes<Acc>);
     shift = arena.Take<Acc>(group);
     den = arena.Take<Acc>(group);
   }
@@ -101,7 +102,8 @@ bool Step(const CausalParams& params, Slice slice) {
             static_cast<const Acc*>(params.queries.feature_bias) +
                 QueryHeadIndex(params.queries.feature_bias_heads, head, dims) * w.m,
             w, s.bias);
-    QueryWeights<false, Acc>(1, w, s.bias, nullptr, f, s.shift + i, s.den + i);
+    RowTops(1, w, s.bias, f, s.tops);
+    QueryWeights<false, Acc>(1, w, s.bias, nullptr, s.tops, f, s.shift + i, s.den + i);
   }
 
   const int64_t at = (slice.sequence * dims.groups + slice.head) * w.m;

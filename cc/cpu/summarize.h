@@ -4,21 +4,25 @@
 // exponentials, then sum += f^T v.
 #pragma once
 #include "core/chunks.h"
-#include "cpu/features.h"
+#include "cpu/operands.h"
 
 PERFORMER_ISA_BEGIN
 
-// Raises each anchor to the maximum of its log-features in the chunk; sums are relative to it. If
-// `first`, nothing has been summed yet.
+// tops[m] = the maximum of itself and the log-features.
 template <class Acc>
-void RaiseAnchors(int64_t n, const Widths& w, const Acc* offset, const Acc* f, bool first,
-                  SummaryPartial<Acc> to) {
+void ColumnTops(int64_t n, const Widths& w, const Acc* offset, const Acc* f, Acc* tops) {
+  for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {
+    Vec<Acc> top = Load(tops + m);
+    for (int64_t j = 0; j < n; ++j) top = Max(Load(f + j * w.m_stride + m) + offset[j], top);
+    Store(tops + m, top);
+  }
+}
+
+// Raises the anchors to `tops`; sums are relative to them. If `first`, nothing has been summed yet.
+template <class Acc>
+void RaiseAnchors(const Widths& w, const Acc* tops, bool first, SummaryPartial<Acc> to) {
   for (int64_t m0 = 0; m0 < w.m; m0 += kLanes<Acc>) {
-    const Vec<Acc> before = Load(to.anchor + m0);
-    Vec<Acc> top = before;
-    for (int64_t j = 0; j < n; ++j)
-      top =
-          Max(Load(f + j * w.m_stride + m0) + offset[j], top);  // in this order NaN is passed over
+    const Vec<Acc> before = Load(to.anchor + m0), top = Load(tops + m0);
     Store(to.anchor + m0, top);
     if (first) continue;
     const IntVec<Acc> raised = top > before;
@@ -33,18 +37,26 @@ void RaiseAnchors(int64_t n, const Widths& w, const Acc* offset, const Acc* f, b
   }
 }
 
-template <class Acc>
+template <class Acc, class In>
 struct SummarizeScratch {
   KeyChunk<Acc> keys;
-  Acc* f;  // [chunk][m_stride]
+  Acc *f, *tops;  // [chunk][m_stride], [m_pad]: the maxima so far
+  In *k_operand, *v_operand, *f_operand;
 
   void Place(Arena& arena, const Widths& w, int64_t chunk) {
+    const auto take = [&](int64_t numbers) {
+      return arena.Take<In>(Operands<Acc, In>::Size(numbers));
+    };
+    k_operand = take(chunk * w.d_pad);
+    v_operand = take(chunk * w.e_pad);
+    f_operand = take(chunk * w.m_stride);
     keys.Place(arena, w, chunk);
     f = arena.Take<Acc>(chunk * w.m_stride);
+    tops = arena.Take<Acc>(w.m_pad);
   }
 };
 
-template <class Acc>
+template <class Acc, class In>
 bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice,
                SummaryPartial<Acc> partial) {
   const Widths w = MakeWidths<Acc>(params.dims);
@@ -52,27 +64,33 @@ bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice
   const int64_t rows = slice.end - slice.begin,
                 chunk = rows < kSummarizeChunk ? rows : kSummarizeChunk;
   Arena arena;
-  SummarizeScratch<Acc> s;
+  using Operand = Operands<Acc, In>;
+  SummarizeScratch<Acc, In> s;
   s.Place(arena, w, chunk);
   if (!arena.Allocate()) return false;
   s.Place(arena, w, chunk);
   const int64_t index = params.keys.projection_heads == 1 ? 0 : slice.head;
-  const auto packed =
-      PackedProjection<Acc>::At(projection + index * PackedProjection<Acc>::Size(w), w);
+  const auto weights = Operand::Projection(params.attributes,
+                                           projection + index * PackedProjection<Acc>::Size(w), w);
 
-  for (int64_t m = 0; m < w.m_pad; ++m) partial.anchor[m] = -kInf<Acc>, partial.mass[m] = 0;
+  for (int64_t m = 0; m < w.m_pad; ++m)
+    partial.anchor[m] = s.tops[m] = -kInf<Acc>, partial.mass[m] = 0;
   bool first = true;
   Ahead ahead;
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
     if (!s.keys.Load(params, params.keys, map, w, slice, row, n, &ahead)) continue;
-    LogFeatures<Acc>(map, s.keys.k, n, packed.panels, w, s.f, nullptr, &ahead);
-    RaiseAnchors(n, w, s.keys.offset, s.f, first, partial);
+    LogFeatures<Acc>(map, Operand::Rows(s.keys.k, n, w.d_pad, w.d_pad, s.k_operand), n, weights, w,
+                     s.f, nullptr, ColumnMaxima<Acc>{&ahead, s.keys.offset, s.tops},
+                     [&] { ColumnTops(n, w, s.keys.offset, s.f, s.tops); });
+    RaiseAnchors(w, s.tops, first, partial);
     KeyWeights(n, w, s.keys.offset, partial.anchor, s.f, partial.mass);
+    const Left<In> f = Operand::Columns(s.f, n, w.m_pad, w.m_stride, s.f_operand);
+    const Right<In> v = Operand::Stack(s.keys.v, n, w.e_pad, w.e_pad, s.v_operand);
     if (first) {
-      MatMul<false>(s.f, 1, w.m_stride, s.keys.v, w.e_pad, n, partial.sum, w.e_pad, w.m, w.e_pad);
+      Product<false>(f, v, n, partial.sum, w.e_pad, w.m, w.e_pad);
     } else {
-      MatMul<true>(s.f, 1, w.m_stride, s.keys.v, w.e_pad, n, partial.sum, w.e_pad, w.m, w.e_pad);
+      Product<true>(f, v, n, partial.sum, w.e_pad, w.m, w.e_pad);
     }
     first = false;
   }

@@ -15,8 +15,9 @@ struct Tile {
   PERFORMER_INLINE void Zero() {
     ForEach([](int, int, Vec<T>& x) { x = Vec<T>{}; });
   }
-  // v[r][:] += sum_k a[r * row + k * step] * b[k * ldb + :]
-  PERFORMER_INLINE void Multiply(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
+  // v[r][:] += sum_k a[r * row + k * step] * b[k * ldb + :]; In: T, or Pair (two terms each).
+  template <class In>
+  PERFORMER_INLINE void Multiply(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
                                  int64_t depth) {
     for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) Rank1<0, R>(a, row, b);
   }
@@ -44,16 +45,16 @@ struct Tile {
   }
 
  private:
-  template <int kBegin, int kEnd>
-  PERFORMER_INLINE void Rank1(const T* a, int64_t row, const T* b) {
-    Vec<T> bv[NV];
+  template <int kBegin, int kEnd, class In>
+  PERFORMER_INLINE void Rank1(const In* a, int64_t row, const In* b) {
+    decltype(Load(b)) bv[NV];
     PERFORMER_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = Load(b + j * kLanes<T>);
     PERFORMER_UNROLL
     for (int r = kBegin; r < kEnd; ++r) {
-      const Vec<T> av = Splat(a[r * row]);
+      const auto av = Splat(a[r * row]);
       PERFORMER_UNROLL
-      for (int j = 0; j < NV; ++j) v[r][j] += av * bv[j];
+      for (int j = 0; j < NV; ++j) v[r][j] = MultiplyAdd(av, bv[j], v[r][j]);
     }
   }
   template <bool kLower, int k>
@@ -115,20 +116,23 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
 }
 
-// c[rows][cols] = A B, or += with kAdd; ahead->Fetch(), if given, before every tile. The bits of an
-// entry depend on its row of A and its column of B only, not on where it lies in the matrix.
-template <bool kAdd, class T, class Ahead = void>
-PERFORMER_NOINLINE void MatMul(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
+// c[rows][cols] = A B, or += with kAdd. A hook, if given, is told of every tile: hook->Before()
+// and, with the results, hook->After(tile, r, c). Products of pairs are multiplied by `scale`. The
+// bits of an entry depend on its row of A and its column of B only, not on where it lies in the
+// matrix.
+template <bool kAdd, class In, class T, class Hook = void>
+PERFORMER_NOINLINE void MatMul(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
                                int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols,
-                               Ahead* ahead = nullptr) {
+                               Hook* hook = nullptr, T scale = 1) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
     T* out = c + r0 * ldc + c0;
-    if constexpr (!std::is_void_v<Ahead>) ahead->Fetch();
+    if constexpr (!std::is_void_v<Hook>) hook->Before();
     tile.Zero();
     tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
-    if constexpr (kAdd) {
+    if constexpr (!std::is_same_v<In, T>) tile.ForEach([&](int, int, Vec<T>& x) { x *= scale; });
+    if constexpr (kAdd)
       tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(out + r * ldc + j * kLanes<T>) + x; });
-    }
+    if constexpr (!std::is_void_v<Hook>) hook->After(tile, r0, c0);
     tile.StoreTo(out, ldc);
   });
 }
