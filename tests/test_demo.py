@@ -64,6 +64,23 @@ def test_the_future_does_not_change_a_prediction():
     assert np.array_equal(network(text)[:, :50], network(other)[:, :50])
 
 
+@pytest.mark.parametrize("kind", ["linear", "exact"])
+def test_equal_representations_attend_to_each_other_from_the_start(kind):
+    layer = model.attention(kind)
+    layer.build((1, 8, model.WIDTH), (1, 8, model.WIDTH))
+    np.testing.assert_array_equal(layer.query_dense.kernel, layer.key_dense.kernel)
+    assert np.std(layer.query_dense.kernel) == pytest.approx(
+        2 * np.sqrt(2 / (model.WIDTH * (model.HEADS + model.WIDTH // model.HEADS))), rel=0.05
+    )
+
+
+def test_keys_are_one_position_late():
+    x = np.arange(12, dtype="float32").reshape(1, 4, 3)
+    late = np.asarray(model.delay(x))
+    np.testing.assert_array_equal(late[:, 1:], x[:, :-1])
+    assert not late[:, 0].any()
+
+
 def test_streaming_predicts_what_the_whole_pass_does():
     network = model.build("linear")
     text = np.random.default_rng(0).integers(0, 256, 70)

@@ -68,17 +68,12 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
   s.Place(arena, map, w, chunk);
   if (!arena.Allocate()) return false;
   s.Place(arena, map, w, chunk);
-  const auto weights = Operand::Projection(
-      params.attributes,
-      projection + QueryHeadIndex(params.queries.projection_heads, slice.head, dims) *
-                       PackedProjection<Acc>::Size(w),
-      w);
+  const QueryHead<Acc, In> head(params, params.queries, projection, w, slice.head);
   const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head / GroupSize(dims));
   state.CopyMean(w, s.mean);
   TransposeToPanels(s.mean, w.m, w.e_pad, w.e_pad, s.panels);
   const In* panels = Operand::Panels(s.panels, w.m_panels, w.e_pad);
-  SetBias(state.log_mass, kLog2eDouble, FeatureBias<Acc>(params.queries, slice.head, dims), w,
-          s.bias);
+  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
 
   for (int64_t i = 0; i < ReadGradPartial<Acc>::Size(w); ++i) partial.log_mass[i] = 0;
   Ahead ahead;
@@ -91,16 +86,16 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
     LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
     LoadRows(grad_out, row, n, nullptr, s.y, w.e_pad, &ahead);
     ahead.Want(grad_query, row, n);
-    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_rows), n, weights, w, s.bias,
-                     s.f, s.slope, s.tops, &ahead);
+    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_rows), n, head.projection, w,
+                     s.bias, s.f, s.slope, s.tops, &ahead);
     QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
     ScaleRows(n, w.e_pad, s.den, s.y);
     const Left<In> y = Operand::Rows(s.y, n, w.e_pad, w.e_pad, s.y_rows);
     MatMulPanels(y.at, y.row, n, panels, Operand::Depth(w.e_pad), w, s.g, &ahead);
     ReadLogitGradient(n, w, s.den, s.f, s.g, partial.log_mass);
     ChainSlope(map, n, w, s.slope, s.g);
-    Product<false>(Operand::Rows(s.g, n, w.m_pad, w.m_stride, s.g_rows), weights.rows, w.m, s.dq,
-                   w.d_pad, n, w.d_pad, weights.row_scale);
+    Product<false>(Operand::Rows(s.g, n, w.m_pad, w.m_stride, s.g_rows), head.projection.rows, w.m,
+                   s.dq, w.d_pad, n, w.d_pad, head.projection.row_scale);
     StoreRows(grad_query, row, n, s.dq, w.d_pad);
     Product<true>(Operand::Columns(s.f, n, w.m_pad, w.m_stride, s.f_columns),
                   Operand::Stack(s.y, n, w.e_pad, w.e_pad, s.y_stack), n, partial.mean, w.e_pad,

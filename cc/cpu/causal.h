@@ -59,12 +59,12 @@ void PieceQueries(const CausalParams& params, const Acc* projections, const Map<
   if (piece.blind) {
     for (int64_t i = 0; i < rows * w.e_pad; ++i) s.out[i] = 0;
   } else {
-    const QueryHead<Acc> head(params.queries, projections, params.dims, w, query_head);
+    const QueryHead<Acc> head(params, params.queries, projections, w, query_head);
     LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, w.d},
                   piece.row, rows, nullptr, s.q, w.d_pad, &s.ahead);
-    LogFeatures<Acc>(map, s.q, rows, head.projection.panels, w, s.f, nullptr, &s.ahead);
     SetBias(piece.anchor, 1.0, head.feature_bias, w, s.bias);
-    RowTops(rows, w, s.bias, s.f, s.tops);
+    QueryLogFeatures(map, {s.q, w.d_pad, 1}, rows, head.projection, w, s.bias, s.f,
+                     static_cast<Acc*>(nullptr), s.tops, &s.ahead);
     QueryWeights<true>(rows, w, s.bias, piece.mass, s.tops, s.f, s.shift, s.den);
     PieceLocal(piece, w, s);
     PrefixProduct(s.f, w.m_stride, piece.sum, w.e_pad, w.m, s.local + piece.begin, kStride, piece.v,

@@ -105,7 +105,7 @@ class CausalGradient {
     return rows + i * (slice_.end - slice_.begin) + row - slice_.begin;
   }
   QueryHead<Acc> Head(int64_t i) const {
-    return {params_.queries, query_projection_, dims_, w_, FirstHead() + i};
+    return {params_, params_.queries, query_projection_, w_, FirstHead() + i};
   }
 
   // Log-features of the keys of a chunk, with offsets.

@@ -93,9 +93,9 @@ void CausalGradient<Acc>::ForwardQueries(const GradPiece& piece, int64_t i) {
   const QueryHead<Acc> head = Head(i);
   const int64_t n = piece.rows;
   LoadQueries(piece, i);
-  LogFeatures(map_, s_.q, n, head.projection.panels, w_, s_.f, s_.query_slope, &ahead_);
   SetBias(s_.anchor, 1.0, head.feature_bias, w_, s_.bias);
-  RowTops(n, w_, s_.bias, s_.f, s_.tops);
+  QueryLogFeatures(map_, {s_.q, w_.d_pad, 1}, n, head.projection, w_, s_.bias, s_.f, s_.query_slope,
+                   s_.tops, &ahead_);
   QueryWeights<false, Acc>(n, w_, s_.bias, nullptr, s_.tops, s_.f, s_.shift, s_.den);
   for (int64_t r = 0; r < n; ++r)
     s_.den[r] = Dot(s_.f + r * w_.m_stride, s_.cum + r * w_.m_stride, w_.m_pad);
@@ -103,7 +103,7 @@ void CausalGradient<Acc>::ForwardQueries(const GradPiece& piece, int64_t i) {
   PrefixProducts(piece);
   LogitGradient(piece, i);
   ChainSlope(map_, n, w_, s_.query_slope, s_.g);
-  MatMul<false>(s_.g, w_.m_stride, 1, head.projection.rows, w_.d_pad, w_.m, s_.dq, w_.d_pad, n,
+  MatMul<false>(s_.g, w_.m_stride, 1, head.projection.rows.at, w_.d_pad, w_.m, s_.dq, w_.d_pad, n,
                 w_.d_pad);
   StoreRows<Acc>({params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, w_.d},
                  piece.row, n, s_.dq, w_.d_pad);

@@ -15,18 +15,19 @@ PERFORMER_INLINE const Acc* FeatureBias(const QuerySide& queries, int64_t head, 
 }
 
 // The projection and feature bias of one query head.
-template <class Acc>
+template <class Acc, class In = Acc>
 struct QueryHead {
-  PackedProjection<Acc> projection;
+  ProjectionOperands<Acc, In> projection;
   const Acc* feature_bias;
 
-  QueryHead(const QuerySide& queries, const Acc* packed, const Dims& dims, const Widths& w,
+  QueryHead(const Common& call, const QuerySide& queries, const Acc* packed, const Widths& w,
             int64_t head)
-      : projection(PackedProjection<Acc>::At(
-            packed + QueryHeadIndex(queries.projection_heads, head, dims) *
+      : projection(Operands<Acc, In>::Projection(
+            call.attributes,
+            packed + QueryHeadIndex(queries.projection_heads, head, call.dims) *
                          PackedProjection<Acc>::Size(w),
             w)),
-        feature_bias(FeatureBias<Acc>(queries, head, dims)) {}
+        feature_bias(FeatureBias<Acc>(queries, head, call.dims)) {}
 };
 
 // f and the maxima of f + bias that QueryWeights wants.
@@ -74,16 +75,11 @@ bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
   s.Place(arena, w, chunk);
   if (!arena.Allocate()) return false;
   s.Place(arena, w, chunk);
-  const auto weights = Operand::Projection(
-      params.attributes,
-      projection + QueryHeadIndex(params.queries.projection_heads, slice.head, dims) *
-                       PackedProjection<Acc>::Size(w),
-      w);
+  const QueryHead<Acc, In> head(params, params.queries, projection, w, slice.head);
   const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head / GroupSize(dims));
   state.CopyMean(w, s.mean);
   const Right<In> mean = Operand::Stack(s.mean, w.m, w.e_pad, w.e_pad, s.mean_operand);
-  SetBias(state.log_mass, kLog2eDouble, FeatureBias<Acc>(params.queries, slice.head, dims), w,
-          s.bias);
+  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
 
   Ahead ahead;
   const ConstRows queries = {params.queries.query, params.dtype, dims.heads, slice.head, w.d};
@@ -92,8 +88,8 @@ bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
     LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
     ahead.Want(out, row, n);
-    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_operand), n, weights, w,
-                     s.bias, s.f, static_cast<Acc*>(nullptr), s.tops, &ahead);
+    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_operand), n, head.projection,
+                     w, s.bias, s.f, static_cast<Acc*>(nullptr), s.tops, &ahead);
     QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
     Product<false>(Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_operand), mean, w.m, s.out,
                    w.e_pad, n, w.e_pad);

@@ -1,5 +1,5 @@
 // Causal attention of one token: the state takes in its key and value, and its queries read the
-// state. One pass over the means, and no packed projection: packing would cost more than the step.
+// state. One pass over the means; packing a projection would not pay for one row.
 //   anchor' = max(log_mass, b)   mass' = 2^(log_mass - anchor') + 2^(b - anchor')
 //   mean' = (2^(log_mass - anchor') mean + 2^(b - anchor') v) / mass'
 //   log_mass' = anchor' + log2 mass'         out = softmax_m(a + log_mass') mean'
@@ -98,10 +98,7 @@ bool Step(const CausalParams& params, Slice slice) {
     Acc* f = s.f + i * w.m_stride;
     LogFeaturesOfOne(params, map, w, projection(params.queries.projection, query_index), s.q,
                      s.weights, f);
-    SetBias(s.log_mass, 1.0,
-            static_cast<const Acc*>(params.queries.feature_bias) +
-                QueryHeadIndex(params.queries.feature_bias_heads, head, dims) * w.m,
-            w, s.bias);
+    SetBias(s.log_mass, 1.0, FeatureBias<Acc>(params.queries, head, dims), w, s.bias);
     RowTops(1, w, s.bias, f, s.tops);
     QueryWeights<false, Acc>(1, w, s.bias, nullptr, s.tops, f, s.shift + i, s.den + i);
   }

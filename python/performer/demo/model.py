@@ -6,7 +6,7 @@ from keras import layers
 import performer
 
 WIDTH, HEADS, BLOCKS, SUPPORTS = 128, 8, 1, 128
-KINDS = ("linear", "none", "exact")
+KINDS = {"linear": "linear attention", "none": "no attention", "exact": "exact attention"}
 
 
 def delay(x):

@@ -7,9 +7,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from performer.demo.model import KINDS
 from performer.demo.scaling import LENGTHS
-
-NAMES = {"linear": "linear attention", "none": "no attention", "exact": "exact attention"}
 
 
 def losses(results, baselines, path):
@@ -19,7 +18,7 @@ def losses(results, baselines, path):
         curve, seconds = np.asarray(result["losses"]), np.cumsum(result["times"])
         width = min(15, len(curve))
         smooth = np.convolve(curve, np.ones(width) / width, "valid")
-        axes.plot(seconds[width - 1 :], smooth, label=f"{NAMES[kind]}, {len(curve)} steps")
+        axes.plot(seconds[width - 1 :], smooth, label=f"{KINDS[kind]}, {len(curve)} steps")
     for name, bits in baselines.items():
         axes.axhline(bits, color="grey", linewidth=0.8, linestyle="--")
         axes.annotate(name, (1.01, bits), xycoords=("axes fraction", "data"), va="center")
@@ -35,7 +34,7 @@ def times(measured, path):
     """Draws milliseconds against the length, both logarithmic."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for kind, milliseconds in measured.items():
-        axes.loglog(LENGTHS[: len(milliseconds)], milliseconds, "o-", label=NAMES[kind])
+        axes.loglog(LENGTHS[: len(milliseconds)], milliseconds, "o-", label=KINDS[kind])
     axes.set(xlabel="length of the sequence", ylabel="milliseconds")
     axes.set_title("One causal layer, forward")
     axes.legend()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from performer.demo import baselines, corpus, plots
+from performer.demo import baselines, corpus
+from performer.demo.model import KINDS
 from performer.demo.train import BANDS
 
 PROMPT, WRITTEN = 2000, 300  # bytes of held-out text that the sample continues, and its length
@@ -42,8 +43,8 @@ def run(files, output, *, length, steps):
     model = output / "model.keras"
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "text.npy", text)
-        for kind in ("linear", "none", "exact"):
-            print(f"\nTraining with {plots.NAMES[kind]}", flush=True)
+        for kind in KINDS:
+            print(f"\nTraining with {KINDS[kind]}", flush=True)
             start = time.perf_counter()
             results[kind] = _train(
                 Path(folder),
@@ -69,7 +70,7 @@ def _train(folder, **task):
 def _finish(output, model, held_out, simple, results):
     import keras
 
-    from performer.demo import scaling, streaming
+    from performer.demo import plots, scaling, streaming
 
     print("\nMeasuring time against length", flush=True)
     times = scaling.measure()
@@ -89,7 +90,7 @@ def _finish(output, model, held_out, simple, results):
         print(f"  {name:18} {bits:6.3f}")
     for name, result in results.items():
         print(
-            f"  {plots.NAMES[name]:18} {result['held_out']:6.3f}   {result['steps']} steps, "
+            f"  {KINDS[name]:18} {result['held_out']:6.3f}   {result['steps']} steps, "
             f"{1e3 * result['step_seconds']:.0f} ms each, {result['peak_mib']:.0f} MiB at most"
         )
     print("\nBits per byte by position")
