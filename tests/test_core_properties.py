@@ -33,6 +33,18 @@ def part(x, rows):
 
 
 @isas
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_mean_of_a_landmark_that_saw_nothing_may_hold_anything(rows, isa):
+    x = make(shortened(PLAIN, rows=rows, bias="111", state=1))
+    x["initial_log_mass"][..., ::2] = -np.inf
+    x["initial_mean"][..., ::2, :] = 0
+    wanted = forward(x, causal=True, isa=isa)
+    x["initial_mean"][..., ::2, :] = np.nan
+    for name, result in forward(x, causal=True, isa=isa).items():
+        assert_same_bits(result, wanted[name], what=name)
+
+
+@isas
 @forms
 @pytest.mark.parametrize("attributes", [{}, {"feature_map": "relu"}, {"feature_map": "elu"}])
 def test_a_masked_key_is_a_deleted_key(causal, isa, attributes):
