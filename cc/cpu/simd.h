@@ -5,7 +5,7 @@
 
 #include "core/inline.h"
 #include "cpu/isa.h"
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -90,14 +90,6 @@ template <class V>
 PERFORMER_INLINE V Max(V a, V b) {
   return a > b ? a : b;
 }
-// The same in one instruction, which compilers do not find.
-#if defined(__AVX512F__)
-PERFORMER_INLINE Vec<float> Max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
-#elif defined(__AVX__)
-PERFORMER_INLINE Vec<float> Max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
-#elif defined(__SSE__)
-PERFORMER_INLINE Vec<float> Max(Vec<float> a, Vec<float> b) { return _mm_max_ps(a, b); }
-#endif
 
 // Folds the halves of a vector together until one lane is left: the same tree for every lane count.
 template <class T, class Fold>

@@ -95,7 +95,8 @@ def attention(kind):
     """
     if kind == "none":
         return None
-    start = keras.initializers.VarianceScaling(4.0, "fan_avg", "uniform", seed=1)
+    widest = (12 / WIDTH) ** 0.5  # twice Glorot's bound
+    start = keras.initializers.RandomUniform(-widest, widest, seed=1)
     method, supports = ("linear", SUPPORTS) if kind == "linear" else ("quadratic", None)
     return performer.Performer(
         HEADS,
