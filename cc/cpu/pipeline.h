@@ -14,9 +14,9 @@
 namespace performer {
 namespace cpu {
 
-// For all windows: small enough to stay in the last cache on the way from thread to thread. As the
-// work on a piece grows like its size, it also fixes the work of a step, half a millisecond or so:
-// threads have to come together after each.
+// For all windows, which should stay in the last cache on the way from thread to thread. As the
+// work on a piece grows like its size, it also fixes the work of a step, after which threads have
+// to come together: about half a millisecond with AVX-512.
 inline constexpr int64_t kPipelineBytes = 8 << 20;
 
 template <class Acc>
