@@ -5,7 +5,7 @@
 
 namespace performer {
 
-enum class Code { kOk, kInvalidArgument, kResourceExhausted };
+enum class Code { kOk, kInvalidArgument, kResourceExhausted, kInternal };
 
 class [[nodiscard]] Status {
  public:
@@ -15,6 +15,11 @@ class [[nodiscard]] Status {
   }
   static Status ResourceExhausted(std::string message) {
     return Status(Code::kResourceExhausted, std::move(message));
+  }
+
+  // What is neither the caller's fault nor a lack of memory: an error of a driver or a device.
+  static Status Internal(std::string message) {
+    return Status(Code::kInternal, std::move(message));
   }
 
   bool ok() const { return code_ == Code::kOk; }
