@@ -48,7 +48,7 @@ PERFORMER_DEVICE void CopyWhole(T* tile, const T* from, int tid) {
 //   Publish(i)   what Fetch(i) brought becomes visible at the next barrier
 //   Issue(i)     starts the copies; Fetch(i + 1) may follow
 //   CpAsyncWait<0>(); Arrived(i); barrier; use
-template <class T, int W, int kThreads>
+template <class T, int W, int kThreads, int kRows = kTile>
 struct KeyStream {
   RowsOf<const T> key, value;
   const float* key_bias;  // of the sequence's first row, or the only one
@@ -56,26 +56,26 @@ struct KeyStream {
   int64_t first_row, head;
   int64_t end;  // in the sequence: of the rows that this block takes
   Map map;
-  float* raw;      // [2][kTile] in shared memory: key_bias as given, -inf past the end
-  float* bias;     // [2][kTile]
-  float next = 0;  // of thread tid < kTile: key_bias of key `tid` in the tile fetched last
+  float* raw;      // [2][kRows] in shared memory: key_bias as given, -inf past the end
+  float* bias;     // [2][kRows]
+  float next = 0;  // of thread tid < kRows: key_bias of key `tid` in the tile fetched last
 
-  static constexpr int kSharedFloats = 4 * kTile;
+  static constexpr int kSharedFloats = 4 * kRows;
 
   PERFORMER_DEVICE void Fetch(int64_t tile, int tid) {
-    const int64_t row = tile * kTile + tid;
-    if (tid < kTile) next = row < end ? key_bias[row * bias_step] : -kInfinity;
+    const int64_t row = tile * kRows + tid;
+    if (tid < kRows) next = row < end ? key_bias[row * bias_step] : -kInfinity;
   }
   PERFORMER_DEVICE void Publish(int buffer, int tid) {
-    if (tid < kTile) raw[buffer * kTile + tid] = next;
+    if (tid < kRows) raw[buffer * kRows + tid] = next;
   }
   PERFORMER_DEVICE void Issue(int64_t tile, int buffer, T* keys, T* values, int tid) const {
-    const float* mask = raw + buffer * kTile;
-    const int64_t row = first_row + tile * kTile;
+    const float* mask = raw + buffer * kRows;
+    const int64_t row = first_row + tile * kRows;
     const auto valid = [&](int r) { return mask[r] != -kInfinity; };
-    CopyRows<T, W, kTile, kThreads>(keys, key.Row(row, head), key.stride(), key.width, key.aligned,
+    CopyRows<T, W, kRows, kThreads>(keys, key.Row(row, head), key.stride(), key.width, key.aligned,
                                     tid, valid);
-    CopyRows<T, W, kTile, kThreads>(values, value.Row(row, head), value.stride(), value.width,
+    CopyRows<T, W, kRows, kThreads>(values, value.Row(row, head), value.stride(), value.width,
                                     value.aligned, tid, valid);
     CpAsyncCommit();
   }
@@ -85,7 +85,7 @@ struct KeyStream {
     tid = Opaque(tid);
     const float norm_factor = map.key_norm ? 0.5f * map.root : 0.f;
 #pragma unroll 2
-    for (int row = tid / kChunks; row < kTile; row += kStep) {
+    for (int row = tid / kChunks; row < kRows; row += kStep) {
       const T* chunk = keys + At<T, W>(row, tid % kChunks * kChunk<T>);
       float norm = 0;
 #pragma unroll
@@ -97,19 +97,19 @@ struct KeyStream {
       for (int lanes = 1; lanes < kChunks; lanes *= 2)
         norm += __shfl_xor_sync(kAllLanes, norm, lanes);
       if (tid % kChunks == 0) {
-        const float given = raw[buffer * kTile + row] * map.inverse_root;
-        bias[buffer * kTile + row] = map.key_norm ? given - norm_factor * norm : given;
+        const float given = raw[buffer * kRows + row] * map.inverse_root;
+        bias[buffer * kRows + row] = map.key_norm ? given - norm_factor * norm : given;
       }
     }
   }
 };
 
-template <class T, int W, int kThreads>
-PERFORMER_DEVICE KeyStream<T, W, kThreads> MakeKeyStream(const RowsOf<const T>& key,
-                                                         const RowsOf<const T>& value,
-                                                         const KeyBias& bias, const Map& map,
-                                                         const Item& item, bool packed,
-                                                         int64_t head, float* shared) {
+template <class T, int W, int kThreads, int kRows = kTile>
+PERFORMER_DEVICE KeyStream<T, W, kThreads, kRows> MakeKeyStream(const RowsOf<const T>& key,
+                                                                const RowsOf<const T>& value,
+                                                                const KeyBias& bias, const Map& map,
+                                                                const Item& item, bool packed,
+                                                                int64_t head, float* shared) {
   const int64_t batch = packed ? 0 : item.sequence, row = packed ? item.first_row : 0;
   return {key,
           value,
@@ -120,7 +120,7 @@ PERFORMER_DEVICE KeyStream<T, W, kThreads> MakeKeyStream(const RowsOf<const T>& 
           item.end,
           map,
           shared,
-          shared + 2 * kTile};
+          shared + 2 * kRows};
 }
 
 }  // namespace cuda
