@@ -49,12 +49,15 @@ struct CausalBlock {
   PERFORMER_DEVICE float* floats(int offset) const {
     return reinterpret_cast<float*>(shared + offset);
   }
+  PERFORMER_DEVICE CausalPlace<T>* place() const {
+    return reinterpret_cast<CausalPlace<T>*>(shared + L::kPlace);
+  }
   PERFORMER_DEVICE int landmark(int group, int warp) const {  // in the block, first of 16
     return (group * L::kWarps + warp) * 16;
   }
 
   PERFORMER_DEVICE void Start(State& state, int64_t index, int warp, int lane) const {
-    const int g = lane / 4, t = lane % 4, width = p.value.width;
+    const int g = lane / 4, t = lane % 4, width = p.keys.value.width;
 #pragma unroll
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
@@ -78,7 +81,7 @@ struct CausalBlock {
 
   PERFORMER_DEVICE void Finish(const State& state, int64_t index, int rows, int warp,
                                int lane) const {
-    const int g = lane / 4, t = lane % 4, width = p.value.width;
+    const int g = lane / 4, t = lane % 4, width = p.keys.value.width;
     const int* poison = reinterpret_cast<const int*>(shared + L::kPoison);
 #pragma unroll
     for (int m = 0; m < kGroups; ++m)
@@ -222,11 +225,12 @@ struct CausalBlock {
   // kb and the old state to shared memory, relative to the new anchors; then the state takes the
   // keys of the piece.
   PERFORMER_DEVICE void Update(KeyLogits& x, const T* values, const float (&keep)[kGroups][2],
-                               const bool (&none)[kGroups][2], const float* feature_bias,
-                               State& state, int warp, int lane) const {
+                               const bool (&none)[kGroups][2], State& state, int warp,
+                               int lane) const {
     const int g = lane / 4, t = lane % 4;
     T* const weights = tile(L::kWeights);
     T* const before = tile(L::kBefore);
+    const float* feature_bias = place()->feature_bias + first_landmark;
 #pragma unroll
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
@@ -238,7 +242,7 @@ struct CausalBlock {
           floats(L::kAnchor)[row] =
               none[m][e] || feature >= p.features
                   ? -kInfinity
-                  : state.anchor[m][e] + feature_bias[feature] * p.map.inverse_root;
+                  : state.anchor[m][e] + feature_bias[row] * p.map.inverse_root;
           floats(L::kMass)[row] = old;
         }
 #pragma unroll
@@ -344,6 +348,7 @@ struct CausalBlock {
       }
 #pragma unroll
       for (int n = 0; n < kKeyTiles / 2; ++n) {
+        if (n * 16 > row0) continue;  // above the triangle
         uint32_t b[kFragment<T>];
         LoadBTrans<T, C>(b, tile(L::kWeights), first + s * 16, n * 16, lane);
         Mma<T>(sums.local[2 * n], sums.local[2 * n + 1], a, b);
@@ -359,7 +364,7 @@ struct CausalBlock {
     constexpr int kLocal = 4 * kKeyTiles, kEach = L::kMeetFloats;
     __syncthreads();  // [4] everybody is done with kb and the old state
     float* const to = floats(L::kMeet) + warp * kEach * 32 + lane;
-    const float* const from = floats(L::kMeet) + (warp ^ L::kRowTiles) * kEach * 32 + lane;
+    const float* const from = floats(L::kMeet) + (L::kWarps - 1 - warp) * kEach * 32 + lane;
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
@@ -401,10 +406,9 @@ struct CausalBlock {
   }
 
   // The causal mask (a selection), local v, division; rows [begin, end) of the chunk are written,
-  // which begins at row `row` of the segment and `tensor_row` of the tensor.
+  // which begins at row `row` of the segment.
   PERFORMER_DEVICE void Write(Sums& sums, float (&mine)[kMine][4], const T* values, int row0,
-                              int part, int begin, int end, int row, int64_t tensor_row,
-                              int lane) const {
+                              int part, int begin, int end, int row, int lane) const {
     const int g = lane / 4, t = lane % 4;
     const int* poison = reinterpret_cast<const int*>(shared + L::kPoison);
     float inverse[2], den[2];
@@ -428,6 +432,7 @@ struct CausalBlock {
       for (int i = 0; i < 4; ++i) mine[n][i] *= inverse[i / 2];
 #pragma unroll
     for (int s = 0; s < C / 16; ++s) {
+      if (s * 16 > row0) continue;  // above the triangle
       // As weights of a mean, at most 1: half holds them whatever kb was.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -448,22 +453,22 @@ struct CausalBlock {
     for (int e = 0; e < 2; ++e) {
       const int r = row0 + g + 8 * e;
       if (r < begin || r >= end) continue;
+      const int64_t line = (place()->row + row + r) * p.query.heads + head;  // of [rows, H]
       if (p.lse != nullptr && t == 0 && part == 0)
-        p.lse[blockIdx.z * p.part_lse + (tensor_row + r) * p.query.heads + head] =
+        p.lse[blockIdx.z * p.part_lse + line] =
             den[e] == 0.f ? -kInfinity : sums.top[e] * p.map.root + logf(den[e]);
 #pragma unroll
       for (int n = 0; n < kMine; ++n) {
         const int column = part * (W / 2) + n * 8 + 2 * t;
-        const float x = poison[column] <= row + r ? NAN : inverse[e] == 0.f ? 0.f : mine[n][2 * e];
-        const float y = poison[column + 1] <= row + r ? NAN
-                        : inverse[e] == 0.f           ? 0.f
-                                                      : mine[n][2 * e + 1];
+        const auto value = [&](int c) {
+          return poison[column + c] <= row + r ? NAN : inverse[e] == 0.f ? 0.f : mine[n][2 * e + c];
+        };
         if (p.part_out != nullptr) {
-          float* to = p.part_out + blockIdx.z * p.part_size +
-                      ((tensor_row + r) * p.query.heads + head) * W + column;
-          *reinterpret_cast<float2*>(to) = float2{x, y};
+          float* to = p.part_out + blockIdx.z * p.part_size + line * W + column;
+          *reinterpret_cast<float2*>(to) = float2{value(0), value(1)};
         } else {
-          StoreColumns(p.out.Row(tensor_row + r, head), column, p.out.width, p.out.aligned, x, y);
+          StoreColumns(place()->out + static_cast<int64_t>(row + r) * p.out.stride, column,
+                       p.out.width, p.out.aligned, value(0), value(1));
         }
       }
     }
@@ -505,26 +510,29 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
   const int64_t head = blockIdx.y, group = p.group_of(head);
   const int first_landmark = blockIdx.z * L::kLandmarks;
   const Block block = {p, shared, first_landmark, p.map.unit(), L::kMaxGrowth * p.map.inverse_root};
-  const float* feature_bias =
-      p.feature_bias +
-      QueryHeadIndex(p.feature_bias_heads, head, p.query.heads, group) * p.features;
-  auto stream = MakeKeyStream<T, W, L::kThreads, C>(p.key, p.value, p.key_bias, p.map, item,
-                                                    p.packed, group, block.floats(L::kStream));
-  const int64_t begin_chunk = item.begin / C, end_chunk = CeilDiv(item.end, C);
-  const auto issue = [&](int64_t chunk, int buffer) {
-    const int64_t row = chunk * C, rows = item.end - row;
-    CopyRows<T, W, C, L::kThreads>(
-        block.tile(L::kQuery + buffer * L::kTileBytes), p.query.Row(item.first_row + row, head),
-        p.query.stride(), p.query.width, p.query.aligned, tid, [&](int r) { return r < rows; });
+  if (tid == 0) {
+    const int64_t row = item.first_row + item.begin;
+    *block.place() = {
+        p.query.Row(row, head), p.out.Row(row, head),
+        p.feature_bias +
+            QueryHeadIndex(p.feature_bias_heads, head, p.query.heads, group) * p.features,
+        row};
+  }
+  KeyStream<T, W, L::kThreads, C> stream(p.keys, p.map, item, group, shared + L::kStream, tid);
+  const int chunks = (stream.place->rows + C - 1) / C;
+  const auto issue = [&](int chunk, int buffer) {
+    const int rows = stream.place->rows - chunk * C;
+    CopyRows<T, W, C, L::kThreads>(block.tile(L::kQuery + buffer * L::kTileBytes),
+                                   block.place()->query, chunk * C, p.query, tid,
+                                   [&](int r) { return r < rows; });
     stream.Issue(chunk, buffer, block.tile(L::kKey + buffer * L::kTileBytes),
                  block.tile(L::kValue + buffer * L::kTileBytes), tid);
   };
   const T* w = p.projection.At(QueryHeadIndex(p.projection.heads, head, p.query.heads, group),
                                p.features_pad, W) +
                static_cast<int64_t>(first_landmark) * W;
-  const int rows_here = static_cast<int>(p.features_pad) - first_landmark;
-  CopyRows<T, W, L::kLandmarks, L::kThreads>(block.tile(L::kProjection), w, W, W, true, tid,
-                                             [&](int row) { return row < rows_here; });
+  CopyOperand<T, W, L::kLandmarks, L::kThreads>(
+      block.tile(L::kProjection), w, static_cast<int>(p.features_pad) - first_landmark, tid);
   for (int column = tid; column < W; column += L::kThreads)
     reinterpret_cast<int*>(shared + L::kPoison)[column] = INT32_MAX;
   typename Block::State state;
@@ -532,20 +540,18 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
               p.before_each ? blockIdx.x * p.groups + group
                             : (p.before_count == 1 ? 0 : item.sequence) * p.groups + group,
               tid / 32, tid % 32);
-  stream.Fetch(begin_chunk, tid);
+  stream.Fetch(0, tid);
   if constexpr (L::kStages == 2) {
     stream.Publish(0, tid);
     __syncthreads();
-    issue(begin_chunk, 0);
-    stream.Fetch(begin_chunk + 1, tid);
+    issue(0, 0);
+    stream.Fetch(1, tid);
   }
 
 #pragma unroll 1
-  for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
-    const int buffer = L::kStages == 2 ? static_cast<int>(chunk - begin_chunk) & 1 : 0;
-    const int64_t left = item.end - chunk * C;
-    const int rows = left < C ? static_cast<int>(left) : C;
-    const int row = static_cast<int>((chunk - begin_chunk) * C);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int buffer = L::kStages == 2 ? chunk & 1 : 0;
+    const int row = chunk * C, rows = min(C, stream.place->rows - row);
     const T* queries = block.tile(L::kQuery + buffer * L::kTileBytes);
     const T* keys = block.tile(L::kKey + buffer * L::kTileBytes);
     T* values = block.tile(L::kValue + buffer * L::kTileBytes);
@@ -561,7 +567,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
     if constexpr (L::kStages == 2) stream.Publish(buffer ^ 1, tid);
     __syncthreads();  // [1] the chunk is complete; the other buffers are free
     if constexpr (L::kStages == 2)
-      if (chunk + 1 < end_chunk) {
+      if (chunk + 1 < chunks) {
         issue(chunk + 1, buffer ^ 1);
         stream.Fetch(chunk + 2, tid);
       }
@@ -571,7 +577,10 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
 #pragma unroll 1
     for (int begin = 0; begin < rows; begin = end) {  // the pieces
       const int id = Opaque(tid), warp = id / 32, lane = id % 32;
-      const int row0 = warp % L::kRowTiles * 16, part = warp / L::kRowTiles;
+      // Partners are warps i and kWarps - 1 - i, so that the two warps of a scheduler share out the
+      // triangle: row tiles i and kRowTiles - 1 - i.
+      const int part = warp / L::kRowTiles;
+      const int row0 = (part ? L::kWarps - 1 - warp : warp) * 16;
       {
         typename Block::KeyLogits x;
         float keep[kGroups][2];
@@ -585,7 +594,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < L::kWarps; ++i) end = min(end, cuts[i]);
         if (end < C) Block::HideKeys(x, [&](int j) { return j >= end; }, lane);
-        block.Update(x, values, keep, none, feature_bias, state, warp, lane);
+        block.Update(x, values, keep, none, state, warp, lane);
       }
       __syncthreads();  // [3] kb, the old state and its anchors are visible
       typename Block::Sums sums;
@@ -604,13 +613,12 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
         block.Queries(sums, queries, row0, part * (L::kLandmarks / 2) + first, lane);
       float mine[Block::kMine][4];
       block.Meet(sums, mine, warp, part, lane);
-      block.Write(sums, mine, values, row0, part, begin, min(end, rows), row,
-                  item.first_row + chunk * C, lane);
+      block.Write(sums, mine, values, row0, part, begin, min(end, rows), row, lane);
     }
   }
-  if (item.last() && head % (p.query.heads / p.groups) == 0)
-    block.Finish(state, item.sequence * p.groups + group, static_cast<int>(item.end - item.begin),
-                 tid / 32, tid % 32);
+  const Item same = Locate(p.segments, blockIdx.x);  // not kept: registers are short
+  if (same.last() && head % (p.query.heads / p.groups) == 0)
+    block.Finish(state, same.sequence * p.groups + group, stream.place->rows, tid / 32, tid % 32);
 }
 
 }  // namespace cuda

@@ -27,14 +27,11 @@ class Causal : public Forward<T, W> {
     p.key_head_step = call.keys.projection_heads == 1 ? 0 : this->features_pad_;
     p.operand_row = W * static_cast<int64_t>(sizeof(T)) / 4;
     p.query = InputRows<T>(call.queries.query, dims_.heads, dims_.key_dim);
-    p.key = InputRows<T>(call.keys.key, dims_.groups, dims_.key_dim);
-    p.value = InputRows<T>(call.keys.value, dims_.groups, dims_.value_dim);
+    p.keys = MakeKeyParams<T>(this->call_, call.keys);
     p.feature_bias = static_cast<const float*>(call.queries.feature_bias);
     p.feature_bias_heads = call.queries.feature_bias_heads;
-    p.key_bias = MakeKeyBias(call.keys);
     p.map = map_;
     p.segments = segments.items;
-    p.packed = this->packed();
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.features_pad = this->features_pad_;

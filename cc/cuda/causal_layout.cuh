@@ -5,19 +5,27 @@
 namespace performer {
 namespace cuda {
 
+// Where a block of the causal kernel works; in shared memory, as KeyPlace.
+template <class T>
+struct CausalPlace {
+  const T* query;             // the segment's first row
+  T* out;                     // likewise
+  const float* feature_bias;  // [M] of the query head
+  int64_t row;                // of the tensor
+};
+
 template <class T>
 struct CausalParams {
-  RowsOf<const T> query, key, value;
+  RowsOf<const T> query;
+  KeyParams<T> keys;
   Projection<T> projection;                // of queries
   const uint32_t* key_operands = nullptr;  // of keys, see PackOperandsKernel
   int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
   int64_t operand_row = 0;                 // registers of one landmark
   const float* feature_bias = nullptr;     // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
-  KeyBias key_bias;
   Map map;
   Items segments;
-  bool packed = false;
   int64_t groups = 0, features = 0, features_pad = 0;
   // The state before each segment [segments, G, M(, E)] if before_each, else before each sequence
   // [before_count, G, M(, E)].
@@ -73,9 +81,10 @@ struct CausalLayout {
   static constexpr int kAnchor = kWeights + (kShared > kMeetBytes ? kShared : kMeetBytes);
   static constexpr int kMass = kAnchor + kLandmarks * 4;  // float [kLandmarks] each
   static constexpr int kStream = kMass + kLandmarks * 4;
-  static constexpr int kPoison = kStream + KeyStream<T, W, kThreads, kChunk>::kSharedFloats * 4;
+  static constexpr int kPoison = kStream + KeyStream<T, W, kThreads, kChunk>::kSharedBytes;
   static constexpr int kCuts = kPoison + W * 4;  // int [kWarps]
-  static constexpr int kBytes = kCuts + kWarps * 4;
+  static constexpr int kPlace = kCuts + kWarps * 4;
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalPlace<T>));
   static_assert(kBytes <= 163 * 1024);
 };
 

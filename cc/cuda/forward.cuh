@@ -70,12 +70,9 @@ class Forward : public Operands<T> {
         launcher_.Allocate(landmarks * dims_.value_dim, "states of segments", &p.mean));
     PERFORMER_RETURN_IF_ERROR(
         this->template PackProjection<W>(keys.projection, keys.projection_heads, &p.projection));
-    p.key = InputRows<T>(keys.key, dims_.groups, dims_.key_dim);
-    p.value = InputRows<T>(keys.value, dims_.groups, dims_.value_dim);
-    p.key_bias = MakeKeyBias(keys);
+    p.keys = MakeKeyParams<T>(this->call_, keys);
     p.map = map_;
     p.segments = segments.items;
-    p.packed = this->packed();
     p.skip_last = skip_last;
     p.groups = dims_.groups;
     p.features = dims_.features;

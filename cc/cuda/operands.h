@@ -15,18 +15,25 @@ inline bool IsAligned(const void* data, int64_t row_bytes) {
 template <class T>
 RowsOf<const T> InputRows(const void* data, int64_t heads, int64_t width) {
   return {static_cast<const T*>(data), heads, static_cast<int>(width),
+          static_cast<int>(heads * width),
           IsAligned(data, width * static_cast<int64_t>(sizeof(T)))};
 }
 template <class T>
 RowsOf<T> OutputRows(void* data, int64_t heads, int64_t width) {
-  return {static_cast<T*>(data), heads, static_cast<int>(width),
+  return {static_cast<T*>(data), heads, static_cast<int>(width), static_cast<int>(heads * width),
           IsAligned(data, width * static_cast<int64_t>(sizeof(T)))};
 }
 
-inline KeyBias MakeKeyBias(const KeySide& keys) {
-  return {static_cast<const float*>(keys.bias),
-          keys.bias_batch == 1 ? 0 : keys.bias_heads * keys.bias_length,
-          keys.bias_heads == 1 ? 0 : keys.bias_length, keys.bias_length == 1 ? 0 : 1};
+template <class T>
+KeyParams<T> MakeKeyParams(const Common& call, const KeySide& keys) {
+  KeyParams<T> params;
+  params.key = InputRows<T>(keys.key, call.dims.groups, call.dims.key_dim);
+  params.value = InputRows<T>(keys.value, call.dims.groups, call.dims.value_dim);
+  params.packed = call.offsets != nullptr;
+  params.bias = {static_cast<const float*>(keys.bias),
+                 keys.bias_batch == 1 ? 0 : keys.bias_heads * keys.bias_length,
+                 keys.bias_heads == 1 ? 0 : keys.bias_length, keys.bias_length == 1 ? 0 : 1};
+  return params;
 }
 
 inline Map MakeMap(const Common& call) {
