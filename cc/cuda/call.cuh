@@ -14,12 +14,12 @@ struct RowsOf {
   T* data = nullptr;
   int64_t heads = 0;
   int width = 0;
+  int stride = 0;        // heads * width
   bool aligned = false;  // rows and base to 16 bytes: copied by cp.async, else number by number
 
   PERFORMER_DEVICE T* Row(int64_t row, int64_t head) const {
-    return data + (row * heads + head) * width;
+    return data + row * stride + head * width;
   }
-  PERFORMER_DEVICE int64_t stride() const { return heads * width; }
 };
 
 // The feature map. Log-features are kept in units of `root` (log phi = root * logit), so that the
@@ -41,6 +41,14 @@ struct KeyBias {
   const float* data = nullptr;
   int64_t batch_step = 0, head_step = 0;  // 0: the same for all
   int step = 0;                           // along the keys, 0 or 1
+};
+
+// Keys and values.
+template <class T>
+struct KeyParams {
+  RowsOf<const T> key, value;
+  KeyBias bias;
+  bool packed = false;
 };
 
 // Projections in T, padded with zeros to [heads][m_pad][W]; m_pad is a multiple of kLandmarkUnit.

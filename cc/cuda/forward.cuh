@@ -20,11 +20,10 @@ class Forward : public Operands<T> {
   using Operands<T>::Operands;
 
   Status Summarize(const performer::SummarizeParams& params) const {
-    Items segments;
-    int64_t count;
-    PERFORMER_RETURN_IF_ERROR(this->MakeItems(dims_.keys, kSegments, &segments, &count));
+    Division segments;
+    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSegments, &segments));
     MergeParams merge;
-    PERFORMER_RETURN_IF_ERROR(SummarizeSegments(params.keys, segments, count, false, &merge));
+    PERFORMER_RETURN_IF_ERROR(SummarizeSegments(params.keys, segments, false, &merge));
     merge.log_mass = static_cast<float*>(params.state.log_mass);
     merge.mean = static_cast<float*>(params.state.mean);
     return Merge(launcher_, merge);
@@ -33,8 +32,9 @@ class Forward : public Operands<T> {
   Status Read(const performer::ReadParams& call) const {
     using Traits = ReadTraits<T, W>;
     ReadParams<T> p;
-    int64_t count;
-    PERFORMER_RETURN_IF_ERROR(this->MakeItems(dims_.queries, Traits::kRows, &p.tiles, &count));
+    Division tiles;
+    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.queries, Traits::kRows, &tiles));
+    p.tiles = tiles.items;
     PERFORMER_RETURN_IF_ERROR(this->template PackProjection<W>(
         call.queries.projection, call.queries.projection_heads, &p.projection));
     p.log_mass = static_cast<const float*>(call.state.log_mass);
@@ -50,7 +50,7 @@ class Forward : public Operands<T> {
     p.features = dims_.features;
     p.features_pad = this->features_pad_;
     p.out = OutputRows<T>(call.out, dims_.heads, dims_.value_dim);
-    return launcher_.Launch("read", ReadKernel<T, W>, {count, dims_.heads}, Traits::kThreads,
+    return launcher_.Launch("read", ReadKernel<T, W>, {tiles.count, dims_.heads}, Traits::kThreads,
                             Traits::kBytes, p);
   }
 
@@ -60,33 +60,30 @@ class Forward : public Operands<T> {
   using Operands<T>::map_;
 
   // The states of segments, in workspace: what merge needs of them.
-  Status SummarizeSegments(const KeySide& keys, const Items& segments, int64_t count,
-                           bool skip_last, MergeParams* merge) const {
+  Status SummarizeSegments(const KeySide& keys, const Division& segments, bool skip_last,
+                           MergeParams* merge) const {
     using Traits = SummarizeTraits<T, W>;
-    const int64_t landmarks = count * dims_.groups * dims_.features;
+    const int64_t landmarks = segments.count * dims_.groups * dims_.features;
     SummarizeParams<T> p;
     PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(landmarks, "states of segments", &p.log_mass));
     PERFORMER_RETURN_IF_ERROR(
         launcher_.Allocate(landmarks * dims_.value_dim, "states of segments", &p.mean));
     PERFORMER_RETURN_IF_ERROR(
         this->template PackProjection<W>(keys.projection, keys.projection_heads, &p.projection));
-    p.key = InputRows<T>(keys.key, dims_.groups, dims_.key_dim);
-    p.value = InputRows<T>(keys.value, dims_.groups, dims_.value_dim);
-    p.key_bias = MakeKeyBias(keys);
+    p.keys = MakeKeyParams<T>(this->call_, keys);
     p.map = map_;
-    p.segments = segments;
-    p.packed = this->packed();
+    p.segments = segments.items;
     p.skip_last = skip_last;
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.features_pad = this->features_pad_;
-    merge->segments = segments;
+    merge->segments = segments.items;
     merge->groups = dims_.groups;
     merge->features = dims_.features;
     merge->width = static_cast<int>(dims_.value_dim);
     merge->part_log_mass = p.log_mass;
     merge->part_mean = p.mean;
-    const Grid grid = {count, dims_.groups, CeilDiv(dims_.features, Traits::kLandmarks)};
+    const Grid grid = {segments.count, dims_.groups, CeilDiv(dims_.features, Traits::kLandmarks)};
     return launcher_.Launch("summarize", SummarizeKernel<T, W>, grid, Traits::kThreads,
                             Traits::kBytes, p);
   }

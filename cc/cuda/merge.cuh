@@ -22,6 +22,7 @@ struct MergeParams {
   // last segment's is not read.
   float* log_mass = nullptr;
   float* mean = nullptr;
+  bool only_empty = false;  // only sequences without rows are written: theirs is the initial state
 };
 
 inline constexpr int kMergeColumns = 4;  // of a lane: E <= 128
@@ -47,6 +48,7 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
   const int lane = threadIdx.x % 32;
   const int64_t sequence = number / per_sequence, landmark = number % per_sequence;
   const int64_t first = FirstItem(p.segments, sequence), count = ItemsOf(p.segments, sequence);
+  if (p.only_empty && count > 0) return;
 
   const auto load = [&](const float* log_masses, const float* means, int64_t row, float& log_mass,
                         float (&mean)[kMergeColumns]) {

@@ -15,18 +15,25 @@ inline bool IsAligned(const void* data, int64_t row_bytes) {
 template <class T>
 RowsOf<const T> InputRows(const void* data, int64_t heads, int64_t width) {
   return {static_cast<const T*>(data), heads, static_cast<int>(width),
+          static_cast<int>(heads * width),
           IsAligned(data, width * static_cast<int64_t>(sizeof(T)))};
 }
 template <class T>
 RowsOf<T> OutputRows(void* data, int64_t heads, int64_t width) {
-  return {static_cast<T*>(data), heads, static_cast<int>(width),
+  return {static_cast<T*>(data), heads, static_cast<int>(width), static_cast<int>(heads * width),
           IsAligned(data, width * static_cast<int64_t>(sizeof(T)))};
 }
 
-inline KeyBias MakeKeyBias(const KeySide& keys) {
-  return {static_cast<const float*>(keys.bias),
-          keys.bias_batch == 1 ? 0 : keys.bias_heads * keys.bias_length,
-          keys.bias_heads == 1 ? 0 : keys.bias_length, keys.bias_length == 1 ? 0 : 1};
+template <class T>
+KeyParams<T> MakeKeyParams(const Common& call, const KeySide& keys) {
+  KeyParams<T> params;
+  params.key = InputRows<T>(keys.key, call.dims.groups, call.dims.key_dim);
+  params.value = InputRows<T>(keys.value, call.dims.groups, call.dims.value_dim);
+  params.packed = call.offsets != nullptr;
+  params.bias = {static_cast<const float*>(keys.bias),
+                 keys.bias_batch == 1 ? 0 : keys.bias_heads * keys.bias_length,
+                 keys.bias_heads == 1 ? 0 : keys.bias_length, keys.bias_length == 1 ? 0 : 1};
+  return params;
 }
 
 inline Map MakeMap(const Common& call) {
@@ -37,6 +44,13 @@ inline Map MakeMap(const Common& call) {
           static_cast<float>(root), static_cast<float>(1 / root),
           static_cast<float>(attributes.feature_epsilon)};
 }
+
+// The items of a call.
+struct Division {
+  Items items;
+  int64_t count = 0, most = 0;  // of all sequences; of the one with most
+  bool some_empty = false;      // there are sequences without rows
+};
 
 template <class T>
 class Operands {
@@ -51,14 +65,16 @@ class Operands {
  protected:
   bool packed() const { return call_.offsets != nullptr; }
 
-  // Items of `unit` rows over `rows` rows of each sequence, and how many there are.
-  Status MakeItems(int64_t rows, int64_t unit, Items* items, int64_t* count) const {
-    *items = Items();
-    items->sequences = dims_.sequences;
-    items->rows = rows;
-    items->unit = unit;
+  // Items of `unit` rows over the sequences, of `rows` rows each if they are not packed.
+  Status Divide(int64_t rows, int64_t unit, Division* division) const {
+    Items& items = division->items;
+    items.sequences = dims_.sequences;
+    items.rows = rows;
+    items.unit = unit;
     if (!packed()) {
-      *count = dims_.sequences * ItemsOf(*items, 0);
+      division->most = ItemsOf(items, 0);
+      division->count = dims_.sequences * division->most;
+      division->some_empty = rows == 0;
       return Status();
     }
     const size_t ends = static_cast<size_t>(dims_.sequences) + 1;
@@ -66,11 +82,14 @@ class Operands {
     numbers.push_back(0);
     for (size_t n = 0; n + 1 < ends; ++n) {
       const int64_t length = numbers[n + 1] - numbers[n];
-      numbers.push_back(numbers.back() + CeilDiv(length, ItemRows(*items, length)));
+      const int64_t count = CeilDiv(length, ItemRows(items, length));
+      numbers.push_back(numbers.back() + count);
+      division->most = count > division->most ? count : division->most;
+      division->some_empty |= count == 0;
     }
-    *count = numbers.back();
-    PERFORMER_RETURN_IF_ERROR(launcher_.Upload(numbers, &items->offsets));
-    items->first = items->offsets + ends;
+    division->count = numbers.back();
+    PERFORMER_RETURN_IF_ERROR(launcher_.Upload(numbers, &items.offsets));
+    items.first = items.offsets + ends;
     return Status();
   }
 
@@ -87,6 +106,20 @@ class Operands {
     constexpr int kThreads = 256;
     const Grid grid = {CeilDiv(matrices * features_pad_ * 32, kThreads)};
     return launcher_.Launch(purpose, PackKernel<T, W>, grid, kThreads, 0, params);
+  }
+  // Projections as A operands in registers' order (pack.cuh).
+  template <int W>
+  Status PackOperands(const void* from, int64_t heads, const uint32_t** to) const {
+    uint32_t* packed = nullptr;
+    const int64_t registers = heads * features_pad_ * W * static_cast<int64_t>(sizeof(T)) / 4;
+    PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(registers, "the packed projection", &packed));
+    *to = packed;
+    const PackParams params = {
+        static_cast<const float*>(from), nullptr, packed, heads, dims_.features, features_pad_,
+        static_cast<int>(dims_.key_dim)};
+    constexpr int kThreads = 256;
+    return launcher_.Launch("packing a projection", PackOperandsKernel<T, W>,
+                            {CeilDiv(registers, kThreads)}, kThreads, 0, params);
   }
   template <int W>
   Status PackProjection(const void* from, int64_t heads, Projection<T>* to) const {

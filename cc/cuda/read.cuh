@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
   const int64_t row0 = item.first_row + item.begin;
   const int rows_here = static_cast<int>(item.end - item.begin);
 
+  const T* means = p.mean + state * p.features_pad * W;
+
   const auto issue = [&](int first, int buffer) {
-    CopyWhole<T, W, kTile, kThreads>(projection + buffer * kTile * W,
-                                     w + static_cast<int64_t>(first) * W, tid);
-    CopyWhole<T, W, kTile, kThreads>(mean + buffer * kTile * W,
-                                     p.mean + (state * p.features_pad + first) * W, tid);
+    CopyOperand<T, W, kTile, kThreads>(projection + buffer * kTile * W, w + first * W, kTile, tid);
+    CopyOperand<T, W, kTile, kThreads>(mean + buffer * kTile * W, means + first * W, kTile, tid);
     CpAsyncCommit();
     if (tid < kTile) {
       const int m = first + tid;
@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
               : -kInfinity;
     }
   };
-  CopyRows<T, W, Traits::kRows, kThreads>(queries, p.query.Row(row0, head), p.query.stride(),
-                                          p.query.width, p.query.aligned, tid,
+  CopyRows<T, W, Traits::kRows, kThreads>(queries, p.query.Row(row0, head), 0, p.query, tid,
                                           [&](int row) { return row < rows_here; });
   issue(0, 0);
   uint32_t q[kRowTiles][W / 16][kFragment<T>];

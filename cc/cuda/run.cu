@@ -12,6 +12,8 @@ Status RunTyped(Op op, const Call& call, const Device& device) {
       return RunSummarize<T>(MakeSummarizeParams(call), device);
     case Op::kRead:
       return RunRead<T>(MakeReadParams(call), device);
+    case Op::kCausal:
+      return RunCausal<T>(MakeCausalParams(call), device);
     default:
       return Status::InvalidArgument("this operator has no CUDA kernel");
   }

@@ -13,12 +13,10 @@ namespace cuda {
 
 template <class T>
 struct SummarizeParams {
-  RowsOf<const T> key, value;
-  KeyBias key_bias;
+  KeyParams<T> keys;
   Projection<T> projection;
   Map map;
   Items segments;
-  bool packed = false;
   bool skip_last = false;  // the last segment of a sequence is not wanted
   int64_t groups = 0, features = 0, features_pad = 0;
   float* log_mass = nullptr;  // [segments, G, M]
@@ -39,7 +37,7 @@ struct SummarizeTraits {
   static constexpr int kKeys = kInRegisters ? 0 : kLandmarks * W * static_cast<int>(sizeof(T));
   static constexpr int kValues = kKeys + 2 * kTileBytes;
   static constexpr int kStream = kValues + 2 * kTileBytes;
-  static constexpr int kBytes = kStream + KeyStream<T, W, kThreads>::kSharedFloats * 4;
+  static constexpr int kBytes = kStream + KeyStream<T, W, kThreads>::kSharedBytes;
 };
 
 template <class T, int W>
@@ -55,10 +53,8 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
   if (p.skip_last && item.last()) return;
   const int64_t head = blockIdx.y;
   const int first_landmark = blockIdx.z * Traits::kLandmarks;
-  auto stream =
-      MakeKeyStream<T, W, kThreads>(p.key, p.value, p.key_bias, p.map, item, p.packed, head,
-                                    reinterpret_cast<float*>(shared + Traits::kStream));
-  const int64_t begin = item.begin / kTile, end = CeilDiv(item.end, kTile);
+  KeyStream<T, W, kThreads> stream(p.keys, p.map, item, head, shared + Traits::kStream, tid);
+  const int tiles = static_cast<int>(CeilDiv(item.end - item.begin, kTile));
 
   const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
                static_cast<int64_t>(first_landmark) * W;
@@ -77,8 +73,7 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
               *Pair(w + (row < rows_here ? row : 0) * W + s * 16 + 2 * t + 8 * (i >> 1));
         }
   } else {
-    CopyRows<T, W, Traits::kLandmarks, kThreads>(landmarks, w, W, W, true, tid,
-                                                 [&](int row) { return row < rows_here; });
+    CopyOperand<T, W, Traits::kLandmarks, kThreads>(landmarks, w, rows_here, tid);
   }
   const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
     if constexpr (Traits::kInRegisters) {
@@ -91,20 +86,20 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
 
   Softmax<T, W, kRowTiles> state;
   state.Init();
-  stream.Fetch(begin, tid);
+  stream.Fetch(0, tid);
   stream.Publish(0, tid);
-  __syncthreads();
-  stream.Issue(begin, 0, keys, values, tid);
-  stream.Fetch(begin + 1, tid);
+  __syncthreads();  // the masks of the first tile are visible
+  stream.Issue(0, 0, keys, values, tid);
+  stream.Fetch(1, tid);
 #pragma unroll 1
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int buffer = static_cast<int>(tile - begin) & 1, other = buffer ^ 1;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int buffer = tile & 1, other = buffer ^ 1;
     T* const tile_keys = keys + buffer * kTile * W;
     CpAsyncWait<0>();
     stream.Arrived(buffer, tile_keys, tid);
     stream.Publish(other, tid);
     __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
-    if (tile + 1 < end) {
+    if (tile + 1 < tiles) {
       stream.Issue(tile + 1, other, keys + other * kTile * W, values + other * kTile * W, tid);
       stream.Fetch(tile + 2, tid);
     }
@@ -129,8 +124,8 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int column = n * 8 + 2 * t + c;
-          if (column < p.value.width)
-            p.mean[row * p.value.width + column] =
+          if (column < p.keys.value.width)
+            p.mean[row * p.keys.value.width + column] =
                 inverse == 0.f ? 0.f : state.acc[m][n][2 * e + c] * inverse;
         }
     }
