@@ -135,4 +135,9 @@ PYBIND11_MODULE(performer_emulated, module) {
              arg("threads") = 64, arg("order") = "random", arg("seed") = 1,
              "A kernel of planted.cuh, with its bug or without; returns its output.");
   module.attr("detects_races") = sim::DetectsRaces();
+#if defined(__SANITIZE_ADDRESS__)
+  module.attr("detects_addresses") = true;
+#else
+  module.attr("detects_addresses") = false;
+#endif
 }
