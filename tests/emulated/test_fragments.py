@@ -47,7 +47,9 @@ def test_operands_lie_where_cute_says(kind):
     layouts, depth, dtype = KINDS[kind]
     rng = np.random.default_rng(0)
     # Small integers: exact in every type.
-    a, b, c = (rng.integers(-8, 9, s).astype(np.float32) for s in ((16, depth), (8, depth), (16, 8)))
+    a, b, c = (
+        rng.integers(-8, 9, s).astype(np.float32) for s in ((16, depth), (8, depth), (16, 8))
+    )
     lanes = {}
     for name, matrix in (("a", a), ("b", b), ("c", c)):
         lanes[name] = matrix.flatten("F")[places(layouts[name])]

@@ -9,7 +9,7 @@ import pytest
 from kit.compare import assert_close, assert_same_bits
 from kit.core import expected, forward, make
 from kit.core_cases import cases
-from kit.emulated import CASES, DTYPES, SCHEDULES, counting, dtypes, emulated, run
+from kit.emulated import CASES, SCHEDULES, counting, dtypes, run
 from performer.tolerances import tolerances
 
 FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
