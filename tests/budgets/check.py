@@ -1,10 +1,10 @@
 """Static budgets of the CUDA kernels, read from their machine code: no GPU is needed.
 
-    python tests/cuda/budgets.py [--library FILE] [--markdown]
+    python tests/budgets/check.py [--library FILE] [--markdown]
 
 For every kernel and architecture in the library (default: the installed performer._core): registers,
 shared memory, blocks per multiprocessor, spills, and the instructions of its main loop, beside the
-limits of budgets.toml. Returns 1 where a limit is broken, and where a kernel has none. Needs
+limits of limits.toml. Returns 1 where a limit is broken, and where a kernel has none. Needs
 cuobjdump and nvdisasm (on PATH, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) and a
 C++ compiler, which gives the shared memory of a launch: it is not part of the machine code.
 """
@@ -264,7 +264,7 @@ def faults(kernel: Kernel, table: dict) -> list[str]:
         None,
     )
     if limits is None or not kernel.threads:
-        return ["no entry in budgets.toml"]
+        return ["no entry in limits.toml"]
     found = []
     of = limits | limits.get(kernel.architecture, {})
     for name, value in (
@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table for docs/gpu.md")
     options = parser.parse_args(arguments)
     library = options.library or default_library()
-    table = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text())
+    table = tomllib.loads((Path(__file__).parent / "limits.toml").read_text())
     kernels = [k for name in ARCHITECTURES for k in kernels_of(library, name)]
     if not kernels:
         print(f"budgets: {library} holds no CUDA kernels", file=sys.stderr)
