@@ -113,6 +113,7 @@ struct Races {
   std::string report;
 };
 Races& TheRaces();
+void ResetRaces();
 // Whether this build has the detector.
 bool DetectsRaces();
 

@@ -12,6 +12,7 @@ void RaceAcquire(unsigned) {}
 void RaceAccess(const void*, size_t, bool, void*) {}
 void Track(const void*, size_t) {}
 void UntrackAll() {}
+void ResetRaces() {}
 bool DetectsRaces() { return false; }
 
 }  // namespace sim

@@ -181,6 +181,10 @@ void UntrackAll() {
   The().buffers.clear();
   The().global.clear();
 }
+void ResetRaces() {
+  TheRaces() = Races();
+  The().reported.clear();
+}
 bool DetectsRaces() { return true; }
 
 }  // namespace sim

@@ -1,10 +1,14 @@
 // Python module performer_emulated, for tests: the CUDA kernels on NumPy arrays, run by the
 // emulator (cc/sim).
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "bindings/arrays.h"
 #include "cuda/run.h"
+#include "emulated/planted.h"
 #include "sim/emulator.h"
 
 namespace performer {
@@ -70,6 +74,28 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
   return made.results;
 }
 
+py::array Planted(const std::string& kernel, const py::array_t<float, py::array::c_style>& x,
+                  bool bug, unsigned blocks, unsigned threads, const std::string& order,
+                  uint64_t seed) {
+  if (x.size() < py::ssize_t{10} * threads)
+    throw py::value_error("x must have 10 * threads numbers; got " + std::to_string(x.size()));
+  py::array_t<float> out(py::ssize_t{4} * blocks * threads);
+  std::fill_n(out.mutable_data(), out.size(), NAN);
+  sim::TheOptions() = {ParseOrder(order), seed, ""};
+  sim::Track(out.data(), out.nbytes());
+  Status status;
+  try {
+    if (!planted::Run(kernel, bug, blocks, threads, x.data(), out.mutable_data()))
+      status = Status::InvalidArgument("no planted kernel is called '" + kernel + "'");
+  } catch (const sim::Error& error) {
+    status = Status::Internal(error.what());
+  }
+  sim::UntrackAll();
+  sim::TheOptions() = sim::Options();
+  ThrowIfError(status);
+  return out;
+}
+
 py::dict Counters() {
   const sim::Counters& counters = sim::TheCounters();
   py::dict result;
@@ -103,6 +129,10 @@ PYBIND11_MODULE(performer_emulated, module) {
   module.def("sites", [] { return sim::Sites(); }, "Barriers and waits reached, \"file:line\".");
   module.def(
       "races", [] { return py::make_tuple(sim::TheRaces().count, sim::TheRaces().report); },
-      "Number of races so far, and the first ones in words.");
+      "Number of races since the last reset, and the first ones in words.");
+  module.def("reset_races", sim::ResetRaces);
+  module.def("planted", performer::Planted, arg("kernel"), arg("x"), arg("bug"), arg("blocks") = 2,
+             arg("threads") = 64, arg("order") = "random", arg("seed") = 1,
+             "A kernel of planted.cuh, with its bug or without; returns its output.");
   module.attr("detects_races") = sim::DetectsRaces();
 }
