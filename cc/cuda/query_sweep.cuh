@@ -30,6 +30,18 @@ struct QuerySweepParams {
   float *part_log_mass = nullptr, *part_mean = nullptr, *part_projection = nullptr;
 };
 
+// Where a block works; in shared memory, as KeyPlace.
+template <class T>
+struct QuerySweepPlace {
+  const T *query, *grad_out;  // the segment's first row
+  const float *lse, *delta;   // likewise
+  T* grad_query;
+  float* sum_query;
+  const T *projection, *mean;            // of the first landmark
+  const float *log_mass, *feature_bias;  // likewise
+  int rows;
+};
+
 template <class T, int W, int kWarps>
 struct QuerySweepLayout : SweepLayout<T, W, kWarps> {
   using S = SweepLayout<T, W, kWarps>;
@@ -40,7 +52,9 @@ struct QuerySweepLayout : SweepLayout<T, W, kWarps> {
   static constexpr int kLse = kGradOut + S::kStages * S::kTileBytes;    // float [2][kTile]
   static constexpr int kDelta = kLse + 2 * kTile * 4;                   // likewise
   static constexpr int kBlockMax = kDelta + 2 * kTile * 4;
-  static constexpr int kBytes = kBlockMax + S::kWarps * 4;
+  static constexpr int kRowBias = kBlockMax + S::kWarps * 4;  // float [kLandmarks]
+  static constexpr int kPlace = kRowBias + S::kLandmarks * 4;
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(QuerySweepPlace<T>));
 };
 
 template <class T, int W, int kWarps>
@@ -53,34 +67,51 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
   T* const summed = reinterpret_cast<T*>(shared + L::kSummed);
   float* const lse = reinterpret_cast<float*>(shared + L::kLse);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
+  const auto* place = reinterpret_cast<const QuerySweepPlace<T>*>(shared + L::kPlace);
+  float* const row_bias = reinterpret_cast<float*>(shared + L::kRowBias);
   const int tid = threadIdx.x;
-  const Item item = Locate(p.segments, blockIdx.x);
-  const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
-  const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
-  const int64_t row0 = item.first_row + item.begin;
-  const int rows = static_cast<int>(item.end - item.begin);
-  const int tiles = static_cast<int>(CeilDiv(rows, kTile));
+  const int heads = static_cast<int>(p.query.heads);
+  if (tid == 0) {
+    const Item item = Locate(p.segments, blockIdx.x);
+    const int64_t head = blockIdx.y, group = head / (heads / p.groups);
+    const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
+    const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
+    *const_cast<QuerySweepPlace<T>*>(place) = {
+        p.query.Row(row0, head),
+        p.grad_out.Row(row0, head),
+        p.lse + at,
+        p.delta + at,
+        p.grad_query.Row(row0, head),
+        p.sum_query + at * W,
+        p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W),
+        p.mean + state * p.features_pad * W,
+        p.log_mass + state * p.features,
+        p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
+        static_cast<int>(item.end - item.begin)};
+  }
+  __syncthreads();  // the place is known
+  const int tiles = static_cast<int>(CeilDiv(place->rows, kTile));
   const bool linear = p.map.linear();
   const float unit = p.map.unit();
   float scale = 1;
   if constexpr (std::is_same_v<T, Half>)
-    scale = LogitGradientScale<T>(BlockMax<kWarps>(p.peak + row0 * heads + head, heads, rows,
-                                                   reinterpret_cast<float*>(shared + L::kBlockMax),
-                                                   tid));
+    scale = LogitGradientScale<T>(
+        BlockMax<kWarps>(p.peak + (place->lse - p.lse), heads, place->rows,
+                         reinterpret_cast<float*>(shared + L::kBlockMax), tid));
 
   const auto issue = [&](int tile, int parity) {
     const int buffer = L::kStages == 2 ? parity * kTile * W : 0, first = tile * kTile;
-    const auto valid = [&](int r) { return first + r < rows; };
-    CopyRows<T, W, kTile, kThreads>(reinterpret_cast<T*>(shared + L::kQuery) + buffer,
-                                    p.query.Row(row0, head), first, p.query, tid, valid);
+    const auto valid = [&](int r) { return first + r < place->rows; };
+    CopyRows<T, W, kTile, kThreads>(reinterpret_cast<T*>(shared + L::kQuery) + buffer, place->query,
+                                    first, p.query, tid, valid);
     CopyRows<T, W, kTile, kThreads>(reinterpret_cast<T*>(shared + L::kGradOut) + buffer,
-                                    p.grad_out.Row(row0, head), first, p.grad_out, tid, valid);
+                                    place->grad_out, first, p.grad_out, tid, valid);
     CpAsyncCommit();
     if (tid < kTile) {  // no weight: a row past the end, or that sees no key
-      const int64_t at = (row0 + first + tid) * heads + head;
-      const float given = valid(tid) ? p.lse[at] : -kInfinity;
+      const int64_t at = static_cast<int64_t>(first + tid) * heads;
+      const float given = valid(tid) ? place->lse[at] : -kInfinity;
       lse[parity * kTile + tid] = given == -kInfinity ? kInfinity : given * p.map.inverse_root;
-      delta[parity * kTile + tid] = valid(tid) ? p.delta[at] : 0.f;
+      delta[parity * kTile + tid] = valid(tid) ? place->delta[at] : 0.f;
     }
   };
 
@@ -91,30 +122,20 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
     const int row_landmark = tid / 32 * 16 * kRowTiles;
     __syncthreads();  // nobody reads the last landmarks any more
     {
-      const T* w = p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group),
-                                   p.features_pad, W);
       const int left = static_cast<int>(p.features_pad) - first_landmark;
-      CopyOperand<T, W, L::kLandmarks, kThreads>(projection, w + first_landmark * W, left, tid);
-      CopyOperand<T, W, L::kLandmarks, kThreads>(
-          mean, p.mean + (state * p.features_pad + first_landmark) * W, left, tid);
+      CopyOperand<T, W, L::kLandmarks, kThreads>(projection, place->projection + first_landmark * W,
+                                                 left, tid);
+      CopyOperand<T, W, L::kLandmarks, kThreads>(mean, place->mean + first_landmark * W, left, tid);
     }
     if (L::kStages == 2) issue(0, 0);
     float sum_mean[kRowTiles][W / 8][4] = {}, sum_projection[kRowTiles][W / 8][4] = {};
-    float sum_log_mass[kRowTiles][2] = {}, row_bias[kRowTiles][2];
-    {
-      const float* feature_bias =
-          p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features;
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int landmark = first_landmark + row_landmark + m * 16 + tid % 32 / 4 + 8 * e;
-          row_bias[m][e] =
-              landmark < features
-                  ? (p.log_mass[state * features + landmark] + feature_bias[landmark]) *
-                        p.map.inverse_root
-                  : -kInfinity;
-        }
+    float sum_log_mass[kRowTiles][2] = {};
+    for (int i = tid; i < L::kLandmarks; i += kThreads) {  // visible at [1]
+      const int landmark = first_landmark + i;
+      row_bias[i] =
+          landmark < features
+              ? (place->log_mass[landmark] + place->feature_bias[landmark]) * p.map.inverse_root
+              : -kInfinity;
     }
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
@@ -155,15 +176,17 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-          for (int n = 0; n < 4; ++n)
+          for (int i = 0; i < 4; ++i) {
+            const float own = row_bias[row_landmark + m * 16 + lane / 4 + i / 2 * 8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int n = 0; n < 4; ++n) {
               float &y = x[m][n][i], &d = ds[m][n][i];
-              y = Exp2((y + row_bias[m][i / 2]) * unit);
+              y = Exp2((y + own) * unit);
               d *= y;
               if constexpr (std::is_same_v<T, Half>) d *= scale;
               sum_log_mass[m][i / 2] += d;
             }
+          }
         SumTokens<T, W, kRowTiles>(sum_mean, x, grad_out, j0, lane);
         if (!linear)
           ChainSlope<T, W, kRowTiles>(ds, p.map, projection, row_landmark, queries, j0, lane);
@@ -182,9 +205,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int row = tile * kTile + r0 + lane / 4 + 8 * e;
-          if (row >= rows) continue;
-          T* to = p.grad_query.Row(row0 + row, head);
-          float* sums = p.sum_query + ((row0 + row) * heads + head) * W;
+          if (row >= place->rows) continue;
+          T* to = place->grad_query + static_cast<int64_t>(row) * p.grad_query.stride;
+          float* sums = place->sum_query + static_cast<int64_t>(row) * heads * W;
 #pragma unroll
           for (int n = 0; n < L::kColumns / 8; ++n) {
             const int column = c0 + n * 8 + 2 * (lane % 4);
@@ -202,7 +225,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
     }
 
     const int lane = tid % 32;
-    const int64_t part = blockIdx.x * heads + head;
+    const int64_t part = static_cast<int64_t>(blockIdx.x) * heads + blockIdx.y;
     const float factor = 1.f / scale;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
