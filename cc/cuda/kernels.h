@@ -19,6 +19,10 @@ template <class T>
 Status RunRead(const performer::ReadParams& params, const Device& device);
 template <class T>
 Status RunCausal(const performer::CausalParams& params, const Device& device);
+template <class T>
+Status RunSummarizeGrad(const performer::SummarizeGradParams& params, const Device& device);
+template <class T>
+Status RunReadGrad(const performer::ReadGradParams& params, const Device& device);
 
 inline bool IsNarrow(const Dims& dims) {
   return dims.key_dim <= kNarrow && dims.value_dim <= kNarrow;

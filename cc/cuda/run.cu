@@ -14,6 +14,10 @@ Status RunTyped(Op op, const Call& call, const Device& device) {
       return RunRead<T>(MakeReadParams(call), device);
     case Op::kCausal:
       return RunCausal<T>(MakeCausalParams(call), device);
+    case Op::kSummarizeGrad:
+      return RunSummarizeGrad<T>(MakeSummarizeGradParams(call), device);
+    case Op::kReadGrad:
+      return RunReadGrad<T>(MakeReadGradParams(call), device);
     default:
       return Status::InvalidArgument("this operator has no CUDA kernel");
   }
