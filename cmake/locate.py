@@ -1,8 +1,9 @@
 """Tells CMake where the installed Python packages lie that the build takes headers from.
 
-Prints one line, a CMake list: TensorFlow's folder, TensorFlow's version, pybind11's CMake folder, the
-folder of CUDA's wheels. What is not installed is empty. Packages are found through their import specification and never
-imported: importing TensorFlow takes seconds and would load its libraries into the build.
+Prints one line, a CMake list: TensorFlow's folder, TensorFlow's version, pybind11's CMake folder,
+the folder of CUDA's wheels. What is not installed is empty. Packages are found through their import
+specification and never imported: importing TensorFlow takes seconds and would load its libraries
+into the build.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def provider_version(folder: Path, name: str) -> str:
 
 
 def cuda_wheels() -> Path | None:
-    """Returns the folder that the wheels of tools/cuda-requirements.txt share, as a toolkit has it."""
+    """Returns the folder that the wheels of tools/cuda-requirements.txt share, a toolkit's."""
     nvidia = package_folder("nvidia")
     roots = sorted(nvidia.glob("cu*/bin/nvcc")) if nvidia else []
     return roots[-1].parents[1] if roots else None

@@ -1,7 +1,7 @@
 """The wheels that bring nvcc, where the GPU kernels are asked for and the system has none.
 
-Also a program: prints what `needed` returns, one requirement a line. cmake/cuda.cmake then finds the
-compiler, as it finds that of the system, by the same rules.
+Also a program: prints what `needed` returns, one requirement a line. cmake/cuda.cmake finds the
+compiler by the same rules.
 """
 
 from __future__ import annotations

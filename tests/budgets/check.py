@@ -2,10 +2,10 @@
 
     python tests/budgets/check.py [--library FILE] [--markdown]
 
-For every kernel and architecture in the library (default: the installed performer._core): registers,
-shared memory, blocks per multiprocessor, spills, and the instructions of its main loop, beside the
-limits of limits.toml. Returns 1 where a limit is broken, and where a kernel has none. Needs
-cuobjdump and nvdisasm (on PATH, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) and a
+For every kernel and architecture in the library (default: the installed performer._core):
+registers, shared memory, blocks per multiprocessor, spills, and the instructions of its main loop,
+beside the limits of limits.toml. Returns 1 where a limit is broken, and where a kernel has none.
+Needs cuobjdump and nvdisasm (on PATH, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) and a
 C++ compiler, which gives the shared memory of a launch: it is not part of the machine code.
 """
 
@@ -124,9 +124,7 @@ def kernels_of(library: Path, architecture: str) -> list[Kernel]:
     dump = run(tool("cuobjdump"), "-arch", architecture, "-sass", library)
     usage = run(tool("cuobjdump"), "-arch", architecture, "--dump-resource-usage", library)
     found: dict[str, Kernel] = {}
-    for mangled, registers, stack in re.findall(
-        r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage
-    ):
+    for mangled, registers, stack in re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+)", usage):
         found[mangled] = Kernel(mangled, architecture, int(registers), int(stack))
     code: dict[str, list] = {}
     lines: list = []
@@ -176,8 +174,8 @@ def operation(opcode: str) -> str:
 def loops_of(code: list) -> list[set[int]]:
     """The outermost loops of a kernel, as sets of indices of instructions.
 
-    A loop is a set of instructions each of which may be followed by any other one: a jump to a lower
-    address alone is none, since rarely taken branches lie behind the code and jump back.
+    A loop is a set of instructions each of which may be followed by any other one: a jump to a
+    lower address alone is none, since rarely taken branches lie behind the code and jump back.
     """
     following = successors(code)
     order: list[int] = []  # Kosaraju's algorithm; without recursion, kernels are long
@@ -186,7 +184,7 @@ def loops_of(code: list) -> list[set[int]]:
         stack = [(start, iter(following[start]))] if start not in seen else []
         seen.add(start)
         while stack:
-            at, rest = stack[-1]
+            _, rest = stack[-1]
             after = next((n for n in rest if n not in seen), None)
             if after is None:
                 order.append(stack.pop()[0])
@@ -245,8 +243,12 @@ def add_launches(kernels: list[Kernel], table: dict) -> None:
             asked.append(kernel)
     headers = sorted({f["header"] for f in table["families"].values() if "header" in f})
     program = "\n".join(
-        ["#include <cstdio>", *(f'#include "{header}"' for header in headers)]
-        + ["using namespace performer::cuda;", "int main() {", *lines, "}"]
+        [
+            "#include <cstdio>",
+            *(f'#include "{header}"' for header in headers),
+            "using namespace performer::cuda;",
+            *("int main() {", *lines, "}"),
+        ]
     )
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "launches.cc"), Path(folder, "launches")
@@ -341,7 +343,10 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         widths = [max(map(len, column)) for column in zip(COLUMNS, *rows(kernels), strict=True)]
         for row in (COLUMNS, *rows(kernels)):
-            cells = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                text.ljust(w) if i < 2 else text.rjust(w)
+                for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            ]
             print("  ".join(cells))
     broken = [(kernel, fault) for kernel in kernels for fault in faults(kernel, table)]
     for kernel, fault in broken:

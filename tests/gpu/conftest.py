@@ -6,8 +6,9 @@ everything.
 import importlib.util
 import os
 
-# Here the kernels are tested without TensorFlow, which takes memory of the GPU.
-os.environ.setdefault("PERFORMER_DISABLE_LIBRARY", "1")
-
-# Only a build with PERFORMER_PROBES or PERFORMER_EMULATION has it.
-collect_ignore = [] if importlib.util.find_spec("performer_probes") else ["test_ptx.py"]
+collect_ignore = []
+# Only a build with PERFORMER_PROBES or PERFORMER_EMULATION has the module.
+if not (importlib.util.find_spec("performer_probes") or os.environ.get("PERFORMER_REQUIRE_GPU")):
+    collect_ignore.append("test_ptx.py")
+if importlib.util.find_spec("tensorflow") is None or os.environ.get("PERFORMER_DISABLE_LIBRARY"):
+    collect_ignore.append("test_tensorflow.py")

@@ -1,9 +1,8 @@
-#include "gpu/probes.h"
-
 #include <cstring>
 #include <map>
 
 #include "gpu/probes.cuh"
+#include "gpu/probes.h"
 #if defined(__CUDACC__)
 #include "cuda/errors.h"
 #else
@@ -61,8 +60,8 @@ Status Launch(Kernel kernel, int64_t warps, const uint32_t* in, std::vector<uint
       cuda::ToStatus(cudaMemcpy(given.words(), in, in_bytes, cudaMemcpyHostToDevice), "copying"));
   kernel<<<static_cast<unsigned>(warps), 32, kSharedBytes>>>({given.words(), result.words()});
   PERFORMER_RETURN_IF_ERROR(cuda::ToStatus(cudaGetLastError(), "launching a probe"));
-  return cuda::ToStatus(
-      cudaMemcpy(out->data(), result.words(), out_bytes, cudaMemcpyDeviceToHost), "a probe");
+  return cuda::ToStatus(cudaMemcpy(out->data(), result.words(), out_bytes, cudaMemcpyDeviceToHost),
+                        "a probe");
 }
 
 #else
@@ -98,8 +97,7 @@ std::vector<std::string> Names() {
   return names;
 }
 
-Status Run(const std::string& name, int64_t warps, const uint32_t* in,
-           std::vector<uint32_t>* out) {
+Status Run(const std::string& name, int64_t warps, const uint32_t* in, std::vector<uint32_t>* out) {
   const auto found = Kernels().find(name);
   if (found == Kernels().end()) return Status::InvalidArgument("no probe is called '" + name + "'");
   out->assign(static_cast<size_t>(warps) * 32 * kOut, 0xFFFFFFFFu);

@@ -93,7 +93,11 @@ class Product:
     def random(self, rng, shape):
         """Normal numbers that the operand's type holds exactly."""
         x = rng.normal(size=shape).astype(np.float32)
-        return floats(words(x) & ~np.uint32(0x1FFF)) if self.depth == 8 else x.astype(self.dtype).astype(np.float32)
+        return (
+            floats(words(x) & ~np.uint32(0x1FFF))
+            if self.depth == 8
+            else x.astype(self.dtype).astype(np.float32)
+        )
 
 
 PRODUCTS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,8 @@ def why_not() -> str:
     return torch_kernels.missing()
 
 
+if os.environ.get("PERFORMER_REQUIRE_GPU") and why_not():
+    raise RuntimeError(f"PERFORMER_REQUIRE_GPU is set: {why_not()}")
 needs_gpu = pytest.mark.skipif(bool(why_not()), reason=why_not() or "there is a GPU")
 
 
@@ -47,9 +50,6 @@ def to_numpy(tensor) -> np.ndarray:
 
 def run(op: str, x: dict, **options) -> dict[str, np.ndarray]:
     """An operator on those of the arrays that are its inputs; memory is poisoned before."""
-    inputs = {
-        name: to_torch(x[name], offsets=name == "offsets")
-        for name in signature_names(op)
-    }
+    inputs = {name: to_torch(x[name], offsets=name == "offsets") for name in signature_names(op)}
     results = torch_kernels.run(op, inputs, poison=True, **options)
     return {name: to_numpy(tensor) for name, tensor in results.items()}
