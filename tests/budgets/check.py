@@ -5,8 +5,9 @@
 For every kernel and architecture in the library (default: the installed performer._core):
 registers, shared memory, blocks per multiprocessor, spills, and the instructions of its main loop,
 beside the limits of limits.toml. Returns 1 where a limit is broken, and where a kernel has none.
-Needs cuobjdump and nvdisasm (on PATH, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) and a
-C++ compiler, which gives the shared memory of a launch: it is not part of the machine code.
+
+Needs cuobjdump and nvdisasm (on PATH, or the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)
+and a C++ compiler, which gives the shared memory of a launch: it is no part of the machine code.
 """
 
 from __future__ import annotations
