@@ -18,7 +18,7 @@ build() {
   # Chained, because nothing stops at an error in what `run` calls.
   cmake -S . -B "$1" -GNinja -DPython_EXECUTABLE="$python" -DPERFORMER_EMULATION=ON \
     -DPERFORMER_TENSORFLOW=OFF -DPERFORMER_BINDINGS=OFF "${@:2}" >/dev/null &&
-    cmake --build "$1" --parallel "$(nproc)" --target performer_emulated >/dev/null
+    cmake --build "$1" --parallel "$(nproc)" --target performer_emulated performer_probes >/dev/null
 }
 # tests FOLDER ARGUMENTS...
 tests() {
@@ -49,7 +49,7 @@ run() {
 }
 plain() {
   build build/emulated &&
-    tests build/emulated tests/emulated
+    tests build/emulated tests/emulated tests/gpu/test_ptx.py
 }
 run plain "against the reference" &
 plain_job=$!

@@ -9,7 +9,8 @@ import pytest
 from kit.compare import assert_close, assert_same_bits
 from kit.core import expected, forward, make
 from kit.core_cases import cases
-from kit.emulated import CASES, SCHEDULES, counting, dtypes, run
+from kit.cuda_cases import CASES
+from kit.emulated import SCHEDULES, counting, dtypes, run
 from performer.tolerances import tolerances
 
 FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kit.core import Case, cotangents, forward, make
-from kit.emulated import CASES, run
+from kit.cuda_cases import CASES
+from kit.emulated import run
 
 OPS = ["Summarize", "Read", "Causal"]
 SEGMENTS = Case(batch=1, rows=1060, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S")
