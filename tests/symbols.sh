@@ -13,7 +13,8 @@ fail() {
 exported=$(nm -D --defined-only --format=just-symbols python/performer/_ops.so python/performer/_core.*.so |
   grep -vE '^(PyInit__core|python/.*:|)$' || true)
 [[ -z $exported ]] || fail "exported: $exported"
-cuda=$(nm -D --undefined-only --format=just-symbols python/performer/_ops.so | grep -i '^cuda' || true)
+cuda=$(nm -D --undefined-only --format=just-symbols python/performer/_ops.so python/performer/_core.*.so |
+  grep -E '^(__)?cu(da)?[A-Z]' || true)
 [[ -z $cuda ]] || fail "CUDA symbols to be found elsewhere: $cuda"
 
 # A function that a kernel file shares with other files (an inline or template function outside the

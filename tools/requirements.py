@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cuda_requirements
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -23,6 +25,7 @@ def main() -> None:
     extras = project["project"]["optional-dependencies"]
     build = [r for r in project["build-system"]["requires"] if not r.startswith("tensorflow")]
     wanted = build + project["project"]["dependencies"] + extras["demo"] + extras["test"]
+    wanted += cuda_requirements.needed()
     print(*(r for r in wanted if not r.startswith(name)), sep="\n")
 
 

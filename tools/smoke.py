@@ -16,6 +16,8 @@ def main() -> int:
     print(f"performer {performer.__version__}, TensorFlow {found.running}, ops {found.state}")
     if library.ops() is None:
         return 1
+    if not gpu_kernels_are_there():
+        return 1
 
     random = np.random.default_rng(0)
     query, key, value = (random.normal(size=(2, 100, 4, 16)).astype("float32") for _ in range(3))
@@ -27,6 +29,18 @@ def main() -> int:
         worst = max(worst, float(np.max(np.abs(got - want))))
     print(f"largest difference from the composition: {worst:.1e}")
     return 0 if worst < 1e-4 else 1
+
+
+def gpu_kernels_are_there() -> bool:
+    """Tells whether the ops have kernels for a GPU exactly if the build says that they have."""
+    from tensorflow.python.framework import kernels
+
+    from performer import _build_info
+
+    built = bool(_build_info.CUDA_COMPILER)
+    registered = kernels.get_registered_kernels_for_op("Performer>Causal").kernel
+    print(f"GPU kernels: {_build_info.CUDA_COMPILER or _build_info.CUDA_LEFT_OUT}")
+    return built == any(kernel.device_type == "GPU" for kernel in registered)
 
 
 def composition(query, key, value, projection):

@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "bindings/arrays.h"
+#include "bindings/gpu.h"
 #include "cpu/dispatch.h"
 #include "cpu/run.h"
 
@@ -119,4 +120,5 @@ PYBIND11_MODULE(_core, module) {
         return performer::ElementwiseOf(x, isa, false);
       },
       arg("x"), arg("isa") = "", "log2(x) as the kernels compute it.");
+  performer::bindings::DefineGpu(module);
 }

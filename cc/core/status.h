@@ -5,13 +5,17 @@
 
 namespace performer {
 
-enum class Code { kOk, kInvalidArgument, kResourceExhausted, kInternal };
+enum class Code { kOk, kInvalidArgument, kFailedPrecondition, kResourceExhausted, kInternal };
 
 class [[nodiscard]] Status {
  public:
   Status() = default;
   static Status InvalidArgument(std::string message) {
     return Status(Code::kInvalidArgument, std::move(message));
+  }
+  // What cannot run here as things are: a driver that is too old, a device that is not there.
+  static Status FailedPrecondition(std::string message) {
+    return Status(Code::kFailedPrecondition, std::move(message));
   }
   static Status ResourceExhausted(std::string message) {
     return Status(Code::kResourceExhausted, std::move(message));

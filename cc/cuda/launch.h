@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/call.cuh"
+#include "cuda/errors.h"
 #include "cuda/run.h"
 
 namespace performer {
@@ -22,12 +23,10 @@ inline Status OutOfMemory(int64_t bytes, const char* purpose) {
 }
 
 #if defined(__CUDACC__)
-inline Status ToStatus(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return Status();
-  (void)cudaGetLastError();  // the error is reported here and belongs to nobody else
-  const std::string text = std::string("CUDA: ") + what + ": " + cudaGetErrorString(error);
-  return error == cudaErrorMemoryAllocation ? Status::ResourceExhausted(text)
-                                            : Status::Internal(text);
+// Reports an error and takes it from the runtime, where it would meet somebody else's next call.
+inline Status Taken(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return ToStatus(error, what);
 }
 #endif
 
@@ -55,9 +54,9 @@ class Launcher {
     if (from.empty()) return Status();
 #if defined(__CUDACC__)
     // From pageable memory: returns when the numbers have been read.
-    return ToStatus(cudaMemcpyAsync(copy, from.data(), from.size() * sizeof(int64_t),
-                                    cudaMemcpyHostToDevice, Stream()),
-                    "copying offsets");
+    return Taken(cudaMemcpyAsync(copy, from.data(), from.size() * sizeof(int64_t),
+                                 cudaMemcpyHostToDevice, Stream()),
+                 "copying offsets");
 #else
     std::memcpy(copy, from.data(), from.size() * sizeof(int64_t));
     return Status();
@@ -80,12 +79,12 @@ class Launcher {
 #if defined(__CUDACC__)
     const void* entry = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024)  // more than that has to be asked for
-      PERFORMER_RETURN_IF_ERROR(ToStatus(
+      PERFORMER_RETURN_IF_ERROR(Taken(
           cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           name));
     void* arguments[] = {const_cast<Params*>(&params)};
-    return ToStatus(
-        cudaLaunchKernel(entry, blocks, dim3(threads), arguments, shared_bytes, Stream()), name);
+    return Taken(cudaLaunchKernel(entry, blocks, dim3(threads), arguments, shared_bytes, Stream()),
+                 name);
 #else
     try {
       sim::Launch(blocks, dim3(threads), shared_bytes, [&] { kernel(params); });

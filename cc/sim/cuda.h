@@ -31,8 +31,8 @@ struct alignas(8) float2 {
 #define blockDim (::performer::sim::Here().block_dim)
 #define gridDim (::performer::sim::Here().grid_dim)
 #define __syncthreads() ::performer::sim::SyncThreads(__FILE__ ":" PERFORMER_SIM_TEXT(__LINE__))
-
-inline void __syncwarp(uint32_t mask = 0xffffffffu) { ::performer::sim::SyncWarp(mask); }
+#define __syncwarp() \
+  ::performer::sim::SyncWarp(0xffffffffu, __FILE__ ":" PERFORMER_SIM_TEXT(__LINE__))
 
 namespace performer {
 namespace sim {

@@ -293,8 +293,10 @@ void Collective(uint32_t mask, const char* name, void* slot, void (*apply)(void*
   Park(name);
 }
 
-void SyncWarp(uint32_t mask) {
+void SyncWarp(uint32_t mask, const char* site) {
   Block& block = *g_block;
+  if (block.current->index == 0) Sites().insert(site);
+  if (!TheOptions().skip.empty() && TheOptions().skip == site) return;
   Warp& warp = *block.current->warp;
   const Rendezvous& meeting = Find(warp, mask);
   const auto of_warp = static_cast<unsigned>(&warp - block.warps.data());

@@ -92,8 +92,8 @@ unsigned char* SharedMemory();
 
 // __syncthreads(). `site` is a literal.
 void SyncThreads(const char* site);
-// The only warp operation that orders memory.
-void SyncWarp(uint32_t mask);
+// __syncwarp(), the only warp operation that orders memory.
+void SyncWarp(uint32_t mask, const char* site);
 // Waits for the lanes of the mask, then calls apply(slots, mask) once; slots[lane] is what that
 // lane gave.
 void Collective(uint32_t mask, const char* name, void* slot, void (*apply)(void**, uint32_t));

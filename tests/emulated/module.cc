@@ -126,7 +126,10 @@ PYBIND11_MODULE(performer_emulated, module) {
              "Raises RuntimeError for what a kernel did wrong.");
   module.def("counters", performer::Counters, "Numbers of instructions since the last reset.");
   module.def("reset_counters", [] { sim::TheCounters() = sim::Counters(); });
-  module.def("sites", [] { return sim::Sites(); }, "Barriers and waits reached, \"file:line\".");
+  module.def(
+      "sites", [] { return sim::Sites(); },
+      "Barriers and waits reached since the last reset, \"file:line\".");
+  module.def("reset_sites", [] { sim::Sites().clear(); });
   module.def(
       "races", [] { return py::make_tuple(sim::TheRaces().count, sim::TheRaces().report); },
       "Number of races since the last reset, and the first ones in words.");
@@ -135,4 +138,9 @@ PYBIND11_MODULE(performer_emulated, module) {
              arg("threads") = 64, arg("order") = "random", arg("seed") = 1,
              "A kernel of planted.cuh, with its bug or without; returns its output.");
   module.attr("detects_races") = sim::DetectsRaces();
+#if defined(__SANITIZE_ADDRESS__)
+  module.attr("detects_addresses") = true;
+#else
+  module.attr("detects_addresses") = false;
+#endif
 }

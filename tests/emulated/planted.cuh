@@ -89,7 +89,7 @@ static __global__ void BankConflicts(Params p) {
   uint32_t r[4];
   const int row = threadIdx.x % 32;
   cuda::LdMatrixX4(r, shared + (p.bug ? 128 * (row % 8) : 16 * row));
-  p.out[blockIdx.x * blockDim.x + threadIdx.x] = cuda::AsFloat(r[0]) * 0;
+  p.out[blockIdx.x * blockDim.x + threadIdx.x] = cuda::AsFloat(r[0] & 0);
 }
 
 // One number behind the end of shared memory (for AddressSanitizer).
