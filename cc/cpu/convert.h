@@ -23,8 +23,8 @@ PERFORMER_INLINE constexpr int64_t SizeOf(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Rows that will be wanted soon. They are fetched a few at a time, between the tiles of a product:
-// all at once they would be waited for, as a core has only so many lines on the way.
+// Rows that will be wanted soon. They are fetched a few cache lines at a time, in the course of a
+// product: all at once they would be waited for, as a core has only so many lines on the way.
 class Ahead {
  public:
   explicit Ahead(bool backwards = false) : backwards_(backwards) {}
@@ -36,22 +36,25 @@ class Ahead {
     const int64_t width = rows.width * SizeOf(rows.dtype), step = rows.heads * width;
     const auto at = reinterpret_cast<uintptr_t>(rows.data) +
                     static_cast<uintptr_t>(row * step + rows.head * width);
-    entry_[entries_++] = {at, step, width, n};
-    rows_ += n;
+    entry_[entries_++] = {at, step, width, n, 0};
+    lines_ += n * ((width + kAlignment - 1) / kAlignment);
   }
   // The rows that come after [row, row + n), as many.
   void WantNext(const ConstRows& rows, int64_t row, int64_t n) {
     Want(rows, backwards_ ? row - n : row + n, n);
   }
-  // Of `parts` tiles each takes the same share.
-  PERFORMER_INLINE void Divide(int64_t parts) { share_ = (rows_ + parts - 1) / parts; }
+  // Each of `calls` of Before() fetches the same share.
+  PERFORMER_INLINE void Divide(int64_t calls) { share_ = (lines_ + calls - 1) / calls; }
   PERFORMER_INLINE void Before() {
     for (int64_t i = 0; i < share_ && entries_ > 0; ++i) {
       Entry& entry = entry_[entries_ - 1];
-      for (int64_t b = 0; b < entry.bytes; b += kAlignment)
-        __builtin_prefetch(reinterpret_cast<const void*>(entry.at + static_cast<uintptr_t>(b)));
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(entry.at + static_cast<uintptr_t>(entry.offset)));
+      --lines_;
+      entry.offset += kAlignment;
+      if (entry.offset < entry.bytes) continue;
+      entry.offset = 0;
       entry.at += static_cast<uintptr_t>(entry.step);
-      --rows_;
       if (--entry.rows == 0) --entries_;
     }
   }
@@ -61,11 +64,11 @@ class Ahead {
  private:
   struct Entry {
     uintptr_t at;
-    int64_t step, bytes, rows;
+    int64_t step, bytes, rows, offset;
   };
   static constexpr int64_t kMost = 4;
   Entry entry_[kMost];
-  int64_t entries_ = 0, rows_ = 0, share_ = 0;
+  int64_t entries_ = 0, lines_ = 0, share_ = 0;
   bool backwards_;
 };
 

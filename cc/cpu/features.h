@@ -124,7 +124,7 @@ template <class In, class Acc, class Hook>
 PERFORMER_INLINE void MatMulPanelsWith(const In* a, int64_t lda, int64_t n, const In* panels,
                                        int64_t depth, const Widths& w, Acc* c, Ahead* ahead,
                                        Hook* hook, Acc scale) {
-  ahead->Divide(RoundUp(n, kTileRows) / kTileRows * w.m_panels);
+  ahead->Divide(HookCalls<Acc>(n, depth, w.m_pad));
   for (int64_t m = 0; m < w.m_pad; m += kPanel) {
     const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
     if constexpr (!std::is_same_v<Hook, Ahead>) hook->column = m;
