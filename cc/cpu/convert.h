@@ -12,11 +12,21 @@ struct ConstRows {
   const void* data;
   DType dtype;
   int64_t heads, head, width;
+
+  template <class T>
+  PERFORMER_INLINE const T* At(int64_t row) const {
+    return static_cast<const T*>(data) + (row * heads + head) * width;
+  }
 };
 struct MutableRows {
   void* data;
   DType dtype;
   int64_t heads, head, width;
+
+  template <class T>
+  PERFORMER_INLINE T* At(int64_t row) const {
+    return static_cast<T*>(data) + (row * heads + head) * width;
+  }
 };
 
 PERFORMER_INLINE constexpr int64_t SizeOf(DType dtype) {
@@ -121,7 +131,7 @@ template <class T, class Acc>
 PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t n,
                                     const uint8_t* skip, Acc* to, int64_t stride) {
   const int64_t step = rows.heads * rows.width;
-  const T* from = static_cast<const T*>(rows.data) + row * step + rows.head * rows.width;
+  const T* from = rows.template At<T>(row);
   for (int64_t i = 0; i < n; ++i, from += step, to += stride) {
     if (skip && skip[i]) {
       for (int64_t d = 0; d < stride; ++d) to[d] = 0;
@@ -151,7 +161,7 @@ template <class T, class Acc>
 PERFORMER_INLINE void StoreTypedRows(const MutableRows& rows, int64_t row, int64_t n,
                                      const Acc* from, int64_t stride) {
   const int64_t step = rows.heads * rows.width;
-  T* to = static_cast<T*>(rows.data) + row * step + rows.head * rows.width;
+  T* to = rows.template At<T>(row);
   for (int64_t i = 0; i < n; ++i, to += step, from += stride)
     for (int64_t d = 0; d < rows.width; ++d) Narrow(from[d], to + d);
 }
@@ -166,6 +176,10 @@ void StoreRows(const MutableRows& rows, int64_t row, int64_t n, const Acc* from,
     if (rows.dtype == DType::kHalf) StoreTypedRows<Half>(rows, row, n, from, stride);
   }
 }
+
+// The type in which Acc lies in a tensor.
+template <class Acc>
+constexpr DType kOwnType = sizeof(Acc) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
 
 // x rounded to dtype.
 template <class Acc>
