@@ -53,8 +53,10 @@ class Ahead {
   void WantNext(const ConstRows& rows, int64_t row, int64_t n) {
     Want(rows, backwards_ ? row - n : row + n, n);
   }
-  // Each of `calls` of Before() fetches the same share.
-  PERFORMER_INLINE void Divide(int64_t calls) { share_ = (lines_ + calls - 1) / calls; }
+  // Each of `calls` of Before() fetches the same share; none if a product has no terms.
+  PERFORMER_INLINE void Divide(int64_t calls) {
+    share_ = calls == 0 ? 0 : (lines_ + calls - 1) / calls;
+  }
   PERFORMER_INLINE void Before() {
     for (int64_t i = 0; i < share_ && entries_ > 0; ++i) {
       Entry& entry = entry_[entries_ - 1];
