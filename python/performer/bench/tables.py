@@ -51,10 +51,10 @@ def details(run: dict) -> list[Table]:
 
 
 def times(run: dict) -> list[Table]:
-    """One table for each mode and setting: milliseconds by length and side; Performer's rate."""
+    """One table for each mode, of the main setting: milliseconds by length and side, and rate."""
     fractions = results.groups(run, value="fraction")
     tables = []
-    for group, sides in results.groups(run).items():
+    for group, sides in _of_setting(run, main=True):
         rate = fractions[group].get("performer", {})
         rows = [
             (
@@ -66,6 +66,32 @@ def times(run: dict) -> list[Table]:
         ]
         columns = ("L", *(SIDES[side].label for side in sides), "Performer's fraction")
         tables.append(Table(f"{_title(*group)}, milliseconds", columns, rows))
+    return tables
+
+
+def settings(run: dict) -> list[Table]:
+    """One table for each mode: the other settings, each at its longest length."""
+    fractions = results.groups(run, value="fraction")
+    found: dict = {}
+    for (mode, setting), sides in _of_setting(run, main=False):
+        if "performer" in sides:
+            found.setdefault(mode, []).append((setting, sides))
+    tables = []
+    for mode, entries in found.items():
+        names = list(dict.fromkeys(side for _, sides in entries for side in sides))
+        rows = []
+        for setting, sides in entries:
+            length = max(sides["performer"])
+            rows.append(
+                (
+                    "M={} D={} {}".format(*setting),
+                    str(length),
+                    *(_number(sides.get(side, {}).get(length)) for side in names),
+                    f"{fractions[mode, setting]['performer'][length]:.2f}",
+                )
+            )
+        columns = ("", "L", *(SIDES[side].label for side in names), "Performer's fraction")
+        tables.append(Table(f"{mode}, other settings, milliseconds", columns, rows))
     return tables
 
 
@@ -162,6 +188,13 @@ def notes(run: dict) -> list[str]:
     ]
     failed = [f"failed: {x['message']}" for x in results.of_kind(run, "failed")]
     return [*lines, *reasons, *late, *failed]
+
+
+def _of_setting(run, main):
+    """The groups of times in the main setting, which is the first, or in the others."""
+    groups = results.groups(run)
+    first = next(iter(groups), (None, None))[1]
+    return [(group, sides) for group, sides in groups.items() if (group[1] == first) == main]
 
 
 def _title(mode, setting):
