@@ -124,6 +124,7 @@ def conclusions(run: dict) -> list[Table]:
         )
         for x in results.doublings(run)
     ]
+    comparisons, others = _comparisons(run)
     heads = [
         (
             x["mode"],
@@ -149,6 +150,12 @@ def conclusions(run: dict) -> list[Table]:
     ]
     tables = [
         Table("Faster than exact attention from this length on", ("", "exact", "L"), crossovers, 2),
+        Table(
+            "Time over Performer's (in brackets: if Performer ran at the rate of the product)",
+            ("", "L", *others),
+            comparisons,
+            1,
+        ),
         Table("Performer at twice the length", ("", "L", "time ratio"), doublings, 2),
         Table(
             "One head with 8 times the length against 8 heads",
@@ -188,6 +195,21 @@ def notes(run: dict) -> list[str]:
     ]
     failed = [f"failed: {x['message']}" for x in results.of_kind(run, "failed")]
     return [*lines, *reasons, *late, *failed]
+
+
+def _comparisons(run):
+    """Rows of the main setting, mode by mode and length by length; and the sides' labels."""
+    main = {group for group, _ in _of_setting(run, main=True)}
+    rows: dict = {}
+    for x in results.comparisons(run):
+        if (x["mode"], x["setting"]) in main:
+            row = rows.setdefault((x["mode"], x["length"]), {})
+            row[x["side"]] = f"{x['ratio']:.1f} ({x['limit']:.1f})"
+    names = list(dict.fromkeys(side for row in rows.values() for side in row))
+    return (
+        [(m, str(n), *(row.get(side, "") for side in names)) for (m, n), row in rows.items()],
+        [SIDES[side].label for side in names],
+    )
 
 
 def _of_setting(run, main):
