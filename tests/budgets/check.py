@@ -109,14 +109,17 @@ def tool(name: str) -> str:
 def run(*command: str | Path, given: str | None = None) -> str:
     """Standard output of a program."""
     path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ.get("PATH", "")])
-    return subprocess.run(
+    found = subprocess.run(
         [str(part) for part in command],
-        check=True,
+        check=False,
         capture_output=True,
         text=True,
         input=given,
         env={**os.environ, "PATH": path},
-    ).stdout
+    )
+    if found.returncode != 0:
+        raise SystemExit(f"budgets: {command[0]} failed:\n{found.stderr}")
+    return found.stdout
 
 
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
@@ -257,7 +260,8 @@ def add_launches(kernels: list[Kernel], table: dict) -> None:
         source, binary = Path(folder, "launches.cc"), Path(folder, "launches")
         source.write_text(program)
         compiler = os.environ.get("CXX", "c++").split()
-        run(*compiler, "-std=c++17", "-w", f"-I{ROOT / 'cc'}", source, "-o", binary)
+        flags = ("-std=c++17", "-w", "-O1", "-ffunction-sections", "-Wl,--gc-sections")
+        run(*compiler, *flags, f"-I{ROOT / 'cc'}", source, "-o", binary)
         for kernel, line in zip(asked, run(binary).splitlines(), strict=True):
             kernel.threads, kernel.shared = map(int, line.split())
 
