@@ -48,8 +48,9 @@ Status FromXla(ffi::DataType type, DType* dtype) {
       *dtype = DType::kFloat64;
       return Status();
     default:
-      return Status::InvalidArgument("query, key and value must be float32, bfloat16, half or "
-                                     "float64 in an XLA program; got another type");
+      return Status::InvalidArgument(
+          "query, key and value must be float32, bfloat16, half or "
+          "float64 in an XLA program; got another type");
   }
 }
 

@@ -50,10 +50,10 @@ class PerformerXlaOp : public XlaOpKernel {
       const auto shape = context->InputXlaShape(i);
       OP_REQUIRES_OK(context, shape.status());
       OP_REQUIRES(context, shape->is_static(),
-                  absl::UnimplementedError(absl::StrCat(
-                      SignatureOf(op).inputs[i].name,
-                      " must have a shape that is known when XLA compiles; got ",
-                      xla::ShapeUtil::HumanString(*shape))));
+                  absl::UnimplementedError(
+                      absl::StrCat(SignatureOf(op).inputs[i].name,
+                                   " must have a shape that is known when XLA compiles; got ",
+                                   xla::ShapeUtil::HumanString(*shape))));
       const auto dims = shape->dimensions();
       inputs.push_back({true, {dims.begin(), dims.end()}});
       operands.push_back(context->Input(i));
@@ -83,16 +83,17 @@ class PerformerXlaOp : public XlaOpKernel {
 
 // Not REGISTER_XLA_OP, whose registry is read once, at the first compilation of the process: a
 // library that was loaded after it would not be seen.
-#define PERFORMER_REGISTER_XLA(name, op, device, type, state) \
-  REGISTER_KERNEL_BUILDER(                                    \
-      Name(name).Device(device).TypeConstraint<type>("T").TypeConstraint<state>("U"), PerformerXlaOp<op>)
+#define PERFORMER_REGISTER_XLA(name, op, device, type, state)                         \
+  REGISTER_KERNEL_BUILDER(                                                            \
+      Name(name).Device(device).TypeConstraint<type>("T").TypeConstraint<state>("U"), \
+      PerformerXlaOp<op>)
 #define PERFORMER_REGISTER_DEVICE(name, op, device)                      \
   PERFORMER_REGISTER_XLA(name, op, device, float, float);                \
   PERFORMER_REGISTER_XLA(name, op, device, tensorflow::bfloat16, float); \
   PERFORMER_REGISTER_XLA(name, op, device, Eigen::half, float);          \
   PERFORMER_REGISTER_XLA(name, op, device, double, double)
-#define PERFORMER_REGISTER_LOWERING(name, op)            \
-  PERFORMER_REGISTER_DEVICE(name, op, "XLA_CPU_JIT");    \
+#define PERFORMER_REGISTER_LOWERING(name, op)         \
+  PERFORMER_REGISTER_DEVICE(name, op, "XLA_CPU_JIT"); \
   PERFORMER_REGISTER_DEVICE(name, op, "XLA_GPU_JIT")
 
 PERFORMER_REGISTER_LOWERING("Performer>Summarize", Op::kSummarize);

@@ -6,6 +6,7 @@ import inspect
 import keras
 import tensorflow as tf
 
+from performer import library
 from performer.layers.arguments import (
     Options,
     check_rate,
@@ -138,7 +139,7 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         self._options = options
         self._requested_flash_attention = flash_attention
         if options.linear:
-            self.supports_jit = False
+            self.supports_jit = library.supports_jit()
             if dropout:
                 self._dropped_keys_seed = keras.random.SeedGenerator(self.seed)
 
