@@ -1,6 +1,10 @@
 // XLA kernels: each operator becomes a custom call, which the handlers in _ops.so serve. The only
 // file of _xla.so, so that trouble with XLA leaves the rest alone; and the only one that includes
 // xla_op_kernel.h, which takes half a minute to compile.
+#include <cstring>
+#include <map>
+#include <string>
+
 #include "absl/strings/str_format.h"
 #include "core/signature.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
@@ -30,6 +34,44 @@ xla::Shape RowMajor(xla::PrimitiveType type, const std::vector<int64_t>& dims) {
   return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, dims);
 }
 
+// The number N of packed sequences may be known when the program runs only (tf.where found their
+// starts); XLA then compiles for a bound of it. The operator runs on that many sequences, of which
+// the last are empty, and the results are cut. For each input with such an N, by name:
+using Counts = std::map<std::string, xla::XlaOp>;
+
+// Fills an input up to the bound, and notes its count. `rows` is where empty sequences lie.
+absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows, xla::XlaOp* input,
+                 Counts* counts) {
+  const std::string letter(argument.shape, std::strcspn(argument.shape, " "));
+  bool only_n = letter == "N" || letter == "1|N" || letter == "N+1";
+  for (int axis = 1; axis < static_cast<int>(shape.dimensions().size()); ++axis)
+    only_n &= !shape.is_dynamic_dimension(axis);
+  if (!only_n)
+    return absl::UnimplementedError(
+        absl::StrCat(argument.name, " must have a shape that is known when XLA compiles; got ",
+                     xla::ShapeUtil::HumanString(shape)));
+  xla::XlaBuilder* builder = input->builder();
+  const bool offsets = argument.type == ArgumentType::kOffsets;
+  const xla::XlaOp size = xla::GetDimensionSize(*input, 0);
+  (*counts)[argument.name] = offsets ? size - xla::ConstantR0<int32_t>(builder, 1) : size;
+  const xla::XlaOp row =
+      xla::Iota(builder, xla::ShapeUtil::MakeShape(xla::S32, shape.dimensions()), 0);
+  const xla::XlaOp fill =
+      xla::Broadcast(xla::ConstantR0WithType(builder, shape.element_type(), offsets ? rows : 0),
+                     shape.dimensions());
+  *input = xla::Select(xla::Lt(row, size), xla::RemoveDynamicDimension(*input, 0), fill);
+  return absl::OkStatus();
+}
+
+// An output with as many sequences as there are.
+xla::XlaOp Trim(const Argument& argument, xla::XlaOp output, const Counts& counts) {
+  const std::string shape = argument.shape;
+  const auto count = counts.find(shape[0] == '=' ? shape.substr(1)
+                                 : shape.rfind("N ", 0) == 0 ? "offsets"
+                                                             : "");
+  return count == counts.end() ? output : xla::SetDimensionSize(output, count->second, 0);
+}
+
 template <Op op>
 class PerformerXlaOp : public XlaOpKernel {
  public:
@@ -46,18 +88,17 @@ class PerformerXlaOp : public XlaOpKernel {
     std::vector<xla::XlaOp> operands;
     std::vector<xla::Shape> operand_shapes;
     std::vector<Shape> inputs, outputs;
+    Counts counts;
     for (int i = 0; i < context->num_inputs(); ++i) {
       const auto shape = context->InputXlaShape(i);
       OP_REQUIRES_OK(context, shape.status());
-      OP_REQUIRES(context, shape->is_static(),
-                  absl::UnimplementedError(
-                      absl::StrCat(SignatureOf(op).inputs[i].name,
-                                   " must have a shape that is known when XLA compiles; got ",
-                                   xla::ShapeUtil::HumanString(*shape))));
       const auto dims = shape->dimensions();
       inputs.push_back({true, {dims.begin(), dims.end()}});
       operands.push_back(context->Input(i));
       operand_shapes.push_back(RowMajor(shape->element_type(), inputs.back().dims));
+      if (shape->is_dynamic())
+        OP_REQUIRES_OK(context, Pad(SignatureOf(op).inputs[i], *shape, inputs[0].dims[1],
+                                    &operands.back(), &counts));
     }
     Dims dims;
     OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, inputs, &dims, &outputs)));
@@ -72,8 +113,10 @@ class PerformerXlaOp : public XlaOpKernel {
         configuration_, /*has_side_effect=*/false, /*output_operand_aliasing=*/{},
         /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-    for (size_t i = 0; i < results.size(); ++i)
-      context->SetOutput(static_cast<int>(i), tuple ? xla::GetTupleElement(call, i) : call);
+    for (size_t i = 0; i < results.size(); ++i) {
+      const xla::XlaOp result = tuple ? xla::GetTupleElement(call, i) : call;
+      context->SetOutput(static_cast<int>(i), Trim(SignatureOf(op).outputs[i], result, counts));
+    }
   }
 
  private:
