@@ -45,6 +45,17 @@ def tensor(name: str, x, layouts: tuple[str, ...], dtype: tf.DType | None = None
     return x
 
 
+def max_segments(most, segment_ids):
+    """`most`, a positive int that goes with segment_ids, or None."""
+    if most is None:
+        return None
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_segments must be an integer of at least 1, got {most!r}")
+    if segment_ids is None:
+        raise ValueError(f"max_segments needs segment_ids, got max_segments={most} without them")
+    return most
+
+
 def same(
     name: str,
     axis: int,

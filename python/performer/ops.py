@@ -52,6 +52,7 @@ def favor_attention(
     key_mask=None,
     key_bias=None,
     segment_ids=None,
+    max_segments=None,
     feature_bias=None,
     initial_state=None,
     return_state=False,
@@ -89,9 +90,11 @@ def favor_attention(
             of each key; -inf masks the key.
         segment_ids: integers [B, S]; runs of equal ids are separate sequences (self-attention: L
             must equal S).
+        max_segments: int, at least the number of these runs in all rows together. It changes no
+            result; XLA, to which the number is unknown, otherwise reserves B S states.
         feature_bias: floating, [M], [G, M] or [H, M], added to a; default 0.
         initial_state: `AttentionState` of keys that come before, N = B (with segment_ids: one for
-            each run) or 1.
+            each run, or `max_segments`) or 1.
         return_state: also return the state that includes all keys.
         draw: integer, which draw of the projection this is. It must equal that of `initial_state`.
         feature_map: "softmax"; "relu": b = log(max(u, 0) + feature_epsilon) + key_bias, "elu": b =
@@ -105,7 +108,7 @@ def favor_attention(
     Returns:
         [B, L, H, E], of the type of query; 0, with gradient 0, on rows that may see no key. With
         `return_state` a pair of it and the `AttentionState`: log_mass [N, G, M], mean [N, G, M, E],
-        N = B or, with segment_ids, the runs.
+        N = B or, with segment_ids, the runs (`max_segments` where given, the last ones empty).
 
     Raises:
         ValueError: a rank, size, or option breaks its rule, or draws differ; the message names
@@ -156,9 +159,10 @@ def favor_attention(
                 )
             draw = same_draw(draw, initial_state.draw, "projection and initial_state")
 
+        most = checks.max_segments(max_segments, segment_ids)
         offsets, batch_shape = None, tf.shape(query)
         if segment_ids is not None:
-            offsets = packing.segment_offsets(_segments(segment_ids, query, key))
+            offsets = packing.segment_offsets(_segments(segment_ids, query, key), most)
             bias = tf.broadcast_to(bias, [batch_shape[0], tf.shape(bias)[1], batch_shape[1]])
             bias = tf.transpose(_laid_end_to_end(tf.transpose(bias, [0, 2, 1])), [0, 2, 1])
             query, key, value = (_laid_end_to_end(x) for x in (query, key, value))

@@ -46,11 +46,11 @@ def pack(x: tf.Tensor, offsets: tf.Tensor, length: tf.Tensor | int) -> tf.Tensor
     return tf.where(known, taken, tf.zeros([], x.dtype))[None]
 
 
-def segment_offsets(segment_ids: tf.Tensor) -> tf.Tensor:
+def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tensor:
     """int64 offsets [N + 1] of the runs of equal ids in segment_ids [B, S], rows end to end.
 
-    A run ends where the id changes and at the end of its batch row, so N is known only when the
-    graph runs.
+    A run ends where the id changes and at the end of its batch row. N is their number, known only
+    when the graph runs; or `most`, and then the last ones are empty.
     """
     starts = tf.concat(
         [
@@ -59,5 +59,16 @@ def segment_offsets(segment_ids: tf.Tensor) -> tf.Tensor:
         ],
         1,
     )
-    starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
-    return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)
+    starts = tf.reshape(starts, [-1])
+    if most is None:
+        return tf.concat([tf.where(starts)[:, 0], [tf.size(segment_ids, tf.int64)]], 0)
+    run = tf.cumsum(tf.cast(starts, tf.int64)) - 1
+    check = tf.debugging.assert_less(
+        run,
+        tf.constant(most, tf.int64),
+        message="max_segments must be at least the number of runs in segment_ids",
+        summarize=1,
+    )
+    with tf.control_dependencies([] if check is None else [check]):
+        lengths = tf.math.unsorted_segment_sum(tf.ones_like(run), run, most)
+    return tf.concat([[0], tf.cumsum(lengths)], 0)

@@ -17,8 +17,7 @@ class RandomProjection(keras.layers.Layer):
 
     Draw number n is a function of the saved seed and n alone. A model that is saved, restored
     (in another process, or with another `seed` in its configuration) and trained on therefore
-    meets the projections it would have met without the interruption. (Compiled by XLA, TensorFlow's
-    generators give other numbers; so does a draw there.)
+    meets the projections it would have met without the interruption, compiled by XLA or not.
 
     All state is in weights (none of them trainable, none ever cast): `projection` float32
     `[M, D]`, `draw` int64 (how often it has been redrawn), `calls` int64 (training calls since)
@@ -101,7 +100,9 @@ class RandomProjection(keras.layers.Layer):
             self._features,
             self._dim,
             scaling=self._scaling,
-            seed=tf.random.experimental.stateless_fold_in(stream, tf.cast(draw, tf.int64)),
+            seed=tf.random.experimental.stateless_fold_in(
+                stream, tf.cast(draw, tf.int64), alg="philox"
+            ),
             dtype=tf.float32,
         )
 
