@@ -99,7 +99,9 @@ def test_many_threads_share_a_call():
     """Enough work for the whole pool, and more calls at once than it has threads."""
 
     def attend(*inputs):
-        outs = [favor_attention(*inputs, normal(64, 8, seed=i), causal=i % 2 == 0) for i in range(6)]
+        outs = [
+            favor_attention(*inputs, normal(64, 8, seed=i), causal=i % 2 == 0) for i in range(6)
+        ]
         return tf.stack(outs)
 
     assert_same_bits(attend, *heads(1, 6000))
@@ -116,8 +118,10 @@ def test_a_loop_carries_attention_and_its_gradient():
                 out += favor_attention(out, out, out, projection, causal=True)
         return out, tape.gradient(out, x)
 
-    attend = tf.autograph.to_graph(attend)
-    assert_same_bits(attend, normal(1, 5, 2, 8) / 4)
+    x = normal(1, 5, 2, 8) / 4
+    # The gradient's sums outside the operators are XLA's own.
+    for plain, compiled in zip(*both(tf.autograph.to_graph(attend), x), strict=True):
+        assert_close(compiled, plain, relative=1e-6)
 
 
 @forms
@@ -129,10 +133,11 @@ def test_second_derivatives(causal):
             total = tf.add_n([tf.reduce_sum(x**2) for x in first])
         return tape.gradient(total, inputs)
 
-    inputs = [*heads(1, 4, dtype="float64"), normal(6, 8, dtype="float64")]
-    # Those without XLA are held against the reference elsewhere.
-    for one, other in zip(*both(second, *inputs), strict=True):
-        assert_close(other, one, relative=1e-10)
+    # Two rows, as XLA takes seconds for more; the same without XLA is held against the reference.
+    inputs = [*heads(1, 2, dtype="float64"), normal(3, 8, dtype="float64")]
+    compiled = tf.function(second, jit_compile=True, autograph=False)(*inputs)
+    for one, other in zip(compiled, second(*inputs), strict=True):
+        assert_close(one, other, relative=1e-10)
 
 
 @forms
@@ -152,9 +157,20 @@ def test_packed_sequences_whose_number_is_known_when_the_program_runs(causal, bo
 
         return with_gradients(call, [mass, mean, *inputs])
 
-    state = normal(1, 2, 24), normal(1, 2, 24, 8)
+    compiled = tf.function(attend, jit_compile=True)
     for ids in ([[0, 0, 0, 1, 2], [0, 0, 0, 0, 0]], [[0] * 5, [1] * 5]):
-        assert_same_bits(attend, tf.constant(ids), *state, *heads(2, 5), normal(24, 8))
+        inputs = (
+            tf.constant(ids),
+            normal(1, 2, 24),
+            normal(1, 2, 24, 8),
+            *heads(2, 5),
+            normal(24, 8),
+        )
+        # The states are merged in plain TensorFlow.
+        for one, other in zip(
+            *map(tf.nest.flatten, (compiled(*inputs), attend(*inputs))), strict=True
+        ):
+            assert_close(one, other, relative=1e-6)
 
 
 def test_more_packed_sequences_than_their_bound_are_refused():
