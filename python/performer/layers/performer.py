@@ -14,8 +14,12 @@ from performer.layers.arguments import (
     default_seed,
     split_list,
 )
-from performer.layers.attention import attend, check_call
+from performer.layers.attention import attend
 from performer.layers.projection import HasProjection, RandomProjection
+from performer.layers.visibility import Visibility
+
+# Call arguments that `keras.layers.MultiHeadAttention` does not have.
+ADDED_CALL_ARGUMENTS = ("segment_ids", "prefix_mask")
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -139,6 +143,8 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         self._requested_flash_attention = flash_attention
         if options.linear:
             self.supports_jit = False
+            # `__call__` converts the inputs: Keras would also cast masks and states.
+            self._convert_input_args = False
             if dropout:
                 self._dropped_keys_seed = keras.random.SeedGenerator(self.seed)
 
@@ -156,12 +162,23 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         """Calls the layer; `query` may be a list `[query, value]` or `[query, value, key]`."""
         if isinstance(query, list | tuple) and not args and "value" not in kwargs:
             query, args = split_list(query)
+        if self._options.linear:
+            query, *args = (self._converted(x) for x in (query, *args))
+            kwargs.update((k, self._converted(kwargs[k])) for k in ("value", "key") if k in kwargs)
         return super().__call__(query, *args, **kwargs)
+
+    def _converted(self, x):
+        """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
+        mask = getattr(x, "_keras_mask", None)
+        x = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
+        if mask is not None:
+            x._keras_mask = mask
+        return x
 
     def build(self, query_shape, value_shape, key_shape=None):
         """Creates the weights for inputs of these shapes."""
         if self._options.linear:
-            check_call(query_shape, value_shape, self._attention_axes)
+            Visibility().check(query_shape, value_shape, self._attention_axes)
         super().build(query_shape, value_shape, key_shape)
         if self._options.linear:
             # After the parent's weights, which keep their places in `weights`.
@@ -187,9 +204,12 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        segment_ids=None,
+        prefix_mask=None,
     ):
         """Attention of `query` to `key` and `value`; see the class."""
         if not self._options.linear:
+            _refuse_in_quadratic(segment_ids=segment_ids, prefix_mask=prefix_mask)
             return super().call(
                 query,
                 value,
@@ -202,14 +222,21 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
                 training=training,
                 use_causal_mask=use_causal_mask,
             )
-        check_call(
-            query.shape,
-            value.shape,
-            self._attention_axes,
+        visibility = Visibility(
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
             attention_mask=attention_mask,
-            return_attention_scores=return_attention_scores,
             use_causal_mask=use_causal_mask,
+            segment_ids=segment_ids,
+            prefix_mask=prefix_mask,
         )
+        visibility.check(query.shape, value.shape, self._attention_axes)
+        if visibility.needs_scores(len(self._attention_axes), return_attention_scores):
+            raise ValueError(
+                "`return_attention_scores` must be False and `attention_mask` the same for every "
+                "query, of shape (batch, 1, keys), with attention_method='linear'"
+            )
         # The dense layers know no masks and would warn of losing one: identity leaves it behind,
         # and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
@@ -219,30 +246,33 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
             self._key_dense(key),
             self._value_dense(value),
             projection,
+            visibility,
             axes=self._attention_axes,
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-            attention_mask=attention_mask,
-            use_causal_mask=use_causal_mask,
             dropout=(self._dropout, self._dropped_keys_seed)
             if training and self._dropout
             else None,
             draw=self.draw.value,
             feature_map=self._options.feature_map,
         )
-        if getattr(self, "_use_gate", False):  # not in every version of Keras
-            output = output * self._gate_dense(query)
-        return self._output_dense(output)
+        return self._output_dense(self._gated(output, query))
+
+    def _gated(self, output, query):
+        """The attention output of all heads, gated by the query where the layer has a gate."""
+        # Not every version of Keras has it.
+        return output * self._gate_dense(query) if getattr(self, "_use_gate", False) else output
 
     def compute_output_spec(self, *args, **kwargs):
         """Shape and dtype of the output of a symbolic call, which `call` does not see."""
+        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
+        added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
         if self._options.linear:
-            given = inspect.signature(self.call).bind(*args, **kwargs).arguments
-            names = ("attention_mask", "return_attention_scores", "use_causal_mask")
-            options = {name: given[name] for name in names if name in given}
-            check_call(given["query"].shape, given["value"].shape, self._attention_axes, **options)
-        return super().compute_output_spec(*args, **kwargs)
+            fields = {field.name for field in dataclasses.fields(Visibility)}
+            masks = {k: v for k, v in {**given, **added}.items() if k in fields}
+            visibility = Visibility(**masks)
+            visibility.check(given["query"].shape, given["value"].shape, self._attention_axes)
+        else:
+            _refuse_in_quadratic(**added)
+        return super().compute_output_spec(**given)
 
     def get_config(self):
         """Every argument of the constructor."""
@@ -251,3 +281,14 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
             **dataclasses.asdict(self._options),
             "flash_attention": self._requested_flash_attention,
         }
+
+
+def _refuse_in_quadratic(**arguments):
+    """ValueError for a call argument that the parent does not have."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"`{name}` needs attention_method='linear'. With 'quadratic', which is "
+                "`keras.layers.MultiHeadAttention`, use `attention_mask`. "
+                f"Received: attention_method='quadratic' and `{name}`"
+            )
