@@ -13,27 +13,25 @@ def attend(
     query,
     key,
     value,
-    projection,
+    features,
     visibility,
     *,
     axes,
     dropout=None,
     initial_state=None,
     return_state=False,
-    **options,
 ):
     """FAVOR+ over `axes` of projected inputs, with masks that need no scores.
 
     Args:
         query: `[B, q1, ..., qn, H, D]`; `key` `[B, s1, ..., sn, G, D]` and `value`
             `[B, s1, ..., sn, G, E]` likewise; not multiplied by any scale.
-        projection: float32 `[M, D]`.
+        features: the call's `Features`.
         visibility: the call's `Visibility`, not general.
         axes: attention axes, as `resolve_axes` returns them.
         dropout: a pair of rate and `keras.random.SeedGenerator`; None drops nothing.
         initial_state: `AttentionState` of earlier keys, by folded batch row; or None.
         return_state: whether to return the state after all keys, too.
-        **options: `draw`, `feature_map` and others of `favor_attention`.
 
     Returns:
         `[B, q1, ..., qn, H, E]` in the dtype of `query`; 0 where a query attends to no key. With
@@ -48,7 +46,10 @@ def attend(
             keys = tf.ones(dimensions(folded_key)[:2], tf.bool)
         folded_key, folded_value = (masks.resize(x, length) for x in (folded_key, folded_value))
         keys = None if keys is None else masks.resize(keys, length)
-    bias = None if dropout is None else _dropped_keys(folded_key, *dropout)
+    bias = features.feature_map.key_bias(folded_key)
+    if dropout is not None:
+        dropped = tf.where(dropped_keys(folded_key, *dropout), -float("inf"), 0.0)
+        bias = dropped if bias is None else dropped + _by_head(bias)
     if visibility.prefix_mask is not None:
         # The prefix is the past of every row, its own rows included; causal order is for the rest.
         prefix = masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
@@ -56,7 +57,12 @@ def attend(
         if keys is not None:
             seen, later = seen & keys, later & keys
         past = summarize(
-            folded_key, folded_value, projection, key_mask=seen, key_bias=bias, **options
+            folded_key,
+            folded_value,
+            key_mask=seen,
+            key_bias=bias,
+            draw=features.draw,
+            **features.of_keys(),
         )
         initial_state = past if initial_state is None else merge(initial_state, past)
         keys = later
@@ -67,21 +73,26 @@ def attend(
         folded_query,
         folded_key,
         folded_value,
-        projection,
         causal=causal,
         key_mask=keys,
         key_bias=bias,
         segment_ids=segments,
         initial_state=initial_state,
         return_state=return_state,
-        **options,
+        draw=features.draw,
+        **features.of_both(),
     )
     output, state = output if return_state else (output, None)
-    if visibility.query_mask is not None:
-        exists = masks.fold_mask("query_mask", visibility.query_mask, query, axes)
-        output = tf.where(exists[:, :, tf.newaxis, tf.newaxis], output, tf.zeros_like(output))
-    output = unfold(output, axes, like=query)
+    output = unfold(hide_masked_queries(output, visibility, query, axes), axes, like=query)
     return (output, state) if return_state else output
+
+
+def hide_masked_queries(output, visibility, query, axes):
+    """Folded attention `[B', L, H, E]`, 0 where `query_mask` says that there is no query."""
+    if visibility.query_mask is None:
+        return output
+    exists = masks.fold_mask("query_mask", visibility.query_mask, query, axes)
+    return tf.where(exists[:, :, tf.newaxis, tf.newaxis], output, tf.zeros_like(output))
 
 
 def key_mask(visibility, key, axes):
@@ -98,8 +109,13 @@ def _same_length(query, key):
     return query.shape[1] is not None and query.shape[1] == key.shape[1]
 
 
-def _dropped_keys(key, rate, seed_generator):
-    """Bias float32 `[B', G, S]`: -inf drops a key, with probability `rate`; 0 keeps it."""
+def _by_head(bias):
+    """A key bias as `[B', 1|G, S]`, float32 or float64."""
+    return bias if len(bias.shape) == 3 else bias[:, tf.newaxis]
+
+
+def dropped_keys(key, rate, seed_generator):
+    """Bool `[B', G, S]` for a key `[B', S, G, D]`: True, with probability `rate`, drops it."""
     batch, length, heads, _ = dimensions(key)
     uniform = keras.random.uniform((batch, heads, length), dtype="float32", seed=seed_generator)
-    return tf.where(uniform >= rate, 0.0, -float("inf"))
+    return uniform < rate

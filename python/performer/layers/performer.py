@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from performer.layers.arguments import (
+    DENSE_LIMIT,
     Options,
     check_rate,
     check_seed,
@@ -15,6 +16,9 @@ from performer.layers.arguments import (
     split_list,
 )
 from performer.layers.attention import attend
+from performer.layers.axes import resolve_axes
+from performer.layers.dense import attend_densely, score_shape
+from performer.layers.heads import GroupedHeads
 from performer.layers.projection import HasProjection, RandomProjection
 from performer.layers.visibility import Visibility
 
@@ -23,7 +27,7 @@ ADDED_CALL_ARGUMENTS = ("segment_ids", "prefix_mask")
 
 
 @keras.saving.register_keras_serializable(package="performer")
-class Performer(HasProjection, keras.layers.MultiHeadAttention):
+class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
     """Multi-head attention whose time and memory grow linearly with the sequence.
 
     A `keras.layers.MultiHeadAttention` in which `softmax(query . key)` is replaced by the FAVOR+
@@ -115,20 +119,26 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         scaling=0,
         feature_map="softmax",
         redraw_interval=None,
+        num_key_value_heads=None,
+        dense_limit=DENSE_LIMIT,
         seed=None,
         flash_attention=None,
         **kwargs,
     ):
+        num_heads = check_size("num_heads", num_heads)
         options = Options(
             attention_method=attention_method,
             supports=supports,
             scaling=scaling,
             feature_map=feature_map,
             redraw_interval=redraw_interval,
+            num_key_value_heads=num_key_value_heads,
+            dense_limit=dense_limit,
+            num_heads=num_heads,
             sliding_window=kwargs.get("sliding_window"),
         )
         super().__init__(
-            num_heads=check_size("num_heads", num_heads),
+            num_heads=num_heads,
             key_dim=check_size("key_dim", key_dim),
             value_dim=None if value_dim is None else check_size("value_dim", value_dim),
             dropout=check_rate("dropout", dropout),
@@ -163,7 +173,7 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         if isinstance(query, list | tuple) and not args and "value" not in kwargs:
             query, args = split_list(query)
         if self._options.linear:
-            query, *args = (self._converted(x) for x in (query, *args))
+            query, args = self._converted(query), tuple(self._converted(x) for x in args)
             kwargs.update((k, self._converted(kwargs[k])) for k in ("value", "key") if k in kwargs)
         return super().__call__(query, *args, **kwargs)
 
@@ -179,7 +189,17 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         """Creates the weights for inputs of these shapes."""
         if self._options.linear:
             Visibility().check(query_shape, value_shape, self._attention_axes)
-        super().build(query_shape, value_shape, key_shape)
+        groups = self._options.num_key_value_heads
+        if groups is None or groups == self._num_heads:
+            super().build(query_shape, value_shape, key_shape)
+        else:
+            self._build_grouped(
+                query_shape,
+                value_shape,
+                value_shape if key_shape is None else key_shape,
+                groups,
+                repeats=1 if self._options.linear else self._num_heads // groups,
+            )
         if self._options.linear:
             # After the parent's weights, which keep their places in `weights`.
             self._random_projection = RandomProjection(
@@ -188,6 +208,7 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
                 scaling=self._options.scaling,
                 seed=default_seed() if self.seed is None else self.seed,
                 redraw_interval=self._options.redraw_interval,
+                feature_map=self._options.feature_map,
                 name="random_projection",
             )
             self._random_projection.build()
@@ -232,29 +253,23 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
             prefix_mask=prefix_mask,
         )
         visibility.check(query.shape, value.shape, self._attention_axes)
-        if visibility.needs_scores(len(self._attention_axes), return_attention_scores):
-            raise ValueError(
-                "`return_attention_scores` must be False and `attention_mask` the same for every "
-                "query, of shape (batch, 1, keys), with attention_method='linear'"
-            )
         # The dense layers know no masks and would warn of losing one: identity leaves it behind,
         # and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
-        projection = self._random_projection.current(training)
-        output = attend(
-            self._query_dense(query),
-            self._key_dense(key),
-            self._value_dense(value),
-            projection,
-            visibility,
-            axes=self._attention_axes,
-            dropout=(self._dropout, self._dropped_keys_seed)
-            if training and self._dropout
-            else None,
-            draw=self.draw.value,
-            feature_map=self._options.feature_map,
-        )
-        return self._output_dense(self._gated(output, query))
+        heads = self._query_dense(query), self._key_dense(key), self._value_dense(value)
+        dropout = (self._dropout, self._dropped_keys_seed) if training and self._dropout else None
+        given = {
+            "features": self._random_projection.current_features(training),
+            "visibility": visibility,
+            "axes": self._attention_axes,
+            "dropout": dropout,
+        }
+        if visibility.needs_scores(len(self._attention_axes), return_attention_scores):
+            output, scores = attend_densely(*heads, **given, limit=self._options.dense_limit)
+        else:
+            output, scores = attend(*heads, **given), None
+        output = self._output_dense(self._gated(output, query))
+        return (output, scores) if return_attention_scores else output
 
     def _gated(self, output, query):
         """The attention output of all heads, gated by the query where the layer has a gate."""
@@ -265,20 +280,25 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         """Shape and dtype of the output of a symbolic call, which `call` does not see."""
         given = inspect.signature(self.call).bind(*args, **kwargs).arguments
         added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
-        if self._options.linear:
-            fields = {field.name for field in dataclasses.fields(Visibility)}
-            masks = {k: v for k, v in {**given, **added}.items() if k in fields}
-            visibility = Visibility(**masks)
-            visibility.check(given["query"].shape, given["value"].shape, self._attention_axes)
-        else:
+        if not self._options.linear:
             _refuse_in_quadratic(**added)
-        return super().compute_output_spec(**given)
+            return super().compute_output_spec(**given)
+        fields = {field.name for field in dataclasses.fields(Visibility)}
+        visibility = Visibility(**{k: v for k, v in {**given, **added}.items() if k in fields})
+        shapes = given["query"].shape, given["value"].shape
+        visibility.check(*shapes, self._attention_axes)
+        wanted = given.pop("return_attention_scores", False)
+        output = super().compute_output_spec(**given)
+        axes = resolve_axes(self._attention_axes, len(shapes[0]))
+        if visibility.needs_scores(len(axes), wanted):
+            scores = score_shape(*shapes, axes, self._num_heads, self._options.dense_limit)
+        return (output, keras.KerasTensor(scores, self.compute_dtype)) if wanted else output
 
     def get_config(self):
         """Every argument of the constructor."""
         return {
             **super().get_config(),
-            **dataclasses.asdict(self._options),
+            **self._options.config(),
             "flash_attention": self._requested_flash_attention,
         }
 
