@@ -200,8 +200,8 @@ def _copy_of(model, choice):
     except (NotImplementedError, TypeError) as error:
         raise ValueError(
             f"The model {model.name!r} cannot be made again from its configuration, which "
-            "replacing layers needs. Give each of its own classes a `get_config` (and `from_config`) that "
-            f"does. {error}"
+            "replacing layers needs. Give each of its own classes a `get_config`, and a "
+            f"`from_config` where the constructor does not take it. {error}"
         ) from error
     _carry_weights(model, copy)
     _exchange_inside(copy, choice)
