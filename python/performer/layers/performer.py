@@ -171,8 +171,6 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
             self.supports_jit = False
             # `__call__` converts the inputs: Keras would also cast masks and states.
             self._convert_input_args = False
-            if dropout:
-                self._dropped_keys_seed = keras.random.SeedGenerator(self.seed)
 
     @property
     def attention_method(self):
@@ -273,7 +271,9 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
         # and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
         heads = self._query_dense(query), self._key_dense(key), self._value_dense(value)
-        dropout = (self._dropout, self._dropped_keys_seed) if training and self._dropout else None
+        dropout = None
+        if training and self._dropout:
+            dropout = self._dropout, self._dropout_layer.seed_generator
         given = {
             "features": self._random_projection.current_features(training),
             "visibility": visibility,
