@@ -20,6 +20,7 @@ if _find_spec("tensorflow") is not None:
 
     library.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
+    from performer import callbacks, convert, diagnostics, feature_maps
     from performer.layers import Performer
     from performer.ops import favor_attention
     from performer.projections import orthogonal_projection
@@ -28,8 +29,12 @@ if _find_spec("tensorflow") is not None:
     __all__ = [
         "AttentionState",
         "Performer",
+        "callbacks",
+        "convert",
+        "diagnostics",
         "empty_state",
         "favor_attention",
+        "feature_maps",
         "merge",
         "orthogonal_projection",
         "read",

@@ -54,9 +54,15 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
         scaling: 0 (default) draws the norm of every row of the projection like that of a normal
             vector, which makes the estimator unbiased; 1 sets all norms to sqrt(D).
         feature_map: `"softmax"` (default, FAVOR+), `"relu"` or `"elu"` (the generalised
-            attention of the same paper, which does not approximate softmax).
+            attention of the same paper, which does not approximate softmax), or an object like
+            `performer.feature_maps.FeatureMap`.
         redraw_interval: Number of training calls that a projection serves before the next call
             draws another. Defaults to `None`: one projection for ever. Inference never draws.
+            `performer.callbacks.RedrawProjections` redraws by epochs or batches instead.
+        num_key_value_heads: Number G of heads of key and value, a divisor of `num_heads`; head h
+            of the query uses head h // (num_heads / G). Defaults to `num_heads`.
+        dense_limit: Largest T * S for which scores may be formed, in calls that need them (a
+            general `attention_mask`, `return_attention_scores`). Defaults to 2048 * 2048.
         seed: Integer that seeds projection and dropout, or `None`: taken from Python's random
             generator, which `keras.utils.set_random_seed` fixes.
         flash_attention: As in `MultiHeadAttention`, for quadratic attention; ignored in linear.
@@ -72,22 +78,32 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
         query_mask, value_mask, key_mask: Boolean `(B, T)`, `(B, S)`, `(B, S)`, or all axes but
             the channels; `True` where a position exists. Default to the masks that Keras attached.
             A masked key takes part in nothing; a masked query attends to no key.
-        attention_mask: Boolean `(B, 1, S)`, the same for every query.
-        return_attention_scores: Must be `False` in linear attention, which has no scores.
+        attention_mask: Boolean `(B, T, S)`, `True` where a query may attend to a key; batch may be
+            missing, and any axis 1; `(B, H, T, S)` for a mask of every head. `(B, 1, S)`, the same
+            for every query, stays linear. Any other takes the dense form: the same estimator
+            through `T * S` scores, in float64, for up to `dense_limit` of them.
+        return_attention_scores: Boolean, whether to return the normalised scores of the estimator
+            too: dense form.
         training: Python boolean: whether to drop keys and to follow `redraw_interval`.
         use_causal_mask: Boolean, whether a query attends only to its own and earlier positions
-            (in row-major order of the attention axes). Needs T = S.
+            (in row-major order of the attention axes).
+        segment_ids: Integers `(B, S)`, T = S: a row holds several sequences, runs of equal ids,
+            and a query attends within its own. Linear attention only.
+        prefix_mask: Boolean `(B, S)`, T = S, with `use_causal_mask`: `True` for keys that every
+            query sees, also earlier ones. Linear attention only.
 
     Returns:
         Tensor of the shape of `query`, the last axis replaced by `output_shape` if given, in the
-        compute dtype. A query that attends to no key (masked, or no key left) gets attention 0,
+        compute dtype. With `return_attention_scores` a pair of it and the scores `(B, H, T, S)`,
+        before dropout. A query that attends to no key (masked, or no key left) gets attention 0,
         so its output is the bias of the output layer, as `MultiHeadAttention` documents it. (For
         3-D inputs without dropout that layer in fact returns the mean of all values.)
 
     Raises:
         RuntimeError: `'must have numbers of supports specified'`: linear without `supports`.
         ValueError: an argument outside its range; shapes, axes or masks that do not fit; in
-            linear attention, a sliding window, attention scores or a general `attention_mask`.
+            linear attention, a sliding window, or more scores than `dense_limit`.
+        tf.errors.InvalidArgumentError: the last, where sizes are known only when the graph runs.
 
     Numerics:
         No epsilon and no clamp: sums are taken relative to their largest term, in float32 (or

@@ -180,6 +180,10 @@ class HasProjection:
         """The weight that counts redraws, int64; None if there is none (yet)."""
         return self._random_projection and self._random_projection.draw
 
+    def random_features(self):
+        """The `Features` that inference uses now, for diagnostics; the layer must be built."""
+        return self._random_projection.current_features(training=False)
+
     def redraw(self):
         """Replaces the projection by the next one of its seed, and counts that in `draw`.
 
