@@ -21,7 +21,12 @@ if _find_spec("tensorflow") is not None:
     library.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
     from performer import callbacks, convert, diagnostics, feature_maps
-    from performer.layers import Performer
+    from performer.layers import (
+        Performer,
+        PositionEmbedding,
+        RotaryEmbedding,
+        TokenAndPositionEmbedding,
+    )
     from performer.ops import favor_attention
     from performer.projections import orthogonal_projection
     from performer.state import AttentionState, empty_state, merge, read, summarize
@@ -29,6 +34,9 @@ if _find_spec("tensorflow") is not None:
     __all__ = [
         "AttentionState",
         "Performer",
+        "PositionEmbedding",
+        "RotaryEmbedding",
+        "TokenAndPositionEmbedding",
         "callbacks",
         "convert",
         "diagnostics",

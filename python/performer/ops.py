@@ -9,8 +9,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import checks, packing
-from performer.dispatch import run
 from performer.counters import as_draw, same_draw
+from performer.dispatch import run
 from performer.state import (
     AttentionState,
     checked_state,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from performer import checks, logspace
-from performer.dispatch import run
 from performer.counters import as_draw, as_position, same_draw
+from performer.dispatch import run
 
 
 class AttentionState(NamedTuple):

@@ -39,6 +39,7 @@ class PositionEmbedding(keras.layers.Layer):
         super().__init__(**kwargs)
         self.sequence_length = check_size("sequence_length", sequence_length)
         self.initializer = keras.initializers.get(initializer)
+        self.supports_masking = True
 
     def build(self, inputs_shape):
         """Creates the vectors."""

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from performer.layers.axes import fold, unfold
+from performer.layers.masks import fold_ids
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -104,7 +105,7 @@ def rotate(rotary, x, axes, *, start, segment_ids=None):
         x: `[B, d1, ..., dn, H, D]`.
         axes: attention axes, as `resolve_axes` returns them.
         start: position of the first element of the sequence.
-        segment_ids: folded integers `[B', L]`: positions start again with every run; or None.
+        segment_ids: the call's, or None: positions start again with every run of equal ones.
 
     Returns:
         Tensor of the shape of `x`.
@@ -112,7 +113,8 @@ def rotate(rotary, x, axes, *, start, segment_ids=None):
     folded = fold(x, axes)
     where: dict[str, Any] = {"start_index": start}
     if segment_ids is not None:
-        where = {"positions": positions_in_runs(segment_ids)}
+        ids = fold_ids("segment_ids", segment_ids, x, axes)
+        where = {"positions": positions_in_runs(ids)}
     return unfold(rotary(folded, **where), axes, like=x)
 
 
