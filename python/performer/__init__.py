@@ -23,6 +23,8 @@ if _find_spec("tensorflow") is not None:
     from performer import callbacks, convert, diagnostics, feature_maps
     from performer.layers import (
         Performer,
+        PerformerDecoder,
+        PerformerEncoder,
         PositionEmbedding,
         RotaryEmbedding,
         TokenAndPositionEmbedding,
@@ -34,6 +36,8 @@ if _find_spec("tensorflow") is not None:
     __all__ = [
         "AttentionState",
         "Performer",
+        "PerformerDecoder",
+        "PerformerEncoder",
         "PositionEmbedding",
         "RotaryEmbedding",
         "TokenAndPositionEmbedding",

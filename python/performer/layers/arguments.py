@@ -117,6 +117,11 @@ def default_seed():
     return random.randint(1, 10**9)
 
 
+def clone_initializer(initializer):
+    """Another initializer of the same configuration, so that unseeded numbers differ."""
+    return initializer.__class__.from_config(initializer.get_config())
+
+
 def split_list(inputs):
     """`[query, value]` or `[query, value, key]` of a list call; ValueError for other lengths."""
     if len(inputs) not in (2, 3):

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from performer.layers.arguments import check_size
+from performer.layers.arguments import check_size, clone_initializer
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -133,14 +133,14 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         self.token_embedding = keras.layers.Embedding(
             self.vocabulary_size,
             self.embedding_dim,
-            embeddings_initializer=_clone(self.embeddings_initializer),
+            embeddings_initializer=clone_initializer(self.embeddings_initializer),
             mask_zero=self.mask_zero,
             dtype=self.dtype_policy,
             name="token_embedding",
         )
         self.position_embedding = PositionEmbedding(
             self.sequence_length,
-            initializer=_clone(self.embeddings_initializer),
+            initializer=clone_initializer(self.embeddings_initializer),
             dtype=self.dtype_policy,
             name="position_embedding",
         )
@@ -178,8 +178,3 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
             "embeddings_initializer": keras.initializers.serialize(self.embeddings_initializer),
             "mask_zero": self.mask_zero,
         }
-
-
-def _clone(initializer):
-    """Another initializer of the same configuration, so that its numbers differ."""
-    return initializer.__class__.from_config(initializer.get_config())

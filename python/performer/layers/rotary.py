@@ -84,10 +84,6 @@ class RotaryEmbedding(keras.layers.Layer):
         turned = tf.concat([first * cos - second * sin, second * cos + first * sin], -1)
         return tf.cast(turned, inputs.dtype)
 
-    def compute_output_shape(self, input_shape, **kwargs):
-        """The shape of the inputs."""
-        return input_shape
-
     def get_config(self):
         """Every argument of the constructor."""
         return {
