@@ -21,7 +21,14 @@ if _find_spec("tensorflow") is not None:
     library.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
     from performer import callbacks, convert, diagnostics, feature_maps
-    from performer.layers import Performer
+    from performer.layers import (
+        Performer,
+        PerformerDecoder,
+        PerformerEncoder,
+        PositionEmbedding,
+        RotaryEmbedding,
+        TokenAndPositionEmbedding,
+    )
     from performer.ops import favor_attention
     from performer.projections import orthogonal_projection
     from performer.state import AttentionState, empty_state, merge, read, summarize
@@ -29,6 +36,11 @@ if _find_spec("tensorflow") is not None:
     __all__ = [
         "AttentionState",
         "Performer",
+        "PerformerDecoder",
+        "PerformerEncoder",
+        "PositionEmbedding",
+        "RotaryEmbedding",
+        "TokenAndPositionEmbedding",
         "callbacks",
         "convert",
         "diagnostics",

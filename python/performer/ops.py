@@ -9,8 +9,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import checks, packing
+from performer.counters import as_draw, same_draw
 from performer.dispatch import run
-from performer.draws import as_draw, same_draw
 from performer.state import (
     AttentionState,
     checked_state,
@@ -186,10 +186,10 @@ def favor_attention(
                 **key_inputs,
                 **attributes,
             )
-            state = AttentionState(log_mass, mean, draw)
+            state = AttentionState(log_mass, mean, draw, before.position)
         else:
             log_mass, mean = run("summarize", offsets, **key_inputs, **attributes)
-            state = AttentionState(log_mass, mean, draw)
+            state = AttentionState(log_mass, mean, draw, tf.zeros([], tf.int64))
             if initial_state is not None:
                 state = merge(initial_state, state)
             out = run(

@@ -6,6 +6,8 @@ import numbers
 import random
 from typing import Any
 
+import keras
+
 from performer import feature_maps
 
 METHODS = ("linear", "quadratic")
@@ -33,6 +35,7 @@ class Options:
     redraw_interval: int | None
     num_key_value_heads: int | None
     dense_limit: int
+    rotary_embedding: Any
     num_heads: dataclasses.InitVar[int]
     sliding_window: dataclasses.InitVar[int | None] = None
 
@@ -53,6 +56,12 @@ class Options:
             if value is None and name != "dense_limit":
                 continue
             object.__setattr__(self, name, check_size(name, value))
+        if self.rotary_embedding is not None and not self.linear:
+            raise ValueError(
+                "`rotary_embedding` must be None with attention_method='quadratic', which is "
+                "`keras.layers.MultiHeadAttention` and has no place for it. "
+                f"Received: rotary_embedding={self.rotary_embedding!r}"
+            )
         groups = self.num_key_value_heads
         if groups is not None and num_heads % groups:
             raise ValueError(
@@ -68,7 +77,12 @@ class Options:
     def config(self):
         """The fields, as a layer's config holds them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "feature_map": feature_maps.serialize(self.feature_map)}
+        rotary = self.rotary_embedding
+        return {
+            **values,
+            "feature_map": feature_maps.serialize(self.feature_map),
+            "rotary_embedding": rotary and keras.saving.serialize_keras_object(rotary),
+        }
 
 
 def check_size(name, value):
@@ -101,6 +115,11 @@ def check_seed(name, value):
 def default_seed():
     """A seed from Python's generator, as Keras's own: `keras.utils.set_random_seed` fixes it."""
     return random.randint(1, 10**9)
+
+
+def clone_initializer(initializer):
+    """Another initializer of the same configuration, so that unseeded numbers differ."""
+    return initializer.__class__.from_config(initializer.get_config())
 
 
 def split_list(inputs):

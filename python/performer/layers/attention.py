@@ -6,7 +6,7 @@ import tensorflow as tf
 from performer.layers import masks
 from performer.layers.axes import dimensions, fold, unfold
 from performer.ops import favor_attention
-from performer.state import merge, summarize
+from performer.state import merge, read, summarize
 
 
 def attend(
@@ -40,7 +40,8 @@ def attend(
     keys = key_mask(visibility, key, axes)
     folded_query, folded_key, folded_value = (fold(x, axes) for x in (query, key, value))
     causal = visibility.use_causal_mask
-    if causal:
+    # With a state no key may be left out; the op checks that there are as many as queries.
+    if causal and initial_state is None and not return_state:
         length = dimensions(folded_query)[1]
         if keys is None and not _same_length(folded_query, folded_key):
             keys = tf.ones(dimensions(folded_key)[:2], tf.bool)
@@ -85,6 +86,28 @@ def attend(
     output, state = output if return_state else (output, None)
     output = unfold(hide_masked_queries(output, visibility, query, axes), axes, like=query)
     return (output, state) if return_state else output
+
+
+def summarize_keys(key, value, features, visibility, *, axes, initial_state):
+    """The state of projected keys and values, joined to `initial_state`; arguments as `attend`."""
+    keys = key_mask(visibility, key, axes)
+    folded_key, folded_value = fold(key, axes), fold(value, axes)
+    state = summarize(
+        folded_key,
+        folded_value,
+        key_mask=keys,
+        key_bias=features.feature_map.key_bias(folded_key),
+        draw=features.draw,
+        **features.of_keys(),
+    )
+    return merge(initial_state, state)
+
+
+def read_state(query, features, visibility, state, *, axes):
+    """Attention of projected queries to the keys of a state; arguments and result as `attend`."""
+    folded = fold(query, axes)
+    output = read(folded, state=state, draw=features.draw, **features.of_queries())
+    return unfold(hide_masked_queries(output, visibility, query, axes), axes, like=query)
 
 
 def hide_masked_queries(output, visibility, query, axes):

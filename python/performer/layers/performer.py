@@ -20,14 +20,15 @@ from performer.layers.axes import resolve_axes
 from performer.layers.dense import attend_densely, score_shape
 from performer.layers.heads import GroupedHeads
 from performer.layers.projection import HasProjection, RandomProjection
+from performer.layers.streaming import HasState, advanced, check_call, position_of, with_tensors
 from performer.layers.visibility import Visibility
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
-ADDED_CALL_ARGUMENTS = ("segment_ids", "prefix_mask")
+ADDED_CALL_ARGUMENTS = ("segment_ids", "prefix_mask", "initial_state", "return_state")
 
 
 @keras.saving.register_keras_serializable(package="performer")
-class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
+class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAttention):
     """Multi-head attention whose time and memory grow linearly with the sequence.
 
     A `keras.layers.MultiHeadAttention` in which `softmax(query . key)` is replaced by the FAVOR+
@@ -61,6 +62,8 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
             `performer.callbacks.RedrawProjections` redraws by epochs or batches instead.
         num_key_value_heads: Number G of heads of key and value, a divisor of `num_heads`; head h
             of the query uses head h // (num_heads / G). Defaults to `num_heads`.
+        rotary_embedding: `performer.RotaryEmbedding`, or a layer that is called like it: turns
+            queries and keys by their positions. Linear attention only. Defaults to `None`.
         dense_limit: Largest T * S for which scores may be formed, in calls that need them (a
             general `attention_mask`, `return_attention_scores`). Defaults to 2048 * 2048.
         seed: Integer that seeds projection and dropout, or `None`: taken from Python's random
@@ -91,11 +94,17 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
             and a query attends within its own. Linear attention only.
         prefix_mask: Boolean `(B, S)`, T = S, with `use_causal_mask`: `True` for keys that every
             query sees, also earlier ones. Linear attention only.
+        initial_state: State of keys that come before those of the call, which every query sees:
+            what `get_initial_state`, `summarize` or a call with `return_state` returned. Linear
+            attention only, and not with scores, `segment_ids`, or a causal mask for T other than
+            S. With several attention axes a call holds a part of the first of them.
+        return_state: Boolean, whether to return the state after all keys, too.
 
     Returns:
         Tensor of the shape of `query`, the last axis replaced by `output_shape` if given, in the
         compute dtype. With `return_attention_scores` a pair of it and the scores `(B, H, T, S)`,
-        before dropout. A query that attends to no key (masked, or no key left) gets attention 0,
+        before dropout; with `return_state` a pair of it and the `performer.AttentionState`.
+        A query that attends to no key (masked, or no key left) gets attention 0,
         so its output is the bias of the output layer, as `MultiHeadAttention` documents it. (For
         3-D inputs without dropout that layer in fact returns the mean of all values.)
 
@@ -136,12 +145,15 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
         feature_map="softmax",
         redraw_interval=None,
         num_key_value_heads=None,
+        rotary_embedding=None,
         dense_limit=DENSE_LIMIT,
         seed=None,
         flash_attention=None,
         **kwargs,
     ):
         num_heads = check_size("num_heads", num_heads)
+        if isinstance(rotary_embedding, dict):
+            rotary_embedding = keras.saving.deserialize_keras_object(rotary_embedding)
         options = Options(
             attention_method=attention_method,
             supports=supports,
@@ -150,6 +162,7 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
             redraw_interval=redraw_interval,
             num_key_value_heads=num_key_value_heads,
             dense_limit=dense_limit,
+            rotary_embedding=rotary_embedding,
             num_heads=num_heads,
             sliding_window=kwargs.get("sliding_window"),
         )
@@ -166,6 +179,7 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
             **kwargs,
         )
         self._options = options
+        self._rotary_embedding = rotary_embedding
         self._requested_flash_attention = flash_attention
         if options.linear:
             self.supports_jit = False
@@ -189,6 +203,8 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
         if self._options.linear:
             query, args = self._converted(query), tuple(self._converted(x) for x in args)
             kwargs.update((k, self._converted(kwargs[k])) for k in ("value", "key") if k in kwargs)
+            if kwargs.get("initial_state") is not None:
+                kwargs["initial_state"] = with_tensors(kwargs["initial_state"])
         return super().__call__(query, *args, **kwargs)
 
     def _converted(self, x):
@@ -241,10 +257,17 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
         use_causal_mask=False,
         segment_ids=None,
         prefix_mask=None,
+        initial_state=None,
+        return_state=False,
     ):
         """Attention of `query` to `key` and `value`; see the class."""
         if not self._options.linear:
-            _refuse_in_quadratic(segment_ids=segment_ids, prefix_mask=prefix_mask)
+            _refuse_in_quadratic(
+                segment_ids=segment_ids,
+                prefix_mask=prefix_mask,
+                initial_state=initial_state,
+                return_state=return_state,
+            )
             return super().call(
                 query,
                 value,
@@ -266,25 +289,40 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
             segment_ids=segment_ids,
             prefix_mask=prefix_mask,
         )
-        visibility.check(query.shape, value.shape, self._attention_axes)
+        axes = self._attention_axes
+        visibility.check(query.shape, value.shape, axes)
+        dense = visibility.needs_scores(len(axes), return_attention_scores)
+        if initial_state is not None or return_state:
+            check_call(visibility, (query.shape, value.shape), axes, dense)
         # The dense layers know no masks and would warn of losing one: identity leaves it behind,
         # and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
-        heads = self._query_dense(query), self._key_dense(key), self._value_dense(value)
+        start = position_of(initial_state)
+        heads = (
+            self._rotated(self._query_dense(query), axes, start, segment_ids),
+            self._rotated(self._key_dense(key), axes, start, segment_ids),
+            self._value_dense(value),
+        )
         dropout = None
         if training and self._dropout:
             dropout = self._dropout, self._dropout_layer.seed_generator
         given = {
             "features": self._random_projection.current_features(training),
             "visibility": visibility,
-            "axes": self._attention_axes,
+            "axes": axes,
             "dropout": dropout,
         }
-        if visibility.needs_scores(len(self._attention_axes), return_attention_scores):
+        scores, state = None, None
+        if dense:
             output, scores = attend_densely(*heads, **given, limit=self._options.dense_limit)
+        elif return_state:
+            output, state = attend(*heads, **given, initial_state=initial_state, return_state=True)
+            state = advanced(state, initial_state, key, axes)
         else:
-            output, scores = attend(*heads, **given), None
+            output = attend(*heads, **given, initial_state=initial_state)
         output = self._output_dense(self._gated(output, query))
+        if return_state:
+            return output, state
         return (output, scores) if return_attention_scores else output
 
     def _gated(self, output, query):
@@ -306,8 +344,13 @@ class Performer(HasProjection, GroupedHeads, keras.layers.MultiHeadAttention):
         wanted = given.pop("return_attention_scores", False)
         output = super().compute_output_spec(**given)
         axes = resolve_axes(self._attention_axes, len(shapes[0]))
-        if visibility.needs_scores(len(axes), wanted):
+        dense = visibility.needs_scores(len(axes), wanted)
+        if dense:
             scores = score_shape(*shapes, axes, self._num_heads, self._options.dense_limit)
+        if added.get("initial_state") is not None or added.get("return_state"):
+            check_call(visibility, shapes, axes, dense)
+        if added.get("return_state"):
+            return output, self._state_spec(shapes[0], axes)
         return (output, keras.KerasTensor(scores, self.compute_dtype)) if wanted else output
 
     def get_config(self):

@@ -39,6 +39,10 @@ class Features(NamedTuple):
         """Those of `favor_attention`."""
         return {**self.of_keys(), "feature_bias": self.feature_map.feature_bias(self.projection)}
 
+    def of_queries(self):
+        """Those of `read`."""
+        return {name: value for name, value in self.of_both().items() if name != "key_norm"}
+
 
 class RandomProjection(keras.layers.Layer):
     """Holds and draws the projection `[M, D]` of a `Performer` layer.
