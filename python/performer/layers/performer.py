@@ -297,12 +297,7 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         # The dense layers know no masks and would warn of losing one: identity leaves it behind,
         # and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
-        start = position_of(initial_state)
-        heads = (
-            self._rotated(self._query_dense(query), axes, start, segment_ids),
-            self._rotated(self._key_dense(key), axes, start, segment_ids),
-            self._value_dense(value),
-        )
+        heads = self._heads(query, key, value, position_of(initial_state), segment_ids)
         dropout = None
         if training and self._dropout:
             dropout = self._dropout, self._dropout_layer.seed_generator
@@ -324,6 +319,15 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         if return_state:
             return output, state
         return (output, scores) if return_attention_scores else output
+
+    def _heads(self, query, key, value, start=0, segment_ids=None):
+        """Query, key and value as all heads see them, `[B, ..., H or G, D or E]`."""
+        axes = self._attention_axes
+        return (
+            self._rotated(self._query_dense(query), axes, start, segment_ids),
+            self._rotated(self._key_dense(key), axes, start, segment_ids),
+            self._value_dense(value),
+        )
 
     def _gated(self, output, query):
         """The attention output of all heads, gated by the query where the layer has a gate."""
