@@ -6,6 +6,7 @@ import inspect
 import keras
 import tensorflow as tf
 
+from performer import library
 from performer.layers.arguments import (
     DENSE_LIMIT,
     Options,
@@ -182,7 +183,7 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         self._rotary_embedding = rotary_embedding
         self._requested_flash_attention = flash_attention
         if options.linear:
-            self.supports_jit = False
+            self.supports_jit = library.supports_jit()
             # `__call__` converts the inputs: Keras would also cast masks and states.
             self._convert_input_args = False
 
