@@ -51,7 +51,7 @@ class PerformerOp : public OpKernel {
     std::vector<Shape> outputs;
     OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, call.input_shapes, &call.dims,
                                                      &outputs)));
-    if (attributes_.packed) OP_REQUIRES_OK(context, CheckOffsets(context, call.dims));
+    OP_REQUIRES_OK(context, ToTensorFlow(CheckOffsets(op, call)));
     for (size_t i = 0; i < outputs.size(); ++i) {
       tensorflow::TensorShape shape;
       OP_REQUIRES_OK(context, tensorflow::TensorShape::BuildTensorShape(outputs[i].dims, &shape));
@@ -68,14 +68,6 @@ class PerformerOp : public OpKernel {
   }
 
  private:
-  absl::Status CheckOffsets(OpKernelContext* context, const Dims& dims) const {
-    const Tensor* offsets = nullptr;
-    TF_RETURN_IF_ERROR(context->input("offsets", &offsets));
-    const bool reads = op == Op::kRead || op == Op::kReadGrad;
-    return ToTensorFlow(ValidateOffsets(offsets->flat<int64_t>().data(), dims.sequences,
-                                        reads ? dims.queries : dims.keys));
-  }
-
   DType dtype_ = DType::kFloat32;
   Attributes attributes_;
 };

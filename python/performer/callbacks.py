@@ -12,6 +12,7 @@ from performer.diagnostics import approximation_error
 from performer.layers import Performer
 from performer.layers.arguments import check_size
 from performer.layers.axes import fold
+from performer.layers.streaming import position_of
 
 _SCALAR = 1  # DATA_CLASS_SCALAR of TensorFlow's summary.proto
 
@@ -166,8 +167,14 @@ def _heads_of_calls(layer, positions, found):
 
     @functools.wraps(call)
     def recorded(query, value, key=None, **options):
-        heads = layer.query_dense(query), layer.key_dense(value if key is None else key)
-        found.append((layer, *map(thin, heads)))
+        heads = layer._heads(
+            query,
+            value if key is None else key,
+            value,
+            position_of(options.get("initial_state")),
+            options.get("segment_ids"),
+        )
+        found.append((layer, *map(thin, heads[:2])))
         return call(query, value, key=key, **options)
 
     layer.call = recorded

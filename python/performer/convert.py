@@ -7,6 +7,7 @@ the attention layers of a whole model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -172,8 +173,11 @@ class _Choice:
         if isinstance(layer, keras.layers.GroupQueryAttention):
             config["key_dim"] = config.pop("head_dim")
             config["num_heads"] = config.pop("num_query_heads")
+        config.update(self.arguments)
+        if isinstance(config["dtype"], dict):
+            config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
         try:
-            return Performer.from_config({**config, **self.arguments})
+            return Performer(**config)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"The layer {layer.name!r} cannot be replaced by a Performer: {error}"
@@ -200,8 +204,8 @@ def _copy_of(model, choice):
     except (NotImplementedError, TypeError) as error:
         raise ValueError(
             f"The model {model.name!r} cannot be made again from its configuration, which "
-            "replacing layers needs. Give each of its own classes a `get_config` (and `from_config`) that "
-            f"does. {error}"
+            "replacing layers needs. Give each of its own classes a `get_config`, and a "
+            f"`from_config` where the constructor does not take it. {error}"
         ) from error
     _carry_weights(model, copy)
     _exchange_inside(copy, choice)
@@ -252,7 +256,11 @@ def _own_weights(layer, children):
 
 
 def _exchange_inside(holder, choice):
-    """Exchanges chosen attention layers that the classes of `holder` and others made themselves."""
+    """Exchanges chosen attention layers that the classes of `holder` and others made themselves.
+
+    Returns whether there were any.
+    """
+    exchanged = False
     for child in _children(holder):
         if choice.selects(child):
             new = choice.performer(child)
@@ -260,9 +268,22 @@ def _exchange_inside(holder, choice):
         elif isinstance(child, _GRAPHS) and any(map(choice.selects, _layers_inside(child))):
             new = _copy_of(child, choice)
         else:
-            _exchange_inside(child, choice)
+            exchanged |= _exchange_inside(child, choice)
             continue
         _put(holder, child, new)
+        exchanged = True
+    if exchanged and not isinstance(holder, _GRAPHS):
+        holder.get_config = functools.partial(_refuse_config, type(holder).__name__, holder.name)
+    return exchanged
+
+
+def _refuse_config(kind, name):
+    """In the place of `get_config`."""
+    raise NotImplementedError(
+        f"{kind} {name!r} has attention layers that its class would not make, so it cannot be made "
+        "again from a configuration. Save the weights (`save_weights`), and load them into "
+        "`replace_attention` of the original model."
+    )
 
 
 def _put(holder, old, new):
@@ -283,12 +304,3 @@ def _put(holder, old, new):
             f"The layer {old.name!r} inside {holder.name!r} cannot be replaced: it is in no "
             "attribute, nor in a list or dict that is one"
         )
-
-    def get_config():
-        raise NotImplementedError(
-            f"{type(holder).__name__} {holder.name!r} has attention layers that its class would "
-            "not make, so it cannot be made again from a configuration. Save the weights "
-            "(`save_weights`), and load them into `replace_attention` of the original model."
-        )
-
-    holder.get_config = get_config

@@ -113,9 +113,9 @@ def dense_attention(
         kept = weights
         if dropped_keys is not None:
             kept = softmax(log_weights, visible & ~dropped_keys[:, :, None, None])
-        output = tf.matmul(kept, values[:, :, None])  # [B, G, R, L, E]
-        output = tf.transpose(output, [0, 3, 1, 2, 4])
-        output = tf.reshape(output, [batch, length, heads, dims(output)[-1]])
+        kept = tf.reshape(kept, [batch, groups, repeats * length, keys])
+        output = tf.reshape(tf.matmul(kept, values), [batch, heads, length, dims(values)[-1]])
+        output = tf.transpose(output, [0, 2, 1, 3])
         weights = tf.reshape(weights, [batch, heads, length, keys])
         return tf.cast(output, query.dtype), tf.cast(weights, query.dtype)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import composite, library
-from performer import gradients as gradients  # registers the gradients of the operators
+from performer import gradients as gradients  # registers the gradients of the operators,
+from performer import vectorize as vectorize  # and how loops over them are vectorized
 
 
 def run(operator: str, offsets, **inputs):

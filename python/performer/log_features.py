@@ -23,6 +23,23 @@ def _rounded(projection: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     )
 
 
+def _products(x, projection):
+    """x [..., rows, D] and projection [..., M, D], of as many or fewer axes, to x w [..., rows, M].
+
+    Never by a product of matrices that broadcasts: that of float32 [B, 1, rows, D] by [1, 1, D, M]
+    writes outside its result in TensorFlow 2.21 with oneDNN.
+    """
+    *outer, rows, dim = dims(x)
+    *heads, features, _ = dims(projection)
+    if all(isinstance(size, int) and size == 1 for size in heads):
+        flat = tf.matmul(
+            tf.reshape(x, [-1, dim]), tf.reshape(projection, [features, dim]), transpose_b=True
+        )
+        return tf.reshape(flat, [*outer, rows, features])
+    projection = tf.broadcast_to(projection, [*outer, features, dim])
+    return tf.matmul(x, projection, transpose_b=True)
+
+
 def _log_features(x, projection, feature_map, scale, feature_epsilon, norm):
     """x [..., rows, D] and projection [..., M, D] to log-features without bias [..., rows, M].
 
@@ -35,7 +52,7 @@ def _log_features(x, projection, feature_map, scale, feature_epsilon, norm):
         value if tf.is_tensor(value) else tf.cast(tf.constant(value, tf.float32), x.dtype)
         for value in (scale, feature_epsilon)  # attributes of operators are float32
     )
-    u = tf.matmul(x, projection, transpose_b=True) * tf.sqrt(scale)
+    u = _products(x, projection) * tf.sqrt(scale)
     if feature_map == "softmax":
         return u - scale / 2 * tf.reduce_sum(x * x, -1, keepdims=True) if norm else u
     if feature_map == "relu":

@@ -6,6 +6,7 @@ import inspect
 import keras
 import tensorflow as tf
 
+from performer import library
 from performer.layers.arguments import (
     DENSE_LIMIT,
     Options,
@@ -182,11 +183,9 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         self._rotary_embedding = rotary_embedding
         self._requested_flash_attention = flash_attention
         if options.linear:
-            self.supports_jit = False
+            self.supports_jit = library.supports_jit()
             # `__call__` converts the inputs: Keras would also cast masks and states.
             self._convert_input_args = False
-            if dropout:
-                self._dropped_keys_seed = keras.random.SeedGenerator(self.seed)
 
     @property
     def attention_method(self):
@@ -299,13 +298,10 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         # The dense layers know no masks and would warn of losing one: identity leaves it behind,
         # and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
-        start = position_of(initial_state)
-        heads = (
-            self._rotated(self._query_dense(query), axes, start, segment_ids),
-            self._rotated(self._key_dense(key), axes, start, segment_ids),
-            self._value_dense(value),
-        )
-        dropout = (self._dropout, self._dropped_keys_seed) if training and self._dropout else None
+        heads = self._heads(query, key, value, position_of(initial_state), segment_ids)
+        dropout = None
+        if training and self._dropout:
+            dropout = self._dropout, self._dropout_layer.seed_generator
         given = {
             "features": self._random_projection.current_features(training),
             "visibility": visibility,
@@ -324,6 +320,15 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         if return_state:
             return output, state
         return (output, scores) if return_attention_scores else output
+
+    def _heads(self, query, key, value, start=0, segment_ids=None):
+        """Query, key and value as all heads see them, `[B, ..., H or G, D or E]`."""
+        axes = self._attention_axes
+        return (
+            self._rotated(self._query_dense(query), axes, start, segment_ids),
+            self._rotated(self._key_dense(key), axes, start, segment_ids),
+            self._value_dense(value),
+        )
 
     def _gated(self, output, query):
         """The attention output of all heads, gated by the query where the layer has a gate."""
