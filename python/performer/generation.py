@@ -93,7 +93,7 @@ def generate(
     if initial_state is None:
         _build(model, tokens)
         initial_state = model.get_initial_state(len(rows))
-    loop = _loop(model, temperature == 0, top_k, top_p)
+    loop = _loop(model, len(rows), temperature == 0, top_k, top_p)
     new, state = loop(
         tf.constant(tokens),
         tf.constant(lengths),
@@ -113,32 +113,34 @@ def _build(model, tokens):
         model(tf.constant(tokens[:, :1]))
 
 
-def _loop(model, greedy, top_k, top_p):
+def _loop(model, batch, greedy, top_k, top_p):
     """The compiled loop of a model, kept as long as the model lives and has these weights."""
     weights = tuple(id(weight) for weight in getattr(model, "weights", ()))
     loops = _loops.setdefault(model, {})
     if weights != loops.get("weights"):
         loops.clear()
         loops["weights"] = weights
-    key = greedy, top_k, top_p
+    key = batch, greedy, top_k, top_p
     if key not in loops:
         reference = weakref.ref(model)  # so that the loop does not keep the model alive
 
         def sample(logits, seed):
             return _sample(logits, seed, greedy, top_k, top_p)
 
-        loops[key] = tf.function(
-            lambda *given: _run(reference(), sample, *given), autograph=False, reduce_retracing=True
-        )
+        def run(prompt, lengths, *given):
+            prompt = tf.ensure_shape(prompt, [batch, None])
+            return _run(reference(), sample, prompt, lengths, *given)
+
+        loops[key] = tf.function(run, autograph=False, reduce_retracing=True)
     return loops[key]
 
 
 def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
-    """The loop: reads chunks of what all prompts have, then token by token.
+    """Reads what all prompts have, then goes on token by token.
 
     Args:
         sample: function of logits `(B, V)` and a seed `(2,)` to tokens `(B,)`.
-        prompt, lengths: int32 `(B, P)` and `(B,)`.
+        prompt, lengths: int32 `(B, P)` and `(B,)`, B known.
         count, temperature, seed, end: scalars; `end` is -1 for none.
         state: the model's, before the prompt.
 
@@ -147,23 +149,20 @@ def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
     """
     shortest, longest = tf.reduce_min(lengths), tf.reduce_max(lengths)
     steps = longest - shortest + count  # tokens that come after what all prompts have
-    batch = tf.shape(prompt)[0]
-    written = tf.TensorArray(tf.int32, size=0, dynamic_size=True, element_shape=[prompt.shape[0]])
 
-    def body(position, last, ended, written, state):
-        inside = position < shortest
-        # One traced call serves chunks and single tokens.
-        tokens = tf.cond(
-            inside,
-            lambda: prompt[:, position : tf.minimum(position + _CHUNK, shortest)],
-            lambda: last[:, tf.newaxis],
-        )
-        tokens = tf.ensure_shape(tokens, [prompt.shape[0], None])
-        logits, state = model(tokens, initial_state=state, return_state=True, training=False)
-        position += tf.shape(tokens)[1]
+    def read(tokens, state):
+        return model(tokens, initial_state=state, return_state=True, training=False)
+
+    def read_chunk(position, state):
+        chunk = prompt[:, position : tf.minimum(position + _CHUNK, shortest - 1)]
+        return position + tf.shape(chunk)[1], read(chunk, state)[1]
+
+    def step(index, last, ended, written, state):
+        logits, state = read(last[:, tf.newaxis], state)
         logits = tf.cast(logits[:, -1], tf.float32)
+        position = shortest + index
         check = tf.debugging.Assert(
-            tf.reduce_all(logits == logits), ["the model's logits are NaN at position", position]
+            tf.reduce_all(logits == logits), ["the model's logits are NaN before token", position]
         )
         with tf.control_dependencies([check]):
             scaled = logits / tf.where(temperature > 0, temperature, 1.0)
@@ -173,20 +172,26 @@ def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
             given, prompt[:, tf.minimum(position, longest - 1)], tf.where(ended, end, new)
         )
         ended |= ~given & (new == end)
-        index = position - shortest
-        written = tf.cond(index >= 0, lambda: written.write(index, new), lambda: written)
-        return position, new, ended, written, state
+        return index + 1, new, ended, written.write(index, new), state
 
-    def unfinished(position, last, ended, written, state):
-        del last, written, state
-        return (position < shortest + steps - 1) & ~tf.reduce_all(ended)
-
-    last = tf.zeros([batch], tf.int32)
-    ended = tf.zeros([batch], tf.bool)
-    loop = (tf.constant(0), last, ended, written, state)
-    _, _, _, written, state = tf.while_loop(unfinished, body, loop)
-    tokens = tf.transpose(written.stack())
-    tokens = tf.pad(tokens, [[0, 0], [0, steps - tf.shape(tokens)[1]]], constant_values=end)
+    _, state = tf.while_loop(
+        lambda position, _: position < shortest - 1, read_chunk, (tf.constant(0), state)
+    )
+    written = tf.TensorArray(tf.int32, size=0, dynamic_size=True, element_shape=prompt.shape[:1])
+    index, _, _, written, state = tf.while_loop(
+        lambda index, _, ended, *rest: (index < steps) & ~tf.reduce_all(ended),
+        step,
+        (
+            tf.constant(0),
+            prompt[:, shortest - 1],
+            tf.zeros(prompt.shape[:1], tf.bool),
+            written,
+            state,
+        ),
+    )
+    tokens = tf.pad(
+        tf.transpose(written.stack()), [[0, 0], [0, steps - index]], constant_values=end
+    )
     rows = (lengths - shortest)[:, tf.newaxis] + tf.range(count)
     return tf.gather(tokens, rows, batch_dims=1), state
 
