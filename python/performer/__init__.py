@@ -21,6 +21,7 @@ if _find_spec("tensorflow") is not None:
     library.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
     from performer import callbacks, convert, diagnostics, feature_maps
+    from performer.generation import generate
     from performer.layers import (
         Performer,
         PerformerDecoder,
@@ -29,6 +30,7 @@ if _find_spec("tensorflow") is not None:
         RotaryEmbedding,
         TokenAndPositionEmbedding,
     )
+    from performer.models import StreamingSequential
     from performer.ops import favor_attention
     from performer.projections import orthogonal_projection
     from performer.state import AttentionState, empty_state, merge, read, summarize
@@ -40,6 +42,7 @@ if _find_spec("tensorflow") is not None:
         "PerformerEncoder",
         "PositionEmbedding",
         "RotaryEmbedding",
+        "StreamingSequential",
         "TokenAndPositionEmbedding",
         "callbacks",
         "convert",
@@ -47,6 +50,7 @@ if _find_spec("tensorflow") is not None:
         "empty_state",
         "favor_attention",
         "feature_maps",
+        "generate",
         "merge",
         "orthogonal_projection",
         "read",
