@@ -58,7 +58,9 @@ def main(epochs=8):
     )
     model.fit(*train, batch_size=32, epochs=epochs, verbose=2)
     accuracy = model.evaluate(*held_out, verbose=0)[1]
-    print(f"{len(held_out[0])} pieces held out: {accuracy:.0%} right, {1 / len(PACKAGES):.0%} by chance")
+    print(
+        f"{len(held_out[0])} pieces held out: {accuracy:.0%} right, {1 / len(PACKAGES):.0%} by chance"
+    )
     return accuracy
 
 
