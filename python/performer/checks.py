@@ -122,9 +122,10 @@ def number(name: str, value, *, zero: bool) -> float:
 
 def attributes(feature_map, scale, feature_epsilon) -> dict:
     """The attributes shared by all operators."""
-    if feature_map not in FEATURE_MAPS:
+    if feature_map not in FEATURE_MAPS and not callable(feature_map):
         raise ValueError(
-            f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}"
+            f"feature_map must be one of {', '.join(FEATURE_MAPS)}, or a function of log-features, "
+            f"got {feature_map!r}"
         )
     return {
         "feature_map": feature_map,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import checks, packing
+from performer.counters import as_draw, same_draw
 from performer.dispatch import run
-from performer.draws import as_draw, same_draw
 from performer.state import (
     AttentionState,
     checked_state,
@@ -98,7 +98,8 @@ def favor_attention(
         return_state: also return the state that includes all keys.
         draw: integer, which draw of the projection this is. It must equal that of `initial_state`.
         feature_map: "softmax"; "relu": b = log(max(u, 0) + feature_epsilon) + key_bias, "elu": b =
-            log(elu(u) + 1) + key_bias, and a likewise.
+            log(elu(u) + 1) + key_bias, and a likewise; or a function f: b = f(u) + key_bias, in
+            plain TensorFlow, slower and with features of size S M in memory.
         scale: factor of query.key, above 0; default D**-0.5 for softmax and 1 otherwise.
         key_norm: subtract scale |key|^2 / 2 (softmax only). False where the caller puts a norm into
             key_bias.
@@ -189,10 +190,10 @@ def favor_attention(
                 **key_inputs,
                 **attributes,
             )
-            state = AttentionState(log_mass, mean, draw)
+            state = AttentionState(log_mass, mean, draw, before.position)
         else:
             log_mass, mean = run("summarize", offsets, **key_inputs, **attributes)
-            state = AttentionState(log_mass, mean, draw)
+            state = AttentionState(log_mass, mean, draw, tf.zeros([], tf.int64))
             if initial_state is not None:
                 state = merge(initial_state, state)
             out = run(
