@@ -9,15 +9,10 @@ import tensorflow as tf
 
 from kit.compare import assert_close
 from kit.operators import forms
-from kit.raw_ops import needs_library
-from performer import AttentionState, favor_attention, library
+from kit.xla import needs_xla
+from performer import AttentionState, favor_attention
 
-pytestmark = [
-    needs_library,
-    pytest.mark.skipif(
-        library.xla_status().state != "loaded", reason=library.xla_status().message or "loaded"
-    ),
-]
+pytestmark = needs_xla
 
 
 def normal(*shape, seed=0, dtype="float32"):
