@@ -45,6 +45,7 @@ def test_linear_needs_supports():
         ("seed", 2**63, "integer of 64 bits"),
         ("num_key_value_heads", 0, "positive integer"),
         ("num_key_value_heads", 3, "must divide"),
+        ("max_segments", 0, "positive integer"),
         ("dense_limit", 0, "positive integer"),
         ("dense_limit", None, "positive integer"),
         ("sliding_window", 3, "must be None with attention_method='linear'"),

@@ -136,7 +136,7 @@ def test_second_derivatives(causal):
 
 
 @forms
-@pytest.mark.parametrize("bound", [None, 5])
+@pytest.mark.parametrize("bound", [None, 3])
 def test_packed_sequences_whose_number_is_known_when_the_program_runs(causal, bound):
     def attend(ids, mass, mean, *inputs):
         def call(mass, mean, *inputs):
@@ -174,10 +174,9 @@ def test_more_packed_sequences_than_their_bound_are_refused():
         jit_compile=True,
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match="offsets must end at the number of r"):
-        attend(tf.constant([[0, 1, 2]]), *heads(1, 3), normal(24, 8))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="offsets must end at the number of r"):
-        attend(tf.constant([[0, 1, 2]]), *heads(1, 3), normal(24, 8))
-    assert attend(tf.constant([[0, 1, 1]]), *heads(1, 3), normal(24, 8)).shape == (1, 3, 4, 8)
+        attend(tf.constant([[0, 1, 2], [0, 0, 0]]), *heads(2, 3), normal(24, 8))
+    out = attend(tf.constant([[0, 1, 1], [0, 0, 0]]), *heads(2, 3), normal(24, 8))
+    assert np.all(np.isfinite(out))
 
 
 def test_a_size_known_when_the_program_runs_only_is_refused_by_name():

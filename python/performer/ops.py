@@ -90,11 +90,11 @@ def favor_attention(
             of each key; -inf masks the key.
         segment_ids: integers [B, S]; runs of equal ids are separate sequences (self-attention: L
             must equal S).
-        max_segments: int, at least the number of these runs in all rows together. It changes no
-            result; XLA, to which the number is unknown, otherwise reserves B S states.
+        max_segments: int, the largest number of such runs in a row. Needed for speed under XLA,
+            which otherwise, as it cannot count them, reserves memory for S states of each row.
         feature_bias: floating, [M], [G, M] or [H, M], added to a; default 0.
         initial_state: `AttentionState` of keys that come before, N = B (with segment_ids: one for
-            each run, or `max_segments`) or 1.
+            each run; B max_segments) or 1.
         return_state: also return the state that includes all keys.
         draw: integer, which draw of the projection this is. It must equal that of `initial_state`.
         feature_map: "softmax"; "relu": b = log(max(u, 0) + feature_epsilon) + key_bias, "elu": b =
@@ -109,7 +109,8 @@ def favor_attention(
     Returns:
         [B, L, H, E], of the type of query; 0, with gradient 0, on rows that may see no key. With
         `return_state` a pair of it and the `AttentionState`: log_mass [N, G, M], mean [N, G, M, E],
-        N = B or, with segment_ids, the runs (`max_segments` where given, the last ones empty).
+        N = B or, with segment_ids, the runs, row by row (with max_segments this many for each row,
+        the last ones empty).
 
     Raises:
         ValueError: a rank, size, or option breaks its rule, or draws differ; the message names

@@ -50,7 +50,8 @@ def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tenso
     """int64 offsets [N + 1] of the runs of equal ids in segment_ids [B, S], rows end to end.
 
     A run ends where the id changes and at the end of its batch row. N is their number, known only
-    when the graph runs; or `most`, and then the last ones are empty.
+    when the graph runs. Or N = B most, `most` for each batch row, the last of which are empty; where
+    one has more, the offsets do not reach the end (and an assertion fails, but not under XLA).
     """
     starts = tf.concat(
         [
@@ -59,16 +60,17 @@ def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tenso
         ],
         1,
     )
-    starts = tf.reshape(starts, [-1])
     if most is None:
-        return tf.concat([tf.where(starts)[:, 0], [tf.size(segment_ids, tf.int64)]], 0)
-    run = tf.cumsum(tf.cast(starts, tf.int64)) - 1
+        starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
+        return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)
+    batch = tf.shape(segment_ids)[0]
+    run = tf.cumsum(tf.cast(starts, tf.int32), axis=1) - 1
     check = tf.debugging.assert_less(
-        run,
-        tf.constant(most, tf.int64),
-        message="max_segments must be at least the number of runs in segment_ids",
-        summarize=1,
+        run, most, message="max_segments must be at least the runs in a row of segment_ids"
     )
     with tf.control_dependencies([] if check is None else [check]):
-        lengths = tf.math.unsorted_segment_sum(tf.ones_like(run), run, most)
+        sequence = tf.where(run < most, tf.range(batch)[:, None] * most + run, -1)
+        lengths = tf.math.unsorted_segment_sum(
+            tf.ones_like(sequence, tf.int64), sequence, batch * most
+        )
     return tf.concat([[0], tf.cumsum(lengths)], 0)

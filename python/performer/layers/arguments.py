@@ -34,6 +34,7 @@ class Options:
     feature_map: Any
     redraw_interval: int | None
     num_key_value_heads: int | None
+    max_segments: int | None
     dense_limit: int
     rotary_embedding: Any
     num_heads: dataclasses.InitVar[int]
@@ -51,7 +52,14 @@ class Options:
             )
         _check_choice("scaling", self.scaling, SCALINGS)
         feature_maps.get(self.feature_map)
-        for name in ("supports", "redraw_interval", "num_key_value_heads", "dense_limit"):
+        sizes = (
+            "supports",
+            "redraw_interval",
+            "num_key_value_heads",
+            "max_segments",
+            "dense_limit",
+        )
+        for name in sizes:
             value = getattr(self, name)
             if value is None and name != "dense_limit":
                 continue

@@ -20,6 +20,7 @@ def attend(
     dropout=None,
     initial_state=None,
     return_state=False,
+    max_segments=None,
 ):
     """FAVOR+ over `axes` of projected inputs, with masks that need no scores.
 
@@ -32,6 +33,7 @@ def attend(
         dropout: a pair of rate and `keras.random.SeedGenerator`; None drops nothing.
         initial_state: `AttentionState` of earlier keys, by folded batch row; or None.
         return_state: whether to return the state after all keys, too.
+        max_segments: as the layer's; used with `segment_ids` only.
 
     Returns:
         `[B, q1, ..., qn, H, E]` in the dtype of `query`; 0 where a query attends to no key. With
@@ -78,6 +80,7 @@ def attend(
         key_mask=keys,
         key_bias=bias,
         segment_ids=segments,
+        max_segments=None if segments is None else max_segments,
         initial_state=initial_state,
         return_state=return_state,
         draw=features.draw,

@@ -65,6 +65,9 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
             of the query uses head h // (num_heads / G). Defaults to `num_heads`.
         rotary_embedding: `performer.RotaryEmbedding`, or a layer that is called like it: turns
             queries and keys by their positions. Linear attention only. Defaults to `None`.
+        max_segments: Largest number of sequences in a row of `segment_ids`. Changes no output; give
+            it where XLA compiles the layer, which otherwise, as it cannot count them, reserves
+            memory for S of them in each row. Defaults to `None`.
         dense_limit: Largest T * S for which scores may be formed, in calls that need them (a
             general `attention_mask`, `return_attention_scores`). Defaults to 2048 * 2048.
         seed: Integer that seeds projection and dropout, or `None`: taken from Python's random
@@ -147,6 +150,7 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         redraw_interval=None,
         num_key_value_heads=None,
         rotary_embedding=None,
+        max_segments=None,
         dense_limit=DENSE_LIMIT,
         seed=None,
         flash_attention=None,
@@ -162,6 +166,7 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
             feature_map=feature_map,
             redraw_interval=redraw_interval,
             num_key_value_heads=num_key_value_heads,
+            max_segments=max_segments,
             dense_limit=dense_limit,
             rotary_embedding=rotary_embedding,
             num_heads=num_heads,
@@ -315,7 +320,8 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
             output, state = attend(*heads, **given, initial_state=initial_state, return_state=True)
             state = advanced(state, initial_state, key, axes)
         else:
-            output = attend(*heads, **given, initial_state=initial_state)
+            segments = self._options.max_segments
+            output = attend(*heads, **given, initial_state=initial_state, max_segments=segments)
         output = self._output_dense(self._gated(output, query))
         if return_state:
             return output, state
