@@ -27,7 +27,7 @@ lint: environment
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	find cc tests -name '*.cc' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find cc tests -name '*.cc' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 reference: build
 	$(RUN) tools/reference.py build/reference
@@ -35,7 +35,7 @@ reference: build
 format: environment
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	find cc tests -name '*.cc' -o -name '*.h' | xargs $(VENV)/bin/clang-format -i
+	find cc tests -name '*.cc' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format -i
 
 environment:
 	@sh tools/setup.sh "$(PYTHON)" $(VENV)

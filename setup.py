@@ -2,12 +2,14 @@
 
 Wheels are built in setuptools' own folder. An editable install (`pip install -e .`) keeps its build
 in build/editable-*, and compiles only what has changed. Environment: CXX chooses the compiler,
-CMAKE_ARGS holds further arguments for CMake, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs.
+CMAKE_ARGS holds further arguments for CMake, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs,
+PERFORMER_CUDA says whether the GPU kernels are built (AUTO, ON, OFF; see cmake/cuda.cmake).
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -38,6 +40,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         # Given on every run: what an earlier run remembered may not exist any more.
         configure = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+        configure.append(f"-DPERFORMER_CUDA={os.environ.get('PERFORMER_CUDA') or 'AUTO'}")
         if ninja := tool("ninja"):
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
@@ -79,5 +82,10 @@ def cmake(*arguments):
         raise CompileError(f"CMake failed, see its messages above: {shlex.join(command)}")
 
 
-# The name makes setuptools tag the wheel for this platform; CMakeLists.txt says what is built.
-setup(ext_modules=[Extension("performer._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# The name makes setuptools tag the wheel for this platform; CMakeLists.txt says what is built. What
+# is required for setup, pip installs into the isolated environment of the build.
+setup(
+    ext_modules=[Extension("performer._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=runpy.run_path(str(ROOT / "tools" / "cuda_requirements.py"))["needed"](),
+)

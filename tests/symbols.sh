@@ -10,10 +10,11 @@ fail() {
 }
 
 # Only the module's entry is exported, and no CUDA call is left to the stubs in TensorFlow's library.
-exported=$(nm -D --defined-only --format=just-symbols python/performer/_ops.so python/performer/_core.*.so |
+exported=$(nm -D --defined-only --format=just-symbols python/performer/_*.so |
   grep -vE '^(PyInit__core|python/.*:|)$' || true)
 [[ -z $exported ]] || fail "exported: $exported"
-cuda=$(nm -D --undefined-only --format=just-symbols python/performer/_ops.so | grep -i '^cuda' || true)
+cuda=$(nm -D --undefined-only --format=just-symbols python/performer/_ops.so python/performer/_core.*.so |
+  grep -E '^(__)?cu(da)?[A-Z]' || true)
 [[ -z $cuda ]] || fail "CUDA symbols to be found elsewhere: $cuda"
 
 # A function that a kernel file shares with other files (an inline or template function outside the

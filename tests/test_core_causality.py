@@ -5,33 +5,11 @@ import pytest
 
 from kit.compare import assert_close, assert_same_bits
 from kit.core import Case, cotangents, expected, isas, make, run
+from kit.poison import POISONS, poisoned
 from performer.tolerances import tolerances
 
 PLAIN = Case(batch=1, rows=135, heads=4, groups=2, dim=16, features=10, value_dim=5, bias="1GS")
-SOFT = {"float32": 1e30, "float64": 1e30, "bfloat16": 1e30, "float16": 6e4}
-POISONS = ["noise", "NaN", "inf", "-inf", "huge", "growing", "masked"]
 MAPS = [{}, {"feature_map": "relu"}, {"feature_map": "elu"}]
-
-
-def poisoned(x, poison, t, dtype, only=("query", "key", "value", "key_bias")):
-    """The inputs with everything from row t on replaced."""
-    rng = np.random.default_rng(9)
-    changed = {name: array.copy() for name, array in x.items()}
-    for name in only:
-        rows = changed[name][..., t:] if name == "key_bias" else changed[name][:, t:]
-        noise = rng.normal(size=rows.shape)
-        fill = {
-            "noise": noise,
-            "NaN": np.nan,
-            "inf": np.inf,
-            "-inf": -np.inf,
-            "huge": np.sign(noise) * SOFT[dtype],
-            "growing": noise * 3 + (35.0 * np.arange(rows.shape[-1]) if name == "key_bias" else 0),
-            "masked": -np.inf if name == "key_bias" else np.nan,
-        }[poison]
-        with np.errstate(over="ignore"):
-            rows[...] = np.asarray(fill).astype(rows.dtype)
-    return changed
 
 
 def with_query_gradient(x, incoming, **options):

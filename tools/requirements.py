@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cuda_requirements
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -24,6 +26,7 @@ def main() -> None:
     build = [r for r in project["build-system"]["requires"] if not r.startswith("tensorflow")]
     used = [r for name in ("demo", "docs", "examples", "test") for r in extras[name]]
     wanted = build + project["project"]["dependencies"] + used
+    wanted += cuda_requirements.needed()
     print(*(r for r in wanted if not r.startswith(name)), sep="\n")
 
 

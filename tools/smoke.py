@@ -16,6 +16,8 @@ def main() -> int:
     print(f"performer {performer.__version__}, TensorFlow {found.running}, ops {found.state}")
     if library.ops() is None:
         return 1
+    if not gpu_kernels_are_there():
+        return 1
 
     random = np.random.default_rng(0)
     query, key, value = (random.normal(size=(2, 100, 4, 16)).astype("float32") for _ in range(3))
@@ -25,8 +27,34 @@ def main() -> int:
     for causal, want in zip((False, True), plain, strict=True):
         got = performer.favor_attention(query, key, value, projection[0], causal=causal)
         worst = max(worst, float(np.max(np.abs(got - want))))
+        if library.xla_status().state == "loaded":
+            same = np.array_equal(compiled(query, key, value, projection[0], causal), got)
+            print(f"compiled by XLA: {'the same bits' if same else 'OTHER BITS'}")
+            worst = worst if same else np.inf
+        else:
+            print(library.xla_status().message)
     print(f"largest difference from the composition: {worst:.1e}")
     return 0 if worst < 1e-4 else 1
+
+
+def compiled(query, key, value, projection, causal):
+    """Returns attention, [B, L, H, E], compiled by XLA."""
+    import tensorflow as tf
+
+    attend = tf.function(performer.favor_attention, jit_compile=True)
+    return attend(query, key, value, projection, causal=causal)
+
+
+def gpu_kernels_are_there() -> bool:
+    """Tells whether the ops have kernels for a GPU exactly if the build says that they have."""
+    from tensorflow.python.framework import kernels
+
+    from performer import _build_info
+
+    built = bool(_build_info.CUDA_COMPILER)
+    registered = kernels.get_registered_kernels_for_op("Performer>Causal").kernel
+    print(f"GPU kernels: {_build_info.CUDA_COMPILER or _build_info.CUDA_LEFT_OUT}")
+    return built == any(kernel.device_type == "GPU" for kernel in registered)
 
 
 def composition(query, key, value, projection):

@@ -5,7 +5,7 @@
 
 namespace performer {
 
-enum class Code { kOk, kInvalidArgument, kResourceExhausted };
+enum class Code { kOk, kInvalidArgument, kFailedPrecondition, kResourceExhausted, kInternal };
 
 class [[nodiscard]] Status {
  public:
@@ -13,8 +13,17 @@ class [[nodiscard]] Status {
   static Status InvalidArgument(std::string message) {
     return Status(Code::kInvalidArgument, std::move(message));
   }
+  // What cannot run here as things are: a driver that is too old, a device that is not there.
+  static Status FailedPrecondition(std::string message) {
+    return Status(Code::kFailedPrecondition, std::move(message));
+  }
   static Status ResourceExhausted(std::string message) {
     return Status(Code::kResourceExhausted, std::move(message));
+  }
+
+  // What is neither the caller's fault nor a lack of memory: an error of a driver or a device.
+  static Status Internal(std::string message) {
+    return Status(Code::kInternal, std::move(message));
   }
 
   bool ok() const { return code_ == Code::kOk; }

@@ -15,8 +15,12 @@ inline absl::Status ToTensorFlow(const Status& status) {
       return absl::OkStatus();
     case Code::kInvalidArgument:
       return absl::InvalidArgumentError(status.message());
+    case Code::kFailedPrecondition:
+      return absl::FailedPreconditionError(status.message());
     case Code::kResourceExhausted:
       return absl::ResourceExhaustedError(status.message());
+    case Code::kInternal:
+      break;
   }
   return absl::InternalError(status.message());
 }

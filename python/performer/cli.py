@@ -78,6 +78,20 @@ def _info():
         print(f"compiled core: missing ({error})")
     else:
         print(f"instruction set: {core.isa()} of {', '.join(core.isas())}")
+        print(f"GPU kernels: {_gpu_kernels(core)}")
     for device in tf.config.list_physical_devices():
         print(f"device: {device.name}")
     return 0
+
+
+def _gpu_kernels(core):
+    from performer import _build_info
+
+    if not core.HAS_GPU_KERNELS:
+        return f"left out; {_build_info.CUDA_LEFT_OUT}"
+    built = f"{_build_info.CUDA_COMPILER}, for {', '.join(_build_info.CUDA_TARGETS)}"
+    try:
+        found = ", ".join(gpu["name"] for gpu in core.gpus())
+    except RuntimeError as error:
+        found = str(error)
+    return f"{built}; {found}"

@@ -132,31 +132,39 @@ def cotangents(case: Case, dtype: str = "float32", seed: int = 100) -> dict[str,
     }
 
 
+def signature_names(op: str) -> list[str]:
+    """Names of the inputs of an operator."""
+    return [name for name, *_ in _core.signature(op)["inputs"]]
+
+
 def run(op: str, x: dict, **options) -> dict[str, np.ndarray]:
     """An operator on those of the arrays that are its inputs."""
-    names = [name for name, *_ in _core.signature(op)["inputs"]]
+    names = signature_names(op)
     if op.startswith("Read"):
         options.pop("key_norm", None)
     return _core.run(op, {name: x[name] for name in names}, **options)
 
 
-def forward(x: dict, causal: bool, **options) -> dict[str, np.ndarray]:
-    """out, log_mass, mean: by Causal, or by Summarize and Read (without an initial state)."""
+def forward(x: dict, causal: bool, by=run, **options) -> dict[str, np.ndarray]:
+    """out, log_mass, mean: by Causal, or by Summarize and Read (without an initial state).
+
+    `by` runs an operator, as `run` does.
+    """
     if causal:
-        return run("Causal", x, **options)
-    state = run("Summarize", x, **options)
-    return {**run("Read", {**x, **state}, **options), **state}
+        return by("Causal", x, **options)
+    state = by("Summarize", x, **options)
+    return {**by("Read", {**x, **state}, **options), **state}
 
 
-def backward(x: dict, incoming: dict, causal: bool, **options) -> dict[str, np.ndarray]:
-    """Gradients by input name; `incoming` as `cotangents`."""
-    results = forward(x, causal, **options)
+def backward(x: dict, incoming: dict, causal: bool, by=run, **options) -> dict[str, np.ndarray]:
+    """Gradients by input name; `incoming` as `cotangents`, `by` as `forward`."""
+    results = forward(x, causal, by, **options)
     if causal:
-        grads = run("CausalGrad", {**x, **results, **incoming}, **options)
+        grads = by("CausalGrad", {**x, **results, **incoming}, **options)
     else:
-        grads = run("ReadGrad", {**x, **results, **incoming}, **options)
+        grads = by("ReadGrad", {**x, **results, **incoming}, **options)
         state = {n: incoming[n] + grads.pop(n) for n in ("grad_log_mass", "grad_mean")}
-        grads.update(run("SummarizeGrad", {**x, **results, **state}, **options))
+        grads.update(by("SummarizeGrad", {**x, **results, **state}, **options))
     return {name.removeprefix("grad_"): grad for name, grad in grads.items()}
 
 

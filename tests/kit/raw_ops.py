@@ -6,7 +6,7 @@ import re
 
 import pytest
 import tensorflow as tf
-from tensorflow.python.framework import op_def_registry
+from tensorflow.python.framework import kernels, op_def_registry
 
 from performer import composite, library
 from performer import gradients as gradients  # registers the gradients of the operators
@@ -78,3 +78,9 @@ def composed(op: str, x: dict, **attributes) -> dict:
     if op == "Read":
         attributes.pop("key_norm", None)
     return _named(op, getattr(composite, op.lower())(**arguments(op, x), **attributes))
+
+
+def has_gpu_kernel(op: str) -> bool:
+    """Whether the loaded operators have kernels for GPUs; there need be no GPU."""
+    registered = kernels.get_registered_kernels_for_op(f"Performer>{op}").kernel
+    return any(kernel.device_type == "GPU" for kernel in registered)

@@ -66,7 +66,7 @@ absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows
 // An output with as many sequences as there are.
 xla::XlaOp Trim(const Argument& argument, xla::XlaOp output, const Counts& counts) {
   const std::string shape = argument.shape;
-  const auto count = counts.find(shape[0] == '=' ? shape.substr(1)
+  const auto count = counts.find(shape[0] == '='             ? shape.substr(1)
                                  : shape.rfind("N ", 0) == 0 ? "offsets"
                                                              : "");
   return count == counts.end() ? output : xla::SetDimensionSize(output, count->second, 0);
@@ -133,10 +133,11 @@ class PerformerXlaOp : public XlaOpKernel {
 #define PERFORMER_REGISTER_DEVICE(name, op, device)                      \
   PERFORMER_REGISTER_XLA(name, op, device, float, float);                \
   PERFORMER_REGISTER_XLA(name, op, device, tensorflow::bfloat16, float); \
-  PERFORMER_REGISTER_XLA(name, op, device, Eigen::half, float);          \
-  PERFORMER_REGISTER_XLA(name, op, device, double, double)
-#define PERFORMER_REGISTER_LOWERING(name, op)         \
-  PERFORMER_REGISTER_DEVICE(name, op, "XLA_CPU_JIT"); \
+  PERFORMER_REGISTER_XLA(name, op, device, Eigen::half, float)
+// No GPU kernel takes float64.
+#define PERFORMER_REGISTER_LOWERING(name, op)                      \
+  PERFORMER_REGISTER_DEVICE(name, op, "XLA_CPU_JIT");              \
+  PERFORMER_REGISTER_XLA(name, op, "XLA_CPU_JIT", double, double); \
   PERFORMER_REGISTER_DEVICE(name, op, "XLA_GPU_JIT")
 
 PERFORMER_REGISTER_LOWERING("Performer>Summarize", Op::kSummarize);

@@ -1,11 +1,13 @@
-// What runs when an XLA program reaches a custom call of ours. Registered with TensorFlow's copy of
-// XLA when the library is loaded; custom_call.h has the contract.
+// What the handlers of all platforms do alike: a custom call's operands, results and attributes to
+// a Call, and registration with TensorFlow's copy of XLA. custom_call.h has the contract.
+#pragma once
+#include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "core/params.h"
-#include "cpu/run.h"
 #include "tf/xla/custom_call.h"
-#include "tf/xla/threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla {
@@ -17,23 +19,26 @@ __attribute__((weak)) const XLA_FFI_Api* GetXlaFfiApi();
 }  // namespace xla
 
 namespace performer {
-namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error ToXla(const Status& status) {
+inline ffi::Error ToXla(const Status& status) {
   switch (status.code()) {
     case Code::kOk:
       return ffi::Error::Success();
     case Code::kInvalidArgument:
       return ffi::Error(ffi::ErrorCode::kInvalidArgument, status.message());
+    case Code::kFailedPrecondition:
+      return ffi::Error(ffi::ErrorCode::kFailedPrecondition, status.message());
     case Code::kResourceExhausted:
       return ffi::Error(ffi::ErrorCode::kResourceExhausted, status.message());
+    case Code::kInternal:
+      break;
   }
   return ffi::Error(ffi::ErrorCode::kInternal, status.message());
 }
 
-Status FromXla(ffi::DataType type, DType* dtype) {
+inline Status FromXla(ffi::DataType type, DType* dtype) {
   switch (type) {
     case ffi::DataType::F32:
       *dtype = DType::kFloat32;
@@ -54,7 +59,7 @@ Status FromXla(ffi::DataType type, DType* dtype) {
   }
 }
 
-Shape FromXla(ffi::AnyBuffer::Dimensions dimensions) {
+inline Shape FromXla(ffi::AnyBuffer::Dimensions dimensions) {
   return {true, {dimensions.begin(), dimensions.end()}};
 }
 
@@ -68,8 +73,8 @@ struct CallAttributes {
 };
 
 // Operands and results as the Call of an operator, its shapes accepted by InferShapes.
-Status MakeCall(Op op, const CallAttributes& attributes, ffi::RemainingArgs arguments,
-                ffi::RemainingRets results, Call* call) {
+inline Status MakeCall(Op op, const CallAttributes& attributes, ffi::RemainingArgs arguments,
+                       ffi::RemainingRets results, Call* call) {
   PERFORMER_RETURN_IF_ERROR(
       ParseFeatureMap(std::string(attributes.feature_map), &call->attributes.feature_map));
   call->attributes.scale = attributes.scale;
@@ -92,20 +97,6 @@ Status MakeCall(Op op, const CallAttributes& attributes, ffi::RemainingArgs argu
   return InferShapes(op, call->attributes, call->input_shapes, &call->dims, &outputs);
 }
 
-template <Op op>
-ffi::Error RunOnHost(ffi::ThreadPool pool, std::string_view feature_map, double scale,
-                     bool key_norm, double feature_epsilon, bool packed,
-                     ffi::RemainingArgs arguments, ffi::RemainingRets results) {
-  const auto run = [&]() -> Status {
-    Call call;
-    PERFORMER_RETURN_IF_ERROR(MakeCall(op, {feature_map, scale, key_norm, feature_epsilon, packed},
-                                       arguments, results, &call));
-    PERFORMER_RETURN_IF_ERROR(CheckOffsets(op, call));
-    return cpu::Run(op, call, ThreadsOf(pool));
-  };
-  return ToXla(run());
-}
-
 // Completes a binding that has the context of its platform.
 template <class Binding>
 auto WithArguments(Binding binding) {
@@ -119,15 +110,11 @@ auto WithArguments(Binding binding) {
       .RemainingRets();
 }
 
-template <Op op>
-XLA_FFI_Error* HostHandler(XLA_FFI_CallFrame* frame) {
-  static const auto* const handler =
-      WithArguments(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).To(RunOnHost<op>).release();
-  return handler->Call(frame);
-}
-
-void Register(const XLA_FFI_Api* api, Op op, const char* platform, XLA_FFI_Handler* handler) {
-  // A refusal (XLA would say why) leaves the target unknown, which XLA reports when it compiles.
+// Registers a handler for one operator and platform.
+inline void RegisterHandler(Op op, const char* platform, XLA_FFI_Handler* handler) {
+  if (&ffi::GetXlaFfiApi == nullptr) return;
+  const XLA_FFI_Api* api = ffi::GetXlaFfiApi();
+  // A refusal leaves the target unknown, which XLA reports when it meets it.
   if (XLA_FFI_Error* error =
           ffi::Ffi::RegisterStaticHandler(api, SignatureOf(op).name, platform, handler)) {
     XLA_FFI_Error_Destroy_Args destroy{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
@@ -135,22 +122,4 @@ void Register(const XLA_FFI_Api* api, Op op, const char* platform, XLA_FFI_Handl
   }
 }
 
-template <Op op>
-void RegisterOp(const XLA_FFI_Api* api) {
-  Register(api, op, "Host", HostHandler<op>);
-}
-
-[[maybe_unused]] const bool registered = [] {
-  if (&ffi::GetXlaFfiApi == nullptr) return false;
-  const XLA_FFI_Api* api = ffi::GetXlaFfiApi();
-  RegisterOp<Op::kSummarize>(api);
-  RegisterOp<Op::kRead>(api);
-  RegisterOp<Op::kCausal>(api);
-  RegisterOp<Op::kSummarizeGrad>(api);
-  RegisterOp<Op::kReadGrad>(api);
-  RegisterOp<Op::kCausalGrad>(api);
-  return true;
-}();
-
-}  // namespace
 }  // namespace performer

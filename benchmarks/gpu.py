@@ -1,0 +1,119 @@
+"""Times the GPU kernels beside torch's flash attention and an unfused composition in torch.
+
+    python benchmarks/gpu.py [--output FOLDER] [--seconds N] [--lengths L ...]
+
+Needs a GPU, torch and a build with the GPU kernels; not TensorFlow. Every side is checked against
+float64 first, and not timed where it is wrong. The most telling cases come first: what does not fit
+into the time is listed. Writes gpu.json, gpu.md and gpu.png. Returns 1 where a result was wrong, 2
+for a wrong argument, 3 where nothing can be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpukit import cases, checking, report, sides, timing
+from performer.bench import torch_kernels
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(prog="gpu.py", description=__doc__.splitlines()[0])
+    made.add_argument("--output", type=Path, default=Path("performer-gpu"), metavar="FOLDER")
+    made.add_argument("--seconds", type=float, default=240.0, help="to measure in (default 240)")
+    made.add_argument(
+        "--lengths", type=int, nargs="+", default=list(cases.LENGTHS), help="multiples of 256"
+    )
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    options = parser().parse_args(arguments)
+    if wrong := [n for n in options.lengths if n < 256 or n % 256]:
+        print(f"gpu.py: --lengths must be multiples of 256; got {wrong[0]}", file=sys.stderr)
+        return 2
+    if options.seconds <= 0:
+        print(f"gpu.py: --seconds must be positive; got {options.seconds}", file=sys.stderr)
+        return 2
+    if reason := torch_kernels.missing():
+        print(f"gpu.py: nothing to measure: {reason}", file=sys.stderr)
+        return 3
+    deadline = time.monotonic() + options.seconds
+    timer = timing.Timer()
+    run = {"machine": machine(), "rates": timer.rates(), "records": []}
+    wrong_results = 0
+    for case in cases.plan(options.lengths):
+        for record in measure(case, timer, deadline):
+            run["records"].append(record)
+            if "left_out" not in record:
+                print(f"{record['side']:12s} {case}: {record['median']:.3f} ms", flush=True)
+            wrong_results += record.get("wrong", False)
+    report.show(run)
+    print(*report.write(run, options.output), sep="\n")
+    return 1 if wrong_results else 0
+
+
+def measure(case, timer, deadline: float) -> list[dict]:
+    """One record for each side, checked before it is timed."""
+    import torch
+
+    records, x = [], None
+    for name, side in sides.SIDES.items():
+        record = {**dataclasses.asdict(case), "side": name}
+        records.append(record)
+        if time.monotonic() > deadline:
+            record["left_out"] = "no time"
+            continue
+        try:
+            x = sides.make_inputs(case) if x is None else x
+            made = side(case, x)
+            call = made.forward
+            if case.part == cases.BACKWARD:
+                made.forward()
+                call = made.backward
+            record["error"] = checking.error(name, case, x, call())
+            bound = checking.BOUNDS[name][case.part]
+            if record["error"] is not None and not record["error"] <= bound:
+                record["left_out"] = f"{side.label} is wrong: {record['error']:.1e}, bound {bound}"
+                record["wrong"] = True
+                continue
+            record.update(timer.milliseconds(call))
+        except torch.OutOfMemoryError:
+            record["left_out"] = f"{side.label}: out of memory"
+        except (MemoryError, RuntimeError) as error:
+            record["left_out"] = f"{side.label}: {str(error).splitlines()[0]}"
+            record["wrong"] = name == "performer"
+    del x
+    torch.cuda.empty_cache()
+    return records
+
+
+def machine() -> dict:
+    """Facts that belong beside every figure."""
+    import torch
+
+    from performer import _build_info
+
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split("\n")[0]
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "kernels": f"{_build_info.VERSION} ({_build_info.CUDA_COMPILER})",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

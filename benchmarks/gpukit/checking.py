@@ -1,0 +1,63 @@
+"""Each side against float64, on one head, before it is timed."""
+
+from __future__ import annotations
+
+from gpukit import cases, sides
+
+# Relative rms in bfloat16: the promise of performer.tolerances, and what the others reach.
+BOUNDS = {
+    "performer": {cases.FORWARD: 4e-3, cases.BACKWARD: 8e-3},
+    "flash": {cases.FORWARD: 1e-2, cases.BACKWARD: 2e-2},
+    "composition": {cases.FORWARD: 3e-2, cases.BACKWARD: 6e-2},
+}
+LAST = 64  # rows of exact attention that are compared: the last ones, against all keys
+LONGEST = 4096  # rows of a gradient in float64
+
+
+def error(side: str, case, x: dict, results) -> float | None:
+    """The relative rms error of a side's results, the largest one; None: too long to be checked.
+
+    Args:
+        side: of `sides.SIDES`.
+        case: its case.
+        x: `sides.make_inputs` of the case.
+        results: out, or the gradients of query, key and value; [B, L, H, D].
+    """
+    linear = sides.SIDES[side].linear
+    if case.part == cases.BACKWARD and case.length > LONGEST:
+        return None
+    q, k, v, g = (x[n][0, :, 0].double()[None, None] for n in (*sides.INPUTS, "grad_out"))
+    w = x["projection"].double()
+
+    def attention(q, k, v):
+        return sides.compose(q, k, v, w, case.causal) if linear else exact(q, k, v, case.causal)
+
+    if case.part == cases.FORWARD:
+        wanted = [attention(q, k, v) if linear else attention(q[..., -LAST:, :], k, v)]
+        got = [results]
+    else:
+        import torch
+
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        wanted = torch.autograd.grad(attention(*leaves), leaves, g)
+        got = results
+    return max(
+        _distance(mine[0, :, 0].double()[-theirs.shape[-2] :], theirs[0, 0])
+        for mine, theirs in zip(got, wanted, strict=True)
+    )
+
+
+def exact(query, key, value, causal: bool):
+    """Softmax attention; the queries are the last rows of the sequence."""
+    import torch
+
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if causal:
+        rows, keys = scores.shape[-2:]
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=scores.device).tril(keys - rows)
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return torch.softmax(scores, -1) @ value
+
+
+def _distance(mine, theirs) -> float:
+    return float((mine - theirs).square().mean().sqrt() / theirs.square().mean().sqrt())

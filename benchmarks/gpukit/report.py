@@ -1,0 +1,185 @@
+"""Tables, JSON and the plot of a run.
+
+A run is a dict, the content of gpu.json: `machine` (facts), `rates` (product in TFLOP/s, copy in
+GB/s) and `records`, each with the fields of its case, `side` and either the times (`median`,
+`minimum`, `repeats`, `graph`) and `error`, or `left_out`, the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from gpukit import cases, sides
+from performer.bench.results import crossover
+
+COLUMNS = ("", "M", "D", "L", *(side.label + ", ms" for side in sides.SIDES.values()))
+COLUMNS += ("TFLOP/s", "of product", "of copy", "flash / Performer")
+
+
+def case_of(record: dict) -> cases.GpuCase:
+    """The case of a record."""
+    return cases.GpuCase(**{f.name: record[f.name] for f in dataclasses.fields(cases.GpuCase)})
+
+
+def by_case(run: dict) -> dict:
+    """{case: {side: record}}, in the order of plan()."""
+    found: dict = {}
+    for record in run["records"]:
+        found.setdefault(case_of(record), {})[record["side"]] = record
+    setting = {s: i for i, s in enumerate(cases.SETTINGS)}
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda item: (
+                setting.get((item[0].dim, item[0].features), len(setting)),
+                item[0].part == cases.BACKWARD,
+                item[0].causal,
+                item[0].length,
+            ),
+        )
+    )
+
+
+def rows(run: dict) -> list[tuple[str, ...]]:
+    """The table: medians, and Performer's rates."""
+    table = []
+    for case, records in by_case(run).items():
+        times = {side: records.get(side, {}).get("median") for side in sides.SIDES}
+        rates = [""] * 4
+        if ours := times["performer"]:
+            rate = case.operations() / ours / 1e9
+            copied = case.bytes_moved() / ours / 1e6
+            rates = [
+                f"{rate:.0f}",
+                f"{rate / run['rates']['product']:.2f}",
+                f"{copied / run['rates']['copy']:.2f}",
+                f"{times['flash'] / ours:.2f}" if times["flash"] else "",
+            ]
+        shown = ["" if t is None else f"{t:.3f}" if t < 10 else f"{t:.1f}" for t in times.values()]
+        table.append(
+            (case.mode, str(case.features), str(case.dim), str(case.length), *shown, *rates)
+        )
+    return table
+
+
+def conclusions(run: dict) -> list[str]:
+    """Goals, crossovers with flash attention, what was left out; a sentence each."""
+    found = by_case(run)
+    lines = []
+    for (causal, part), goal in cases.GOALS.items():
+        case = cases.GpuCase(causal, part, cases.HEADLINE)
+        if time := found.get(case, {}).get("performer", {}).get("median"):
+            lines.append(
+                f"{case.mode}, L = {case.length}, D = 64, M = 256: {time:.3f} ms, goal {goal} ms"
+                f" ({'reached' if time <= goal else 'missed'})"
+            )
+    curves: dict = {}
+    for case, records in found.items():
+        key = (case.mode, case.dim, case.features)
+        for side, record in records.items():
+            if "median" in record:
+                curves.setdefault(key, {}).setdefault(side, {})[case.length] = record["median"]
+    for (mode, dim, features), times in curves.items():
+        at = crossover(times.get("performer", {}), times.get("flash", {}))
+        if at is not None:
+            longest = max(times["performer"])
+            where = f"beyond L = {longest}" if math.isinf(at) else f"from L = {at:.0f}"
+            lines.append(f"{mode}, D = {dim}, M = {features}: faster than flash attention {where}")
+    left = [record for record in run["records"] if "left_out" in record]
+    for reason in dict.fromkeys(record["left_out"] for record in left):
+        count = sum(record["left_out"] == reason for record in left)
+        lines.append(f"left out, {count} measurements: {reason}")
+    return lines
+
+
+def markdown(run: dict) -> str:
+    """Machine, table and conclusions as Markdown."""
+    marks = [":--"] + ["--:"] * (len(COLUMNS) - 1)
+    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, marks, *rows(run))]
+    notes = "\n".join(f"- {line}" for line in conclusions(run))
+    return "\n\n".join([machine(run), "\n".join(lines), notes]) + "\n"
+
+
+def machine(run: dict) -> str:
+    """One line."""
+    facts = ", ".join(f"{name} {value}" for name, value in run["machine"].items())
+    rates = run["rates"]
+    return (
+        f"{facts}; bfloat16 product {rates['product']:.0f} TFLOP/s, copy {rates['copy']:.0f} GB/s;"
+        f" B = {cases.BATCH}, H = {cases.HEADS}, bfloat16, medians"
+    )
+
+
+def show(run: dict) -> None:
+    """Prints the table and what follows from it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(COLUMNS):
+        grid.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows(run):
+        grid.add_row(*row)
+    console.print(grid)
+    for line in [machine(run), *conclusions(run)]:
+        console.print(line, markup=False, highlight=False)
+
+
+def write(run: dict, folder: Path) -> list[Path]:
+    """Writes gpu.json, gpu.md and, where matplotlib is there and something was timed, gpu.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(run, indent=1) + "\n")
+    (folder / "gpu.md").write_text(markdown(run))
+    plot = draw(run, folder / "gpu.png")
+    return [folder / "gpu.json", folder / "gpu.md", *([plot] if plot else [])]
+
+
+def draw(run: dict, path: Path) -> Path | None:
+    """Time against length, both logarithmic, of the main setting; one panel for each mode."""
+    dim, features = cases.SETTINGS[0]
+    panels: dict = {}
+    for case, records in by_case(run).items():
+        if (case.dim, case.features) == (dim, features):
+            for side, record in records.items():
+                if "median" in record:
+                    points = panels.setdefault(case.mode, {}).setdefault(side, {})
+                    points[case.length] = record["median"]
+    if not panels:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"performer": "#0072B2", "flash": "#D55E00", "composition": "#E69F00"}
+    figure, grid = plt.subplots(2, 2, figsize=(13, 9), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, (mode, curves) in zip(grid.flat, panels.items(), strict=False):
+        for side, points in curves.items():
+            lengths = sorted(points)
+            axes.loglog(
+                lengths,
+                [points[n] for n in lengths],
+                label=sides.SIDES[side].label,
+                color=colours[side],
+                linewidth=2.5 if side == "performer" else 1.2,
+                marker="o",
+                markersize=3,
+            )
+        every = sorted({n for points in curves.values() for n in points})
+        axes.set_xticks(every, [f"{n / 1024:g}k" for n in every])
+        axes.minorticks_off()
+        axes.set(title=mode, xlabel="length of the sequence", ylabel="milliseconds")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"M = {features}, D = {dim}; {run['machine'].get('GPU', '')}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,162 @@
+"""Who takes part: the kernels, torch's flash attention, and an unfused composition in torch.
+
+A side is a class, made from a case and its tensors, with `forward()`, which returns out, and
+`backward()`, which returns the gradients of query, key and value and needs `forward` before.
+Tensors are [B, L, H, D] for the kernels; the others get them as [B, H, L, D], which they prefer.
+"""
+
+from __future__ import annotations
+
+import math
+
+from performer.bench import torch_kernels
+
+INPUTS = ("query", "key", "value")
+
+
+def make_inputs(case, seed: int = 0) -> dict:
+    """Standard normal tensors in bfloat16 and an orthogonal projection [M, D], rounded likewise."""
+    import torch
+
+    torch.manual_seed(seed)
+    shape = (case.batch, case.length, case.heads, case.dim)
+    x = {
+        name: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        for name in (*INPUTS, "grad_out")
+    }
+    blocks = torch.randn(math.ceil(case.features / case.dim), case.dim, case.dim, device="cuda")
+    rows = torch.linalg.qr(blocks)[0].reshape(-1, case.dim)[: case.features]
+    x["projection"] = (math.sqrt(case.dim) * rows).bfloat16().float()
+    return x
+
+
+class Kernels:
+    """The kernels of this package."""
+
+    label, linear = "Performer", True
+
+    def __init__(self, case, x: dict):
+        import torch
+
+        self.case = case
+        zeros = {"device": "cuda", "dtype": torch.float32}
+        features, heads = case.features, case.heads
+        projection = x["projection"][None].contiguous()
+        self.inputs = {
+            **{name: x[name] for name in (*INPUTS, "grad_out")},
+            "query_projection": projection,
+            "key_projection": projection,
+            "feature_bias": torch.zeros(1, features, **zeros),
+            "key_bias": torch.zeros(1, 1, 1, **zeros),
+            "initial_log_mass": torch.full((1, heads, features), -math.inf, **zeros),
+            "initial_mean": torch.zeros(1, heads, features, case.dim, **zeros),
+        }
+        self.results: dict = {}
+
+    def forward(self):
+        """Summarize and Read, or Causal."""
+        if self.case.causal:
+            self.results = torch_kernels.run("Causal", self.inputs)
+        else:
+            state = torch_kernels.run("Summarize", self.inputs)
+            self.results = {**torch_kernels.run("Read", {**self.inputs, **state}), **state}
+        return self.results["out"]
+
+    def backward(self):
+        """Gradients of every input, the projection included."""
+        import torch
+
+        x = {**self.inputs, **self.results}
+        if self.case.causal:
+            x |= {f"grad_{n}": torch.zeros_like(self.results[n]) for n in ("log_mass", "mean")}
+            grads = torch_kernels.run("CausalGrad", x)
+        else:
+            grads = torch_kernels.run("ReadGrad", x)
+            grads |= torch_kernels.run("SummarizeGrad", {**x, **grads})
+        return [grads[f"grad_{name}"] for name in INPUTS]
+
+
+class _Torch:
+    """A function of [B, H, L, D] with torch's own gradients."""
+
+    def __init__(self, case, x: dict):
+        self.case, self.projection = case, x["projection"]
+        self.leaves = [x[n].transpose(1, 2).contiguous().requires_grad_() for n in INPUTS]
+        self.grad_out = x["grad_out"].transpose(1, 2).contiguous()
+        self.out = None
+
+    def forward(self):
+        import torch
+
+        with torch.no_grad():
+            return self.attention(*self.leaves).transpose(1, 2)
+
+    def backward(self):
+        import torch
+
+        if self.out is None:
+            self.out = self.attention(*self.leaves)
+        grads = torch.autograd.grad(self.out, self.leaves, self.grad_out, retain_graph=True)
+        return [grad.transpose(1, 2) for grad in grads]
+
+
+class Flash(_Torch):
+    """torch's scaled_dot_product_attention by its flash kernels: exact attention."""
+
+    label, linear = "flash attention (exact)", False
+
+    def attention(self, query, key, value):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(query, key, value, is_causal=self.case.causal)
+
+
+class Composition(_Torch):
+    """FAVOR+ as a composition of torch's products and element-wise functions."""
+
+    label, linear = "composition in torch", True
+
+    def attention(self, query, key, value):
+        return compose(query, key, value, self.projection.to(query.dtype), self.case.causal)
+
+
+CHUNK = 256
+
+
+def compose(query, key, value, projection, causal: bool):
+    """FAVOR+ on [B, H, L, D], each feature scaled by its maximum over all keys; no epsilon.
+
+    In the type of its arguments, exponents in float32 or wider. The causal form goes chunk by chunk
+    of 256 rows over prefix sums, [L / 256, M, D] of them.
+    """
+    import torch
+
+    root = query.shape[-1] ** -0.25
+    wide = torch.promote_types(query.dtype, torch.float32)
+    a = (root * (query @ projection.T)).to(wide)
+    b = (root * (key @ projection.T)).to(wide)
+    b = b - 0.5 * root**2 * key.to(wide).square().sum(-1, keepdim=True)
+    top = b.detach().amax(-2, keepdim=True)
+    k = torch.exp(b - top)
+    q = a + top
+    q = torch.exp(q - q.detach().amax(-1, keepdim=True))
+    q, k = q.to(query.dtype), k.to(query.dtype)
+    if not causal:
+        mass = k.to(wide).sum(-2).unsqueeze(-1).to(query.dtype)
+        return (q @ (k.transpose(-1, -2) @ value)) / (q @ mass)
+    length = q.shape[-2]
+    chunk = min(CHUNK, length)
+    if length % chunk:
+        raise ValueError(f"the length must be a multiple of {chunk}; got {length}")
+    one = torch.ones_like(value[..., :1])
+    q, k, v = (x.unflatten(-2, (-1, chunk)) for x in (q, k, torch.cat([value, one], -1)))
+    sums = k.transpose(-1, -2) @ v
+    before = (torch.cumsum(sums.to(wide), -3) - sums).to(q.dtype)
+    local = torch.tril(q @ k.transpose(-1, -2)) @ v
+    both = (q @ before + local).flatten(-3, -2)
+    return both[..., :-1] / both[..., -1:]
+
+
+SIDES = {"performer": Kernels, "flash": Flash, "composition": Composition}

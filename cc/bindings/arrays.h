@@ -1,0 +1,56 @@
+// Calls of the operators on NumPy arrays: from a dict of arrays to a checked Call whose outputs are
+// new arrays. Shared by the Python modules that run kernels on NumPy buffers.
+#pragma once
+#include <pybind11/numpy.h>
+
+#include "bindings/calls.h"
+
+namespace performer {
+namespace bindings {
+
+inline std::string NameOf(const py::array& array) { return py::str(array.dtype()); }
+
+struct ArrayCall {
+  Op op;
+  Call call;
+  std::vector<py::array> inputs;  // what call.inputs points to
+  py::dict results;               // what call.outputs points to, by name
+};
+
+// Raises ValueError for a wrong argument.
+inline ArrayCall MakeArrayCall(const std::string& name, const py::dict& given,
+                               const std::string& feature_map, float scale, bool key_norm,
+                               float feature_epsilon, bool packed) {
+  ArrayCall made;
+  made.op = FindOp(name);
+  std::vector<py::array>& inputs = made.inputs;
+  const auto find = [&](const char* argument) {
+    if (!given.contains(argument))
+      throw py::value_error(std::string("inputs must have '") + argument + "'");
+    inputs.push_back(py::array::ensure(given[argument], py::array::c_style));
+    const py::array& array = inputs.back();
+    if (!array) throw py::value_error(std::string(argument) + " must be an array");
+    Tensor tensor{array.data(), {}, NameOf(array)};
+    tensor.shape.dims.assign(array.shape(), array.shape() + array.ndim());
+    return tensor;
+  };
+  std::vector<Shape> output_shapes;
+  made.call =
+      CheckedCall(made.op, MakeAttributes(feature_map, scale, key_norm, feature_epsilon, packed),
+                  find, &output_shapes);
+  const Signature& signature = SignatureOf(made.op);
+  for (size_t i = 0; i < signature.outputs.size(); ++i) {
+    const Argument& output = signature.outputs[i];
+    // The type objects of bfloat16 come from the inputs: NumPy itself does not know it.
+    const py::dtype dtype = output.type == ArgumentType::kTensor
+                                ? inputs[0].dtype()
+                                : py::dtype(TypeName(made.call.dtype, output.type));
+    py::array array(dtype, output_shapes[i].dims);
+    made.call.outputs.push_back(array.mutable_data());
+    made.results[output.name] = array;
+  }
+  return made;
+}
+
+}  // namespace bindings
+}  // namespace performer

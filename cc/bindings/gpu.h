@@ -1,0 +1,11 @@
+// The operators on memory of a GPU, given as addresses: part of the module _core.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace performer {
+namespace bindings {
+
+void DefineGpu(pybind11::module_& module);
+
+}  // namespace bindings
+}  // namespace performer

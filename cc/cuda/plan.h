@@ -1,0 +1,96 @@
+// How the rows of a call are divided among blocks. Depends on the lengths only, never on the batch
+// size, the number of heads or the GPU: results are the same bits for any of these.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PERFORMER_HOST_DEVICE __host__ __device__
+#else
+#define PERFORMER_HOST_DEVICE
+#endif
+
+namespace performer {
+namespace cuda {
+
+// Segments of a sequence are summed apart and merged in order. Each costs a state in memory (M E
+// floats) and, in the causal forms, the work of summing its keys twice; each is a block's work.
+inline constexpr int64_t kSegmentUnit = 1024;
+inline constexpr int64_t kMaxSegments = 32;
+
+PERFORMER_HOST_DEVICE inline constexpr int64_t CeilDiv(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit;
+}
+PERFORMER_HOST_DEVICE inline constexpr int64_t RoundUp(int64_t n, int64_t unit) {
+  return CeilDiv(n, unit) * unit;
+}
+
+// Rows of a segment in a sequence of `rows`: the smallest multiple of kSegmentUnit that gives at
+// most kMaxSegments segments.
+PERFORMER_HOST_DEVICE inline constexpr int64_t SegmentRows(int64_t rows) {
+  const int64_t units = CeilDiv(rows, kSegmentUnit * kMaxSegments);
+  return kSegmentUnit * (units > 0 ? units : 1);
+}
+
+// What a kernel's blocks run over along the rows of all sequences.
+inline constexpr int64_t kSegments = 0;  // SegmentRows of each sequence's length
+
+// Items of `unit` rows (or segments) that cover the rows of each sequence, in order. Plain data: a
+// kernel parameter.
+struct Items {
+  int64_t sequences = 0;
+  int64_t rows = 0;  // of each sequence, if not packed
+  int64_t unit = kSegments;
+  const int64_t* offsets = nullptr;  // [N + 1] packed sequences; device memory
+  const int64_t* first = nullptr;    // [N + 1] first item of each sequence; with offsets
+};
+
+// One item, as a block sees it.
+struct Item {
+  int64_t sequence, index;  // index: of the item in its sequence
+  int64_t first_row, rows;  // of the sequence: first row in the tensor, and how many
+  int64_t begin, end;       // of the item, in its sequence
+  int64_t sequence_item;    // number of the sequence's first item
+  PERFORMER_HOST_DEVICE bool last() const { return end == rows; }
+};
+
+PERFORMER_HOST_DEVICE inline int64_t ItemRows(const Items& items, int64_t rows) {
+  return items.unit == kSegments ? SegmentRows(rows) : items.unit;
+}
+
+PERFORMER_HOST_DEVICE inline Item Locate(const Items& items, int64_t number) {
+  Item item;
+  if (items.offsets == nullptr) {
+    const int64_t unit = ItemRows(items, items.rows), each = CeilDiv(items.rows, unit);
+    item.sequence = number / each;
+    item.first_row = item.sequence * items.rows;
+    item.rows = items.rows;
+    item.sequence_item = item.sequence * each;
+  } else {
+    int64_t low = 0, high = items.sequences;  // the last sequence whose first item is <= number
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (items.first[middle] <= number ? low : high) = middle;
+    }
+    item.sequence = low;
+    item.first_row = items.offsets[low];
+    item.rows = items.offsets[low + 1] - items.offsets[low];
+    item.sequence_item = items.first[low];
+  }
+  const int64_t unit = ItemRows(items, item.rows);
+  item.index = number - item.sequence_item;
+  item.begin = item.index * unit;
+  item.end = item.begin + unit < item.rows ? item.begin + unit : item.rows;
+  return item;
+}
+
+// Items of one sequence, and the number of its first one.
+PERFORMER_HOST_DEVICE inline int64_t ItemsOf(const Items& items, int64_t sequence) {
+  if (items.offsets != nullptr) return items.first[sequence + 1] - items.first[sequence];
+  return CeilDiv(items.rows, ItemRows(items, items.rows));
+}
+PERFORMER_HOST_DEVICE inline int64_t FirstItem(const Items& items, int64_t sequence) {
+  return items.offsets != nullptr ? items.first[sequence] : sequence * ItemsOf(items, sequence);
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,128 @@
+// Bidirectional attention, second half: queries read the landmarks.
+//   out[i] = softmax_m(a[i, :] + log_mass) mean
+//
+// Grid: (row tiles of all sequences, query heads). A block holds its queries and walks the
+// landmarks in tiles of 64: w and mean, double buffered.
+#pragma once
+#include "cuda/rows.cuh"
+#include "cuda/softmax_step.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct ReadParams {
+  RowsOf<const T> query;
+  Projection<T> projection;
+  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
+  int64_t feature_bias_heads = 0;
+  const T* mean = nullptr;          // [count, G, M_pad, W]: the operand
+  const float* log_mass = nullptr;  // [count, G, M]
+  int64_t state_count = 0;          // N, or 1
+  Map map;
+  Items tiles;
+  int64_t groups = 0, features = 0, features_pad = 0;
+  RowsOf<T> out;
+};
+
+template <class T, int W>
+struct ReadTraits {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kRowTiles = kIs16Bit<T> ? 2 : 1;
+  static constexpr int kRows = 16 * kRowTiles * kWarps;
+  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // the queries' operands
+
+  // Shared memory, in bytes.
+  static constexpr int kTileBytes = kTile * W * sizeof(T);
+  static constexpr int kProjection = kRows * W * static_cast<int>(sizeof(T));
+  static constexpr int kMean = kProjection + 2 * kTileBytes;
+  static constexpr int kBias = kMean + 2 * kTileBytes;
+  static constexpr int kBytes = kBias + 2 * kTile * 4;
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
+  using Traits = ReadTraits<T, W>;
+  constexpr int kThreads = Traits::kThreads, kRowTiles = Traits::kRowTiles;
+  PERFORMER_SHARED_MEMORY(shared);
+  T* const queries = reinterpret_cast<T*>(shared);                           // [kRows][W]
+  T* const projection = reinterpret_cast<T*>(shared + Traits::kProjection);  // [2] tiles
+  T* const mean = reinterpret_cast<T*>(shared + Traits::kMean);              // [2] tiles
+  float* const bias = reinterpret_cast<float*>(shared + Traits::kBias);      // [2][kTile]
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const Item item = Locate(p.tiles, blockIdx.x);
+  const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
+  const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
+  const T* w =
+      p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W);
+  const float* feature_bias =
+      p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features;
+  const int64_t row0 = item.first_row + item.begin;
+  const int rows_here = static_cast<int>(item.end - item.begin);
+
+  const T* means = p.mean + state * p.features_pad * W;
+
+  const auto issue = [&](int first, int buffer) {
+    CopyOperand<T, W, kTile, kThreads>(projection + buffer * kTile * W, w + first * W, kTile, tid);
+    CopyOperand<T, W, kTile, kThreads>(mean + buffer * kTile * W, means + first * W, kTile, tid);
+    CpAsyncCommit();
+    if (tid < kTile) {
+      const int m = first + tid;
+      bias[buffer * kTile + tid] =
+          m < p.features
+              ? (p.log_mass[state * p.features + m] + feature_bias[m]) * p.map.inverse_root
+              : -kInfinity;
+    }
+  };
+  CopyRows<T, W, Traits::kRows, kThreads>(queries, p.query.Row(row0, head), 0, p.query, tid,
+                                          [&](int row) { return row < rows_here; });
+  issue(0, 0);
+  uint32_t q[kRowTiles][W / 16][kFragment<T>];
+  const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
+    if constexpr (Traits::kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < kFragment<T>; ++i) a[i] = q[m][s][i];
+    } else {
+      LoadA<T, W>(a, queries, (warp * kRowTiles + m) * 16, s * 16, lane);
+    }
+  };
+  Softmax<T, W, kRowTiles> softmax;
+  softmax.Init();
+  const int features = static_cast<int>(p.features_pad);
+#pragma unroll 1
+  for (int first = 0; first < features; first += kTile) {
+    const int buffer = first / kTile & 1;
+    CpAsyncWait<0>();
+    __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
+    if (first + kTile < features) issue(first + kTile, buffer ^ 1);
+    if constexpr (Traits::kInRegisters) {
+      if (first == 0)
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int s = 0; s < W / 16; ++s)
+            LoadA<T, W>(q[m][s], queries, (warp * kRowTiles + m) * 16, s * 16, lane);
+    }
+    softmax.Step(rows, projection + buffer * kTile * W, mean + buffer * kTile * W,
+                 bias + buffer * kTile, p.map, lane);
+  }
+
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum;
+      const float inverse = softmax.Inverse(m, e, &sum);
+      const int row = (warp * kRowTiles + m) * 16 + g + 8 * e;
+      if (row >= rows_here) continue;
+      T* to = p.out.Row(row0 + row, head);
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n)
+        StoreColumns(to, n * 8 + 2 * t, p.out.width, p.out.aligned,
+                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e] * inverse,
+                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e + 1] * inverse);
+    }
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,55 @@
+#include "cuda/kernels.h"
+#include "cuda/run.h"
+
+namespace performer {
+namespace cuda {
+namespace {
+
+template <class T>
+Status RunTyped(Op op, const Call& call, const Device& device) {
+  switch (op) {
+    case Op::kSummarize:
+      return RunSummarize<T>(MakeSummarizeParams(call), device);
+    case Op::kRead:
+      return RunRead<T>(MakeReadParams(call), device);
+    case Op::kCausal:
+      return RunCausal<T>(MakeCausalParams(call), device);
+    case Op::kSummarizeGrad:
+      return RunSummarizeGrad<T>(MakeSummarizeGradParams(call), device);
+    case Op::kReadGrad:
+      return RunReadGrad<T>(MakeReadGradParams(call), device);
+    default:
+      return Status::InvalidArgument("this operator has no CUDA kernel");
+  }
+}
+
+}  // namespace
+
+Status Supports(Op, DType dtype, const Dims& dims) {
+  if (dtype == DType::kFloat64)
+    return Status::InvalidArgument(
+        "the CUDA kernels take float32, bfloat16 and half; got float64, which runs on the CPU");
+  const auto check = [](const char* name, int64_t width) {
+    if (width <= kMaxHeadWidth) return Status();
+    return Status::InvalidArgument(std::string(name) + " must be at most " +
+                                   std::to_string(kMaxHeadWidth) + " on a GPU; got " +
+                                   std::to_string(width));
+  };
+  PERFORMER_RETURN_IF_ERROR(check("key dimension D", dims.key_dim));
+  return check("value dimension E", dims.value_dim);
+}
+
+Status Run(Op op, const Call& call, const Device& device) {
+  PERFORMER_RETURN_IF_ERROR(Supports(op, call.dtype, call.dims));
+  switch (call.dtype) {
+    case DType::kBFloat16:
+      return RunTyped<BFloat16>(op, call, device);
+    case DType::kHalf:
+      return RunTyped<Half>(op, call, device);
+    default:
+      return RunTyped<float>(op, call, device);
+  }
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,383 @@
+#include "sim/emulator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "sim/block.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace performer {
+namespace sim {
+namespace {
+
+Block* g_block = nullptr;
+
+uint64_t Random(uint64_t* state) {  // xorshift64*
+  *state ^= *state << 13;
+  *state ^= *state >> 7;
+  *state ^= *state << 17;
+  return *state * 0x2545F4914F6CDD1Dull >> 16;
+}
+
+// ---- Switching between fibers. The System V ABI leaves six registers to the callee; the rounding
+// mode is the same in all of them.
+
+#if defined(__x86_64__)
+__attribute__((naked, noinline)) void Switch(void** /*save*/, void* /*to*/) {
+  asm volatile(
+      "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+      "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
+      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
+}
+#endif
+
+void ToScheduler(bool for_ever) {
+  Block& block = *g_block;
+  Fiber& fiber = *block.current;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber.fake_stack, block.main_stack_bottom,
+                                 block.main_stack_size);
+#endif
+  (void)for_ever;
+#if defined(__x86_64__)
+  Switch(&fiber.stack_pointer, block.main_stack_pointer);
+#else
+  swapcontext(&fiber.context, &block.main_context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void ToFiber(Block& block, Fiber& fiber) {
+  block.current = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&block.main_fake_stack, fiber.stack, kStackBytes);
+#endif
+#if defined(__x86_64__)
+  Switch(&block.main_stack_pointer, fiber.stack_pointer);
+#else
+  swapcontext(&block.main_context, &fiber.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(block.main_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void FiberMain() {
+  Block& block = *g_block;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &block.main_stack_bottom, &block.main_stack_size);
+#endif
+  try {
+    (*block.body)();
+    if (!block.current->open.empty() || !block.current->groups.empty())
+      Fail("a thread ends with asynchronous copies in flight");
+  } catch (const std::exception& e) {
+    if (block.error.empty()) block.error = e.what();
+  }
+  block.current->done = true;
+  --block.live;
+  ToScheduler(true);
+  std::abort();
+}
+
+char* Stack(unsigned index) {
+  static std::vector<char*> stacks;
+  while (stacks.size() <= index) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) throw Error("no memory for the stack of an emulated thread");
+    mprotect(stack, 4096, PROT_NONE);
+    stacks.push_back(static_cast<char*>(stack));
+  }
+  return stacks[index];
+}
+
+void Prepare(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack + 4096, kStackBytes - 4096);
+#endif
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(FiberMain);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.stack_pointer = top;
+#else
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, FiberMain, 0);
+#endif
+}
+
+// ---- Scheduling
+
+void Wake(Block& block, Fiber* fiber) {
+  fiber->warp->ready[fiber->warp->ready_count++] = fiber;
+  ++block.ready_count;
+}
+
+void Park(const char* where) {
+  g_block->current->waits_at = where;
+  ToScheduler(false);
+}
+
+template <class T>
+void ShuffleOrder(std::vector<T>& list, uint64_t* random) {
+  for (size_t i = list.size(); i > 1; --i) std::swap(list[i - 1], list[Random(random) % i]);
+}
+
+Fiber* Next(Block& block, Order order) {
+  const bool random = order == Order::kRandom || order == Order::kFair;
+  const uint64_t x = random ? Random(&block.random) : 0;
+  if (order == Order::kRandom && x % 1024 == 0) ShuffleOrder(block.priorities, &block.random);
+  size_t p = order == Order::kFair ? (x >> 16) % block.priorities.size() : 0;
+  while (block.warps[block.priorities[p]].ready_count == 0) p = (p + 1) % block.priorities.size();
+  Warp& warp = block.warps[block.priorities[p]];
+  const unsigned last = warp.ready_count - 1;
+  const unsigned chosen = order == Order::kForward   ? 0
+                          : order == Order::kReverse ? last
+                                                     : (x >> 24) % warp.ready_count;
+  Fiber* fiber = warp.ready[chosen];
+  if (order == Order::kForward) {
+    std::copy(warp.ready + 1, warp.ready + warp.ready_count, warp.ready);
+  } else {
+    warp.ready[chosen] = warp.ready[last];
+  }
+  --warp.ready_count;
+  --block.ready_count;
+  return fiber;
+}
+
+std::string Deadlock(const Block& block) {
+  std::string text = "deadlock: ";
+  unsigned shown = 0;
+  for (const Fiber& fiber : block.fibers)
+    if (!fiber.done && shown++ < 3)
+      text += "thread " + std::to_string(fiber.index) + " waits at " + fiber.waits_at + ", ";
+  return text + std::to_string(block.fibers.size() - block.live) + " of " +
+         std::to_string(block.fibers.size()) + " threads have ended";
+}
+
+void RunBlock(Block& block) {
+  const unsigned count = block.block_dim.x * block.block_dim.y * block.block_dim.z;
+  if (count == 0 || count > 1024 || count % 32 != 0)
+    throw Error("a block must have a multiple of 32 threads, at most 1024");
+  const Order order = TheOptions().order;
+  g_block = &block;
+  block.live = count;
+  block.fibers.resize(count);
+  block.warps.resize(count / 32);
+  ++TheCounters().blocks;
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = block.fibers[i];
+    const dim3 d = block.block_dim;
+    fiber.place = {dim3(i % d.x, i / d.x % d.y, i / d.x / d.y), block.index, d, block.grid_dim,
+                   i % 32};
+    fiber.index = i;
+    fiber.warp = &block.warps[i / 32];
+    fiber.stack = Stack(i);
+    Prepare(fiber);
+    Wake(block, &fiber);
+  }
+  for (unsigned w = 0; w < count / 32; ++w)
+    block.priorities.push_back(order == Order::kReverse ? count / 32 - 1 - w : w);
+  if (order == Order::kRandom) ShuffleOrder(block.priorities, &block.random);
+  while (block.ready_count > 0 && block.error.empty()) ToFiber(block, *Next(block, order));
+  if (block.error.empty() && block.live > 0) block.error = Deadlock(block);
+  g_block = nullptr;
+}
+
+void Perform(const Copy& copy, void* instruction) {
+  RaceAccess(copy.to, copy.bytes, true, instruction);
+  RaceAccess(copy.from, copy.valid, false, instruction);
+  std::memcpy(copy.to, copy.from, copy.valid);
+  std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+}
+
+Rendezvous& Find(Warp& warp, uint32_t mask) {
+  for (Rendezvous& known : warp.rendezvous)
+    if (known.mask == mask) return known;
+  if (warp.rendezvous.empty()) warp.rendezvous.reserve(16);  // references stay valid
+  if (warp.rendezvous.size() == 16) Fail("more than 16 masks in one warp");
+  warp.rendezvous.push_back({});
+  warp.rendezvous.back().mask = mask;
+  return warp.rendezvous.back();
+}
+
+struct FreeDeleter {
+  void operator()(unsigned char* p) const { std::free(p); }
+};
+
+}  // namespace
+
+Options& TheOptions() {
+  static Options options;
+  return options;
+}
+Counters& TheCounters() {
+  static Counters counters;
+  return counters;
+}
+std::set<std::string>& Sites() {
+  static std::set<std::string> sites;
+  return sites;
+}
+Races& TheRaces() {
+  static Races races;
+  return races;
+}
+Block* TheBlock() { return g_block; }
+const Place& Here() { return g_block->current->place; }
+unsigned char* SharedMemory() { return g_block->shared; }
+
+void Fail(const std::string& message) {
+  const Place& here = Here();
+  throw Error(message + " [block " + std::to_string(here.block.x) + "," +
+              std::to_string(here.block.y) + "," + std::to_string(here.block.z) + " thread " +
+              std::to_string(g_block->current->index) + "]");
+}
+
+void SyncThreads(const char* site) {
+  Block& block = *g_block;
+  if (block.current->index == 0) Sites().insert(site);
+  if (!TheOptions().skip.empty() && TheOptions().skip == site) return;
+  if (block.arrived > 0 && std::strcmp(block.barrier_site, site) != 0)
+    Fail(std::string("barriers in divergent code: ") + site + " meets " + block.barrier_site);
+  const unsigned object = block.generation & 1;
+  RaceRelease(object);
+  block.barrier_site = site;
+  if (++block.arrived == block.fibers.size()) {
+    ++TheCounters().barriers;
+    block.arrived = 0;
+    ++block.generation;
+    for (Fiber* fiber : block.at_barrier) Wake(block, fiber);
+    block.at_barrier.clear();
+    Wake(block, block.current);
+  } else {
+    block.at_barrier.push_back(block.current);
+  }
+  Park(site);
+  RaceAcquire(object);
+}
+
+void Collective(uint32_t mask, const char* name, void* slot, void (*apply)(void**, uint32_t)) {
+  Block& block = *g_block;
+  Fiber& fiber = *block.current;
+  const unsigned lane = fiber.place.lane;
+  Rendezvous& meeting = Find(*fiber.warp, mask);
+  if ((mask >> lane & 1) == 0) Fail(std::string(name) + ": the lane is not in its own mask");
+  if (meeting.arrived != 0 && std::strcmp(meeting.name, name) != 0)
+    Fail(std::string("a warp diverges: ") + name + " meets " + meeting.name);
+  meeting.name = name;
+  meeting.slots[lane] = slot;
+  meeting.arrived |= 1u << lane;
+  if (meeting.arrived == mask) {
+    if (apply != nullptr) apply(meeting.slots, mask);
+    meeting.arrived = 0;
+    ++meeting.generation;
+    for (unsigned other = 0; other < 32; ++other)
+      if (mask >> other & 1) Wake(block, &block.fibers[fiber.index - lane + other]);
+  }
+  Park(name);
+}
+
+void SyncWarp(uint32_t mask, const char* site) {
+  Block& block = *g_block;
+  if (block.current->index == 0) Sites().insert(site);
+  if (!TheOptions().skip.empty() && TheOptions().skip == site) return;
+  Warp& warp = *block.current->warp;
+  const Rendezvous& meeting = Find(warp, mask);
+  const auto of_warp = static_cast<unsigned>(&warp - block.warps.data());
+  const auto of_mask = static_cast<unsigned>(&meeting - warp.rendezvous.data());
+  const unsigned object = 2 + (of_warp * 16 + of_mask) * 2 + (meeting.generation & 1);
+  RaceRelease(object);
+  Collective(mask, "bar.warp.sync", nullptr, nullptr);
+  RaceAcquire(object);
+}
+
+void CopyAsync(void* to, const void* from, int bytes, int valid) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 ||
+      reinterpret_cast<uintptr_t>(from) % bytes != 0)
+    Fail("cp.async: address not aligned to its size");
+  ++TheCounters().copies;
+  void* const instruction = __builtin_return_address(0);
+  RaceAccess(to, bytes, true, instruction);  // it may be written from here on
+  const Copy copy = {to, from, bytes, valid};
+  if (TheOptions().order == Order::kRandom && Random(&g_block->random) % 4 == 0) {
+    Perform(copy, instruction);
+  } else {
+    g_block->current->open.push_back(copy);
+  }
+}
+
+void CopyAsyncCommit() {
+  Fiber& fiber = *g_block->current;
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void CopyAsyncWait(int groups_left, const char* file, int line) {
+  const std::string site = std::string(file) + ":" + std::to_string(line);
+  Fiber& fiber = *g_block->current;
+  if (fiber.index == 0) Sites().insert(site);
+  if (TheOptions().skip == site) return;
+  void* const instruction = __builtin_return_address(0);
+  while (fiber.groups.size() > static_cast<size_t>(groups_left)) {
+    for (const Copy& copy : fiber.groups.front()) Perform(copy, instruction);
+    fiber.groups.erase(fiber.groups.begin());
+  }
+}
+
+void Launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& body) {
+  const Order order = TheOptions().order;
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  std::vector<uint64_t> blocks(count);
+  for (uint64_t i = 0; i < count; ++i) blocks[i] = order == Order::kReverse ? count - 1 - i : i;
+  uint64_t random = TheOptions().seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
+  if (order == Order::kRandom) ShuffleOrder(blocks, &random);
+  const size_t rounded = (shared_bytes + 127) / 128 * 128;
+  for (const uint64_t i : blocks) {
+    const auto block = std::make_unique<Block>();
+    block->grid_dim = grid;
+    block->block_dim = block_dim;
+    block->index =
+        dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+             static_cast<unsigned>(i / grid.x / grid.y));
+    block->random = Random(&random) | 1;
+    block->body = &body;
+    block->shared_bytes = shared_bytes;
+    std::unique_ptr<unsigned char, FreeDeleter> shared;
+    if (shared_bytes > 0) {
+      shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, rounded)));
+      if (!shared) throw Error("no memory for emulated shared memory");
+      std::memset(shared.get(), 0xFF, rounded);  // NaN, in every type
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_poison_memory_region(shared.get() + shared_bytes, rounded - shared_bytes);
+#endif
+      block->shared = shared.get();
+    }
+    RaceBlockBegins(*block);
+    RunBlock(*block);
+    RaceBlockEnds();
+#if defined(__SANITIZE_ADDRESS__)
+    if (shared) __asan_unpoison_memory_region(shared.get(), rounded);
+#endif
+    if (!block->error.empty()) throw Error(block->error);
+  }
+  RaceLaunchEnds();
+}
+
+}  // namespace sim
+}  // namespace performer

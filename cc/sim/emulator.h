@@ -1,0 +1,121 @@
+// Runs CUDA kernels on the CPU, as ordinary C++: one fiber for each CUDA thread, one block after
+// another, switched only where CUDA threads wait for each other. For tests of machines without a
+// GPU; sim/cuda.h gives kernels the names they need, cuda/ptx.h the instructions.
+//
+// What it can find:
+//   - wrong results, under several schedules: shared memory starts as NaN, asynchronous copies
+//     happen as late as they are allowed to (kRandom: or at any moment before), warps run in orders
+//     of the worst skew (kForward, kReverse), with priorities that change (kRandom), or thread by
+//     thread at random (kFair)
+//   - deadlocks, barriers and warp instructions in divergent code, shuffles from lanes that do not
+//     take part, misaligned copies and ldmatrix rows, copies in flight when a thread ends
+//   - data races in shared memory and in tracked global memory, for any schedule (race.cc; with
+//     -fsanitize=thread for its instrumentation)
+//   - accesses out of bounds and undefined behaviour (with the compiler's own sanitizers)
+//   - bank conflicts of ldmatrix, numbers of instructions (Counters)
+//   - tests that notice nothing: any barrier or wait can be left out (Options::skip)
+//
+// What it cannot:
+//   - PTX itself: the strings, and how a GPU rounds, above all inside the sums of mma
+//   - that a warp's threads run ahead of each other within a block without barriers is modelled, a
+//     GPU's weak ordering of global memory between blocks of one launch is not: the race detector
+//     calls every such exchange a race
+//   - time, occupancy, registers
+//   - kernels that spin on another block: blocks run one after another to their end
+//   - static shared memory, which is not poisoned: kernels use dynamic shared memory only
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Functions that move values between threads' registers: no accesses to memory, as far as the race
+// detector should see.
+#if defined(__SANITIZE_THREAD__)
+#define PERFORMER_SIM_REGISTERS __attribute__((no_sanitize("thread"), noinline))
+#else
+#define PERFORMER_SIM_REGISTERS
+#endif
+
+namespace performer {
+namespace sim {
+
+enum class Order {
+  kForward,  // the lowest warp that can run always runs first
+  kReverse,  // the highest
+  kRandom,   // priorities of warps, shuffled now and then (as in probabilistic concurrency testing)
+  kFair,     // any thread
+};
+
+struct Options {
+  Order order = Order::kRandom;
+  uint64_t seed = 1;
+  std::string skip;  // site of a barrier or wait (as in Sites) that is left out
+};
+Options& TheOptions();
+
+struct Counters {
+  uint64_t blocks = 0, barriers = 0, shuffles = 0, copies = 0, exponentials = 0;
+  uint64_t mma = 0;                 // instructions of a warp
+  uint64_t ldmatrix = 0;            // likewise, four matrices each
+  uint64_t ldmatrix_conflicts = 0;  // passes beyond one for a matrix
+};
+Counters& TheCounters();
+
+// Barriers and waits that were reached, as "file:line".
+std::set<std::string>& Sites();
+
+// What a kernel did wrong. The sentence names block and thread.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Runs `body` as every thread of every block; blocks have a multiple of 32 threads, at most 1024.
+void Launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// ---- Called by threads of a kernel
+
+struct Place {
+  dim3 thread, block, block_dim, grid_dim;
+  unsigned lane;
+};
+const Place& Here();
+unsigned char* SharedMemory();
+[[noreturn]] void Fail(const std::string& message);
+
+// __syncthreads(). `site` is a literal.
+void SyncThreads(const char* site);
+// __syncwarp(), the only warp operation that orders memory.
+void SyncWarp(uint32_t mask, const char* site);
+// Waits for the lanes of the mask, then calls apply(slots, mask) once; slots[lane] is what that
+// lane gave.
+void Collective(uint32_t mask, const char* name, void* slot, void (*apply)(void**, uint32_t));
+
+// cp.async of `bytes` bytes, of which `valid` are read and the others are zero.
+void CopyAsync(void* to, const void* from, int bytes, int valid);
+void CopyAsyncCommit();
+void CopyAsyncWait(int groups_left, const char* file, int line);
+
+// ---- Global memory that the race detector watches
+
+void Track(const void* begin, size_t bytes);
+void UntrackAll();
+// Different pairs of racing instructions so far, and a sentence for the first ones.
+struct Races {
+  unsigned count = 0;
+  std::string report;
+};
+Races& TheRaces();
+void ResetRaces();
+// Whether this build has the detector.
+bool DetectsRaces();
+
+}  // namespace sim
+}  // namespace performer

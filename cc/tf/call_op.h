@@ -1,0 +1,68 @@
+// What the OpKernels of all devices do alike: tensors to a Call, validated once.
+#pragma once
+#include "core/params.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/tensor_shape.h"
+#include "tf/attributes.h"
+
+namespace performer {
+
+inline DType FromTensorFlow(tensorflow::DataType type) {
+  switch (type) {
+    case tensorflow::DT_BFLOAT16:
+      return DType::kBFloat16;
+    case tensorflow::DT_HALF:
+      return DType::kHalf;
+    case tensorflow::DT_DOUBLE:
+      return DType::kFloat64;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+// Device: a class with
+//   static absl::Status Check(Op, const Call&)                before outputs are allocated
+//   static absl::Status Run(tensorflow::OpKernelContext*, Op, const Call&)
+// The input "offsets" must lie in host memory, all other tensors in the device's.
+template <Op op, class Device>
+class CallOp : public tensorflow::OpKernel {
+ public:
+  explicit CallOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
+    tensorflow::DataType t;
+    OP_REQUIRES_OK(context, context->GetAttr("T", &t));
+    dtype_ = FromTensorFlow(t);
+    OP_REQUIRES_OK(context, ReadAttributes(context, op, &attributes_));
+  }
+
+  void Compute(tensorflow::OpKernelContext* context) override {
+    Call call;
+    call.dtype = dtype_;
+    call.attributes = attributes_;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      const tensorflow::Tensor& input = context->input(i);
+      Shape shape;
+      for (int d = 0; d < input.dims(); ++d) shape.dims.push_back(input.dim_size(d));
+      call.input_shapes.push_back(shape);
+      call.inputs.push_back(input.tensor_data().data());
+    }
+    std::vector<Shape> outputs;
+    OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, call.input_shapes, &call.dims,
+                                                     &outputs)));
+    OP_REQUIRES_OK(context, ToTensorFlow(CheckOffsets(op, call)));
+    OP_REQUIRES_OK(context, Device::Check(op, call));
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      tensorflow::TensorShape shape;
+      OP_REQUIRES_OK(context, tensorflow::TensorShape::BuildTensorShape(outputs[i].dims, &shape));
+      tensorflow::Tensor* output = nullptr;
+      OP_REQUIRES_OK(context, context->allocate_output(static_cast<int>(i), shape, &output));
+      call.outputs.push_back(const_cast<char*>(output->tensor_data().data()));
+    }
+    OP_REQUIRES_OK(context, Device::Run(context, op, call));
+  }
+
+ private:
+  DType dtype_ = DType::kFloat32;
+  Attributes attributes_;
+};
+
+}  // namespace performer

@@ -1,0 +1,57 @@
+// GPU OpKernels: the CUDA kernels on TensorFlow's stream, with workspace from its allocator.
+// Includes no CUDA header. float64 has no GPU kernel: TensorFlow places it on the CPU.
+#ifdef PERFORMER_HAVE_CUDA
+#include "cuda/run.h"
+#include "tf/call_op.h"
+#include "xla/stream_executor/stream.h"
+
+namespace performer {
+namespace {
+
+struct GpuDevice {
+  static absl::Status Check(Op op, const Call& call) {
+    return ToTensorFlow(cuda::Supports(op, call.dtype, call.dims));
+  }
+
+  static absl::Status Run(tensorflow::OpKernelContext* context, Op op, const Call& call) {
+    const auto* device_context = context->op_device_context();
+    if (device_context == nullptr || device_context->stream() == nullptr)
+      return absl::InternalError("TensorFlow gave a GPU kernel no stream");
+    // TensorFlow's GPU memory is reused in the order of the stream, so the workspace may be given
+    // back when Compute returns, while kernels that use it still wait for their turn.
+    std::vector<tensorflow::Tensor> workspace;
+    cuda::Device device;
+    device.stream = device_context->stream()->platform_specific_handle().stream;
+    device.allocate = [&](size_t bytes) -> void* {
+      tensorflow::Tensor block;
+      const tensorflow::TensorShape shape({static_cast<int64_t>(bytes)});
+      if (!context->allocate_temp(tensorflow::DT_INT8, shape, &block).ok()) return nullptr;
+      workspace.push_back(block);
+      return block.flat<int8_t>().data();
+    };
+    return ToTensorFlow(cuda::Run(op, call, device));
+  }
+};
+
+#define PERFORMER_REGISTER(name, op, type)                    \
+  REGISTER_KERNEL_BUILDER(Name(name)                          \
+                              .Device(tensorflow::DEVICE_GPU) \
+                              .TypeConstraint<type>("T")      \
+                              .TypeConstraint<float>("U")     \
+                              .HostMemory("offsets"),         \
+                          CallOp<op, GpuDevice>)
+#define PERFORMER_REGISTER_ALL(name, op)              \
+  PERFORMER_REGISTER(name, op, float);                \
+  PERFORMER_REGISTER(name, op, tensorflow::bfloat16); \
+  PERFORMER_REGISTER(name, op, Eigen::half)
+
+PERFORMER_REGISTER_ALL("Performer>Summarize", Op::kSummarize);
+PERFORMER_REGISTER_ALL("Performer>Read", Op::kRead);
+PERFORMER_REGISTER_ALL("Performer>Causal", Op::kCausal);
+PERFORMER_REGISTER_ALL("Performer>SummarizeGrad", Op::kSummarizeGrad);
+PERFORMER_REGISTER_ALL("Performer>ReadGrad", Op::kReadGrad);
+PERFORMER_REGISTER_ALL("Performer>CausalGrad", Op::kCausalGrad);
+
+}  // namespace
+}  // namespace performer
+#endif

@@ -1,0 +1,134 @@
+# Decides whether the CUDA kernels are built, and with which nvcc. PERFORMER_CUDA, a CMake option or,
+# where that is not given, an environment variable:
+#
+#   AUTO  (default) built where the system has an nvcc that can build them
+#   ON    built; nvcc from the system or else from the wheels of tools/cuda-requirements.txt, and an
+#         error where neither is there
+#   OFF   not built
+#
+# The system's nvcc is what CUDACXX or CMAKE_CUDA_COMPILER names, or the one on PATH, in CUDA_PATH,
+# CUDA_HOME or /usr/local/cuda.
+#
+# Sets performer_cuda_enabled; where enabled, cuda_include, cuda_runtime (the static library) and, for
+# messages, performer_cuda_compiler and performer_cuda_targets; otherwise performer_cuda_left_out, the
+# reason. Nothing of the driver is needed to build or to load.
+set(performer_cuda_enabled OFF)
+
+# sm_80 code runs on sm_86 and sm_89 too; later GPUs compile the PTX of the last entry.
+set(CMAKE_CUDA_ARCHITECTURES "80-real;90" CACHE STRING "GPU architectures, as CMake writes them")
+
+if(NOT PERFORMER_CUDA)
+  set(PERFORMER_CUDA AUTO)
+  if(NOT "$ENV{PERFORMER_CUDA}" STREQUAL "")
+    set(PERFORMER_CUDA "$ENV{PERFORMER_CUDA}")
+  endif()
+endif()
+string(TOUPPER "${PERFORMER_CUDA}" performer_cuda_wish)
+if(performer_cuda_wish MATCHES "^(1|YES|TRUE)$")
+  set(performer_cuda_wish ON)
+elseif(performer_cuda_wish MATCHES "^(0|NO|FALSE)$")
+  set(performer_cuda_wish OFF)
+elseif(NOT performer_cuda_wish MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "PERFORMER_CUDA must be AUTO, ON or OFF; got ${PERFORMER_CUDA}")
+endif()
+
+# Leaves the reason why there will be no kernels; an error where they were asked for.
+function(performer_without_cuda reason)
+  if(performer_cuda_wish STREQUAL "ON")
+    message(FATAL_ERROR "PERFORMER_CUDA=ON: ${reason}")
+  endif()
+  set(performer_cuda_left_out "${reason}" PARENT_SCOPE)
+endfunction()
+
+# Finds nvcc: performer_nvcc and where it comes from.
+function(performer_find_nvcc)
+  set(origin "system")
+  set(named "${CMAKE_CUDA_COMPILER}")
+  if(NOT named)
+    set(named "$ENV{CUDACXX}")
+  endif()
+  if(named)
+    find_program(nvcc NAMES "${named}" NO_CACHE)
+  else()
+    find_program(nvcc NAMES nvcc NO_CACHE
+      HINTS ENV CUDA_PATH ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
+    if(NOT nvcc AND performer_cuda_wish STREQUAL "ON" AND cuda_wheels)
+      find_program(nvcc NAMES nvcc NO_CACHE PATHS "${cuda_wheels}/bin" NO_DEFAULT_PATH)
+      set(origin "PyPI wheels")
+    endif()
+  endif()
+  set(performer_nvcc "${nvcc}" PARENT_SCOPE)
+  set(performer_nvcc_origin "${origin}" PARENT_SCOPE)
+endfunction()
+
+if(performer_cuda_wish STREQUAL "OFF")
+  performer_without_cuda("switched off (PERFORMER_CUDA)")
+elseif(PERFORMER_EMULATION OR PERFORMER_SANITIZE)
+  performer_without_cuda("this build is for the emulator or for sanitizers")
+else()
+  performer_find_nvcc()
+  if(NOT performer_nvcc)
+    performer_without_cuda(
+      "no nvcc found. Install the CUDA toolkit or name its compiler (CUDACXX), or build with \
+PERFORMER_CUDA=ON and the wheels of tools/cuda-requirements.txt (`pip install .` fetches them).")
+  else()
+    get_filename_component(cuda_root "${performer_nvcc}" REALPATH)
+    # A script that calls the compiler elsewhere says where with --dryrun.
+    execute_process(COMMAND "${performer_nvcc}" --dryrun -c -x cu /dev/null -o /dev/null
+      ERROR_VARIABLE dryrun OUTPUT_QUIET RESULT_VARIABLE nvcc_result)
+    if(dryrun MATCHES "_HERE_=([^\n]+)/bin\n")
+      set(cuda_root "${CMAKE_MATCH_1}")
+    endif()
+    find_library(cuda_runtime NAMES cudart_static NO_CACHE NO_DEFAULT_PATH
+      PATHS "${cuda_root}" PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib targets/sbsa-linux/lib)
+    if(NOT cuda_runtime)
+      find_library(cuda_runtime NAMES cudart_static NO_CACHE)  # a distribution's own package
+    endif()
+    find_path(cuda_include NAMES cuda_runtime_api.h NO_CACHE
+      PATHS "${cuda_root}" PATH_SUFFIXES include targets/x86_64-linux/include
+      targets/sbsa-linux/include)
+    if(NOT nvcc_result EQUAL 0)
+      performer_without_cuda("${performer_nvcc} does not run: ${dryrun}")
+    elseif(NOT cuda_runtime OR NOT cuda_include)
+      performer_without_cuda(
+        "libcudart_static.a or cuda_runtime_api.h not found beside ${performer_nvcc}")
+    else()
+      # CMake links its trials against libcudart_static.a, which the wheels' nvcc looks for in lib64.
+      get_filename_component(cuda_library_folder "${cuda_runtime}" DIRECTORY)
+      set(ENV{LIBRARY_PATH} "${cuda_library_folder}:$ENV{LIBRARY_PATH}")
+      set(CMAKE_CUDA_COMPILER "${performer_nvcc}")
+      include(CheckLanguage)
+      check_language(CUDA)  # in a project of its own: a failure ends nothing here
+      if(NOT CMAKE_CUDA_COMPILER)
+        performer_without_cuda("${performer_nvcc} cannot compile and link a program here")
+      else()
+        enable_language(CUDA)
+        if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 11.8)
+          performer_without_cuda(
+            "nvcc must be 11.8 or later; ${performer_nvcc} is ${CMAKE_CUDA_COMPILER_VERSION}")
+        else()
+          set(performer_cuda_enabled ON)
+          set(performer_cuda_compiler "nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${performer_nvcc_origin})")
+        endif()
+      endif()
+    endif()
+  endif()
+endif()
+
+if(performer_cuda_enabled)
+  set(performer_cuda_targets "")
+  foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)  # "80": code and PTX, "80-real": code
+    string(REGEX MATCH "^[0-9]+[a-z]?" number "${architecture}")
+    if(NOT architecture MATCHES "-virtual$")
+      list(APPEND performer_cuda_targets sm_${number})
+    endif()
+    if(NOT architecture MATCHES "-real$")
+      list(APPEND performer_cuda_targets compute_${number})
+    endif()
+  endforeach()
+  list(JOIN performer_cuda_targets " " performer_cuda_targets)
+  message(STATUS "CUDA kernels: built with ${performer_cuda_compiler} for ${performer_cuda_targets}")
+  message(STATUS "  ${performer_nvcc}, ${cuda_runtime}")
+else()
+  message(STATUS "CUDA kernels: left out; ${performer_cuda_left_out}")
+endif()

@@ -1,0 +1,160 @@
+"""The CUDA kernels, emulated, against the reference: every type, layout and option."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from kit.compare import assert_close, assert_same_bits
+from kit.core import expected, forward, make
+from kit.core_cases import cases
+from kit.cuda_cases import CASES
+from kit.emulated import SCHEDULES, counting, dtypes, run
+from performer.tolerances import tolerances
+
+FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+
+
+def all_cases(causal):
+    return {**cases(causal), **CASES}
+
+
+@cache
+def wanted(causal, name, dtype):
+    case = all_cases(causal)[name]
+    return expected(make(case, dtype), causal, **case.options)
+
+
+@pytest.mark.parametrize(
+    ("causal", "name"), [(causal, name) for causal in (False, True) for name in all_cases(causal)]
+)
+@dtypes
+def test_results_are_those_of_the_reference(causal, name, dtype):
+    case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal)
+    results = forward(make(case, dtype), causal, run, **case.options)
+    for output, x in wanted(causal, name, dtype).items():
+        worst = bound.worst if output == "out" else None
+        assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
+
+
+SCHEDULED = [
+    "less than a chunk, holes, a projection for each head",
+    "packed, with empty sequences",
+    "narrow, 256 features",
+    "wide, two groups of features",
+]
+
+
+@FORMS
+@dtypes
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_results_are_the_same_bits_under_every_schedule(causal, name, dtype):
+    case = all_cases(causal)[name]
+    results = [
+        forward(make(case, dtype), causal, run, order=order, seed=seed, **case.options)
+        for order, seed in SCHEDULES
+    ]
+    for other in results[1:]:
+        for output, x in results[0].items():
+            assert_same_bits(other[output], x, what=output)
+
+
+@FORMS
+@dtypes
+def test_a_batch_row_has_the_bits_it_has_alone(causal, dtype):
+    case = all_cases(causal)["an initial state for each, 500 rows"]
+    x = make(case, dtype)
+    together = forward(x, causal, run, **case.options)
+    alone = {n: a[1:] if len(a) == case.batch and a.ndim > 1 else a for n, a in x.items()}
+    for output, result in forward(alone, causal, run, **case.options).items():
+        assert_same_bits(result, together[output][1:], what=output)
+
+
+@FORMS
+@dtypes
+def test_a_packed_sequence_has_the_bits_it_has_alone(causal, dtype):
+    case = CASES["packed, segments of some sequences"]
+    x, state = make(case, dtype), 1
+    packed = forward(x, causal, run, packed=True)
+    begin, end = case.offsets[state : state + 2]
+    alone = {n: a[:, begin:end] if a.shape[:2] == (1, case.rows) else a for n, a in x.items()}
+    alone["key_bias"] = x["key_bias"][..., begin:end]
+    for name in ("initial_log_mass", "initial_mean"):
+        alone[name] = x[name][state : state + 1]
+    result = forward(alone, causal, run)
+    assert_same_bits(result["out"], packed["out"][:, begin:end], what="out")
+    for name in ("log_mass", "mean"):
+        assert_same_bits(result[name], packed[name][state : state + 1], what=name)
+
+
+@dtypes
+def test_two_calls_with_the_state_between_them_are_one(dtype):
+    case = CASES["narrow, 128 features, entry std 3"]
+    x, half = make(case, dtype), 40
+    rows = {n: a for n, a in x.items() if a.ndim == 4 and a.shape[1] == case.rows}
+    first = {**x, **{n: a[:, :half] for n, a in rows.items()}}
+    first["key_bias"] = x["key_bias"][..., :half]
+    before = run("Causal", first)
+    second = {**x, **{n: a[:, half:] for n, a in rows.items()}}
+    second["key_bias"] = x["key_bias"][..., half:]
+    second["initial_log_mass"], second["initial_mean"] = before["log_mass"], before["mean"]
+    after, bound = run("Causal", second), tolerances(dtype, causal=True)
+    exact = expected(x, True)
+    assert_close(after["out"], exact["out"][:, half:], rms=bound.rms)
+    assert_close(after["mean"], exact["mean"], rms=bound.rms)
+
+
+@FORMS
+@dtypes
+def test_operands_are_read_without_bank_conflicts(causal, dtype):
+    for name in ("narrow, 128 features, entry std 3", "wide, two groups of features"):
+        with counting() as counters:
+            forward(make(CASES[name], dtype), causal, run, **CASES[name].options)
+        assert counters["ldmatrix_conflicts"] == 0
+        assert (counters["ldmatrix"] > 0) == (dtype != "float32")
+
+
+# mma instructions a token, D = E = 64, M = 256. A product of M x D (or M x E) takes 8. Causal has
+# four of them, the lower triangle of f kb (5 of 8) and that of local v (1.25 of 2).
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_tensor_cores_do_no_more_than_counted(dtype):
+    case = CASES["narrow, 256 features"]
+    x = make(case, dtype)
+    x["key"], x["value"], x["query"] = (
+        np.repeat(x[name], 2, 1)[:, :256] * 0 for name in ("key", "value", "query")
+    )
+    counts = {}
+    for op in ("Summarize", "Read", "Causal"):
+        state = {} if op != "Read" else forward(x, False, run)
+        with counting() as counters:
+            run(op, {**x, **state})
+        counts[op] = counters["mma"] / 256
+    assert counts == {"Summarize": 16, "Read": 16, "Causal": 38.25}
+
+
+def test_what_the_kernels_do_not_take_is_refused():
+    case = CASES["narrow, 256 features"]
+    with pytest.raises(ValueError, match="float64"):
+        run("Causal", make(case, "float64"))
+    wide = {**make(case), "key": np.zeros((1, 130, 1, 129), np.float32)}
+    wide["key_projection"] = np.zeros((1, 256, 129), np.float32)
+    with pytest.raises(ValueError, match=r"key dimension D must be at most 128.*129"):
+        run("Summarize", wide)
+
+
+@pytest.mark.parametrize("op", ["Summarize", "Read", "Causal"])
+def test_a_gpu_without_memory_is_an_error(op):
+    case = replace(CASES["two segments, the first one ends in masked keys"], batch=1, heads=1)
+    x = make(case, "bfloat16")
+    x.update(forward(x, False, run))
+    needed = 0
+    while True:
+        try:
+            run(op, x, allocations=needed)
+        except MemoryError as error:
+            assert "out of GPU memory" in str(error)
+            needed += 1
+        else:
+            break
+    assert needed > 0

@@ -1,0 +1,24 @@
+"""No call of a kernel races or leaves its memory: run once in every build, with the race detector,
+with AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import pytest
+
+from kit.core import make
+from kit.core_cases import NARROW, cases
+from kit.emulated import dtypes, emulated, run
+from kit.emulated_calls import CALLS, OPS, inputs
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_keep_to_their_memory(op, call):
+    emulated.reset_races()
+    run(op, inputs(call, op))
+
+
+@pytest.mark.parametrize("name", NARROW)
+@dtypes
+def test_options_keep_to_their_memory(name, dtype):
+    emulated.reset_races()
+    case = cases(True)[name]
+    run("Causal", make(case, dtype), **case.options)

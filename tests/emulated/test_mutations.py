@@ -1,0 +1,61 @@
+"""Every barrier and every wait of the kernels is needed: left out, one at a time, it is noticed, as
+an error, as other numbers, or as a data race."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from kit.compare import assert_same_bits
+from kit.emulated import emulated, needs_race_detector, run
+from kit.emulated_calls import CALLS, OPS, inputs
+
+SOURCES = Path(__file__).parents[2] / "cc" / "cuda"
+MARK = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|CpAsyncWait<")
+
+
+def written_sites():
+    """Barriers and waits in the sources, as "file:line"."""
+    return [
+        f"{source.name}:{number}"
+        for source in sorted(SOURCES.glob("*.cuh"))
+        for number, line in enumerate(source.read_text().splitlines(), 1)
+        if MARK.search(line.split("//")[0])
+    ]
+
+
+@cache
+def reached():
+    """By site: its name for the emulator, and the calls that pass it with their results."""
+    passed = {}
+    for name in CALLS:
+        for op in OPS:
+            x = inputs(name, op)
+            emulated.reset_sites()
+            results = run(op, x)
+            for site in emulated.sites():
+                key = f"{Path(site).name}"
+                passed.setdefault(key, []).append((site, op, x, results))
+    return passed
+
+
+def notices(site, op, x, results):
+    emulated.reset_races()
+    try:
+        changed = run(op, x, skip=site)
+        for name, result in results.items():
+            assert_same_bits(changed[name], result)
+    except (RuntimeError, AssertionError):
+        return True
+    return emulated.races()[0] > 0
+
+
+@needs_race_detector
+@pytest.mark.parametrize("site", written_sites())
+def test_a_barrier_or_wait_left_out_is_noticed(site):
+    calls = reached().get(site)
+    assert calls, f"no call passes {site}"
+    noticed = any(notices(*call) for call in calls)
+    emulated.reset_races()
+    assert noticed

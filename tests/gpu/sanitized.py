@@ -1,0 +1,37 @@
+"""Small calls of every operator on the GPU, for compute-sanitizer: outputs are not looked at."""
+
+from kit.core import cotangents, make
+from kit.cuda_cases import CASES
+from kit.gpu import DTYPES, to_torch
+from performer.bench import torch_kernels
+
+NAMES = (
+    "narrow, 128 features, entry std 3",
+    "wide, two groups of features",
+    "values wider than keys, rows that are not aligned",
+    "packed, segments of some sequences",
+)
+
+
+def main() -> None:
+    """Runs them; memory is left as it is given, so that what is not written shows."""
+    import torch
+
+    for name in NAMES:
+        case = CASES[name]
+        for dtype in DTYPES:
+            arrays = {**make(case, dtype), **cotangents(case, dtype)}
+            x = {n: to_torch(a, offsets=n == "offsets") for n, a in arrays.items()}
+            for ops in (
+                ("Summarize", "Read", "ReadGrad", "SummarizeGrad"),
+                ("Causal", "CausalGrad"),
+            ):
+                results = dict(x)
+                for op in ops:
+                    results.update(torch_kernels.run(op, results, **case.options))
+            torch.cuda.synchronize()
+    print("sanitized: every operator ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The CUDA kernels on a GPU: against the reference, and the same bits again."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from kit.compare import assert_close, assert_same_bits
+from kit.core import backward, cotangents, expected, expected_gradients, forms, forward, make
+from kit.core_cases import cases
+from kit.cuda_cases import CASES
+from kit.gpu import dtypes, needs_gpu, run
+from kit.poison import POISONS, poisoned
+from performer.tolerances import tolerances
+
+pytestmark = needs_gpu
+
+
+def all_cases(causal):
+    return {**cases(causal), **CASES}
+
+
+PARAMETERS = [(causal, name) for causal in (False, True) for name in all_cases(causal)]
+every_case = pytest.mark.parametrize(("causal", "name"), PARAMETERS)
+
+
+@cache
+def wanted(causal, name, dtype):
+    case = all_cases(causal)[name]
+    return expected(make(case, dtype), causal, **case.options)
+
+
+@every_case
+@dtypes
+def test_results_are_those_of_the_reference(causal, name, dtype):
+    case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal)
+    results = forward(make(case, dtype), causal, run, **case.options)
+    for output, x in wanted(causal, name, dtype).items():
+        worst = bound.worst if output == "out" else None
+        assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
+
+
+@every_case
+@dtypes
+def test_gradients_are_those_of_the_reference(causal, name, dtype):
+    case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal)
+    x, incoming = make(case, dtype), cotangents(case, dtype)
+    results = backward(x, incoming, causal, run, **case.options)
+    for gradient, value in expected_gradients(x, incoming, causal, **case.options).items():
+        if gradient in results:
+            assert_close(results[gradient], value, rms=bound.gradient_rms, what=gradient)
+
+
+SIZES = ["narrow, 256 features", "wide, two groups of features", "packed, with empty sequences"]
+
+
+@forms
+@dtypes
+@pytest.mark.parametrize("name", SIZES)
+def test_fifty_runs_give_the_same_bits(causal, name, dtype):
+    case = all_cases(causal)[name]
+    x, incoming = make(case, dtype), cotangents(case, dtype)
+
+    def once():
+        results = forward(x, causal, run, **case.options)
+        gradients = backward(x, incoming, causal, run, **case.options)
+        return {**results, **{f"gradient of {n}": g for n, g in gradients.items()}}
+
+    first = once()
+    for _ in range(49):
+        for output, result in once().items():
+            assert_same_bits(result, first[output], what=output)
+
+
+@forms
+@dtypes
+def test_a_batch_row_has_the_bits_it_has_alone(causal, dtype):
+    case = all_cases(causal)["an initial state for each, 500 rows"]
+    x = make(case, dtype)
+    together = forward(x, causal, run, **case.options)
+    alone = {n: a[1:] if len(a) == case.batch and a.ndim > 1 else a for n, a in x.items()}
+    for output, result in forward(alone, causal, run, **case.options).items():
+        assert_same_bits(result, together[output][1:], what=output)
+
+
+@dtypes
+@pytest.mark.parametrize("poison", POISONS)
+def test_the_future_changes_no_bit_of_the_past(dtype, poison):
+    case = CASES["narrow, 128 features, entry std 3"]
+    x, at = make(case, dtype), 70
+    clean = run("Causal", x)["out"][:, :at]
+    dirty = run("Causal", poisoned(x, poison, at, dtype))["out"][:, :at]
+    assert_same_bits(dirty, clean)
+
+
+@dtypes
+def test_long_sequences_are_split_and_merged(dtype):
+    case = CASES["packed, segments of some sequences"]
+    x = make(case, dtype)
+    for causal in (False, True):
+        results = forward(x, causal, run, packed=True)
+        exact = expected(x, causal, packed=True)
+        rms = tolerances(dtype, causal=causal).rms
+        assert_close(results["out"], exact["out"], rms=rms)
+
+
+def test_memory_that_is_not_there_is_an_error_and_the_next_call_works():
+    from performer import _core
+    from performer.bench import torch_kernels
+
+    case = CASES["two segments, the first one ends in masked keys"]
+    x = make(case, "bfloat16")
+    with pytest.raises(MemoryError, match="out of GPU memory"):
+        _core.run_on_gpu(
+            "Summarize",
+            {
+                name: (256, x[name].shape, str(x[name].dtype))
+                for name in ("key", "value", "key_projection", "key_bias", "offsets")
+            },
+            lambda shape, dtype: (None, 256),
+            lambda size: 0,
+            stream=0,
+        )
+    assert torch_kernels.missing() == ""
+    assert np.isfinite(forward(x, True, run)["log_mass"]).all()
