@@ -50,8 +50,8 @@ def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tenso
     """int64 offsets [N + 1] of the runs of equal ids in segment_ids [B, S], rows end to end.
 
     A run ends where the id changes and at the end of its batch row. N is their number, known only
-    when the graph runs. Or N = B most, `most` for each batch row, the last of which are empty; where
-    one has more, the offsets do not reach the end (and an assertion fails, but not under XLA).
+    when the graph runs. Or N = B most, `most` for each batch row, the last of which are empty;
+    where one has more, the offsets do not reach the end (and, but for XLA, an assertion fails).
     """
     starts = tf.concat(
         [
