@@ -81,7 +81,9 @@ def _run(op, count, inputs):
         if name != "offsets"
     }
     groups = sizes["key"] if "key" in sizes else sizes["log_mass"]
-    heads = {name: _larger(sizes[name], groups) if name in _SHARED else sizes[name] for name in sizes}
+    heads = {
+        name: _larger(sizes[name], groups) if name in _SHARED else sizes[name] for name in sizes
+    }
     folded = {}
     for name, (x, stacked) in zip(names, inputs, strict=True):
         # One for all heads serves all iterations, unless each has to get its own gradient.
