@@ -120,7 +120,7 @@ def test_the_copy_computes_the_same_with_exact_attention():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("jit_compile", [False])
+@pytest.mark.parametrize("jit_compile", [False, True])
 def test_saved_reloaded_and_trained_further_in_mixed_precision(jit_compile, tmp_path):
     model = encoder_decoder()
     linear = convert.replace_attention(

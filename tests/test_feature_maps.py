@@ -109,6 +109,13 @@ def test_every_form_of_attention_uses_the_map(feature_map):
     prefixed = layer(X, X, use_causal_mask=True, prefix_mask=nothing)
     compare.assert_close(prefixed, causal, relative=1e-5)
     compare.assert_close(layer(X[:, -1:], X), causal[:, -1:], relative=1e-5)
+    state, parts = layer.get_initial_state(2), []
+    for part in (X[:, :2], X[:, 2:]):
+        output, state = layer(
+            part, part, use_causal_mask=True, initial_state=state, return_state=True
+        )
+        parts.append(output)
+    compare.assert_close(tf.concat(parts, 1), causal, relative=1e-5)
     with pytest.raises(AssertionError):
         compare.assert_close(
             layer_with("softmax", num_key_value_heads=1)(X, X), layer(X, X), rms=1e-3

@@ -64,7 +64,7 @@ def test_a_model_in_parts_is_the_whole_model(positions):
         part, state = model(part, initial_state=state, return_state=True)
         parts.append(part)
     assert_close(np.concatenate(parts, 1), whole, worst=2e-4)
-    with pytest.raises(ValueError, match="must be a list of . states.*Received: a list of 9"):
+    with pytest.raises(ValueError, match=r"must be a list of . states.*Received: a list of 9"):
         model(x, initial_state=[None] * 9)
 
 
