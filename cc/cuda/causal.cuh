@@ -36,14 +36,16 @@ struct CausalBlock {
 
   const CausalParams<T>& p;
   unsigned char* shared;
-  int first_landmark;
-  float unit, growth;  // of an exponential; kMaxGrowth in units of root
 
   // The state of a thread's landmarks: rows g and g + 8 of each 16.
   struct State {
     float sum[kGroups][kColumns][4], anchor[kGroups][2], mass[kGroups][2];
   };
   using KeyLogits = float[kGroups][kKeyTiles][4];
+
+  PERFORMER_DEVICE int first_landmark() const { return blockIdx.z * L::kLandmarks; }
+  // kMaxGrowth in units of root.
+  PERFORMER_DEVICE float growth() const { return L::kMaxGrowth * p.map.inverse_root; }
 
   PERFORMER_DEVICE T* tile(int offset) const { return reinterpret_cast<T*>(shared + offset); }
   PERFORMER_DEVICE float* floats(int offset) const {
@@ -62,7 +64,7 @@ struct CausalBlock {
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = first_landmark + landmark(m, warp) + g + 8 * e;
+        const int row = first_landmark() + landmark(m, warp) + g + 8 * e;
         const int64_t at = index * p.features + row;
         const float log_mass = row < p.features ? p.before_log_mass[at] : -kInfinity;
         const bool any = log_mass != -kInfinity;
@@ -87,7 +89,7 @@ struct CausalBlock {
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = first_landmark + landmark(m, warp) + g + 8 * e;
+        const int row = first_landmark() + landmark(m, warp) + g + 8 * e;
         if (row >= p.features) continue;
         const int64_t at = index * p.features + row;
         const float mass = state.mass[m][e], inverse = mass == 0.f ? 0.f : 1.f / mass;
@@ -119,16 +121,15 @@ struct CausalBlock {
 #pragma unroll
         for (int m = 0; m < kGroups; ++m) x[m][n][i] = start;
       }
-    const uint32_t* operands =
-        p.key_operands +
-        (p.key_head_step * p.group_of(blockIdx.y) + first_landmark) * p.operand_row;
+    const uint32_t* operands = place()->operands;
 #pragma unroll
     for (int s = 0; s < W / 16; ++s) {
       uint32_t a[kGroups][kFragment<T>];
 #pragma unroll
       for (int m = 0; m < kGroups; ++m) {
         // Past the last landmarks: those of the first ones, whose logits are replaced below.
-        const int row = first_landmark + landmark(m, warp) < p.features_pad ? landmark(m, warp) : 0;
+        const int row =
+            first_landmark() + landmark(m, warp) < p.features_pad ? landmark(m, warp) : 0;
         LoadOperand<T>(a[m], operands + (row / 16 * (W / 16) + s) * 32 * kFragment<T>, lane);
       }
 #pragma unroll
@@ -148,14 +149,14 @@ struct CausalBlock {
           for (int i = 0; i < 4; ++i)
             x[m][n][i] = MappedLogit(p.map, x[m][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
     if (begin > 0) HideKeys(x, [&](int j) { return j < begin; }, lane);
-    if (first_landmark + L::kLandmarks > p.features)
+    if (first_landmark() + L::kLandmarks > p.features)
 #pragma unroll
       for (int m = 0; m < kGroups; ++m)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (first_landmark + landmark(m, warp) + lane / 4 + 8 * (i / 2) >= p.features)
+            if (first_landmark() + landmark(m, warp) + lane / 4 + 8 * (i / 2) >= p.features)
               x[m][n][i] = -kInfinity;
   }
 
@@ -190,12 +191,13 @@ struct CausalBlock {
           }
         first = __shfl_sync(kAllLanes, first, (lane & ~3) | (begin % 8 / 2));
         const float mass = state.mass[m][e];
-        const float log_mass = mass != 0.f ? state.anchor[m][e] + log2f(mass) / unit : -kInfinity;
+        const float log_mass =
+            mass != 0.f ? state.anchor[m][e] + log2f(mass) / p.map.unit() : -kInfinity;
         const float next = masked ? log_mass : fmaxf(log_mass, first);
         none[m][e] = next == -kInfinity;
-        keep[m][e] = mass != 0.f ? Exp2((state.anchor[m][e] - next) * unit) : 0.f;
+        keep[m][e] = mass != 0.f ? Exp2((state.anchor[m][e] - next) * p.map.unit()) : 0.f;
         state.anchor[m][e] = ZeroIfNone(next);
-        const float limit = none[m][e] ? -kInfinity : next + growth;
+        const float limit = none[m][e] ? -kInfinity : next + growth();
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
@@ -211,7 +213,7 @@ struct CausalBlock {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int column = n * 8 + 2 * (lane % 4) + (i & 1);
-            const float limit = none[m][i / 2] ? -kInfinity : state.anchor[m][i / 2] + growth;
+            const float limit = none[m][i / 2] ? -kInfinity : state.anchor[m][i / 2] + growth();
             // The first key itself sets the anchor.
             if (column > begin && x[m][n][i] > limit) cut = min(cut, column);
           }
@@ -230,12 +232,12 @@ struct CausalBlock {
     const int g = lane / 4, t = lane % 4;
     T* const weights = tile(L::kWeights);
     T* const before = tile(L::kBefore);
-    const float* feature_bias = place()->feature_bias + first_landmark;
+    const float* feature_bias = place()->feature_bias + first_landmark();
 #pragma unroll
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = landmark(m, warp) + g + 8 * e, feature = first_landmark + row;
+        const int row = landmark(m, warp) + g + 8 * e, feature = first_landmark() + row;
         const float old = state.mass[m][e] * keep[m][e];
         float added = 0;
         if (t == 0) {
@@ -255,8 +257,8 @@ struct CausalBlock {
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
           float &y0 = x[m][n][2 * e], &y1 = x[m][n][2 * e + 1];
-          y0 = Exp2((y0 - state.anchor[m][e]) * unit);
-          y1 = Exp2((y1 - state.anchor[m][e]) * unit);
+          y0 = Exp2((y0 - state.anchor[m][e]) * p.map.unit());
+          y1 = Exp2((y1 - state.anchor[m][e]) * p.map.unit());
           added += y0 + y1;
           StorePair(weights + At<T, C>(row, n * 8 + 2 * t), y0, y1);
         }
@@ -316,7 +318,7 @@ struct CausalBlock {
 #pragma unroll
       for (int n = 0; n < kQueryTiles; ++n) top = fmaxf(top, fmaxf(y[n][2 * e], y[n][2 * e + 1]));
       top = QuadMax(top);
-      const float shift = ZeroIfNone(top), factor = Exp2((sums.top[e] - shift) * unit);
+      const float shift = ZeroIfNone(top), factor = Exp2((sums.top[e] - shift) * p.map.unit());
       sums.top[e] = top;
       sums.den[e] *= factor;
 #pragma unroll
@@ -332,7 +334,7 @@ struct CausalBlock {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& f = y[n][2 * e + c];
-          f = Exp2((f - shift) * unit);
+          f = Exp2((f - shift) * p.map.unit());
           sums.den[e] += f * mass[n * 8 + 2 * t + c];
         }
     }
@@ -387,7 +389,8 @@ struct CausalBlock {
     for (int e = 0; e < 2; ++e) {
       const float their_top = from[(kEach - 4 + e) * 32];
       const float top = fmaxf(sums.top[e], their_top), shift = ZeroIfNone(top);
-      const float a = Exp2((sums.top[e] - shift) * unit), b = Exp2((their_top - shift) * unit);
+      const float a = Exp2((sums.top[e] - shift) * p.map.unit()),
+                  b = Exp2((their_top - shift) * p.map.unit());
       sums.top[e] = top;
       // In the order of the landmarks, whichever partner adds.
       const auto both = [&](float x, float y) { return part ? b * y + a * x : a * x + b * y; };
@@ -509,14 +512,14 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
   const Item item = Locate(p.segments, blockIdx.x);
   const int64_t head = blockIdx.y, group = p.group_of(head);
   const int first_landmark = blockIdx.z * L::kLandmarks;
-  const Block block = {p, shared, first_landmark, p.map.unit(), L::kMaxGrowth * p.map.inverse_root};
+  const Block block = {p, shared};
   if (tid == 0) {
     const int64_t row = item.first_row + item.begin;
     *block.place() = {
         p.query.Row(row, head), p.out.Row(row, head),
         p.feature_bias +
             QueryHeadIndex(p.feature_bias_heads, head, p.query.heads, group) * p.features,
-        row};
+        p.key_operands + (p.key_head_step * group + first_landmark) * p.operand_row, row};
   }
   KeyStream<T, W, L::kThreads, C> stream(p.keys, p.map, item, group, shared + L::kStream, tid);
   const int chunks = (stream.place->rows + C - 1) / C;
@@ -617,8 +620,9 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
     }
   }
   const Item same = Locate(p.segments, blockIdx.x);  // not kept: registers are short
+  const int id = Opaque(tid);
   if (same.last() && head % (p.query.heads / p.groups) == 0)
-    block.Finish(state, same.sequence * p.groups + group, stream.place->rows, tid / 32, tid % 32);
+    block.Finish(state, same.sequence * p.groups + group, stream.place->rows, id / 32, id % 32);
 }
 
 }  // namespace cuda

@@ -8,13 +8,25 @@
 namespace performer {
 namespace cuda {
 
+// What the gradient needs of the forward pass: normalised outputs of each group of landmarks, not
+// merged yet, and the states that segments begin with (as CausalParams).
+struct CausalParts {
+  Division segments;
+  const float* out = nullptr;  // [count][rows, H, W]
+  const float* lse = nullptr;  // [count][rows, H]
+  int64_t count = 0;
+  const float *before_log_mass = nullptr, *before_mean = nullptr;
+  bool before_each = false;
+  int64_t before_count = 0;
+};
+
 template <class T, int W>
 class Causal : public Forward<T, W> {
  public:
   using Forward<T, W>::Forward;
 
-  // `lse`: see CausalParams; may be nullptr.
-  Status Run(const performer::CausalParams& call, float* lse = nullptr) const {
+  // With `parts`, these instead of call.out.
+  Status Run(const performer::CausalParams& call, CausalParts* parts = nullptr) const {
     Division segments;
     PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSegments, &segments));
     CausalParams<T> p;
@@ -38,10 +50,16 @@ class Causal : public Forward<T, W> {
     p.out = OutputRows<T>(call.out, dims_.heads, dims_.value_dim);
     p.log_mass = static_cast<float*>(call.state.log_mass);
     p.mean = static_cast<float*>(call.state.mean);
-    p.lse = lse;
+    if (parts != nullptr) {
+      parts->segments = segments;
+      parts->before_log_mass = p.before_log_mass;
+      parts->before_mean = p.before_mean;
+      parts->before_each = p.before_each;
+      parts->before_count = p.before_count;
+    }
     if constexpr (kIs16Bit<T> && W == 64)
-      if (dims_.features > CausalLayout<T, W, 1>::kLandmarks) return Launch<2>(segments, p);
-    return Launch<1>(segments, p);
+      if (dims_.features > CausalLayout<T, W, 1>::kLandmarks) return Launch<2>(segments, p, parts);
+    return Launch<1>(segments, p, parts);
   }
 
  private:
@@ -85,22 +103,26 @@ class Causal : public Forward<T, W> {
   }
 
   template <int kGroups>
-  Status Launch(const Division& segments, CausalParams<T> p) const {
+  Status Launch(const Division& segments, CausalParams<T> p, CausalParts* parts) const {
     using Layout = CausalLayout<T, W, kGroups>;
     const Grid grid = {segments.count, dims_.heads, CeilDiv(dims_.features, Layout::kLandmarks)};
     const int64_t rows = dims_.batch * dims_.queries;
     MergeOutputsParams<T> merge;
-    if (grid.z > 1) {
+    if (grid.z > 1 || parts != nullptr) {
       p.part_lse = rows * dims_.heads;
       p.part_size = p.part_lse * W;
-      merge.lse = p.lse;
       PERFORMER_RETURN_IF_ERROR(
           launcher_.Allocate(grid.z * p.part_size, "partial outputs", &p.part_out));
       PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(grid.z * p.part_lse, "partial outputs", &p.lse));
     }
     PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal", CausalKernel<T, W, kGroups>, grid,
                                                Layout::kThreads, Layout::kBytes, p));
-    if (grid.z == 1) return Status();
+    if (parts != nullptr) {
+      parts->out = p.part_out;
+      parts->lse = p.lse;
+      parts->count = grid.z;
+    }
+    if (grid.z == 1 || parts != nullptr) return Status();
     merge.part_out = p.part_out;
     merge.part_lse = p.lse;
     merge.parts = grid.z;

@@ -11,6 +11,7 @@ struct CausalPlace {
   const T* query;             // the segment's first row
   T* out;                     // likewise
   const float* feature_bias;  // [M] of the query head
+  const uint32_t* operands;   // of the key head, from the block's first landmark on
   int64_t row;                // of the tensor
 };
 
@@ -55,7 +56,9 @@ struct CausalLayout {
   static constexpr int kLandmarks = 16 * kWarps * kGroups;
   static constexpr int kRowTiles = kChunk / 16;
   static_assert(kWarps == 2 * kRowTiles, "two warps for each 16 queries");
-  static constexpr int kQueryTile = kLandmarks / 2 < 64 ? kLandmarks / 2 : 64;  // landmarks at once
+  // Landmarks that queries read at once: their features and the sums of wide heads share registers.
+  static constexpr int kMostAtOnce = W > 64 ? 32 : 64;
+  static constexpr int kQueryTile = kLandmarks / 2 < kMostAtOnce ? kLandmarks / 2 : kMostAtOnce;
   // Of tiles: the next chunk is copied while one is worked on. One where two would not fit in 163
   // KiB, what a block may have on sm_80.
   static constexpr int kStages = kIs16Bit<T> && W == 64 ? 2 : 1;

@@ -23,6 +23,8 @@ template <class T>
 Status RunSummarizeGrad(const performer::SummarizeGradParams& params, const Device& device);
 template <class T>
 Status RunReadGrad(const performer::ReadGradParams& params, const Device& device);
+template <class T>
+Status RunCausalGrad(const performer::CausalGradParams& params, const Device& device);
 
 inline bool IsNarrow(const Dims& dims) {
   return dims.key_dim <= kNarrow && dims.value_dim <= kNarrow;

@@ -14,7 +14,6 @@ struct MergeOutputsParams {
   const float* part_lse = nullptr;  // [parts][rows, H]
   int64_t parts = 0, rows = 0;
   RowsOf<T> out;
-  float* lse = nullptr;  // [rows, H] or nullptr
 };
 
 template <class T, int W>
@@ -39,7 +38,6 @@ __global__ void __launch_bounds__(256) MergeOutputsKernel(MergeOutputsParams<T> 
   for (int i = 0; i < W / 32; ++i)
     if (lane + 32 * i < p.out.width)
       to[lane + 32 * i] = FromFloat<T>(sum == 0.f ? 0.f : out[i] / sum);
-  if (p.lse != nullptr && lane == 0) p.lse[number] = sum == 0.f ? -kInfinity : shift + logf(sum);
 }
 
 }  // namespace cuda

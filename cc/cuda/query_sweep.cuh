@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
         p.lse + at,
         p.delta + at,
         p.grad_query.Row(row0, head),
-        p.sum_query + at * W,
+        p.sum_query == nullptr ? nullptr : p.sum_query + at * W,
         p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W),
         p.mean + state * p.features_pad * W,
         p.log_mass + state * p.features,
@@ -207,13 +207,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
           const int row = tile * kTile + r0 + lane / 4 + 8 * e;
           if (row >= place->rows) continue;
           T* to = place->grad_query + static_cast<int64_t>(row) * p.grad_query.stride;
-          float* sums = place->sum_query + static_cast<int64_t>(row) * heads * W;
 #pragma unroll
           for (int n = 0; n < L::kColumns / 8; ++n) {
             const int column = c0 + n * 8 + 2 * (lane % 4);
             float2 y = {dq[n][2 * e] * factor, dq[n][2 * e + 1] * factor};
             if (!(is_first && is_last)) {  // of this thread alone, over the groups of landmarks
-              float2* sum = reinterpret_cast<float2*>(sums + column);
+              float2* sum = reinterpret_cast<float2*>(
+                  place->sum_query + static_cast<int64_t>(row) * heads * W + column);
               if (!is_first) y.x += sum->x, y.y += sum->y;
               *sum = y;
             }

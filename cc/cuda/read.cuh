@@ -25,6 +25,15 @@ struct ReadParams {
   RowsOf<T> out;
 };
 
+// Where a block works; in shared memory, because registers are short.
+template <class T>
+struct ReadPlace {
+  const T *projection, *mean;            // of the head, from the first landmark on
+  const float *log_mass, *feature_bias;  // likewise
+  T* out;                                // the first row
+  int rows;
+};
+
 template <class T, int W>
 struct ReadTraits {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
@@ -37,7 +46,8 @@ struct ReadTraits {
   static constexpr int kProjection = kRows * W * static_cast<int>(sizeof(T));
   static constexpr int kMean = kProjection + 2 * kTileBytes;
   static constexpr int kBias = kMean + 2 * kTileBytes;
-  static constexpr int kBytes = kBias + 2 * kTile * 4;
+  static constexpr int kPlace = kBias + 2 * kTile * 4;
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(ReadPlace<T>));
 };
 
 template <class T, int W>
@@ -50,32 +60,39 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
   T* const mean = reinterpret_cast<T*>(shared + Traits::kMean);              // [2] tiles
   float* const bias = reinterpret_cast<float*>(shared + Traits::kBias);      // [2][kTile]
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const Item item = Locate(p.tiles, blockIdx.x);
-  const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
-  const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
-  const T* w =
-      p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W);
-  const float* feature_bias =
-      p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features;
-  const int64_t row0 = item.first_row + item.begin;
-  const int rows_here = static_cast<int>(item.end - item.begin);
-
-  const T* means = p.mean + state * p.features_pad * W;
-
-  const auto issue = [&](int first, int buffer) {
-    CopyOperand<T, W, kTile, kThreads>(projection + buffer * kTile * W, w + first * W, kTile, tid);
-    CopyOperand<T, W, kTile, kThreads>(mean + buffer * kTile * W, means + first * W, kTile, tid);
-    CpAsyncCommit();
-    if (tid < kTile) {
-      const int m = first + tid;
-      bias[buffer * kTile + tid] =
-          m < p.features
-              ? (p.log_mass[state * p.features + m] + feature_bias[m]) * p.map.inverse_root
-              : -kInfinity;
+  ReadPlace<T>* const place = reinterpret_cast<ReadPlace<T>*>(shared + Traits::kPlace);
+  {
+    const Item item = Locate(p.tiles, blockIdx.x);
+    const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
+    const int64_t row = item.first_row + item.begin;
+    const int rows = static_cast<int>(item.end - item.begin);
+    if (tid == 0) {
+      const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
+      *place = {
+          p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad,
+                          W),
+          p.mean + state * p.features_pad * W,
+          p.log_mass + state * p.features,
+          p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
+          p.out.Row(row, head),
+          rows};
     }
+    CopyRows<T, W, Traits::kRows, kThreads>(queries, p.query.Row(row, head), 0, p.query, tid,
+                                            [&](int r) { return r < rows; });
+  }
+  __syncthreads();  // the place is known
+  const auto issue = [&](int first, int buffer) {
+    CopyOperand<T, W, kTile, kThreads>(projection + buffer * kTile * W,
+                                       place->projection + first * W, kTile, tid);
+    CopyOperand<T, W, kTile, kThreads>(mean + buffer * kTile * W, place->mean + first * W, kTile,
+                                       tid);
+    CpAsyncCommit();
+    const int m = first + tid;
+    if (tid < kTile)
+      bias[buffer * kTile + tid] =
+          m < p.features ? (place->log_mass[m] + place->feature_bias[m]) * p.map.inverse_root
+                         : -kInfinity;
   };
-  CopyRows<T, W, Traits::kRows, kThreads>(queries, p.query.Row(row0, head), 0, p.query, tid,
-                                          [&](int row) { return row < rows_here; });
   issue(0, 0);
   uint32_t q[kRowTiles][W / 16][kFragment<T>];
   const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
@@ -114,8 +131,8 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
       float sum;
       const float inverse = softmax.Inverse(m, e, &sum);
       const int row = (warp * kRowTiles + m) * 16 + g + 8 * e;
-      if (row >= rows_here) continue;
-      T* to = p.out.Row(row0 + row, head);
+      if (row >= place->rows) continue;
+      T* to = place->out + static_cast<int64_t>(row) * p.out.stride;
 #pragma unroll
       for (int n = 0; n < W / 8; ++n)
         StoreColumns(to, n * 8 + 2 * t, p.out.width, p.out.aligned,

@@ -18,9 +18,10 @@ Status RunTyped(Op op, const Call& call, const Device& device) {
       return RunSummarizeGrad<T>(MakeSummarizeGradParams(call), device);
     case Op::kReadGrad:
       return RunReadGrad<T>(MakeReadGradParams(call), device);
-    default:
-      return Status::InvalidArgument("this operator has no CUDA kernel");
+    case Op::kCausalGrad:
+      return RunCausalGrad<T>(MakeCausalGradParams(call), device);
   }
+  return Status::Internal("unknown operator");
 }
 
 }  // namespace

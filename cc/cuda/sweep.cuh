@@ -13,11 +13,6 @@
 namespace performer {
 namespace cuda {
 
-// Numbers whose range half does not hold (sums over rows, features relative to an anchor) are
-// operands in bfloat16 where T is half.
-template <class T>
-using Ranged = std::conditional_t<std::is_same_v<T, Half>, BFloat16, T>;
-
 // kWarps_ 4 or 8: a smaller block where there are few landmarks.
 template <class T, int W, int kWarps_>
 struct SweepLayout {
@@ -39,21 +34,21 @@ template <class T, int W>
 inline constexpr int kSweepWarps = kIs16Bit<T> || W == 64 ? 8 : 4;
 
 // How a thread sees its part of a sweep: rows are landmarks row0 + 16 m + g + 8 e of the block,
-// columns tokens 8 n + 2 t + c of 32.
-template <int kRowTiles>
-using SweepTile = float[kRowTiles][4][4];
+// columns tokens 8 n + 2 t + c of kColumns.
+template <int kRowTiles, int kColumns = 32>
+using SweepTile = float[kRowTiles][kColumns / 8][4];
 
-// x += landmarks (rows) x tokens (32 from j0).
-template <class T, int W, int kRowTiles>
-PERFORMER_DEVICE void LandmarkProduct(SweepTile<kRowTiles>& x, const T* landmarks, int row0,
-                                      const T* tokens, int j0, int lane) {
+// x += landmarks (rows) x tokens (kColumns from j0).
+template <class T, int W, int kRowTiles, int kColumns = 32>
+PERFORMER_DEVICE void LandmarkProduct(SweepTile<kRowTiles, kColumns>& x, const T* landmarks,
+                                      int row0, const T* tokens, int j0, int lane) {
 #pragma unroll
   for (int s = 0; s < W / 16; ++s) {
     uint32_t a[kRowTiles][kFragment<T>];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) LoadA<T, W>(a[m], landmarks, row0 + m * 16, s * 16, lane);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kColumns / 16; ++n) {
       uint32_t b[kFragment<T>];
       LoadB<T, W>(b, tokens, j0 + n * 16, s * 16, lane);
 #pragma unroll
@@ -62,12 +57,13 @@ PERFORMER_DEVICE void LandmarkProduct(SweepTile<kRowTiles>& x, const T* landmark
   }
 }
 
-// acc [16 kRowTiles landmarks][W] += x (32 tokens) tokens (rows j0 .. of a tile).
-template <class T, int W, int kRowTiles>
-PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4], const SweepTile<kRowTiles>& x,
-                                const T* tokens, int j0, int lane) {
+// acc [16 kRowTiles landmarks][W] += x (kColumns tokens) tokens (rows j0 .. of a tile).
+template <class T, int W, int kRowTiles, int kColumns = 32>
+PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4],
+                                const SweepTile<kRowTiles, kColumns>& x, const T* tokens, int j0,
+                                int lane) {
 #pragma unroll
-  for (int s = 0; s < 2; ++s) {
+  for (int s = 0; s < kColumns / 16; ++s) {
     uint32_t a[kRowTiles][kFragment<T>];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) PackA<T>(a[m], x[m][2 * s], x[m][2 * s + 1]);
@@ -81,33 +77,33 @@ PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4], const SweepTi
   }
 }
 
-// To a tile [landmark][64 tokens].
-template <class T, int kRowTiles>
-PERFORMER_DEVICE void StoreSummed(T* tile, const SweepTile<kRowTiles>& x, int row0, int j0,
-                                  int lane) {
+// To a tile [landmark][kWidth tokens].
+template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
+PERFORMER_DEVICE void StoreSummed(T* tile, const SweepTile<kRowTiles, kColumns>& x, int row0,
+                                  int j0, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+    for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        StorePair(tile + At<T, kTile>(row0 + m * 16 + g + 8 * e, j0 + n * 8 + 2 * t),
+        StorePair(tile + At<T, kWidth>(row0 + m * 16 + g + 8 * e, j0 + n * 8 + 2 * t),
                   x[m][n][2 * e], x[m][n][2 * e + 1]);
 }
 
-template <class T, int kRowTiles>
-PERFORMER_DEVICE void LoadSummed(SweepTile<kRowTiles>& x, const T* tile, int row0, int j0,
+template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
+PERFORMER_DEVICE void LoadSummed(SweepTile<kRowTiles, kColumns>& x, const T* tile, int row0, int j0,
                                  int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+    for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float2 y =
-            LoadPair(tile + At<T, kTile>(row0 + m * 16 + g + 8 * e, j0 + n * 8 + 2 * t));
+            LoadPair(tile + At<T, kWidth>(row0 + m * 16 + g + 8 * e, j0 + n * 8 + 2 * t));
         x[m][n][2 * e] = y.x;
         x[m][n][2 * e + 1] = y.y;
       }
@@ -128,16 +124,16 @@ PERFORMER_DEVICE float OperandSum(const uint32_t (&a)[kFragment<T>], int e) {
   return sum;
 }
 
-// acc (16 tokens from r0, kColumns from c0) += x^T y of tiles x [kLandmarks][64 tokens] and
+// acc (16 tokens from r0, kColumns from c0) += x^T y of tiles x [kLandmarks][kWidth tokens] and
 // y [kLandmarks][W]; with kTotal also total[e] += this lane's share of the sum of x over landmarks.
-template <class T, int W, int kLandmarks, int kColumns, bool kTotal>
+template <class T, int W, int kLandmarks, int kColumns, bool kTotal, int kWidth = kTile>
 PERFORMER_DEVICE void SumLandmarks(float (&acc)[kColumns / 8][4], float (&total)[2], const T* x,
                                    const T* y, int r0, int c0, int lane) {
   lane = Opaque(lane);
 #pragma unroll 2
   for (int m = 0; m < kLandmarks; m += 16) {
     uint32_t a[kFragment<T>];
-    LoadATrans<T, kTile>(a, x, r0, m, lane);
+    LoadATrans<T, kWidth>(a, x, r0, m, lane);
     if constexpr (kTotal)
 #pragma unroll
       for (int e = 0; e < 2; ++e) total[e] += OperandSum<T>(a, e);
@@ -159,43 +155,17 @@ PERFORMER_DEVICE float MapSlope(const Map& map, float x) {
 
 // Maps that are not linear: ds *= slope. The product is computed once more, where registers are
 // free, instead of being kept.
-template <class T, int W, int kRowTiles>
-PERFORMER_DEVICE void ChainSlope(SweepTile<kRowTiles>& ds, const Map& map, const T* landmarks,
-                                 int row0, const T* tokens, int j0, int lane) {
-  SweepTile<kRowTiles> x = {};
-  LandmarkProduct<T, W, kRowTiles>(x, landmarks, row0, tokens, j0, lane);
+template <class T, int W, int kRowTiles, int kColumns = 32>
+PERFORMER_DEVICE void ChainSlope(SweepTile<kRowTiles, kColumns>& ds, const Map& map,
+                                 const T* landmarks, int row0, const T* tokens, int j0, int lane) {
+  SweepTile<kRowTiles, kColumns> x = {};
+  LandmarkProduct<T, W, kRowTiles, kColumns>(x, landmarks, row0, tokens, j0, lane);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+    for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) ds[m][n][i] *= MapSlope(map, x[m][n][i]);
-}
-
-// Half as bfloat16, in place: the rows that this thread copied itself (CopyRows).
-template <class T, int W, int kThreads, int kRows = kTile>
-PERFORMER_DEVICE void MakeRanged(T* tile, int tid) {
-  if constexpr (std::is_same_v<T, Half>) {
-    constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
-    tid = Opaque(tid);
-#pragma unroll 2
-    for (int row = tid / kChunks; row < kRows; row += kStep) {
-      T* chunk = tile + At<T, W>(row, tid % kChunks * kChunk<T>);
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; i += 2) {
-        const float2 x = LoadPair(chunk + i);
-        *Pair(chunk + i) = Pack<BFloat16>(x.x, x.y);
-      }
-    }
-  }
-}
-template <class T>
-PERFORMER_DEVICE const Ranged<T>* AsRanged(const T* p) {
-  return reinterpret_cast<const Ranged<T>*>(p);
-}
-template <class T>
-PERFORMER_DEVICE Ranged<T>* AsRanged(T* p) {
-  return reinterpret_cast<Ranged<T>*>(p);
 }
 
 // Gradients of logits are operands in T. Half would lose those of small incoming gradients: they

@@ -9,7 +9,7 @@ from kit.core import Case, cotangents, forward, make
 from kit.cuda_cases import CASES
 from kit.emulated import run
 
-OPS = ["Summarize", "Read", "Causal"]
+OPS = ["Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad"]
 SEGMENTS = Case(batch=1, rows=1060, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S")
 CALLS = {
     "narrow": (replace(CASES["narrow, 256 features"], bias="11S", masked="holes"), "bfloat16"),
