@@ -16,8 +16,9 @@ from performer.bench import torch_kernels
 ROOT = Path(__file__).parents[1]
 FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 sys.path += FOLDERS
-import gpu as benchmark  # noqa: E402
 import run as kit  # noqa: E402
+
+import gpu as benchmark  # noqa: E402
 from gpukit import cases, report, sides  # noqa: E402
 
 for _folder in FOLDERS:
@@ -56,9 +57,14 @@ def measured():
     for case in cases.plan((512, 2048, 16384), cases.SETTINGS[:2]):
         for side in sides.SIDES:
             record = {
-                **{"causal": case.causal, "part": case.part, "length": case.length},
-                **{"dim": case.dim, "features": case.features, "side": side},
-                **{"batch": case.batch, "heads": case.heads},
+                "causal": case.causal,
+                "part": case.part,
+                "length": case.length,
+                "dim": case.dim,
+                "features": case.features,
+                "side": side,
+                "batch": case.batch,
+                "heads": case.heads,
             }
             if side == "composition" and case.length == 16384:
                 records.append({**record, "left_out": "composition in torch: out of memory"})
