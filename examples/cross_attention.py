@@ -11,7 +11,7 @@ import tensorflow as tf
 from performer import PerformerDecoder, PerformerEncoder, TokenAndPositionEmbedding
 from performer.demo import corpus
 
-CONTEXT, LENGTH, WIDTH = 768, 256, 64
+CONTEXT, LENGTH, WIDTH = 384, 128, 64
 
 
 def build():
@@ -26,7 +26,7 @@ def build():
     return embed, encoder, decoder, logits, model
 
 
-def main(steps=40):
+def main(steps=30):
     """Trains, then decodes from the encoder's state; returns losses and the largest difference."""
     keras.utils.set_random_seed(0)
     rows, held_out = corpus.split(corpus.load([], most=1_000_000), CONTEXT + LENGTH)

@@ -21,10 +21,11 @@ from performer.generation import _sample
 V = 20
 
 
-def make(positions="rotary", **options):
+def make(positions="rotary", delay_keys=False, **options):
     keras.utils.set_random_seed(1)
     large = keras.initializers.RandomNormal(stddev=1.0)  # so that tokens differ
     decoder = {"intermediate_dim": 24, "num_heads": 2, "supports": 16, "seed": 1}
+    decoder["delay_keys"] = delay_keys
     if positions == "rotary":
         decoder["rotary_embedding"] = RotaryEmbedding()
         embed = keras.layers.Embedding(V, 12, embeddings_initializer=large)
@@ -63,7 +64,7 @@ def test_a_model_in_parts_is_the_whole_model(positions):
         part, state = model(part, initial_state=state, return_state=True)
         parts.append(part)
     assert_close(np.concatenate(parts, 1), whole, worst=2e-4)
-    with pytest.raises(ValueError, match="must be a list of . states.*Received: a list of 9"):
+    with pytest.raises(ValueError, match=r"must be a list of . states.*Received: a list of 9"):
         model(x, initial_state=[None] * 9)
 
 
@@ -97,8 +98,9 @@ def test_models_that_stream_nest():
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_greedy_tokens_are_those_of_full_passes(positions):
-    model, text = make(positions), tokens(2, 3)
+@pytest.mark.parametrize("delay_keys", [False, True])
+def test_greedy_tokens_are_those_of_full_passes(positions, delay_keys):
+    model, text = make(positions, delay_keys), tokens(2, 3)
     new = generate(model, text, 12, temperature=0)
     for _ in range(12):
         text = np.concatenate([text, np.argmax(model(text)[:, -1:], -1)], 1)

@@ -150,8 +150,12 @@ def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
     shortest, longest = tf.reduce_min(lengths), tf.reduce_max(lengths)
     steps = longest - shortest + count  # tokens that come after what all prompts have
 
-    def read(tokens, state):
-        return model(tokens, initial_state=state, return_state=True, training=False)
+    def read(tokens, before):
+        logits, after = model(tokens, initial_state=before, return_state=True, training=False)
+        # Loops need the same shapes after every round, those of unknown sizes included.
+        return logits, tf.nest.map_structure(
+            lambda x, y: tf.ensure_shape(x, y.shape), after, before
+        )
 
     def read_chunk(position, state):
         chunk = prompt[:, position : tf.minimum(position + _CHUNK, shortest - 1)]

@@ -38,7 +38,7 @@ class ByteEmbedding(layers.Layer):
         before = tf.zeros_like(text[:, :1]) if initial_state is None else initial_state
         joined = tf.concat([before, text], 1)
         embedded = self.this(text) + self.previous(joined[:, :-1])
-        return (embedded, joined[:, -1:]) if return_state else embedded
+        return (embedded, joined[:, -1, tf.newaxis]) if return_state else embedded
 
     def get_config(self):
         """Returns the configuration."""

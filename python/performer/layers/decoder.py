@@ -223,10 +223,11 @@ def _delayed(x, last, segment_ids):
         last: what came before it, `(B, 1, dim)`; None for zeros.
         segment_ids: integers `(B, L)`: zeros come before every run of equal ones; or None.
     """
-    last = tf.zeros_like(x[:, :1]) if last is None else tf.cast(last, x.dtype)
-    joined = tf.concat([last, x], 1)
+    if last is None:
+        last = tf.zeros([tf.shape(x)[0], 1, x.shape[-1]], x.dtype)
+    joined = tf.concat([tf.cast(last, x.dtype), x], 1)
     delayed = joined[:, :-1]
     if segment_ids is not None:
         starts = positions_in_runs(tf.convert_to_tensor(segment_ids)) == 0
         delayed = tf.where(starts[..., tf.newaxis], tf.zeros_like(delayed), delayed)
-    return delayed, tf.cast(joined[:, -1:], tf.float32)
+    return delayed, tf.cast(joined[:, -1, tf.newaxis], tf.float32)
