@@ -19,16 +19,8 @@ import pdoc
 
 import performer
 
-# `performer` holds the layers and functions; these are the modules that are used by name.
-MODULES = (
-    "performer",
-    "performer.callbacks",
-    "performer.convert",
-    "performer.diagnostics",
-    "performer.feature_maps",
-    "performer.library",
-    "performer.tolerances",
-)
+# `performer` brings the modules that it names in `__all__`; these are used by their own names.
+MODULES = ("performer", "performer.library", "performer.projections", "performer.tolerances")
 
 
 def main(folder: str) -> None:
@@ -37,7 +29,8 @@ def main(folder: str) -> None:
         if not inspect.getdoc(getattr(performer, name)):
             raise SystemExit(f"performer.{name} has no docstring")
     pdoc.docstrings.GOOGLE_LIST_SECTIONS.append("Call arguments")
-    pdoc.render.configure(docformat="google", show_source=False, search=True)
+    templates = Path(__file__).parents[1] / "docs" / "reference"
+    pdoc.render.configure(docformat="google", show_source=False, template_directory=templates)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pdoc.pdoc(*MODULES, output_directory=Path(folder))

@@ -3,8 +3,6 @@
 `summarize` makes one, `merge` joins two, `read` asks it: the halves that attention is made of.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import tensorflow as tf
