@@ -88,8 +88,9 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(case):
         np.testing.assert_array_equal(one, other)
 
 
-def encoder_decoder():
-    """A small one, with self-attention, causal and cross attention, and a shared layer."""
+@pytest.fixture(scope="module")
+def model():
+    """A small encoder-decoder: self-attention in a shared layer, causal and cross attention."""
     source, target = keras.Input((None, 8), name="source"), keras.Input((None, 8), name="target")
     attention = keras.layers.MultiHeadAttention
     shared = attention(2, 4, name="encoder")
@@ -104,8 +105,7 @@ def encoder_decoder():
     return model
 
 
-def test_the_copy_computes_the_same_with_exact_attention():
-    model = encoder_decoder()
+def test_the_copy_computes_the_same_with_exact_attention(model):
     before = model.get_weights()
     copy = convert.replace_attention(model, attention_method="quadratic")
     assert "MultiHeadAttention" not in kinds(copy) and kinds(copy).count("Performer") == 3
@@ -120,16 +120,14 @@ def test_the_copy_computes_the_same_with_exact_attention():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_saved_reloaded_and_trained_further_in_mixed_precision(jit_compile, tmp_path):
-    model = encoder_decoder()
+def test_saved_reloaded_and_trained_further_in_mixed_precision(model, tmp_path):
     linear = convert.replace_attention(
         model, supports=32, redraw_interval=2, seed=5, dtype="mixed_bfloat16"
     )
     linear.save(tmp_path / "linear.keras")
     linear = keras.models.load_model(tmp_path / "linear.keras")
     assert linear.get_layer("causal").compute_dtype == "bfloat16"
-    linear.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=jit_compile)
+    linear.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=True)
     loss = linear.fit([X, Y], Y, epochs=8, verbose=0).history["loss"]
     assert np.all(np.isfinite(loss)) and loss[-1] < 0.9 * loss[0]
     # 8 calls, 2 by each draw; the shared layer is called twice in a step.
@@ -139,10 +137,8 @@ def test_saved_reloaded_and_trained_further_in_mixed_precision(jit_compile, tmp_
     np.testing.assert_array_equal(again([X, Y]), linear([X, Y]))
 
 
-def test_some_layers_only():
-    copy = convert.replace_attention(
-        encoder_decoder(), supports=16, where=lambda name: name != "cross"
-    )
+def test_some_layers_only(model):
+    copy = convert.replace_attention(model, supports=16, where=lambda name: name != "cross")
     assert [type(copy.get_layer(n)).__name__ for n in ("encoder", "causal", "cross")] == [
         "Performer",
         "Performer",
@@ -236,7 +232,7 @@ class Opaque(keras.layers.Layer):
         return self.attention(x, x)
 
 
-def test_models_that_cannot_be_converted_are_refused():
+def test_models_that_cannot_be_converted_are_refused(model):
     with pytest.raises(TypeError, match="model='attention'"):
         convert.replace_attention("attention", supports=8)
     with pytest.raises(ValueError, match="must be built"):
@@ -244,7 +240,6 @@ def test_models_that_cannot_be_converted_are_refused():
     dense = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match=r"MultiHeadAttention.*of the types Dense"):
         convert.replace_attention(dense, supports=8)
-    model = encoder_decoder()
     with pytest.raises(ValueError, match="that `where` selects"):
         convert.replace_attention(model, supports=8, where=lambda name: False)
     with pytest.raises(ValueError, match=r"'encoder' cannot be replaced.*supports=0"):
