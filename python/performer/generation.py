@@ -224,9 +224,8 @@ def _rows(prompt):
     if isinstance(prompt, tf.RaggedTensor):
         prompt = prompt.to_list()
     ragged = isinstance(prompt, list | tuple) and any(np.ndim(row) for row in prompt)
-    rows = [np.asarray(row) for row in prompt] if ragged else np.asarray(prompt)
-    single = not ragged and rows.ndim == 1
-    rows = [rows] if single else list(rows)
+    single = not ragged and np.ndim(prompt) == 1
+    rows = [np.asarray(row) for row in ([prompt] if single else prompt)]
     if not rows or any(row.ndim != 1 or not len(row) for row in rows):
         raise ValueError(
             "`prompt` must have shape (P,) or (B, P), or be a list of lists, with a token in every "

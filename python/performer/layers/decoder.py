@@ -1,5 +1,7 @@
 """The decoder block of a Transformer, over linear attention, with its state."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -80,7 +82,7 @@ class PerformerDecoder(Block):
         ) = self._make_attention(
             "self_attention", shape, shape, rotary_embedding=self.rotary_embedding
         )
-        self._cross_attention_layer = None
+        self._cross_attention_layer: Any = None
         if encoder_sequence_shape is not None:
             (
                 self._cross_attention_layer,
