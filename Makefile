@@ -14,7 +14,8 @@ help:
 	@echo "make build   compile what has changed"
 	@echo "make clean   remove what was built (distclean: the environment too)"
 	@echo
-	@echo "PYTHON=python3.12 chooses the Python for .venv, CXX=clang++ the compiler."
+	@echo "PYTHON=python3.12 chooses the Python for .venv, CXX=clang++ the compiler,"
+	@echo "PERFORMER_CUDA=ON or OFF whether the GPU kernels are built (default: where nvcc is found)."
 
 demo: build
 	$(RUN) -m performer demo $(ARGS)
@@ -38,11 +39,9 @@ environment:
 
 build: environment $(VENV)/built
 
-# Without isolation: the library is compiled against the TensorFlow that it will run with.
 $(VENV)/built: $(SOURCES) | environment
-	@echo "Compiling"
-	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable . \
-	 || { echo; echo "The build failed; the compiler's messages are above."; exit 1; }
+	@echo "Compiling, the first time for some minutes"
+	@sh tools/build.sh $(RUN)
 	@touch $@
 
 clean:

@@ -44,12 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := torch_kernels.missing():
         print(f"gpu.py: nothing to measure: {reason}", file=sys.stderr)
         return 3
+    import torch
+
     deadline = time.monotonic() + options.seconds
     timer = timing.Timer()
     run = {"machine": machine(), "rates": timer.rates(), "records": []}
     wrong_results = 0
     for case in cases.plan(options.lengths):
-        for record in measure(case, timer, deadline):
+        with torch.cuda.stream(timer.stream):
+            records = measure(case, timer, deadline)
+        for record in records:
             run["records"].append(record)
             if "left_out" not in record:
                 print(f"{record['side']:12s} {case}: {record['median']:.3f} ms", flush=True)

@@ -40,6 +40,7 @@ def test_a_process_that_dies_is_reported(monkeypatch, tmp_path, capsys):
         (["--features", "0"], "--features must be from 1 to 1024; got 0"),
         (["--dims", "2000"], "--dims must be from 1 to 1024; got 2000"),
         (["--threads", "0"], "--threads must be from 1 to"),
+        (["--minutes", "0"], "--minutes must be more than 0; got 0"),
     ],
 )
 def test_bad_options_are_refused(options, message, tmp_path, capsys):
@@ -93,5 +94,12 @@ def test_a_full_run_covers_every_size():
     assert {case.setting for case in cases} == set(
         itertools.product((64, 128, 256), (64, 128), plan.DTYPES)
     )
-    assert {case.length for case in cases} == {2**n for n in range(7, 18)}
+    main = cases[0].setting
+    assert {case.length for case in cases if case.setting == main} == {2**n for n in range(7, 18)}
+    assert {case.length for case in cases if case.setting != main} == {1024, 4096, 16384}
     assert len({case.mode for case in cases}) == 4
+
+
+@pytest.mark.parametrize("options", [["--minutes", "3"], ["--minutes", "3", "--quick"]])
+def test_minutes_bound_a_run(options):
+    assert chosen(*options).most_total == 180

@@ -36,14 +36,35 @@ def test_conclusions_follow_from_the_figures():
     lengths = {x["length"] for x in results.crossovers(measured) if x["side"] == "exact"}
     assert lengths == {1024.0}
     assert results.doublings(measured) == []
-    for record in [r for r in measured["records"] if r["kind"] == "time"][:1]:
-        case = {**record["case"], "length": 512}
+    times = [r for r in measured["records"] if r["kind"] == "time" and r["side"] == "performer"]
+    for record, length in ((times[0], 512), (times[2], 8192)):  # only the second is long
+        case = {**record["case"], "length": length}
         measured["records"].append({**record, "case": case, "minimum": 2.1 * record["minimum"]})
-    assert next(x["ratio"] for x in results.doublings(measured)) == pytest.approx(2.1)
+    assert [(x["length"], x["ratio"]) for x in results.doublings(measured)] == [
+        (4096, pytest.approx(2.1))
+    ]
+    compared = {x["side"]: x for x in results.comparisons(measured)}
+    assert compared.keys() == {name for name in SIDES if not SIDES[name].exact} - {"performer"}
+    assert compared["lean"]["ratio"] == pytest.approx(2.0)
+    assert compared["lean"]["limit"] == pytest.approx(2.0 / 0.5)
     (heads,) = results.head_ratios(measured)
     assert heads["one"]["minimum"] / heads["many"]["minimum"] == pytest.approx(1.1)
     (threads,) = results.thread_ratios(measured)
     assert threads["one"] / threads["all"] == pytest.approx(20 / 10.5)
+
+
+def test_other_settings_share_a_table():
+    measured = measurements()
+    for record in [r for r in measured["records"] if r["kind"] == "time"]:
+        other = {**record, "case": {**record["case"], "features": 64}, "fraction": 0.25}
+        measured["records"].append(other)
+    tables_of = {table.title: table for table in tables.settings(measured)}
+    assert len(tables_of) == 4
+    for table in tables_of.values():
+        (row,) = table.rows
+        assert row[:2] == ("M=64 D=64 float32", "4096")
+        assert row[-1] == "0.25"
+    assert len(tables.times(measured)) == 4
 
 
 def test_report_plots_and_tables_are_written(tmp_path):

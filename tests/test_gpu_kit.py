@@ -16,8 +16,9 @@ from performer.bench import torch_kernels
 ROOT = Path(__file__).parents[1]
 FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 sys.path += FOLDERS
-import gpu as benchmark  # noqa: E402
 import run as kit  # noqa: E402
+
+import gpu as benchmark  # noqa: E402
 from gpukit import cases, report, sides  # noqa: E402
 
 for _folder in FOLDERS:
@@ -56,9 +57,14 @@ def measured():
     for case in cases.plan((512, 2048, 16384), cases.SETTINGS[:2]):
         for side in sides.SIDES:
             record = {
-                **{"causal": case.causal, "part": case.part, "length": case.length},
-                **{"dim": case.dim, "features": case.features, "side": side},
-                **{"batch": case.batch, "heads": case.heads},
+                "causal": case.causal,
+                "part": case.part,
+                "length": case.length,
+                "dim": case.dim,
+                "features": case.features,
+                "side": side,
+                "batch": case.batch,
+                "heads": case.heads,
             }
             if side == "composition" and case.length == 16384:
                 records.append({**record, "left_out": "composition in torch: out of memory"})
@@ -77,7 +83,9 @@ def test_the_report_says_what_was_measured_and_what_follows(tmp_path):
     assert files[2].read_bytes()[:4] == b"\x89PNG"
     text = files[1].read_text()
     assert "goal 0.46 ms (reached)" in text
-    assert "bidirectional, forward, D = 64, M = 128: faster than flash attention from L = 1024" in text
+    assert (
+        "bidirectional, forward, D = 64, M = 128: faster than flash attention from L = 1024" in text
+    )
     assert "left out, 8 measurements: composition in torch: out of memory" in text
     assert "800 TFLOP/s" in text
     assert all(len(row) == len(report.COLUMNS) for row in report.rows(run))
@@ -211,7 +219,10 @@ def summarize(inputs=INPUTS, allocate=lambda size: 256, **options):
     [
         ({"key": None}, "inputs must have 'key'"),
         ({"key": (256, (1, 8, 2), "float32")}, "key must have"),
-        ({"value": (256, (1, 8, 2, 16), "bfloat16")}, "value must have dtype float32; got bfloat16"),
+        (
+            {"value": (256, (1, 8, 2, 16), "bfloat16")},
+            "value must have dtype float32; got bfloat16",
+        ),
         ({"key": (256, (1, 8, 2, 16), "float64")}, "value must have dtype float64"),
         (
             {

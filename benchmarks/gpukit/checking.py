@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from gpukit import cases, sides
 
-# Relative rms in bfloat16: the promise of performer.tolerances, and what the others reach.
+# Relative rms in bfloat16: the promise of performer.tolerances; what tells a mistake from rounding
+# in the others (the composition rounds features and prefix sums).
 BOUNDS = {
     "performer": {cases.FORWARD: 4e-3, cases.BACKWARD: 8e-3},
     "flash": {cases.FORWARD: 1e-2, cases.BACKWARD: 2e-2},
-    "composition": {cases.FORWARD: 3e-2, cases.BACKWARD: 6e-2},
+    "composition": {cases.FORWARD: 5e-2, cases.BACKWARD: 2e-1},
 }
 LAST = 64  # rows of exact attention that are compared: the last ones, against all keys
 LONGEST = 4096  # rows of a gradient in float64

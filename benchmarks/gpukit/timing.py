@@ -17,24 +17,25 @@ class Timer:
     Each call is captured as a CUDA graph, so that what Python spends on a launch is not counted;
     where that fails it is timed as it is. Before each repetition a buffer larger than the L2 cache
     is written.
+
+    Attributes:
+        stream: what is timed, and what it was made from, must run on it: torch's gradients run on
+            the stream of their forward pass, and only this one is captured.
     """
 
     def __init__(self):
         import torch
 
         self.torch = torch
+        self.stream = torch.cuda.Stream()
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         self.flush = torch.empty(max(4 * cache, 2**28), dtype=torch.uint8, device="cuda")
 
     def milliseconds(self, call) -> dict:
         """Median and minimum of one call, how often it ran, and whether as a graph."""
         torch = self.torch
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # as capturing asks for
-            for _ in range(WARM_UP):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
+        for _ in range(WARM_UP):
+            call()
         torch.cuda.synchronize()
         replay, graph = self._captured(call)
         start = time.perf_counter()
@@ -61,16 +62,20 @@ class Timer:
         torch = self.torch
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 kept = call()  # its memory belongs to the graph
         except RuntimeError:
             torch.cuda.synchronize()
             return call, False
-        graph.kept = kept
-        return graph.replay, True
+        return lambda kept=kept: graph.replay(), True
 
     def rates(self) -> dict:
         """bfloat16 products of 8192 x 8192 in TFLOP/s, and copies in GB/s (read and written)."""
+        torch = self.torch
+        with torch.cuda.stream(self.stream):
+            return self._rates()
+
+    def _rates(self) -> dict:
         torch = self.torch
         a, b = (
             torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device="cuda", dtype=torch.bfloat16)

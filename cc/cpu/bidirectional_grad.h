@@ -95,7 +95,8 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, Slice slice,
     ReadLogitGradient(n, w, s.den, s.f, s.g, partial.log_mass);
     ChainSlope(map, n, w, s.slope, s.g);
     Product<false>(Operand::Rows(s.g, n, w.m_pad, w.m_stride, s.g_rows), head.projection.rows, w.m,
-                   s.dq, w.d_pad, n, w.d_pad, head.projection.row_scale);
+                   s.dq, w.d_pad, n, w.d_pad, static_cast<void*>(nullptr),
+                   head.projection.row_scale);
     StoreRows(grad_query, row, n, s.dq, w.d_pad);
     Product<true>(Operand::Columns(s.f, n, w.m_pad, w.m_stride, s.f_columns),
                   Operand::Stack(s.y, n, w.e_pad, w.e_pad, s.y_stack), n, partial.mean, w.e_pad,
@@ -239,7 +240,7 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
     Product<false>(Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_rows), grad_mean, w.m, s.dv,
                    w.e_pad, n, w.e_pad);
     Product<false>(Operand::Rows(s.g, n, w.m_pad, w.m_stride, s.g_rows), weights.rows, w.m, s.dk,
-                   w.d_pad, n, w.d_pad, weights.row_scale);
+                   w.d_pad, n, w.d_pad, static_cast<void*>(nullptr), weights.row_scale);
     StoreKeyGradients(to, map, w, s.keys, s.row_sum, row, n, s.dk, s.dv);
     Product<true>(Operand::Columns(s.g, n, w.m_pad, w.m_stride, s.g_columns),
                   Operand::Stack(s.keys.k, n, w.d_pad, w.d_pad, s.k_stack), n, partial_projection,

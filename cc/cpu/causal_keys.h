@@ -92,7 +92,7 @@ void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection
     for (int64_t d = 0; d < w.d_pad; ++d) s.keys.k[j * w.d_pad + d] = 0;
   }
   Transpose(s.keys.k, w.d_pad, RoundUp(width, 4), w.d_pad, s.kt, C);
-  s.ahead.Divide(RoundUp(w.m, kTileRows) / kTileRows);
+  s.ahead.Divide(HookCalls<Acc>(w.m, w.d, width));
   MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, width, &s.ahead);
   ApplyMap<Acc>(map, w.m, width, C, s.b, nullptr);
   for (int64_t m = 0; m < w.m; ++m)

@@ -12,19 +12,29 @@ struct ConstRows {
   const void* data;
   DType dtype;
   int64_t heads, head, width;
+
+  template <class T>
+  PERFORMER_INLINE const T* At(int64_t row) const {
+    return static_cast<const T*>(data) + (row * heads + head) * width;
+  }
 };
 struct MutableRows {
   void* data;
   DType dtype;
   int64_t heads, head, width;
+
+  template <class T>
+  PERFORMER_INLINE T* At(int64_t row) const {
+    return static_cast<T*>(data) + (row * heads + head) * width;
+  }
 };
 
 PERFORMER_INLINE constexpr int64_t SizeOf(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Rows that will be wanted soon. They are fetched a few at a time, between the tiles of a product:
-// all at once they would be waited for, as a core has only so many lines on the way.
+// Rows that will be wanted soon. They are fetched a few cache lines at a time, in the course of a
+// product: all at once they would be waited for, as a core has only so many lines on the way.
 class Ahead {
  public:
   explicit Ahead(bool backwards = false) : backwards_(backwards) {}
@@ -36,22 +46,27 @@ class Ahead {
     const int64_t width = rows.width * SizeOf(rows.dtype), step = rows.heads * width;
     const auto at = reinterpret_cast<uintptr_t>(rows.data) +
                     static_cast<uintptr_t>(row * step + rows.head * width);
-    entry_[entries_++] = {at, step, width, n};
-    rows_ += n;
+    entry_[entries_++] = {at, step, width, n, 0};
+    lines_ += n * ((width + kAlignment - 1) / kAlignment);
   }
   // The rows that come after [row, row + n), as many.
   void WantNext(const ConstRows& rows, int64_t row, int64_t n) {
     Want(rows, backwards_ ? row - n : row + n, n);
   }
-  // Of `parts` tiles each takes the same share.
-  PERFORMER_INLINE void Divide(int64_t parts) { share_ = (rows_ + parts - 1) / parts; }
+  // Each of `calls` of Before() fetches the same share; none if a product has no terms.
+  PERFORMER_INLINE void Divide(int64_t calls) {
+    share_ = calls == 0 ? 0 : (lines_ + calls - 1) / calls;
+  }
   PERFORMER_INLINE void Before() {
     for (int64_t i = 0; i < share_ && entries_ > 0; ++i) {
       Entry& entry = entry_[entries_ - 1];
-      for (int64_t b = 0; b < entry.bytes; b += kAlignment)
-        __builtin_prefetch(reinterpret_cast<const void*>(entry.at + static_cast<uintptr_t>(b)));
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(entry.at + static_cast<uintptr_t>(entry.offset)));
+      --lines_;
+      entry.offset += kAlignment;
+      if (entry.offset < entry.bytes) continue;
+      entry.offset = 0;
       entry.at += static_cast<uintptr_t>(entry.step);
-      --rows_;
       if (--entry.rows == 0) --entries_;
     }
   }
@@ -61,11 +76,11 @@ class Ahead {
  private:
   struct Entry {
     uintptr_t at;
-    int64_t step, bytes, rows;
+    int64_t step, bytes, rows, offset;
   };
   static constexpr int64_t kMost = 4;
   Entry entry_[kMost];
-  int64_t entries_ = 0, rows_ = 0, share_ = 0;
+  int64_t entries_ = 0, lines_ = 0, share_ = 0;
   bool backwards_;
 };
 
@@ -118,7 +133,7 @@ template <class T, class Acc>
 PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t n,
                                     const uint8_t* skip, Acc* to, int64_t stride) {
   const int64_t step = rows.heads * rows.width;
-  const T* from = static_cast<const T*>(rows.data) + row * step + rows.head * rows.width;
+  const T* from = rows.template At<T>(row);
   for (int64_t i = 0; i < n; ++i, from += step, to += stride) {
     if (skip && skip[i]) {
       for (int64_t d = 0; d < stride; ++d) to[d] = 0;
@@ -148,7 +163,7 @@ template <class T, class Acc>
 PERFORMER_INLINE void StoreTypedRows(const MutableRows& rows, int64_t row, int64_t n,
                                      const Acc* from, int64_t stride) {
   const int64_t step = rows.heads * rows.width;
-  T* to = static_cast<T*>(rows.data) + row * step + rows.head * rows.width;
+  T* to = rows.template At<T>(row);
   for (int64_t i = 0; i < n; ++i, to += step, from += stride)
     for (int64_t d = 0; d < rows.width; ++d) Narrow(from[d], to + d);
 }
@@ -163,6 +178,10 @@ void StoreRows(const MutableRows& rows, int64_t row, int64_t n, const Acc* from,
     if (rows.dtype == DType::kHalf) StoreTypedRows<Half>(rows, row, n, from, stride);
   }
 }
+
+// The type in which Acc lies in a tensor.
+template <class Acc>
+constexpr DType kOwnType = sizeof(Acc) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
 
 // x rounded to dtype.
 template <class Acc>

@@ -72,6 +72,18 @@ PERFORMER_INLINE Acc Dot(const Acc* a, const Acc* b, int64_t n) {
   return ReduceAdd<Acc>(sum);
 }
 
+// sum_i x_i^2, for a width that is a multiple of the lanes: of x in any type what its copy gives.
+template <class Acc, class T>
+PERFORMER_INLINE Acc SquaredNorm(const T* x, int64_t width) {
+  Vec<Acc> sum = {};
+  for (int64_t i = 0; i < width; i += kLanes<Acc>) {
+    Acc lane[kLanes<Acc>];
+    for (int l = 0; l < kLanes<Acc>; ++l) lane[l] = Widen(x[i + l]);
+    sum += Load(lane) * Load(lane);
+  }
+  return ReduceAdd<Acc>(sum);
+}
+
 // Hooks of MatMulPanels: fetch the rows ahead, and gather maxima while the results are in
 // registers.
 template <class Acc>
@@ -124,7 +136,7 @@ template <class In, class Acc, class Hook>
 PERFORMER_INLINE void MatMulPanelsWith(const In* a, int64_t lda, int64_t n, const In* panels,
                                        int64_t depth, const Widths& w, Acc* c, Ahead* ahead,
                                        Hook* hook, Acc scale) {
-  ahead->Divide(RoundUp(n, kTileRows) / kTileRows * w.m_panels);
+  ahead->Divide(HookCalls<Acc>(n, depth, w.m_pad));
   for (int64_t m = 0; m < w.m_pad; m += kPanel) {
     const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
     if constexpr (!std::is_same_v<Hook, Ahead>) hook->column = m;
@@ -194,6 +206,7 @@ struct KeyChunk {
   Acc *k, *v, *offset;  // [chunk][d_pad], [chunk][e_pad], [chunk]: what to add to the log-features,
                         // -inf where masked
   uint8_t* skip;        // [chunk]: masked
+  bool any, all;        // of the chunk's keys: seen, not masked
 
   void Place(Arena& arena, const Widths& w, int64_t chunk) {
     k = arena.Take<Acc>(chunk * w.d_pad);
@@ -203,33 +216,43 @@ struct KeyChunk {
   }
 
   // Rows [row, row + n) of the slice's head; masked rows are replaced by 0, whatever they hold.
-  // False if all are masked.
-  bool Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Widths& w,
+  void Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Widths& w,
             const Slice& slice, int64_t row, int64_t n, Ahead* ahead) {
-    const Dims& dims = call.dims;
+    LoadBias(call, keys, slice, row, n);
+    LoadRows<Acc>(Keys(call, keys, slice), row, n, skip, k, w.d_pad, ahead);
+    LoadRows<Acc>(Values(call, keys, slice), row, n, skip, v, w.e_pad, ahead);
+    FinishOffsets(map, n, [&](int64_t j) { return SquaredNorm<Acc>(k + j * w.d_pad, w.d_pad); });
+  }
+
+  static ConstRows Keys(const Common& call, const KeySide& keys, const Slice& slice) {
+    return {keys.key, call.dtype, call.dims.groups, slice.head, call.dims.key_dim};
+  }
+  static ConstRows Values(const Common& call, const KeySide& keys, const Slice& slice) {
+    return {keys.value, call.dtype, call.dims.groups, slice.head, call.dims.value_dim};
+  }
+  // The key biases, and what they mask.
+  void LoadBias(const Common& call, const KeySide& keys, const Slice& slice, int64_t row,
+                int64_t n) {
     const int64_t batch = call.offsets ? 0 : slice.sequence;
     const Acc* bias =
         static_cast<const Acc*>(keys.bias) + ((keys.bias_batch == 1 ? 0 : batch) * keys.bias_heads +
                                               (keys.bias_heads == 1 ? 0 : slice.head)) *
                                                  keys.bias_length;
-    const int64_t first = row - batch * dims.keys, step = keys.bias_length == 1 ? 0 : 1;
-    bool any = false;
+    const int64_t first = row - batch * call.dims.keys, step = keys.bias_length == 1 ? 0 : 1;
+    any = false, all = true;
     for (int64_t j = 0; j < n; ++j) {
       offset[j] = bias[(first + j) * step];
       skip[j] = offset[j] == -kInf<Acc>;
       any |= !skip[j];
+      all &= !skip[j];
     }
-    LoadRows<Acc>({keys.key, call.dtype, dims.groups, slice.head, dims.key_dim}, row, n, skip, k,
-                  w.d_pad, ahead);
-    LoadRows<Acc>({keys.value, call.dtype, dims.groups, slice.head, dims.value_dim}, row, n, skip,
-                  v, w.e_pad, ahead);
+  }
+  // From biases to offsets: less the norms, in base 2.
+  template <class Norm>
+  PERFORMER_INLINE void FinishOffsets(const Map<Acc>& map, int64_t n, Norm squared_norm) {
     const Acc half = map.key_norm ? map.scale / 2 : Acc(0);
-    for (int64_t j = 0; j < n; ++j) {
-      const Acc norm =
-          map.key_norm ? half * Dot(k + j * w.d_pad, k + j * w.d_pad, w.d_pad) : Acc(0);
-      offset[j] = kLog2e<Acc> * (offset[j] - norm);
-    }
-    return any;
+    for (int64_t j = 0; j < n; ++j)
+      offset[j] = kLog2e<Acc> * (offset[j] - (map.key_norm ? half * squared_norm(j) : Acc(0)));
   }
 };
 

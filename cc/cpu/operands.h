@@ -5,6 +5,8 @@
 // masses, maxima and states stay float32. The projection is rounded to bfloat16 by the
 // definition of the operators; its scale would round it once more, so it multiplies the products.
 #pragma once
+#include <type_traits>
+
 #include "cpu/features.h"
 
 PERFORMER_ISA_BEGIN
@@ -35,6 +37,13 @@ struct Operands {
   static constexpr int64_t Depth(int64_t n) { return n; }
   static constexpr int64_t Size(int64_t) { return 0; }  // of the copy of as many numbers
 
+  // Whether rows of a tensor, to be padded to `width`, are a left operand as they lie; and that.
+  static bool Fits(const ConstRows& rows, int64_t width) {
+    return rows.dtype == kOwnType<Acc> && rows.width == width;
+  }
+  static Left<In> InPlace(const ConstRows& rows, int64_t row) {
+    return {rows.At<In>(row), rows.heads * rows.width, 1};
+  }
   // x [n][width] as left operand, summed over its columns; or over its rows.
   static Left<In> Rows(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
     return {x, stride, 1};
@@ -45,6 +54,12 @@ struct Operands {
   // x [n][width] as right operand, summed over its rows.
   static Right<In> Stack(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
     return {x, stride};
+  }
+  // The same of rows of a tensor, masked ones as 0, by way of a copy of Acc if it takes one.
+  static Right<In> StackOf(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
+                           int64_t stride, Acc* copy, In*, Ahead* ahead) {
+    LoadRows(rows, row, n, skip, copy, stride, ahead);
+    return {copy, stride};
   }
   // Panels [m_panels][width][kPanel] as right operand, in place.
   static const In* Panels(Acc* panels, int64_t, int64_t) { return panels; }
@@ -58,13 +73,22 @@ struct Operands {
 
 #if defined(__AVX512BF16__)
 // to[c] = {a[c], b[c]} for c < width, a multiple of 16.
-PERFORMER_INLINE void Interleave(const float* a, const float* b, int64_t width, Pair* to) {
+template <class T>
+PERFORMER_INLINE void Interleave(const T* a, const T* b, int64_t width, Pair* to) {
   alignas(kAlignment) static constexpr uint16_t kOrder[] = {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kOrder);
   for (int64_t c = 0; c < width; c += 16) {
-    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(Load(b + c), Load(a + c)));
+    __m512i halves;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(Load(b + c), Load(a + c)));
+    } else {
+      const auto load = [](const T* x) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+      };
+      halves = _mm512_inserti64x4(_mm512_castsi256_si512(load(a + c)), load(b + c), 1);
+    }
     _mm512_storeu_si512(to + c, _mm512_permutexvar_epi16(order, halves));
   }
 }
@@ -74,6 +98,12 @@ struct Operands<float, Pair> {
   static constexpr int64_t Depth(int64_t n) { return (n + 1) / 2; }
   static constexpr int64_t Size(int64_t numbers) { return numbers; }  // enough for an odd row more
 
+  static bool Fits(const ConstRows& rows, int64_t width) {
+    return rows.dtype == DType::kBFloat16 && rows.width == width;
+  }
+  static Left<Pair> InPlace(const ConstRows& rows, int64_t row) {
+    return {reinterpret_cast<const Pair*>(rows.At<BFloat16>(row)), rows.heads * rows.width / 2, 1};
+  }
   static Left<Pair> Rows(const float* x, int64_t n, int64_t width, int64_t stride, Pair* to) {
     const int64_t step = stride / 2;
     for (int64_t i = 0; i < n; ++i)
@@ -95,6 +125,21 @@ struct Operands<float, Pair> {
       for (int64_t c = 0; c < width; ++c)
         last[c] = {Half16(x[(n - 1) * stride + c])};  // and 0 above
     }
+    return {to, stride};
+  }
+  static Right<Pair> StackOf(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
+                             int64_t stride, float* copy, Pair* to, Ahead* ahead) {
+    if (!Fits(rows, stride)) {
+      LoadRows(rows, row, n, skip, copy, stride, ahead);
+      return Stack(copy, n, stride, stride, to);
+    }
+    ahead->WantNext(rows, row, n);
+    BFloat16* zeros = reinterpret_cast<BFloat16*>(copy);
+    for (int64_t e = 0; e < stride; ++e) zeros[e] = {0};
+    const auto at = [&](int64_t i) {
+      return i < n && !(skip && skip[i]) ? rows.At<BFloat16>(row + i) : zeros;
+    };
+    for (int64_t i = 0; i < n; i += 2) Interleave(at(i), at(i + 1), stride, to + i / 2 * stride);
     return {to, stride};
   }
   static const Pair* Panels(float* panels, int64_t count, int64_t width) {
@@ -137,6 +182,36 @@ struct Operands<float, Pair> {
 };
 #endif
 
+// Rows of a tensor as left operand summed over their columns, without a copy if it can be.
+template <class Acc, class In>
+PERFORMER_INLINE Left<In> LoadLeft(const ConstRows& rows, int64_t row, int64_t n, int64_t width,
+                                   Acc* copy, In* operand, Ahead* ahead) {
+  if (Operands<Acc, In>::Fits(rows, width)) {
+    ahead->WantNext(rows, row, n);
+    return Operands<Acc, In>::InPlace(rows, row);
+  }
+  LoadRows(rows, row, n, nullptr, copy, width, ahead);
+  return Operands<Acc, In>::Rows(copy, n, width, width, operand);
+}
+
+// The keys of a chunk likewise, if none is masked; with their offsets.
+template <class Acc, class In>
+PERFORMER_INLINE Left<In> LoadKeys(const ConstRows& rows, int64_t row, int64_t n,
+                                   const Map<Acc>& map, int64_t width, KeyChunk<Acc>* keys,
+                                   In* operand, Ahead* ahead) {
+  using T = std::conditional_t<std::is_same_v<In, Acc>, Acc, BFloat16>;
+  if (keys->all && Operands<Acc, In>::Fits(rows, width)) {
+    ahead->WantNext(rows, row, n);
+    keys->FinishOffsets(
+        map, n, [&](int64_t j) { return SquaredNorm<Acc>(rows.template At<T>(row + j), width); });
+    return Operands<Acc, In>::InPlace(rows, row);
+  }
+  LoadRows(rows, row, n, keys->skip, keys->k, width, ahead);
+  keys->FinishOffsets(map, n,
+                      [&](int64_t j) { return SquaredNorm<Acc>(keys->k + j * width, width); });
+  return Operands<Acc, In>::Rows(keys->k, n, width, width, operand);
+}
+
 // Log-features as in features.h, of any operands, with the maxima that hook gathers; of maps that
 // are not linear it cannot, and `pass` does so afterwards.
 template <class Acc, class In, class Hook, class Pass>
@@ -155,12 +230,14 @@ PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Left<In>& x, int64_
   }
 }
 
-// c[rows][cols] = scale a b, or += with kAdd; summed over `terms` rows of what b was made from.
-template <bool kAdd, class Acc, class In>
+// c[rows][cols] = a b, or += with kAdd; summed over `terms` rows of what b was made from. A hook or
+// a scale as in MatMul.
+template <bool kAdd, class Acc, class In, class Hook = void>
 PERFORMER_INLINE void Product(const Left<In>& a, const Right<In>& b, int64_t terms, Acc* c,
-                              int64_t ldc, int64_t rows, int64_t cols, Acc scale = 1) {
+                              int64_t ldc, int64_t rows, int64_t cols, Hook* hook = nullptr,
+                              Acc scale = 1) {
   MatMul<kAdd>(a.at, a.row, a.step, b.at, b.stride, Operands<Acc, In>::Depth(terms), c, ldc, rows,
-               cols, static_cast<void*>(nullptr), scale);
+               cols, hook, scale);
 }
 
 PERFORMER_ISA_END

@@ -63,6 +63,24 @@ struct ReadScratch {
   }
 };
 
+// Hook of a product: divides its rows by den, as ScaleRows does.
+template <class Acc>
+struct ScaledRows {
+  const Acc* inverse;
+
+  // Replaces den by its inverse.
+  ScaledRows(int64_t n, Acc* den) : inverse(den) {
+    for (int64_t i = 0; i < n; ++i) den[i] = Inverse(den[i]);
+  }
+  PERFORMER_INLINE void Before() {}
+  template <class Tile>
+  PERFORMER_INLINE void After(Tile& tile, int64_t r0, int64_t) {
+    tile.ForEach([&](int r, int, Vec<Acc>& x) {
+      x = inverse[r0 + r] == 0 ? Vec<Acc>{} : x * inverse[r0 + r];
+    });
+  }
+};
+
 template <class Acc, class In>
 bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
   const Dims& dims = params.dims;
@@ -84,17 +102,22 @@ bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
   Ahead ahead;
   const ConstRows queries = {params.queries.query, params.dtype, dims.heads, slice.head, w.d};
   const MutableRows out = {params.out, params.dtype, dims.heads, slice.head, w.e};
+  const bool in_place = out.dtype == kOwnType<Acc> && out.width == w.e_pad;
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
-    LoadRows(queries, row, n, nullptr, s.q, w.d_pad, &ahead);
+    const Left<In> q = LoadLeft(queries, row, n, w.d_pad, s.q, s.q_operand, &ahead);
     ahead.Want(out, row, n);
-    QueryLogFeatures(map, Operand::Rows(s.q, n, w.d_pad, w.d_pad, s.q_operand), n, head.projection,
-                     w, s.bias, s.f, static_cast<Acc*>(nullptr), s.tops, &ahead);
+    QueryLogFeatures(map, q, n, head.projection, w, s.bias, s.f, static_cast<Acc*>(nullptr), s.tops,
+                     &ahead);
     QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
-    Product<false>(Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_operand), mean, w.m, s.out,
-                   w.e_pad, n, w.e_pad);
-    ScaleRows(n, w.e_pad, s.den, s.out);
-    StoreRows(out, row, n, s.out, w.e_pad);
+    const Left<In> f = Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_operand);
+    ScaledRows<Acc> scaled(n, s.den);
+    if (in_place) {
+      Product<false>(f, mean, w.m, out.At<Acc>(row), out.heads * out.width, n, w.e_pad, &scaled);
+    } else {
+      Product<false>(f, mean, w.m, s.out, w.e_pad, n, w.e_pad, &scaled);
+      StoreRows(out, row, n, s.out, w.e_pad);
+    }
   }
   return true;
 }

@@ -75,18 +75,23 @@ bool Summarize(const SummarizeParams& params, const Acc* projection, Slice slice
 
   for (int64_t m = 0; m < w.m_pad; ++m)
     partial.anchor[m] = s.tops[m] = -kInf<Acc>, partial.mass[m] = 0;
+  const ConstRows keys = KeyChunk<Acc>::Keys(params, params.keys, slice);
+  const ConstRows values = KeyChunk<Acc>::Values(params, params.keys, slice);
   bool first = true;
   Ahead ahead;
   for (int64_t row = slice.begin; row < slice.end; row += chunk) {
     const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
-    if (!s.keys.Load(params, params.keys, map, w, slice, row, n, &ahead)) continue;
-    LogFeatures<Acc>(map, Operand::Rows(s.keys.k, n, w.d_pad, w.d_pad, s.k_operand), n, weights, w,
-                     s.f, nullptr, ColumnMaxima<Acc>{&ahead, s.keys.offset, s.tops},
+    s.keys.LoadBias(params, params.keys, slice, row, n);
+    if (!s.keys.any) continue;
+    const Left<In> k = LoadKeys(keys, row, n, map, w.d_pad, &s.keys, s.k_operand, &ahead);
+    const Right<In> v =
+        Operand::StackOf(values, row, n, s.keys.skip, w.e_pad, s.keys.v, s.v_operand, &ahead);
+    LogFeatures<Acc>(map, k, n, weights, w, s.f, nullptr,
+                     ColumnMaxima<Acc>{&ahead, s.keys.offset, s.tops},
                      [&] { ColumnTops(n, w, s.keys.offset, s.f, s.tops); });
     RaiseAnchors(w, s.tops, first, partial);
     KeyWeights(n, w, s.keys.offset, partial.anchor, s.f, partial.mass);
     const Left<In> f = Operand::Columns(s.f, n, w.m_pad, w.m_stride, s.f_operand);
-    const Right<In> v = Operand::Stack(s.keys.v, n, w.e_pad, w.e_pad, s.v_operand);
     if (first) {
       Product<false>(f, v, n, partial.sum, w.e_pad, w.m, w.e_pad);
     } else {

@@ -116,19 +116,36 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
 }
 
-// c[rows][cols] = A B, or += with kAdd. A hook, if given, is told of every tile: hook->Before()
-// and, with the results, hook->After(tile, r, c). Products of pairs are multiplied by `scale`. The
-// bits of an entry depend on its row of A and its column of B only, not on where it lies in the
-// matrix.
+// Terms of a sum between two calls of a hook: what it does there does not come in bursts.
+constexpr int64_t kHookStep = 8;
+// How often a product [rows][depth] [depth][cols] calls hook->Before().
+template <class T>
+constexpr int64_t HookCalls(int64_t rows, int64_t depth, int64_t cols) {
+  constexpr int64_t kCols = kTileVecs * kLanes<T>;
+  return (rows + kTileRows - 1) / kTileRows * ((depth + kHookStep - 1) / kHookStep) *
+         ((cols + kCols - 1) / kCols);
+}
+
+// c[rows][cols] = A B, or += with kAdd. A hook, if given, is called on the way, hook->Before(), and
+// with the results of every tile, hook->After(tile, r, c). Products of pairs are multiplied by
+// `scale`. The bits of an entry depend on its row of A and its column of B only, not on where it
+// lies in the matrix.
 template <bool kAdd, class In, class T, class Hook = void>
 PERFORMER_NOINLINE void MatMul(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
                                int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols,
                                Hook* hook = nullptr, T scale = 1) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
     T* out = c + r0 * ldc + c0;
-    if constexpr (!std::is_void_v<Hook>) hook->Before();
     tile.Zero();
-    tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+    if constexpr (std::is_void_v<Hook>) {
+      tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+    } else {
+      for (int64_t k = 0; k < depth; k += kHookStep) {
+        hook->Before();
+        tile.Multiply(a + r0 * row + k * step, row, step, b + k * ldb + c0, ldb,
+                      depth - k < kHookStep ? depth - k : kHookStep);
+      }
+    }
     if constexpr (!std::is_same_v<In, T>) tile.ForEach([&](int, int, Vec<T>& x) { x *= scale; });
     if constexpr (kAdd)
       tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(out + r * ldc + j * kLanes<T>) + x; });

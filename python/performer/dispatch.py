@@ -24,6 +24,7 @@ def run(operator: str, offsets, **inputs):
         getattr(compiled, f"performer_{operator}") if compiled else getattr(composite, operator)
     )
     packed = offsets is not None
-    return function(
-        offsets=offsets if packed else tf.constant([0], tf.int64), packed=packed, **inputs
-    )
+    if not packed:
+        with tf.device("/CPU:0"):  # every device reads it there
+            offsets = tf.constant([0], tf.int64)
+    return function(offsets=offsets, packed=packed, **inputs)

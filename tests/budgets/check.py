@@ -1,6 +1,6 @@
 """Static budgets of the CUDA kernels, read from their machine code: no GPU is needed.
 
-    python tests/budgets/check.py [--library FILE] [--markdown]
+    python tests/budgets/check.py [--library FILE] [--page docs/gpu.md]
 
 For every kernel and architecture in the library (default: the installed performer._core):
 registers, shared memory, blocks per multiprocessor, spills, and the instructions of its main loop,
@@ -76,7 +76,9 @@ class Kernel:
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor holds at the same time."""
+        """Blocks that a multiprocessor holds at the same time; 0: not known."""
+        if not self.threads:
+            return 0
         return occupancy(self.architecture, self.registers, self.threads, self.shared)
 
 
@@ -309,10 +311,26 @@ def rows(kernels: list[Kernel]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown(kernels: list[Kernel]) -> str:
-    """The table in Markdown."""
+BEGIN, END = "<!-- budgets: begin -->", "<!-- budgets: end -->"
+
+
+def filled(page: str, kernels: list[Kernel]) -> str:
+    """A page with the table of the kernels with products between its marks; half is as bfloat16."""
+    shown = [k for k in kernels if k.loop["HMMA"] and "<Half" not in k.name]
     marks = [":--"] * 2 + ["--:"] * (len(COLUMNS) - 2)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, marks, *rows(kernels)))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, marks, *rows(shown)))
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    """Prints it in aligned columns."""
+    lines = (COLUMNS, *rows(kernels))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = enumerate(zip(line, widths, strict=True))
+        print("  ".join(text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in cells))
 
 
 def default_library() -> Path:
@@ -329,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 1 where a limit is broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, help="default: the installed performer._core")
-    parser.add_argument("--markdown", action="store_true", help="print the table for docs/gpu.md")
+    parser.add_argument("--page", type=Path, help="also put the table between the marks of a page")
     options = parser.parse_args(arguments)
     library = options.library or default_library()
     table = tomllib.loads((Path(__file__).parent / "limits.toml").read_text())
@@ -339,16 +357,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     add_launches(kernels, table)
     kernels.sort(key=lambda kernel: (kernel.name, kernel.architecture))
-    if options.markdown:
-        print(markdown(kernels))
-    else:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows(kernels), strict=True)]
-        for row in (COLUMNS, *rows(kernels)):
-            cells = [
-                text.ljust(w) if i < 2 else text.rjust(w)
-                for i, (text, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            print("  ".join(cells))
+    print_table(kernels)
+    if options.page:
+        options.page.write_text(filled(options.page.read_text(), kernels))
     broken = [(kernel, fault) for kernel in kernels for fault in faults(kernel, table)]
     for kernel, fault in broken:
         print(f"over budget: {kernel.name} {kernel.architecture}: {fault}", file=sys.stderr)

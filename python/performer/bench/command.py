@@ -42,6 +42,9 @@ def add_arguments(parser) -> None:
     )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help=f"(default all: {cores})")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="nothing new begins after these minutes"
+    )
     parser.add_argument("--output", default="performer-bench", metavar="FOLDER")
 
 
@@ -83,6 +86,8 @@ def refusal(arguments) -> str:
         for value in getattr(arguments, name) or ():
             if not 1 <= value <= 1024:
                 return f"--{name} must be from 1 to 1024; got {value}"
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        return f"--minutes must be more than 0; got {arguments.minutes:g}"
     cores = len(os.sched_getaffinity(0))
     if not 1 <= arguments.threads <= cores:
         return f"--threads must be from 1 to the {cores} cores there are; got {arguments.threads}"
@@ -98,4 +103,6 @@ def chosen(arguments) -> plan.Plan:
         for name in ("lengths", "features", "dims", "dtypes")
         if getattr(arguments, name)
     }
+    if arguments.minutes is not None:
+        given["most_total"] = 60 * arguments.minutes
     return dataclasses.replace(default, **given)

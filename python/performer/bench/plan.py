@@ -20,7 +20,7 @@ CASES = (*MODES, *EXTRAS)
 DTYPES = ("float32", "bfloat16")
 
 _LENGTHS = tuple(2**n for n in range(7, 18))  # 128 ... 131072
-_MOST_ELSEWHERE = 16384  # length of the settings beside the main one
+_ELSEWHERE = (1024, 4096, 16384)  # lengths of the settings beside the main one
 _LONG = 4096  # length of the cases that compare heads, and threads
 
 
@@ -29,7 +29,7 @@ class Plan:
     """What to measure. The first of features, dims and dtypes make the main setting.
 
     In the main setting every side is measured at every length; in the others the sides for
-    everywhere, up to length 16384.
+    everywhere, at those of the lengths that are 1024, 4096 or 16384.
 
     Attributes:
         cases: some of `CASES`.
@@ -50,7 +50,7 @@ class Plan:
     dtypes: tuple[str, ...] = DTYPES
     threads: int = 1
     rounds: int = 5
-    most_seconds: float = 10.0
+    most_seconds: float = 2.0
     most_total: float | None = None
     quick: bool = False
 
@@ -63,7 +63,7 @@ class Plan:
         main, *others = self.settings()
         sides = [side for side in _sides(framework) if not (self.quick and side == "exact_xla")]
         jobs = [_job("time", case, sides) for case in self._cases(main, self.lengths)]
-        lengths = [length for length in self.lengths if length <= _MOST_ELSEWHERE]
+        lengths = [length for length in self.lengths if length in _ELSEWHERE]
         for setting in others:
             sides = [side for side in _sides(framework) if SIDES[side].everywhere]
             jobs += [_job("time", case, sides) for case in self._cases(setting, lengths)]

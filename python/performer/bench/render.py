@@ -47,7 +47,8 @@ def markdown(run: dict) -> str:
     a processor, 2 cores, 2 threads, v3; performer 0.1.0
     """
     parts = [machine(run)]
-    for table in tables.times(run) + tables.memory(run) + tables.conclusions(run):
+    shown = (tables.times, tables.settings, tables.memory, tables.conclusions)
+    for table in (table for kind in shown for table in kind(run)):
         marks = [":--" if i < table.left else "--:" for i in range(len(table.columns))]
         lines = [_line(row) for row in (table.columns, marks, *table.rows)]
         parts.append(f"**{table.title}**\n\n" + "\n".join(lines))

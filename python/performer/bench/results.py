@@ -88,15 +88,46 @@ def crossovers(run: dict) -> list[dict]:
     ]
 
 
+LONG = 4096  # from here on a call's fixed costs no longer show
+
+
 def doublings(run: dict) -> list[dict]:
-    """Time of Performer at 2L over its time at L, by mode and setting."""
+    """Time of Performer at 2L over its time at L, by mode and setting, for L from LONG on."""
     return [
         {"mode": mode, "setting": setting, "length": n, "ratio": times[2 * n] / times[n]}
         for (mode, setting), sides in groups(run).items()
         for times in [sides.get("performer", {})]
         for n in sorted(times)
-        if 2 * n in times
+        if 2 * n in times and n >= LONG
     ]
+
+
+def comparisons(run: dict) -> list[dict]:
+    """Times of the other forms of linear attention over Performer's, from LONG on.
+
+    And over the time that Performer would take at the rate of the matrix product: a ratio beyond
+    that is out of reach.
+    """
+    fractions = groups(run, value="fraction")
+    found = []
+    for (mode, setting), sides in groups(run).items():
+        ours = sides.get("performer", {})
+        for n in sorted(n for n in ours if n >= LONG):
+            for side, times in sides.items():
+                if side == "performer" or SIDES[side].exact or n not in times:
+                    continue
+                ratio = times[n] / ours[n]
+                found.append(
+                    {
+                        "mode": mode,
+                        "setting": setting,
+                        "length": n,
+                        "side": side,
+                        "ratio": ratio,
+                        "limit": ratio / fractions[mode, setting]["performer"][n],
+                    }
+                )
+    return found
 
 
 def head_ratios(run: dict) -> list[dict]:

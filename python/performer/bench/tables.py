@@ -51,10 +51,10 @@ def details(run: dict) -> list[Table]:
 
 
 def times(run: dict) -> list[Table]:
-    """One table for each mode and setting: milliseconds by length and side; Performer's rate."""
+    """One table for each mode, of the main setting: milliseconds by length and side, and rate."""
     fractions = results.groups(run, value="fraction")
     tables = []
-    for group, sides in results.groups(run).items():
+    for group, sides in _of_setting(run, main=True):
         rate = fractions[group].get("performer", {})
         rows = [
             (
@@ -66,6 +66,32 @@ def times(run: dict) -> list[Table]:
         ]
         columns = ("L", *(SIDES[side].label for side in sides), "Performer's fraction")
         tables.append(Table(f"{_title(*group)}, milliseconds", columns, rows))
+    return tables
+
+
+def settings(run: dict) -> list[Table]:
+    """One table for each mode: the other settings, each at its longest length."""
+    fractions = results.groups(run, value="fraction")
+    found: dict = {}
+    for (mode, setting), sides in _of_setting(run, main=False):
+        if "performer" in sides:
+            found.setdefault(mode, []).append((setting, sides))
+    tables = []
+    for mode, entries in found.items():
+        names = list(dict.fromkeys(side for _, sides in entries for side in sides))
+        rows = []
+        for setting, sides in entries:
+            length = max(sides["performer"])
+            rows.append(
+                (
+                    "M={} D={} {}".format(*setting),
+                    str(length),
+                    *(_number(sides.get(side, {}).get(length)) for side in names),
+                    f"{fractions[mode, setting]['performer'][length]:.2f}",
+                )
+            )
+        columns = ("", "L", *(SIDES[side].label for side in names), "Performer's fraction")
+        tables.append(Table(f"{mode}, other settings, milliseconds", columns, rows))
     return tables
 
 
@@ -98,6 +124,7 @@ def conclusions(run: dict) -> list[Table]:
         )
         for x in results.doublings(run)
     ]
+    comparisons, others = _comparisons(run)
     heads = [
         (
             x["mode"],
@@ -123,6 +150,12 @@ def conclusions(run: dict) -> list[Table]:
     ]
     tables = [
         Table("Faster than exact attention from this length on", ("", "exact", "L"), crossovers, 2),
+        Table(
+            "Time over Performer's (in brackets: if Performer ran at the rate of the product)",
+            ("", "L", *others),
+            comparisons,
+            1,
+        ),
         Table("Performer at twice the length", ("", "L", "time ratio"), doublings, 2),
         Table(
             "One head with 8 times the length against 8 heads",
@@ -162,6 +195,28 @@ def notes(run: dict) -> list[str]:
     ]
     failed = [f"failed: {x['message']}" for x in results.of_kind(run, "failed")]
     return [*lines, *reasons, *late, *failed]
+
+
+def _comparisons(run):
+    """Rows of the main setting, mode by mode and length by length; and the sides' labels."""
+    main = {group for group, _ in _of_setting(run, main=True)}
+    rows: dict = {}
+    for x in results.comparisons(run):
+        if (x["mode"], x["setting"]) in main:
+            row = rows.setdefault((x["mode"], x["length"]), {})
+            row[x["side"]] = f"{x['ratio']:.1f} ({x['limit']:.1f})"
+    names = list(dict.fromkeys(side for row in rows.values() for side in row))
+    return (
+        [(m, str(n), *(row.get(side, "") for side in names)) for (m, n), row in rows.items()],
+        [SIDES[side].label for side in names],
+    )
+
+
+def _of_setting(run, main):
+    """The groups of times in the main setting, which is the first, or in the others."""
+    groups = results.groups(run)
+    first = next(iter(groups), (None, None))[1]
+    return [(group, sides) for group, sides in groups.items() if (group[1] == first) == main]
 
 
 def _title(mode, setting):

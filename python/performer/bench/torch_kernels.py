@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
-from performer import _core
+_core = importlib.import_module("performer._core")  # compiled: nothing is known of its names
 
 
 def missing() -> str:

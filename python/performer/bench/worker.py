@@ -127,8 +127,8 @@ class Worker:
         return not reason
 
     def leave_out(self, side, case, reason):
-        """Says once why a side is not measured."""
-        key = side, case.mode, case.setting, reason
+        """Says why a side is not measured, at the first length where it is not."""
+        key = side, case.mode, case.setting
         if key not in self.left_out:
             self.left_out.add(key)
             self.emit(kind="left out", side=side, case=vars(case), reason=reason)
