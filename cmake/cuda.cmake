@@ -17,7 +17,7 @@ set(performer_cuda_enabled OFF)
 # sm_80 code runs on sm_86 and sm_89 too; later GPUs compile the PTX of the last entry.
 set(CMAKE_CUDA_ARCHITECTURES "80-real;90" CACHE STRING "GPU architectures, as CMake writes them")
 
-if(NOT PERFORMER_CUDA)
+if("${PERFORMER_CUDA}" STREQUAL "")
   set(PERFORMER_CUDA AUTO)
   if(NOT "$ENV{PERFORMER_CUDA}" STREQUAL "")
     set(PERFORMER_CUDA "$ENV{PERFORMER_CUDA}")
