@@ -4,15 +4,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find cc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help build demo test lint format clean distclean environment
+.PHONY: help build demo test lint format reference clean distclean environment
 
 help:
-	@echo "make demo    train a byte-level language model with linear attention"
-	@echo "make test    run the tests; ARGS='-k causal' passes arguments to pytest"
-	@echo "make lint    check style, types and formatting"
-	@echo "make format  format Python and C++"
-	@echo "make build   compile what has changed"
-	@echo "make clean   remove what was built (distclean: the environment too)"
+	@echo "make demo       train a byte-level language model with linear attention"
+	@echo "make test       run the tests; ARGS='-k causal' passes arguments to pytest"
+	@echo "make lint       check style, types and formatting"
+	@echo "make format     format Python and C++"
+	@echo "make reference  write the API reference to build/reference"
+	@echo "make build      compile what has changed"
+	@echo "make clean      remove what was built (distclean: the environment too)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python for .venv, CXX=clang++ the compiler,"
 	@echo "PERFORMER_CUDA=ON or OFF whether the GPU kernels are built (default: where nvcc is found)."
@@ -28,6 +29,9 @@ lint: environment
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	find cc tests -name '*.cc' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+reference: build
+	$(RUN) tools/reference.py build/reference
 
 format: environment
 	$(RUN) -m ruff check --fix .

@@ -10,7 +10,7 @@ fail() {
 }
 
 # Only the module's entry is exported, and no CUDA call is left to the stubs in TensorFlow's library.
-exported=$(nm -D --defined-only --format=just-symbols python/performer/_ops.so python/performer/_core.*.so |
+exported=$(nm -D --defined-only --format=just-symbols python/performer/_*.so |
   grep -vE '^(PyInit__core|python/.*:|)$' || true)
 [[ -z $exported ]] || fail "exported: $exported"
 cuda=$(nm -D --undefined-only --format=just-symbols python/performer/_ops.so python/performer/_core.*.so |

@@ -70,6 +70,15 @@ def test_other_types_keep_their_tolerance(causal, dtype, std):
     assert_close(out, expected, rms=bound.rms, worst=bound.worst)
 
 
+@forms
+def test_one_key_head_of_several_rows_in_float32(causal):
+    """Its product with one projection would broadcast, which TensorFlow's oneDNN gets wrong."""
+    inputs = random_inputs(batch=3, heads=2, groups=1, projections=(1, 1), bias=(1, 1, 1))
+    out, _, _ = attend(tensors(inputs, tf.float32), None, causal)
+    expected, _ = reference.attention(**inputs, causal=causal)
+    assert_close(out, expected, rms=tolerances("float32").rms)
+
+
 def test_the_projection_is_rounded_once_and_its_gradient_passes_straight_through():
     inputs = tensors(random_inputs(projections=(1, 1)), tf.bfloat16)
     rounded = {

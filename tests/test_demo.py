@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from performer.cli import main
-from performer.demo import baselines, corpus, model, streaming, train
+from performer.demo import baselines, corpus, model, train
 
 
 @pytest.mark.parametrize(
@@ -66,26 +66,23 @@ def test_the_future_does_not_change_a_prediction():
 
 @pytest.mark.parametrize("kind", ["linear", "exact"])
 def test_equal_representations_attend_to_each_other_from_the_start(kind):
-    layer = model.attention(kind)
-    layer.build((1, 8, model.WIDTH), (1, 8, model.WIDTH))
+    block = model.block(kind)
+    block(np.zeros((1, 8, model.WIDTH), "float32"))
+    layer = block._self_attention_layer
     np.testing.assert_array_equal(layer.query_dense.kernel, layer.key_dense.kernel)
     glorot = (6 / (2 * model.WIDTH)) ** 0.5
     assert np.abs(layer.query_dense.kernel).max() == pytest.approx(2 * glorot, rel=1e-3)
-
-
-def test_keys_are_one_position_late():
-    x = np.arange(12, dtype="float32").reshape(1, 4, 3)
-    late = np.asarray(model.delay(x))
-    np.testing.assert_array_equal(late[:, 1:], x[:, :-1])
-    assert not late[:, 0].any()
+    assert block.delay_keys
 
 
 def test_streaming_predicts_what_the_whole_pass_does():
     network = model.build("linear")
-    text = np.random.default_rng(0).integers(0, 256, 70)
-    stream = streaming.Stream(network)
-    steps = np.stack([stream.step(int(byte)) for byte in text])
-    np.testing.assert_allclose(steps, network(text[None].astype(np.int32))[0], atol=1e-4)
+    text = np.random.default_rng(0).integers(0, 256, (1, 70))
+    state, steps = network.get_initial_state(1), []
+    for i in range(70):
+        step, state = network(text[:, i : i + 1], initial_state=state, return_state=True)
+        steps.append(step)
+    np.testing.assert_allclose(np.concatenate(steps, 1), network(text), atol=1e-4)
 
 
 def test_training_measures_and_saves_what_it_trained(tmp_path):

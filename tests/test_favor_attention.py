@@ -81,6 +81,22 @@ def test_segments_are_attention_of_each_run_by_itself(causal):
         assert_close(state.mean[n], alone_state.mean[0], worst=1e-13, what=f"state of run {n}")
 
 
+@forms
+def test_a_bound_of_the_segments_changes_the_number_of_states_only(causal):
+    x = random_tensors(L=6)
+    ids = np.array([[5, 5, 1, 1, 1, 5], [5, 5, 5, 5, 5, 5]])
+    options = {"segment_ids": ids, "causal": causal, "return_state": True}
+    out, state = favor_attention(**x, **options)
+    bounded, states = favor_attention(**x, **options, max_segments=4)
+    assert_same_bits(bounded, out)
+    used = [0, 1, 2, 4]
+    assert_same_bits(tf.gather(states.mean, used), state.mean)
+    empty = tf.gather(states.log_mass, [3, 5, 6, 7])
+    assert states.log_mass.shape == [8, G, M] and np.all(empty == -np.inf)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="max_segments must be at least the r"):
+        favor_attention(**x, **options, max_segments=2)
+
+
 def test_streaming_with_the_state_is_the_whole():
     x = random_tensors()
     whole = favor_attention(**x, causal=True)

@@ -102,6 +102,12 @@ BAD = {
         ValueError,
         "segment_ids must have the S",
     ),
+    "max_segments": (
+        {"segment_ids": np.ones((2, 9), int), "max_segments": 0},
+        ValueError,
+        "max_segments must be an integer of at least 1, got 0",
+    ),
+    "max_segments alone": ({"max_segments": 3}, ValueError, "max_segments needs segment_ids"),
     "causal lengths": (
         {"query": float32(2, 5, 4, 4), "causal": True},
         ValueError,

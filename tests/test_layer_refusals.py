@@ -43,6 +43,11 @@ def test_linear_needs_supports():
         ("redraw_interval", 0.5, "positive integer"),
         ("seed", 1.5, "integer of 64 bits"),
         ("seed", 2**63, "integer of 64 bits"),
+        ("num_key_value_heads", 0, "positive integer"),
+        ("num_key_value_heads", 3, "must divide"),
+        ("max_segments", 0, "positive integer"),
+        ("dense_limit", 0, "positive integer"),
+        ("dense_limit", None, "positive integer"),
         ("sliding_window", 3, "must be None with attention_method='linear'"),
     ],
 )
@@ -53,12 +58,18 @@ def test_constructor(name, value, rule):
 
 
 CALLS = {
-    "scores": (
-        {"return_attention_scores": True},
-        "return_attention_scores.*never forms the scores",
+    "general mask that does not fit": (
+        {"attention_mask": np.ones((2, 4, 3), bool)},
+        r"attention_mask.*\(2, 2, 4, 4\).*\(2, 4, 3\)",
     ),
-    "general mask": ({"attention_mask": np.ones((2, 4, 4), bool)}, r"attention_mask.*\(2, 4, 4\)"),
-    "mask by head": ({"attention_mask": np.ones((2, 2, 1, 4), bool)}, r"attention_mask.*\(2, 2, 1"),
+    "mask by head that does not fit": (
+        {"attention_mask": np.ones((2, 3, 4, 4), bool)},
+        r"attention_mask.*\(2, 2, 4, 4\).*\(2, 3, 4, 4\)",
+    ),
+    "mask of too many axes": (
+        {"attention_mask": np.ones((2, 1, 1, 4, 4), bool)},
+        r"attention_mask.*\(2, 1, 1, 4, 4\)",
+    ),
     "mask of rank 1": ({"attention_mask": np.ones(4, bool)}, r"attention_mask.*shape=\(4,\)"),
     "short mask": ({"value_mask": np.ones((2, 3), bool)}, r"value_mask.*shape=\(2, 3\)"),
     "mask of length 1": ({"value_mask": np.ones((2, 1), bool)}, r"value_mask.*shape=\(2, 1\)"),
@@ -69,9 +80,29 @@ CALLS = {
         r"value_mask.*must be boolean.*string",
     ),
     "value of rank 4": ({"value": X[:, None]}, "same rank"),
-    "causal lengths": (
-        {"value": X[:, :3], "use_causal_mask": True},
-        r"use_causal_mask.*same length.*\(2, 4, 6\).*\(2, 3, 6\)",
+    "segments of two lengths": (
+        {"value": X[:, :3], "segment_ids": np.ones((2, 3), int)},
+        r"segment_ids.*same length.*\(2, 4, 6\).*\(2, 3, 6\)",
+    ),
+    "type of segments": (
+        {"segment_ids": np.ones((2, 4), np.float32)},
+        r"segment_ids.*must be integers.*float32",
+    ),
+    "prefix of two lengths": (
+        {"value": X[:, :3], "prefix_mask": np.ones((2, 3), bool), "use_causal_mask": True},
+        r"prefix_mask.*same length.*\(2, 4, 6\).*\(2, 3, 6\)",
+    ),
+    "prefix without causal mask": (
+        {"prefix_mask": np.ones((2, 4), bool)},
+        r"prefix_mask.*use_causal_mask=False",
+    ),
+    "prefix and segments": (
+        {
+            "prefix_mask": np.ones((2, 4), bool),
+            "segment_ids": np.ones((2, 4), int),
+            "use_causal_mask": True,
+        },
+        r"prefix_mask.*must be None with `segment_ids`",
     ),
     "batches": ({"value": np.concatenate([X, X])}, r"axis 0.*\(2, 4, 6\).*\(4, 4, 6\)"),
 }
@@ -94,14 +125,40 @@ def test_call(case, graph):
 
 
 def test_symbolic_call_is_checked_too():
-    layer, x = performer.Performer(**LINEAR), keras.Input((4, 6))
-    with pytest.raises(ValueError, match="return_attention_scores"):
-        layer(x, x, return_attention_scores=True)
-    with pytest.raises(ValueError, match="same for every query"):
-        layer(x, x, attention_mask=keras.Input((4, 4), dtype="bool"))
-    assert layer(x, x, attention_mask=keras.Input((1, 4), dtype="bool")).shape == (None, 4, 6)
-    with pytest.raises(ValueError, match="same length"):
-        layer(x, keras.Input((5, 6)), use_causal_mask=True)
+    layer, x = performer.Performer(dense_limit=16, **LINEAR), keras.Input((4, 6))
+    with pytest.raises(ValueError, match=r"prefix_mask.*needs it"):
+        layer(x, x, prefix_mask=keras.Input((4,), dtype="bool"))
+    with pytest.raises(ValueError, match="rank of at least 2"):
+        layer(x, x, attention_mask=keras.Input((), dtype="bool"))
+    longer = keras.Input((5, 6))
+    with pytest.raises(ValueError, match=r"dense_limit = 16.*T = 4, S = 5"):
+        layer(x, longer, return_attention_scores=True)
+
+
+def test_dense_form_has_a_limit():
+    layer = performer.Performer(dense_limit=16, **LINEAR)
+    longer = np.concatenate([X, X[:, :1]], 1)
+    mask = np.ones((2, 4, 5), bool)
+    layer(X, X, return_attention_scores=True)
+    message = "T \\* S, up to T \\* S = dense_limit = 16"
+    for call in ({"return_attention_scores": True}, {"attention_mask": mask}):
+        with pytest.raises(ValueError, match=message + ".*T = 4, S = 5"):
+            layer(X, longer, **call)
+        unknown = tf.function(
+            lambda x, y, call=call: layer(x, y, **call),
+            input_signature=[tf.TensorSpec([None, None, 6]), tf.TensorSpec([None, None, 6])],
+        )
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            unknown(X, longer)
+    layer(X, longer, attention_mask=mask[:, :1])
+    performer.Performer(dense_limit=20, **LINEAR)(X, longer, attention_mask=mask)
+
+
+def test_quadratic_refuses_what_the_parent_does_not_have():
+    layer = performer.Performer(num_heads=2, key_dim=4, attention_method="quadratic")
+    for call in ({"segment_ids": np.ones((2, 4), int)}, {"prefix_mask": np.ones((2, 4), bool)}):
+        with pytest.raises(ValueError, match=r"attention_method='linear'.*Received"):
+            layer(X, X, **call)
 
 
 @pytest.mark.parametrize("axes", [(0,), (3,), (1, 1), (1, -3), (-1,), (-9,), (), (1.0,)])

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 
@@ -174,3 +175,24 @@ def test_fresh_process(trained, saved, data):
     assert result.returncode == 0, result.stderr
     for name in ("keras", "exported", "weights", "checkpoint"):
         np.testing.assert_array_equal(np.load(saved / f"{name}.npy"), trained(data), err_msg=name)
+
+
+SERVER = """
+import sys
+import numpy as np, tensorflow as tf
+library, folder = sys.argv[1:]
+tf.load_op_library(library)
+model = tf.saved_model.load(folder + "/exported")
+np.save(folder + "/served.npy", model.serve(np.load(folder + "/data.npy")))
+assert "performer" not in sys.modules
+"""
+
+
+def test_an_exported_model_needs_the_compiled_file_only(trained, saved, data):
+    if performer.library.status().state != "loaded":
+        pytest.skip("there is no compiled library here")
+    library = shutil.copy(performer.library.status().path, saved / "attention.so")
+    command = [sys.executable, "-I", "-c", SERVER, library, str(saved)]
+    result = subprocess.run(command, cwd=saved, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_array_equal(np.load(saved / "served.npy"), trained(data))

@@ -20,6 +20,8 @@ import performer
 
 PACKAGE = Path(performer.__file__).resolve().parent
 LIBRARY = PACKAGE / "_ops.so"
+XLA_LIBRARY = PACKAGE / "_xla.so"
+needs_xla = pytest.mark.skipif(not XLA_LIBRARY.is_file(), reason="built without XLA")
 
 # Runs each case, code that fills the dict `out`, in a child with `folder` first on the path.
 FORKING = """
@@ -60,6 +62,32 @@ import numpy as np, performer
 x = np.random.default_rng(0).normal(size=(1, 5, 2, 4)).astype("float32")
 y = performer.favor_attention(x, x, x, np.eye(4, dtype="float32"))
 out["finite"] = bool(np.isfinite(y).all())
+"""
+
+XLA = """
+from performer import library
+found = library.xla_status()
+out.update(xla_state=found.state, xla_message=found.message, jit=library.supports_jit())
+"""
+
+COMPILE = """
+import tensorflow as tf
+out["compiled"] = int(tf.function(lambda x: x + 1, jit_compile=True)(1))
+"""
+
+ATTEND_COMPILED = """
+import numpy as np, performer, tensorflow as tf
+x = np.random.default_rng(0).normal(size=(1, 5, 2, 4)).astype("float32")
+w = np.eye(4, dtype="float32")
+y = tf.function(performer.favor_attention, jit_compile=True)(x, x, x, w)
+out["same bits"] = bool(np.array_equal(y, performer.favor_attention(x, x, x, w)))
+"""
+
+XLA_FIRST = """
+import tensorflow as tf, importlib.util
+from pathlib import Path
+folder = Path(importlib.util.find_spec("performer").origin).parent.resolve()
+tf.load_op_library(str(folder / "_xla.so"))
 """
 
 REQUIRE = """
@@ -111,14 +139,15 @@ def copy(tmp_path_factory):
     """Returns a function that copies the package, edits the copy and returns its folder."""
     assert LIBRARY.is_file(), "the library is not built: `make build`"
 
-    def make(library=None, built_for=None):
+    def make(library=None, built_for=None, xla=None):
         folder = tmp_path_factory.mktemp("site")
         shutil.copytree(PACKAGE, folder / "performer", ignore=shutil.ignore_patterns("__pycache__"))
-        place = folder / "performer" / "_ops.so"
-        if library is False:
-            place.unlink()
-        elif library is not None:
-            place.write_bytes(library)
+        for name, content in (("_ops.so", library), ("_xla.so", xla)):
+            place = folder / "performer" / name
+            if content is False:
+                place.unlink()
+            elif content is not None:
+                place.write_bytes(content)
         if built_for is not None:
             info = folder / "performer" / "_build_info.py"
             info.write_text(info.read_text() + f'\nTENSORFLOW_VERSION = "{built_for}"\n')
@@ -153,6 +182,18 @@ def results(copy):
         "patch": (copy(built_for="2.21.9"), LOAD),
         "second copy": (intact, SECOND_COPY),
     }
+    if XLA_LIBRARY.is_file():
+        content = XLA_LIBRARY.read_bytes()
+        unloadable = content.replace(b"libtensorflow_cc.so.2", b"libtensorflow_cx.so.2")
+        assert unloadable != content
+        cases |= {
+            "XLA": (intact, COMPILE + XLA + ATTEND_COMPILED),
+            "XLA first": (intact, XLA_FIRST + COMPILE + XLA + ATTEND_COMPILED),
+            "XLA missing": (copy(xla=False), XLA + ATTEND),
+            "XLA half": (copy(xla=content[: len(content) // 2]), XLA + ATTEND),
+            "XLA unloadable": (copy(xla=unloadable), XLA + ATTEND),
+            "XLA without ops": (missing, XLA + ATTEND_COMPILED),
+        }
     return run_forking(cases, ["tensorflow"], copy() / "performer" / "library.py")
 
 
@@ -211,6 +252,37 @@ def test_a_second_copy_is_refused_and_the_first_keeps_working(results):
     assert got["state"] == "unusable", got
     assert "another copy" in got["message"]
     assert got["finite"]
+
+
+@needs_xla
+@pytest.mark.parametrize("case", ["XLA", "XLA first"])
+def test_the_part_for_xla_is_loaded_in_any_order_even_after_a_compilation(results, case):
+    got = results[case]
+    assert (got.get("xla_state"), got["jit"]) == ("loaded", True), got
+    assert got["same bits"] and got["xla_message"] == "" and got["warnings"] == []
+
+
+@needs_xla
+@pytest.mark.parametrize(
+    ("case", "state", "word", "warnings"),
+    [
+        ("XLA missing", "missing", "pip install .", 0),
+        ("XLA half", "unusable", "truncated", 1),
+        ("XLA unloadable", "unusable", "libtensorflow_cx.so.2", 1),
+    ],
+)
+def test_trouble_with_xla_leaves_the_ops_alone_and_says_why(results, case, state, word, warnings):
+    got = results[case]
+    assert (got.get("xla_state"), got["jit"]) == (state, False), got
+    assert word in got["xla_message"] and got["finite"]
+    assert len(got["warnings"]) == warnings
+
+
+@needs_xla
+def test_without_the_ops_xla_compiles_the_composition(results):
+    got = results["XLA without ops"]
+    assert (got.get("xla_state"), got["jit"]) == ("missing", True), got
+    assert "same bits" in got
 
 
 @pytest.mark.parametrize("order", [["performer", "tensorflow"], ["keras", "performer"]])

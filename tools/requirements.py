@@ -24,7 +24,8 @@ def main() -> None:
     name = project["project"]["name"]
     extras = project["project"]["optional-dependencies"]
     build = [r for r in project["build-system"]["requires"] if not r.startswith("tensorflow")]
-    wanted = build + project["project"]["dependencies"] + extras["demo"] + extras["test"]
+    used = [r for name in ("demo", "docs", "examples", "test") for r in extras[name]]
+    wanted = build + project["project"]["dependencies"] + used
     wanted += cuda_requirements.needed()
     print(*(r for r in wanted if not r.startswith(name)), sep="\n")
 

@@ -59,6 +59,16 @@ class Arguments {
 
 }  // namespace
 
+Status CheckOffsets(Op op, const Call& call) {
+  if (!call.attributes.packed) return Status();
+  const std::vector<Argument>& inputs = SignatureOf(op).inputs;
+  size_t at = 0;
+  while (inputs[at].type != ArgumentType::kOffsets) ++at;
+  const bool reads = op == Op::kRead || op == Op::kReadGrad;
+  return ValidateOffsets(static_cast<const int64_t*>(call.inputs[at]), call.dims.sequences,
+                         reads ? call.dims.queries : call.dims.keys);
+}
+
 SummarizeParams MakeSummarizeParams(const Call& call) {
   const Arguments arguments(Op::kSummarize, call);
   auto params = arguments.Start<SummarizeParams>();

@@ -114,6 +114,10 @@ struct Call {
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
 };
+
+// ValidateOffsets for the call's own offsets, in host memory. OK where sequences are not packed.
+Status CheckOffsets(Op op, const Call& call);
+
 SummarizeParams MakeSummarizeParams(const Call& call);
 ReadParams MakeReadParams(const Call& call);
 CausalParams MakeCausalParams(const Call& call);

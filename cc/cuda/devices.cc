@@ -22,5 +22,13 @@ Status ListDevices(std::vector<DeviceInfo>* devices) {
   return Status();
 }
 
+Status CopyToHost(const void* device, size_t bytes, void* stream, void* host) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  PERFORMER_RETURN_IF_ERROR(
+      ToStatus(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda_stream),
+               "copying to the host"));
+  return ToStatus(cudaStreamSynchronize(cuda_stream), "waiting for a copy to the host");
+}
+
 }  // namespace cuda
 }  // namespace performer

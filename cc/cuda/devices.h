@@ -1,5 +1,7 @@
-// The GPUs of this machine, for reports and messages.
+// The GPUs of this machine, for reports and messages; and their memory, where the host has to see
+// it.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -19,6 +21,9 @@ struct DeviceInfo {
 // Lists the devices in CUDA's order. Errors as ToStatus: without a driver or a device,
 // FailedPrecondition.
 Status ListDevices(std::vector<DeviceInfo>* devices);
+
+// Copies `bytes` of device memory to the host and waits for the stream. Errors as ToStatus.
+Status CopyToHost(const void* device, size_t bytes, void* stream, void* host);
 
 }  // namespace cuda
 }  // namespace performer

@@ -48,7 +48,7 @@ class CallOp : public tensorflow::OpKernel {
     std::vector<Shape> outputs;
     OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, call.input_shapes, &call.dims,
                                                      &outputs)));
-    if (attributes_.packed) OP_REQUIRES_OK(context, CheckOffsets(context, call.dims));
+    OP_REQUIRES_OK(context, ToTensorFlow(CheckOffsets(op, call)));
     OP_REQUIRES_OK(context, Device::Check(op, call));
     for (size_t i = 0; i < outputs.size(); ++i) {
       tensorflow::TensorShape shape;
@@ -61,14 +61,6 @@ class CallOp : public tensorflow::OpKernel {
   }
 
  private:
-  absl::Status CheckOffsets(tensorflow::OpKernelContext* context, const Dims& dims) const {
-    const tensorflow::Tensor* offsets = nullptr;
-    TF_RETURN_IF_ERROR(context->input("offsets", &offsets));
-    const bool reads = op == Op::kRead || op == Op::kReadGrad;
-    return ToTensorFlow(ValidateOffsets(offsets->flat<int64_t>().data(), dims.sequences,
-                                        reads ? dims.queries : dims.keys));
-  }
-
   DType dtype_ = DType::kFloat32;
   Attributes attributes_;
 };

@@ -20,7 +20,17 @@ if _find_spec("tensorflow") is not None:
 
     library.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
-    from performer.layers import Performer
+    from performer import callbacks, convert, diagnostics, feature_maps
+    from performer.generation import generate
+    from performer.layers import (
+        Performer,
+        PerformerDecoder,
+        PerformerEncoder,
+        PositionEmbedding,
+        RotaryEmbedding,
+        TokenAndPositionEmbedding,
+    )
+    from performer.models import StreamingSequential
     from performer.ops import favor_attention
     from performer.projections import orthogonal_projection
     from performer.state import AttentionState, empty_state, merge, read, summarize
@@ -28,8 +38,19 @@ if _find_spec("tensorflow") is not None:
     __all__ = [
         "AttentionState",
         "Performer",
+        "PerformerDecoder",
+        "PerformerEncoder",
+        "PositionEmbedding",
+        "RotaryEmbedding",
+        "StreamingSequential",
+        "TokenAndPositionEmbedding",
+        "callbacks",
+        "convert",
+        "diagnostics",
         "empty_state",
         "favor_attention",
+        "feature_maps",
+        "generate",
         "merge",
         "orthogonal_projection",
         "read",

@@ -45,6 +45,17 @@ def tensor(name: str, x, layouts: tuple[str, ...], dtype: tf.DType | None = None
     return x
 
 
+def max_segments(most, segment_ids):
+    """`most`, a positive int that goes with segment_ids, or None."""
+    if most is None:
+        return None
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_segments must be an integer of at least 1, got {most!r}")
+    if segment_ids is None:
+        raise ValueError(f"max_segments needs segment_ids, got max_segments={most} without them")
+    return most
+
+
 def same(
     name: str,
     axis: int,
@@ -111,9 +122,10 @@ def number(name: str, value, *, zero: bool) -> float:
 
 def attributes(feature_map, scale, feature_epsilon) -> dict:
     """The attributes shared by all operators."""
-    if feature_map not in FEATURE_MAPS:
+    if feature_map not in FEATURE_MAPS and not callable(feature_map):
         raise ValueError(
-            f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}"
+            f"feature_map must be one of {', '.join(FEATURE_MAPS)}, or a function of log-features, "
+            f"got {feature_map!r}"
         )
     return {
         "feature_map": feature_map,

@@ -70,6 +70,8 @@ def _info():
     print(f"compiled ops: {found.state}, built for TensorFlow {found.built_for or '-'}")
     if found.message:
         print(f"  {found.message}")
+    elif library.xla_status().message:
+        print(f"compiled part for XLA: {library.xla_status().message}")
     try:
         core = importlib.import_module("performer._core")
     except ImportError as error:

@@ -31,66 +31,7 @@ import tensorflow as tf
 
 from performer import logspace, packing
 from performer.landmarks import attend_causally, attend_to_state, dims, state_of_keys
-
-
-def _rounded(projection: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """The projection rounded to T, still in U; its gradient passes straight through."""
-    if dtype.size >= 4:
-        return projection
-    return projection + tf.stop_gradient(
-        tf.cast(tf.cast(projection, dtype), projection.dtype) - projection
-    )
-
-
-def _log_features(x, projection, feature_map, scale, feature_epsilon, norm):
-    """x [..., rows, D] and projection [..., M, D] to log-features without bias [..., rows, M].
-
-    `norm` subtracts scale |x|^2 / 2 (softmax only).
-    """
-    if not scale:
-        scale = tf.cast(dims(x)[-1], x.dtype) ** -0.5 if feature_map == "softmax" else 1.0
-    scale, feature_epsilon = (
-        value if tf.is_tensor(value) else tf.cast(tf.constant(value, tf.float32), x.dtype)
-        for value in (scale, feature_epsilon)  # attributes of operators are float32
-    )
-    u = tf.matmul(x, projection, transpose_b=True) * tf.sqrt(scale)
-    if feature_map == "softmax":
-        return u - scale / 2 * tf.reduce_sum(x * x, -1, keepdims=True) if norm else u
-    if feature_map == "relu":
-        phi = tf.nn.relu(u) + feature_epsilon
-        return logspace.log_or_none(phi, tf.equal(phi, 0))
-    if feature_map == "elu":
-        return tf.where(u > 0, tf.math.log1p(tf.nn.relu(u)), u)
-    raise ValueError(f"feature_map must be one of softmax, relu, elu, got {feature_map!r}")
-
-
-def _query_features(query, projection, feature_bias, groups, feature_map, scale, feature_epsilon):
-    """a [B, G, L, R, M]."""
-    batch, length, heads, dim = dims(query)
-    query_dtype, query = query.dtype, tf.cast(query, projection.dtype)
-    query = tf.reshape(query, [batch, length, groups, heads // groups, dim])
-    query = tf.transpose(query, [0, 2, 3, 1, 4])
-
-    def per_head(x):  # [1|G|H, ...] to [1|G, 1|R, ...]
-        first, *rest = dims(x)
-        outer = tf.minimum(first, groups)
-        return tf.reshape(x, [outer, first // outer, *rest])
-
-    projection = per_head(_rounded(projection, query_dtype))
-    features = _log_features(query, projection, feature_map, scale, feature_epsilon, norm=False)
-    return tf.transpose(features + per_head(feature_bias)[..., None, :], [0, 1, 3, 2, 4])
-
-
-def _key_features(key, value, projection, key_bias, feature_map, scale, key_norm, feature_epsilon):
-    """b [B, G, S, M], -inf where masked, and the values [B, G, S, E], 0 where masked."""
-    masked = tf.equal(key_bias, logspace.NONE)[..., None]
-    zero = tf.zeros([], projection.dtype)
-    projection = _rounded(projection, key.dtype)
-    key, value = (tf.transpose(tf.cast(x, projection.dtype), [0, 2, 1, 3]) for x in (key, value))
-    key, value = tf.where(masked, zero, key), tf.where(masked, zero, value)
-    features = _log_features(key, projection, feature_map, scale, feature_epsilon, norm=key_norm)
-    features += tf.where(masked, zero, key_bias[..., None])
-    return tf.where(masked, tf.constant(logspace.NONE, features.dtype), features), value
+from performer.log_features import key_features, query_features
 
 
 def _unpack_bias(key_bias, keys, rows, valid):
@@ -143,7 +84,7 @@ def summarize(
             key_bias = _unpack_bias(key_bias, dims(key)[1], rows, valid)
             key, value = packing.unpack(key, rows, valid), packing.unpack(value, rows, valid)
         return state_of_keys(
-            *_key_features(
+            *key_features(
                 key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
             )
         )
@@ -180,7 +121,7 @@ def read(
         if packed:
             query = packing.unpack(query, *packing.row_index(offsets))
         groups = dims(log_mass)[1]
-        a = _query_features(
+        a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
         )
         batch, groups, rows, repeats, features = dims(a)
@@ -229,10 +170,10 @@ def causal(
             key_bias = _unpack_bias(key_bias, length, rows, valid)
             query, key, value = (packing.unpack(x, rows, valid) for x in (query, key, value))
         groups = dims(key)[2]
-        a = _query_features(
+        a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
         )
-        b, v = _key_features(
+        b, v = key_features(
             key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
         )
         out, log_mass, mean = attend_causally(a, b, v, initial_log_mass, initial_mean)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import composite, library
-from performer import gradients as gradients  # registers the gradients of the operators
+from performer import gradients as gradients  # registers the gradients of the operators,
+from performer import vectorize as vectorize  # and how loops over them are vectorized
 
 
 def run(operator: str, offsets, **inputs):
     """Calls an operator.
+
+    The compiled one knows three feature maps by name; a function as `feature_map` takes the
+    composition.
 
     Args:
         operator: "summarize", "read" or "causal".
@@ -19,7 +23,7 @@ def run(operator: str, offsets, **inputs):
     Returns:
         The operator's outputs.
     """
-    compiled = library.ops()
+    compiled = None if callable(inputs["feature_map"]) else library.ops()
     function = (
         getattr(compiled, f"performer_{operator}") if compiled else getattr(composite, operator)
     )

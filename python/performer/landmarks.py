@@ -110,7 +110,12 @@ def attend_causally(a, b, v, log_mass, mean):
     initial = [tf.broadcast_to(x, [batch, *dims(x)[1:]]) for x in (log_mass, mean)]
     initial = [tf.reshape(x, [batch * groups, *dims(x)[2:]]) for x in initial]
     ends = [by_chunk(x) for x in state_of_keys(in_chunks(b), in_chunks(v))]
-    ends = tf.scan(lambda past, new: logspace.merge(*past, *new), tuple(ends), tuple(initial))
+    if (
+        isinstance(chunks, int) and chunks == 1
+    ):  # a loop, and its gradients, cost seconds to compile
+        ends = [x[None] for x in logspace.merge(*initial, *(end[0] for end in ends))]
+    else:
+        ends = tf.scan(lambda past, new: logspace.merge(*past, *new), tuple(ends), tuple(initial))
     states = [tf.concat([x[None], end], 0) for x, end in zip(initial, ends, strict=True)]
 
     queries = tf.reshape(a, [batch * groups, chunks, size * repeats, features])

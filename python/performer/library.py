@@ -6,6 +6,9 @@ everything that needs the ops asks `ops()`, which checks first and loads once. W
 cannot be used, `ops()` warns once, with the ways out, and returns None: callers then take the plain
 TensorFlow composition, which gives the same results more slowly.
 
+What XLA (`jit_compile=True`) needs beside the ops is a library of its own, loaded after them:
+trouble with it changes nothing for calls that XLA does not compile.
+
 Environment:
     PERFORMER_DISABLE_LIBRARY: 1 takes the composition, without a warning.
     PERFORMER_REQUIRE_LIBRARY: 1 raises ImportError where there would be a warning.
@@ -13,12 +16,13 @@ Environment:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import struct
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -32,12 +36,13 @@ _REBUILD = (
 _lock = threading.RLock()
 _ops: ModuleType | None = None
 _status: Status | None = None
+_xla_status: Status | None = None
 _warned = False
 
 
 @dataclass(frozen=True)
 class Status:
-    """What became of the compiled library in this process.
+    """What became of a compiled library in this process.
 
     Attributes:
         state: "loaded", "disabled" (by the environment), "missing", "mismatch" (made for another
@@ -73,6 +78,8 @@ def ops() -> ModuleType | None:
     global _warned
     with _lock:
         found = status()
+        if found.state == "loaded":
+            _warn_of_xla()
         if found.state in ("loaded", "disabled"):
             return _ops
         if _flag(REQUIRE_VARIABLE):
@@ -88,22 +95,57 @@ def ops() -> ModuleType | None:
         return _ops
 
 
+def _warn_of_xla() -> None:
+    """Warns, once, where the part for XLA is there and cannot be used."""
+    global _warned
+    found = xla_status()
+    if found.state == "unusable" and not _warned:
+        _warned = True
+        warnings.warn(
+            f"{found.message} Until then jit_compile=True fails for attention; all else works.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def status() -> Status:
-    """Returns what became of the library, trying to load it first. Never warns or raises."""
-    global _ops, _status
+    """Returns what became of the ops, trying to load them first. Never warns or raises."""
+    global _ops, _status, _xla_status
     with _lock:
         if _status is None:
-            _ops, _status = _load()
+            _ops, _status = _load_ops()
+            _xla_status = _load_xla(_status)
         return _status
 
 
-def _load() -> tuple[ModuleType | None, Status]:
-    """Checks the library and loads it; every failure becomes a status, never an exception."""
+def xla_status() -> Status:
+    """Returns what became of the ops' part for XLA, trying to load it first. Never warns or raises.
+
+    Its `state` is that of the ops where these are not loaded.
+
+    Example:
+        >>> from performer import library
+        >>> library.xla_status().state
+        'loaded'
+    """
+    with _lock:
+        status()
+        assert _xla_status is not None
+        return _xla_status
+
+
+def supports_jit() -> bool:
+    """Tells whether XLA can compile attention: the ops, or the composition that stands for them."""
+    return status().state != "loaded" or xla_status().state == "loaded"
+
+
+def _load_ops() -> tuple[ModuleType | None, Status]:
+    """Checks the ops and loads them; every failure becomes a status, never an exception."""
     import tensorflow as tf
 
     # Resolved, so that one file has one name: TensorFlow knows libraries by their path.
     path = Path(__file__).resolve().parent / "_ops.so"
-    built_for = _built_for()
+    built_for = _build_info("TENSORFLOW_VERSION", "")
 
     def report(state: str, message: str) -> tuple[None, Status]:
         return None, Status(state, path, built_for, tf.__version__, message)
@@ -138,6 +180,35 @@ def _load() -> tuple[ModuleType | None, Status]:
     return module, Status("loaded", path, built_for, tf.__version__, "")
 
 
+def _load_xla(ops_status: Status) -> Status:
+    """As `_load_ops`, for the part that only XLA needs."""
+    import tensorflow as tf
+
+    path = ops_status.path.with_name("_xla.so")
+
+    def report(state: str, message: str) -> Status:
+        return replace(ops_status, state=state, path=path, message=message)
+
+    if ops_status.state != "loaded":
+        return report(ops_status.state, ops_status.message)
+    if not path.is_file():
+        reason = "is missing" if _build_info("XLA", True) else "was left out of this build"
+        return report(
+            "missing",
+            f"Performer's part for XLA {reason} ({path}). To get it, install from source, "
+            "`pip install .`, without PERFORMER_XLA=OFF.",
+        )
+    fault = _damage(path) or _other_copy(path)
+    if not fault:
+        try:
+            tf.load_op_library(str(path))
+        except (tf.errors.OpError, OSError, RuntimeError) as error:
+            fault = str(error).rstrip(".")
+    if fault:
+        return report("unusable", f"Performer's part for XLA cannot be loaded ({path}): {fault}.")
+    return report("loaded", "")
+
+
 def _flag(variable: str) -> bool:
     """Tells whether an environment variable is set to something other than 0."""
     return os.environ.get(variable, "0") not in ("", "0")
@@ -148,13 +219,11 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _built_for() -> str:
-    """Returns the TensorFlow version that the build wrote down, or "" where nothing was built."""
+def _build_info(name: str, default):
+    """Returns what the build wrote down under `name`, or `default` where nothing was built."""
     if importlib.util.find_spec("performer._build_info") is None:
-        return ""
-    from performer._build_info import TENSORFLOW_VERSION
-
-    return TENSORFLOW_VERSION
+        return default
+    return getattr(importlib.import_module("performer._build_info"), name, default)
 
 
 def _damage(path: Path) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import checks, packing
+from performer.counters import as_draw, same_draw
 from performer.dispatch import run
-from performer.draws import as_draw, same_draw
 from performer.state import (
     AttentionState,
     checked_state,
@@ -52,6 +52,7 @@ def favor_attention(
     key_mask=None,
     key_bias=None,
     segment_ids=None,
+    max_segments=None,
     feature_bias=None,
     initial_state=None,
     return_state=False,
@@ -89,13 +90,16 @@ def favor_attention(
             of each key; -inf masks the key.
         segment_ids: integers [B, S]; runs of equal ids are separate sequences (self-attention: L
             must equal S).
+        max_segments: int, the largest number of such runs in a row. Needed for speed under XLA,
+            which otherwise, as it cannot count them, reserves memory for S states of each row.
         feature_bias: floating, [M], [G, M] or [H, M], added to a; default 0.
         initial_state: `AttentionState` of keys that come before, N = B (with segment_ids: one for
-            each run) or 1.
+            each run; B max_segments) or 1.
         return_state: also return the state that includes all keys.
         draw: integer, which draw of the projection this is. It must equal that of `initial_state`.
         feature_map: "softmax"; "relu": b = log(max(u, 0) + feature_epsilon) + key_bias, "elu": b =
-            log(elu(u) + 1) + key_bias, and a likewise.
+            log(elu(u) + 1) + key_bias, and a likewise; or a function f: b = f(u) + key_bias, in
+            plain TensorFlow, slower and with features of size S M in memory.
         scale: factor of query.key, above 0; default D**-0.5 for softmax and 1 otherwise.
         key_norm: subtract scale |key|^2 / 2 (softmax only). False where the caller puts a norm into
             key_bias.
@@ -105,7 +109,8 @@ def favor_attention(
     Returns:
         [B, L, H, E], of the type of query; 0, with gradient 0, on rows that may see no key. With
         `return_state` a pair of it and the `AttentionState`: log_mass [N, G, M], mean [N, G, M, E],
-        N = B or, with segment_ids, the runs.
+        N = B or, with segment_ids, the runs, row by row (with max_segments this many for each row,
+        the last ones empty).
 
     Raises:
         ValueError: a rank, size, or option breaks its rule, or draws differ; the message names
@@ -156,9 +161,10 @@ def favor_attention(
                 )
             draw = same_draw(draw, initial_state.draw, "projection and initial_state")
 
+        most = checks.max_segments(max_segments, segment_ids)
         offsets, batch_shape = None, tf.shape(query)
         if segment_ids is not None:
-            offsets = packing.segment_offsets(_segments(segment_ids, query, key))
+            offsets = packing.segment_offsets(_segments(segment_ids, query, key), most)
             bias = tf.broadcast_to(bias, [batch_shape[0], tf.shape(bias)[1], batch_shape[1]])
             bias = tf.transpose(_laid_end_to_end(tf.transpose(bias, [0, 2, 1])), [0, 2, 1])
             query, key, value = (_laid_end_to_end(x) for x in (query, key, value))
@@ -185,10 +191,10 @@ def favor_attention(
                 **key_inputs,
                 **attributes,
             )
-            state = AttentionState(log_mass, mean, draw)
+            state = AttentionState(log_mass, mean, draw, before.position)
         else:
             log_mass, mean = run("summarize", offsets, **key_inputs, **attributes)
-            state = AttentionState(log_mass, mean, draw)
+            state = AttentionState(log_mass, mean, draw, tf.zeros([], tf.int64))
             if initial_state is not None:
                 state = merge(initial_state, state)
             out = run(

@@ -46,11 +46,12 @@ def pack(x: tf.Tensor, offsets: tf.Tensor, length: tf.Tensor | int) -> tf.Tensor
     return tf.where(known, taken, tf.zeros([], x.dtype))[None]
 
 
-def segment_offsets(segment_ids: tf.Tensor) -> tf.Tensor:
+def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tensor:
     """int64 offsets [N + 1] of the runs of equal ids in segment_ids [B, S], rows end to end.
 
-    A run ends where the id changes and at the end of its batch row, so N is known only when the
-    graph runs.
+    A run ends where the id changes and at the end of its batch row. N is their number, known only
+    when the graph runs. Or N = B most, `most` for each batch row, the last of which are empty;
+    where one has more, the offsets do not reach the end (and, but for XLA, an assertion fails).
     """
     starts = tf.concat(
         [
@@ -59,5 +60,17 @@ def segment_offsets(segment_ids: tf.Tensor) -> tf.Tensor:
         ],
         1,
     )
-    starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
-    return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)
+    if most is None:
+        starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
+        return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)
+    batch = tf.shape(segment_ids)[0]
+    run = tf.cumsum(tf.cast(starts, tf.int32), axis=1) - 1
+    check = tf.debugging.assert_less(
+        run, most, message="max_segments must be at least the runs in a row of segment_ids"
+    )
+    with tf.control_dependencies([] if check is None else [check]):
+        sequence = tf.where(run < most, tf.range(batch)[:, None] * most + run, -1)
+        lengths = tf.math.unsorted_segment_sum(
+            tf.ones_like(sequence, tf.int64), sequence, batch * most
+        )
+    return tf.concat([[0], tf.cumsum(lengths)], 0)

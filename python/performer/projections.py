@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import tensorflow as tf
+
+
+def _normal(shape, seed):
+    """Normal numbers, float64, of a seed [2]: the same with and without XLA, up to rounding.
+
+    TensorFlow's own are not, nor are its uniform ones; the bits of Philox are. Box and Muller, "A
+    Note on the Generation of Random Normal Deviates" (1958).
+    """
+    bits = tf.random.stateless_uniform([2, *shape], seed, None, None, tf.uint32, alg="philox")
+    radius, angle = tf.unstack((tf.cast(bits, tf.float64) + 0.5) / 2.0**32)
+    return tf.sqrt(-2 * tf.math.log(radius)) * tf.cos(2 * math.pi * angle)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -20,10 +33,9 @@ def orthogonal_projection(rows, dim, *, scaling=0, seed, dtype=tf.float32, heads
         scaling: 0: squared row norms are drawn independently from chi-squared with D degrees of
             freedom, as those of a Gaussian matrix (the unbiased estimator); 1: every row has norm
             sqrt(D). E|w|^2 = D in both.
-        seed: int, or integer tensor [2]; the same seed gives the same projection, in eager mode and
-            in graphs.
-        dtype: floating type of the result. float64 is drawn in float64, everything else in float32
-            and rounded.
+        seed: int, or integer tensor [2]; the same seed gives the same projection, in eager mode, in
+            graphs and under XLA (there up to rounding).
+        dtype: floating type of the result, which is drawn in float64 and rounded.
         heads: None, or the number of independent projections.
 
     Returns:
@@ -53,19 +65,15 @@ def orthogonal_projection(rows, dim, *, scaling=0, seed, dtype=tf.float32, heads
         raise ValueError(f"seed must be an integer or an integer tensor of shape [2], got {seed!r}")
     seed = tf.stack([seed, tf.zeros_like(seed)]) if seed.shape.rank == 0 else seed
 
-    work = tf.float64 if dtype == tf.float64 else tf.float32
-    direction_seed, norm_seed = tf.unstack(tf.random.split(seed, 2))
+    direction_seed, norm_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
     count, blocks = heads or 1, -(-rows // dim)
-    gaussian = tf.random.stateless_normal([count, blocks, dim, dim], direction_seed, dtype=work)
-    q, r = tf.linalg.qr(gaussian)
-    sign = tf.where(tf.linalg.diag_part(r) < 0, -tf.ones([], work), tf.ones([], work))
+    q, r = tf.linalg.qr(_normal([count, blocks, dim, dim], direction_seed))
     # Uniform (Haar): otherwise the signs of the rows are the algorithm's choice.
-    q = q * sign[..., None, :]
+    q *= tf.where(tf.linalg.diag_part(r) < 0, -tf.ones([], tf.float64), 1)[..., None, :]
     direction = tf.reshape(q, [count, blocks * dim, dim])[:, :rows]
     if scaling:
-        norm = tf.fill([count, rows, 1], tf.sqrt(tf.cast(dim, work)))
+        norm = tf.sqrt(tf.cast(dim, tf.float64))
     else:
-        sample = tf.random.stateless_normal([count, rows, dim], norm_seed, dtype=work)
-        norm = tf.norm(sample, axis=-1, keepdims=True)
+        norm = tf.norm(_normal([count, rows, dim], norm_seed), axis=-1, keepdims=True)
     result = tf.cast(direction * norm, dtype)
     return result if heads is not None else result[0]

@@ -3,15 +3,13 @@
 `summarize` makes one, `merge` joins two, `read` asks it: the halves that attention is made of.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from performer import checks, logspace
+from performer.counters import as_draw, as_position, same_draw
 from performer.dispatch import run
-from performer.draws import as_draw, same_draw
 
 
 class AttentionState(NamedTuple):
@@ -23,11 +21,18 @@ class AttentionState(NamedTuple):
         mean: [N, G, M, E], same type: average of the values under those features; 0 when empty.
         draw: int64 scalar, which draw of the projection the features belong to. States of different
             draws have nothing in common: joining or reading them is an error.
+        position: int64 scalar, where the sequence goes on: one past the last position that was
+            summarized, for who counts them, as the layer does. The functions know no positions;
+            they hand it on, and `merge` takes the later one.
+
+    A plain structure: `tf.nest`, loops and functions take it apart, `state._asdict()` gives what
+    `np.savez` saves, and NumPy arrays do as well as tensors.
     """
 
     log_mass: tf.Tensor
     mean: tf.Tensor
     draw: tf.Tensor
+    position: tf.Tensor | int = 0
 
 
 @tf.autograph.experimental.do_not_convert
@@ -73,7 +78,9 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
     draw = same_draw(first.draw, second.draw, "merged states")
     with tf.name_scope("merge"):
         return AttentionState(
-            *logspace.merge(first.log_mass, first.mean, second.log_mass, second.mean), draw
+            *logspace.merge(first.log_mass, first.mean, second.log_mass, second.mean),
+            draw,
+            tf.maximum(first.position, second.position),
         )
 
 
@@ -96,6 +103,7 @@ def empty_state(batch, heads, features, value_dim, dtype=tf.float32, draw=0) -> 
         tf.fill([batch, heads, features], tf.constant(logspace.NONE, dtype)),
         tf.zeros([batch, heads, features, value_dim], dtype),
         as_draw(draw),
+        tf.zeros([], tf.int64),
     )
 
 
@@ -110,7 +118,7 @@ def checked_state(name, state, dtype, key=None, value=None, projection=None):
     if key is not None:
         checks.same(f"{name}.log_mass", 1, log_mass, "key", 2, key, "G")
         checks.same(f"{name}.mean", 3, mean, "value", 3, value, "E")
-    return AttentionState(log_mass, mean, as_draw(state.draw))
+    return AttentionState(log_mass, mean, as_draw(state.draw), as_position(state.position))
 
 
 @tf.autograph.experimental.do_not_convert
@@ -173,7 +181,7 @@ def summarize(
             key_norm=bool(key_norm),
             **attributes,
         )
-        return AttentionState(log_mass, mean, as_draw(draw))
+        return AttentionState(log_mass, mean, as_draw(draw), tf.zeros([], tf.int64))
 
 
 @tf.autograph.experimental.do_not_convert

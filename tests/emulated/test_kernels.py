@@ -8,9 +8,9 @@ import pytest
 
 from kit.compare import assert_close, assert_same_bits
 from kit.core import expected, forward, make
-from kit.core_cases import cases
+from kit.core_cases import NARROW, cases
 from kit.cuda_cases import CASES
-from kit.emulated import SCHEDULES, counting, dtypes, run
+from kit.emulated import DTYPES, SCHEDULES, counting, dtypes, run
 from performer.tolerances import tolerances
 
 FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
@@ -27,9 +27,14 @@ def wanted(causal, name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("causal", "name"), [(causal, name) for causal in (False, True) for name in all_cases(causal)]
+    ("causal", "name", "dtype"),
+    [
+        (causal, name, dtype)
+        for causal in (False, True)
+        for name in all_cases(causal)
+        for dtype in (DTYPES if name in CASES or name in NARROW else ["bfloat16"])
+    ],
 )
-@dtypes
 def test_results_are_those_of_the_reference(causal, name, dtype):
     case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal)
     results = forward(make(case, dtype), causal, run, **case.options)

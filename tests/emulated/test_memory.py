@@ -6,14 +6,14 @@ import pytest
 from kit.core import make
 from kit.core_cases import NARROW, cases
 from kit.emulated import dtypes, emulated, run
-from kit.emulated_calls import CALLS, OPS, inputs
+from kit.emulated_calls import CALLS, OPS, call, inputs
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_keep_to_their_memory(op, call):
+def test_kernels_keep_to_their_memory(op, name):
     emulated.reset_races()
-    run(op, inputs(call, op))
+    call(name, op, inputs(name, op))
 
 
 @pytest.mark.parametrize("name", NARROW)

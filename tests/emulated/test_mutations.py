@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kit.compare import assert_same_bits
-from kit.emulated import emulated, needs_race_detector, run
-from kit.emulated_calls import CALLS, OPS, inputs
+from kit.emulated import emulated, needs_race_detector
+from kit.emulated_calls import CALLS, OPS, call, inputs
 
 SOURCES = Path(__file__).parents[2] / "cc" / "cuda"
 MARK = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|CpAsyncWait<")
@@ -33,17 +33,16 @@ def reached():
         for op in OPS:
             x = inputs(name, op)
             emulated.reset_sites()
-            results = run(op, x)
+            results = call(name, op, x)
             for site in emulated.sites():
-                key = f"{Path(site).name}"
-                passed.setdefault(key, []).append((site, op, x, results))
+                passed.setdefault(Path(site).name, []).append((site, name, op, x, results))
     return passed
 
 
-def notices(site, op, x, results):
+def notices(site, name, op, x, results):
     emulated.reset_races()
     try:
-        changed = run(op, x, skip=site)
+        changed = call(name, op, x, skip=site)
         for name, result in results.items():
             assert_same_bits(changed[name], result)
     except (RuntimeError, AssertionError):
@@ -56,6 +55,6 @@ def notices(site, op, x, results):
 def test_a_barrier_or_wait_left_out_is_noticed(site):
     calls = reached().get(site)
     assert calls, f"no call passes {site}"
-    noticed = any(notices(*call) for call in calls)
+    noticed = any(notices(*arguments) for arguments in calls)
     emulated.reset_races()
     assert noticed

@@ -1,22 +1,21 @@
 """The byte-level language model of the demo."""
 
 import keras
+import tensorflow as tf
 from keras import layers
 
-import performer
+from performer import PerformerDecoder, StreamingSequential
 
 WIDTH, HEADS, BLOCKS, SUPPORTS = 128, 8, 1, 128
 KINDS = {"linear": "linear attention", "none": "no attention", "exact": "exact attention"}
 
 
-def delay(x):
-    """`[B, L, ...]` moved one position later; zeros come first."""
-    return keras.ops.pad(x[:, :-1], [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))
-
-
 @keras.saving.register_keras_serializable(package="performer.demo")
 class ByteEmbedding(layers.Layer):
-    """Bytes `[B, L]` to `[B, L, width]`: the sum of embeddings of a byte and of the one before."""
+    """Bytes `[B, L]` to `[B, L, width]`: the sum of embeddings of a byte and of the one before.
+
+    The byte before the first is the state, 0 at the start.
+    """
 
     def __init__(self, width, **kwargs):
         super().__init__(**kwargs)
@@ -29,13 +28,17 @@ class ByteEmbedding(layers.Layer):
         self.this.build(shape)
         self.previous.build(shape)
 
-    def call(self, text):
-        """Returns the embeddings; the byte before the first counts as 0."""
-        return self.embed(text, delay(text))
+    def get_initial_state(self, batch_size):
+        """Returns the byte before the first of each row."""
+        return tf.zeros([batch_size, 1], tf.int32)
 
-    def embed(self, text, before):
-        """Returns the embeddings of bytes and of the bytes before them."""
-        return self.this(text) + self.previous(before)
+    def call(self, text, initial_state=None, return_state=False):
+        """Returns the embeddings and, with `return_state`, the last byte."""
+        text = tf.cast(text, tf.int32)
+        before = tf.zeros_like(text[:, :1]) if initial_state is None else initial_state
+        joined = tf.concat([before, text], 1)
+        embedded = self.this(text) + self.previous(joined[:, :-1])
+        return (embedded, joined[:, -1, tf.newaxis]) if return_state else embedded
 
     def get_config(self):
         """Returns the configuration."""
@@ -43,67 +46,47 @@ class ByteEmbedding(layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="performer.demo")
-class Block(layers.Layer):
-    """One block of a Transformer, whose keys are one position late.
+class FeedForward(layers.Layer):
+    """What is left of a block without attention."""
 
-    The key of a position is the representation of the position before it. A query then finds
-    the places that followed what it has just read, and reads there what came next.
-
-    Args:
-        kind: "linear", "exact", or "none" for a block without attention.
-    """
-
-    def __init__(self, kind, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.kind = kind
-        self.attention = attention(kind)
         self.norm = layers.LayerNormalization()
-        self.norm_of_dense = layers.LayerNormalization()
         self.expand = layers.Dense(4 * WIDTH, activation="gelu")
         self.contract = layers.Dense(WIDTH)
 
     def build(self, shape):
         """Builds the layers for inputs `[B, L, WIDTH]`."""
-        if self.attention is not None:
-            self.norm.build(shape)
-            self.attention.build(shape, shape)
-        self.norm_of_dense.build(shape)
+        self.norm.build(shape)
         self.expand.build(shape)
         self.contract.build((*shape[:-1], 4 * WIDTH))
 
     def call(self, x):
         """Returns `[B, L, WIDTH]`."""
-        if self.attention is not None:
-            y = self.norm(x)
-            x = x + self.attention(y, y, delay(y), use_causal_mask=True)
-        return self.dense(x)
-
-    def dense(self, x):
-        """Returns what follows attention."""
-        return x + self.contract(self.expand(self.norm_of_dense(x)))
-
-    def get_config(self):
-        """Returns the configuration."""
-        return {**super().get_config(), "kind": self.kind}
+        return x + self.contract(self.expand(self.norm(x)))
 
 
-def attention(kind):
-    """Returns a causal attention layer: "linear", "exact", or None for "none".
+def block(kind):
+    """Returns one block of the model; `kind` as in `KINDS`.
 
-    Query and key kernels begin equal (the seed is the same) and large, so that equal
-    representations attend to each other from the first step.
+    Keys are one position late: a query then finds the places that followed what it has just read,
+    and reads there what came next. Query and key kernels begin equal (the seed is the same) and
+    large, so that equal representations attend to each other from the first step.
     """
     if kind == "none":
-        return None
+        return FeedForward()
     widest = (12 / WIDTH) ** 0.5  # twice Glorot's bound
     start = keras.initializers.RandomUniform(-widest, widest, seed=1)
-    method, supports = ("linear", SUPPORTS) if kind == "linear" else ("quadratic", None)
-    return performer.Performer(
+    return PerformerDecoder(
+        4 * WIDTH,
         HEADS,
-        WIDTH // HEADS,
-        attention_method=method,
-        supports=supports,
-        kernel_initializer=start,
+        activation="gelu",
+        layer_norm_epsilon=1e-3,
+        normalize_first=True,
+        attention_method="linear" if kind == "linear" else "quadratic",
+        supports=SUPPORTS,
+        attention_options={"kernel_initializer": start},
+        delay_keys=True,
         seed=1,
     )
 
@@ -111,8 +94,8 @@ def attention(kind):
 def build(kind):
     """Returns the model, bytes `[B, L]` to logits `[B, L, 256]`; `kind` as in `KINDS`."""
     keras.utils.set_random_seed(0)
-    text = keras.Input((None,), dtype="int32")
-    x = ByteEmbedding(WIDTH)(text)
-    for _ in range(BLOCKS):
-        x = Block(kind)(x)
-    return keras.Model(text, layers.Dense(256)(layers.LayerNormalization()(x)))
+    blocks = [block(kind) for _ in range(BLOCKS)]
+    head = [layers.LayerNormalization(), layers.Dense(256)]
+    model = StreamingSequential([ByteEmbedding(WIDTH), *blocks, *head])
+    model(tf.zeros([1, 1], tf.int32))
+    return model

@@ -4,17 +4,24 @@ import dataclasses
 import math
 import numbers
 import random
+from typing import Any
+
+import keras
+
+from performer import feature_maps
 
 METHODS = ("linear", "quadratic")
 SCALINGS = (0, 1)
-FEATURE_MAPS = ("softmax", "relu", "elu")
+# Scores, T * S, of the dense form: 2048 * 2048, 32 MiB in float64 for one head and batch row.
+DENSE_LIMIT = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The added arguments, checked; the fields are named and valued as in a layer's config.
+    """The added arguments, checked; the fields are named as those of the layer.
 
-    `sliding_window` is the parent's argument, which linear attention refuses.
+    `sliding_window` is the parent's argument, which linear attention refuses; `num_heads` the
+    parent's too.
 
     Raises:
         RuntimeError: linear attention without `supports`.
@@ -24,11 +31,16 @@ class Options:
     attention_method: str
     supports: int | None
     scaling: int
-    feature_map: str
+    feature_map: Any
     redraw_interval: int | None
+    num_key_value_heads: int | None
+    max_segments: int | None
+    dense_limit: int
+    rotary_embedding: Any
+    num_heads: dataclasses.InitVar[int]
     sliding_window: dataclasses.InitVar[int | None] = None
 
-    def __post_init__(self, sliding_window):
+    def __post_init__(self, num_heads, sliding_window):
         _check_choice("attention_method", self.attention_method, METHODS)
         if self.linear and self.supports is None:
             raise RuntimeError("must have numbers of supports specified")
@@ -39,17 +51,46 @@ class Options:
                 f"Received: sliding_window={sliding_window!r}"
             )
         _check_choice("scaling", self.scaling, SCALINGS)
-        _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
-        for name in ("supports", "redraw_interval"):
+        feature_maps.get(self.feature_map)
+        sizes = (
+            "supports",
+            "redraw_interval",
+            "num_key_value_heads",
+            "max_segments",
+            "dense_limit",
+        )
+        for name in sizes:
             value = getattr(self, name)
-            if value is None:
+            if value is None and name != "dense_limit":
                 continue
             object.__setattr__(self, name, check_size(name, value))
+        if self.rotary_embedding is not None and not self.linear:
+            raise ValueError(
+                "`rotary_embedding` must be None with attention_method='quadratic', which is "
+                "`keras.layers.MultiHeadAttention` and has no place for it. "
+                f"Received: rotary_embedding={self.rotary_embedding!r}"
+            )
+        groups = self.num_key_value_heads
+        if groups is not None and num_heads % groups:
+            raise ValueError(
+                "`num_key_value_heads` must divide `num_heads`. Received: "
+                f"num_heads={num_heads}, num_key_value_heads={groups}"
+            )
 
     @property
     def linear(self):
         """Whether attention is linear."""
         return self.attention_method == "linear"
+
+    def config(self):
+        """The fields, as a layer's config holds them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rotary = self.rotary_embedding
+        return {
+            **values,
+            "feature_map": feature_maps.serialize(self.feature_map),
+            "rotary_embedding": rotary and keras.saving.serialize_keras_object(rotary),
+        }
 
 
 def check_size(name, value):
@@ -82,6 +123,11 @@ def check_seed(name, value):
 def default_seed():
     """A seed from Python's generator, as Keras's own: `keras.utils.set_random_seed` fixes it."""
     return random.randint(1, 10**9)
+
+
+def clone_initializer(initializer):
+    """Another initializer of the same configuration, so that unseeded numbers differ."""
+    return initializer.__class__.from_config(initializer.get_config())
 
 
 def split_list(inputs):

@@ -1,121 +1,147 @@
-"""Linear attention on projected inputs: checks, axes, masks and dropped keys around the op."""
+"""Linear attention on projected inputs: axes, masks and dropped keys around the op."""
 
 import keras
 import tensorflow as tf
 
 from performer.layers import masks
-from performer.layers.axes import dimensions, fold, resolve_axes, unfold
+from performer.layers.axes import dimensions, fold, unfold
 from performer.ops import favor_attention
-
-
-def check_call(
-    query_shape,
-    value_shape,
-    axes,
-    *,
-    attention_mask=None,
-    return_attention_scores=False,
-    use_causal_mask=False,
-):
-    """Refuses a call that linear attention cannot answer, from static shapes alone.
-
-    Args:
-        query_shape, value_shape: shapes of the layer's inputs, channels included.
-        axes: the layer's `attention_axes`.
-        attention_mask: tensor or None.
-        return_attention_scores, use_causal_mask: as in the layer's call.
-
-    Raises:
-        ValueError: see the conditions.
-    """
-    rank = len(value_shape)
-    if len(query_shape) != rank:
-        raise ValueError(
-            "`query` and `value` must have the same rank. "
-            f"Received: query.shape={tuple(query_shape)}, value.shape={tuple(value_shape)}"
-        )
-    axes = resolve_axes(axes, rank)
-    if return_attention_scores:
-        raise ValueError(
-            "`return_attention_scores` must be False with attention_method='linear', which never "
-            "forms the scores of query and key. Use attention_method='quadratic'. "
-            f"Received: return_attention_scores={return_attention_scores}"
-        )
-    for axis in range(rank - 1):
-        sizes = query_shape[axis], value_shape[axis]
-        if None in sizes or sizes[0] == sizes[1]:
-            continue
-        if axis not in axes:
-            raise ValueError(
-                f"`query` and `value` must agree on axis {axis}, over which there is no attention. "
-                f"Received: query.shape={tuple(query_shape)}, value.shape={tuple(value_shape)}"
-            )
-        if use_causal_mask:
-            raise ValueError(
-                "`use_causal_mask` needs a query and a value of the same length. "
-                f"Received: query.shape={tuple(query_shape)}, value.shape={tuple(value_shape)}"
-            )
-    if attention_mask is not None:
-        masks.check_attention_mask(tuple(attention_mask.shape), axes)
+from performer.state import merge, read, summarize
 
 
 def attend(
     query,
     key,
     value,
-    projection,
+    features,
+    visibility,
     *,
     axes,
-    query_mask=None,
-    value_mask=None,
-    key_mask=None,
-    attention_mask=None,
-    use_causal_mask=False,
     dropout=None,
-    draw=0,
-    feature_map="softmax",
+    initial_state=None,
+    return_state=False,
+    max_segments=None,
 ):
-    """FAVOR+ over `axes` of projected inputs.
+    """FAVOR+ over `axes` of projected inputs, with masks that need no scores.
 
     Args:
-        query: `[B, q1, ..., qn, H, D]`; `key` `[B, s1, ..., sn, H, D]` and `value`
-            `[B, s1, ..., sn, H, E]` likewise; not multiplied by any scale.
-        projection: float32 `[M, D]`.
+        query: `[B, q1, ..., qn, H, D]`; `key` `[B, s1, ..., sn, G, D]` and `value`
+            `[B, s1, ..., sn, G, E]` likewise; not multiplied by any scale.
+        features: the call's `Features`.
+        visibility: the call's `Visibility`, not general.
         axes: attention axes, as `resolve_axes` returns them.
-        query_mask, value_mask, key_mask, attention_mask, use_causal_mask: as in the layer's call.
         dropout: a pair of rate and `keras.random.SeedGenerator`; None drops nothing.
-        draw: number of the projection's draw.
-        feature_map: as in `favor_attention`.
+        initial_state: `AttentionState` of earlier keys, by folded batch row; or None.
+        return_state: whether to return the state after all keys, too.
+        max_segments: as the layer's; used with `segment_ids` only.
 
     Returns:
-        `[B, q1, ..., qn, H, E]` in the dtype of `query`; 0 where a query attends to no key.
+        `[B, q1, ..., qn, H, E]` in the dtype of `query`; 0 where a query attends to no key. With
+        `return_state` a pair of it and the `AttentionState`.
     """
-    named = {"value_mask": value_mask, "key_mask": key_mask}
-    if attention_mask is not None:
-        named["attention_mask"] = masks.keys_of_attention_mask(attention_mask, axes)
-    keys = masks.combine(
-        [masks.fold_mask(name, mask, key, axes) for name, mask in named.items() if mask is not None]
-    )
-    folded_query, folded_key = fold(query, axes), fold(key, axes)
+    keys = key_mask(visibility, key, axes)
+    folded_query, folded_key, folded_value = (fold(x, axes) for x in (query, key, value))
+    causal = visibility.use_causal_mask
+    # With a state no key may be left out; the op checks that there are as many as queries.
+    if causal and initial_state is None and not return_state:
+        length = dimensions(folded_query)[1]
+        if keys is None and not _same_length(folded_query, folded_key):
+            keys = tf.ones(dimensions(folded_key)[:2], tf.bool)
+        folded_key, folded_value = (masks.resize(x, length) for x in (folded_key, folded_value))
+        keys = None if keys is None else masks.resize(keys, length)
+    bias = features.feature_map.key_bias(folded_key)
+    if dropout is not None:
+        dropped = tf.where(dropped_keys(folded_key, *dropout), -float("inf"), 0.0)
+        bias = dropped if bias is None else dropped + _by_head(bias)
+    if visibility.prefix_mask is not None:
+        # The prefix is the past of every row, its own rows included; causal order is for the rest.
+        prefix = masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
+        seen, later = prefix, ~prefix
+        if keys is not None:
+            seen, later = seen & keys, later & keys
+        past = summarize(
+            folded_key,
+            folded_value,
+            key_mask=seen,
+            key_bias=bias,
+            draw=features.draw,
+            **features.of_keys(),
+        )
+        initial_state = past if initial_state is None else merge(initial_state, past)
+        keys = later
+    segments = visibility.segment_ids
+    if segments is not None:
+        segments = masks.fold_ids("segment_ids", segments, key, axes)
     output = favor_attention(
         folded_query,
         folded_key,
-        fold(value, axes),
-        projection,
-        causal=use_causal_mask,
+        folded_value,
+        causal=causal,
         key_mask=keys,
-        key_bias=None if dropout is None else _dropped_keys(folded_key, *dropout),
-        draw=draw,
-        feature_map=feature_map,
+        key_bias=bias,
+        segment_ids=segments,
+        max_segments=None if segments is None else max_segments,
+        initial_state=initial_state,
+        return_state=return_state,
+        draw=features.draw,
+        **features.of_both(),
     )
-    if query_mask is not None:
-        exists = masks.fold_mask("query_mask", query_mask, query, axes)
-        output = tf.where(exists[:, :, tf.newaxis, tf.newaxis], output, tf.zeros_like(output))
-    return unfold(output, axes, like=query)
+    output, state = output if return_state else (output, None)
+    output = unfold(hide_masked_queries(output, visibility, query, axes), axes, like=query)
+    return (output, state) if return_state else output
 
 
-def _dropped_keys(key, rate, seed_generator):
-    """Bias float32 `[B', H, S]`: -inf drops a key, with probability `rate`; 0 keeps it."""
+def summarize_keys(key, value, features, visibility, *, axes, initial_state):
+    """The state of projected keys and values, joined to `initial_state`; arguments as `attend`."""
+    keys = key_mask(visibility, key, axes)
+    folded_key, folded_value = fold(key, axes), fold(value, axes)
+    state = summarize(
+        folded_key,
+        folded_value,
+        key_mask=keys,
+        key_bias=features.feature_map.key_bias(folded_key),
+        draw=features.draw,
+        **features.of_keys(),
+    )
+    return merge(initial_state, state)
+
+
+def read_state(query, features, visibility, state, *, axes):
+    """Attention of projected queries to the keys of a state; arguments and result as `attend`."""
+    folded = fold(query, axes)
+    output = read(folded, state=state, draw=features.draw, **features.of_queries())
+    return unfold(hide_masked_queries(output, visibility, query, axes), axes, like=query)
+
+
+def hide_masked_queries(output, visibility, query, axes):
+    """Folded attention `[B', L, H, E]`, 0 where `query_mask` says that there is no query."""
+    if visibility.query_mask is None:
+        return output
+    exists = masks.fold_mask("query_mask", visibility.query_mask, query, axes)
+    return tf.where(exists[:, :, tf.newaxis, tf.newaxis], output, tf.zeros_like(output))
+
+
+def key_mask(visibility, key, axes):
+    """Bool `[B', S]` of what `visibility` says about whole keys, or None if it says nothing."""
+    named = {"value_mask": visibility.value_mask, "key_mask": visibility.key_mask}
+    if visibility.attention_mask is not None and not visibility.is_general(len(axes)):
+        named["attention_mask"] = masks.keys_of_attention_mask(visibility.attention_mask, axes)
+    return masks.combine(
+        [masks.fold_mask(name, mask, key, axes) for name, mask in named.items() if mask is not None]
+    )
+
+
+def _same_length(query, key):
+    return query.shape[1] is not None and query.shape[1] == key.shape[1]
+
+
+def _by_head(bias):
+    """A key bias as `[B', 1|G, S]`, float32 or float64."""
+    return bias if len(bias.shape) == 3 else bias[:, tf.newaxis]
+
+
+def dropped_keys(key, rate, seed_generator):
+    """Bool `[B', G, S]` for a key `[B', S, G, D]`: True, with probability `rate`, drops it."""
     batch, length, heads, _ = dimensions(key)
     uniform = keras.random.uniform((batch, heads, length), dtype="float32", seed=seed_generator)
-    return tf.where(uniform >= rate, 0.0, -float("inf"))
+    return uniform < rate

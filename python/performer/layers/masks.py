@@ -1,8 +1,7 @@
-"""Keras masks, brought to the two forms that linear attention can apply.
+"""Keras masks, brought to the forms that attention can apply.
 
 A mask that says which keys exist acts on the features of the keys, in the denominator too; a mask
-of the queries acts on the output. A mask that differs from query to query (other than causally)
-would need the `[T, S]` scores that linear attention never forms.
+of the queries acts on the output. Both come here in the layout of projected inputs.
 """
 
 import tensorflow as tf
@@ -26,16 +25,38 @@ def fold_mask(name: str, mask: tf.Tensor, like: tf.Tensor, axes: tuple[int, ...]
     Raises:
         ValueError: a mask of another rank, shape or type.
     """
-    rank = len(like.shape) - 2
+    mask = tf.convert_to_tensor(mask)
     dtype = mask.dtype
     if not (dtype.is_bool or dtype.is_integer or dtype.is_floating):
         raise ValueError(f"`{name}` must be boolean. Received: {name}.dtype={dtype.name}")
-    mask = tf.cast(mask, tf.bool)
-    if len(mask.shape) == rank:
-        expanded = mask
-    elif len(mask.shape) == 1 + len(axes):
+    return _fold_positions(name, tf.cast(mask, tf.bool), like, axes)
+
+
+def fold_ids(name: str, ids: tf.Tensor, like: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+    """Integers for every position, in the layout that `axes.fold` gives to `like`.
+
+    Args:
+        ids: integers of a shape that `fold_mask` allows; others as there.
+
+    Returns:
+        Integers `[B', S]`.
+
+    Raises:
+        ValueError: ids of another rank, shape or type.
+    """
+    ids = tf.convert_to_tensor(ids)
+    if not ids.dtype.is_integer:
+        raise ValueError(f"`{name}` must be integers. Received: {name}.dtype={ids.dtype.name}")
+    return _fold_positions(name, ids, like, axes)
+
+
+def _fold_positions(name, x, like, axes):
+    rank = len(like.shape) - 2
+    if len(x.shape) == rank:
+        expanded = x
+    elif len(x.shape) == 1 + len(axes):
         by_position = sorted(range(len(axes)), key=axes.__getitem__)
-        expanded = tf.transpose(mask, [0, *(1 + i for i in by_position)])
+        expanded = tf.transpose(x, [0, *(1 + i for i in by_position)])
         for axis in range(1, rank):
             if axis not in axes:
                 expanded = tf.expand_dims(expanded, axis)
@@ -43,43 +64,44 @@ def fold_mask(name: str, mask: tf.Tensor, like: tf.Tensor, axes: tuple[int, ...]
         raise ValueError(
             f"`{name}` must have shape (batch, <all axes but the channels>) or (batch, <attention "
             f"axes>), that is rank {rank} or {1 + len(axes)}. "
-            f"Received: {name}.shape={tuple(mask.shape)}"
+            f"Received: {name}.shape={tuple(x.shape)}"
         )
     for axis in range(rank):
         size, expected = expanded.shape[axis], like.shape[axis]
-        may_broadcast = axis == 0 or (axis not in axes and len(mask.shape) != rank)
+        may_broadcast = axis == 0 or (axis not in axes and len(x.shape) != rank)
         if None not in (size, expected) and size != expected and not (size == 1 and may_broadcast):
             raise ValueError(
-                f"`{name}` must agree with the tensor that it masks, of shape "
+                f"`{name}` must agree with the tensor that it belongs to, of shape "
                 f"{tuple(like.shape[:-2])} without channels. "
-                f"Received: {name}.shape={tuple(mask.shape)}"
+                f"Received: {name}.shape={tuple(x.shape)}"
             )
     expanded = tf.broadcast_to(expanded, tf.stack(dimensions(like)[:-2]))
     return fold(expanded[..., tf.newaxis, tf.newaxis], axes)[:, :, 0, 0]
 
 
-def check_attention_mask(shape: tuple[int | None, ...], axes: tuple[int, ...]) -> None:
-    """Refuses an `attention_mask` that is not the same for every query.
+def resize(x: tf.Tensor, length) -> tf.Tensor:
+    """`[B, S, ...]` to `[B, length, ...]`: cut at the end, or filled with 0 (False).
 
-    Raises:
-        ValueError: unless the shape is `[B, 1, S]`, `[1, S]` or `[B, 1, 1, S]` (with as many 1s
-            and sizes as there are attention axes).
+    In causal attention of `length` queries the keys after the last query are seen by nobody, and
+    masked keys may fill the places where there are none.
     """
-    count = len(axes)
-    ones = shape[len(shape) - 2 * count : len(shape) - count]
-    head = shape[1 : -2 * count]
-    if not 2 * count <= len(shape) <= 2 * count + 2 or any(size != 1 for size in (*ones, *head)):
-        raise ValueError(
-            "`attention_mask` must be the same for every query, of shape (batch, 1, keys), with "
-            "attention_method='linear': a mask for every pair of query and key does not factor "
-            "into masks of the features. Use `use_causal_mask`, `query_mask`, `value_mask` or "
-            "`key_mask`, or attention_method='quadratic'. "
-            f"Received: attention_mask.shape={tuple(shape)}"
-        )
+    if x.shape[1] is not None and x.shape[1] == length:
+        return x
+    x = x[:, :length]
+    missing = length - tf.shape(x)[1]
+    x = tf.pad(x, [[0, 0], [0, missing]] + [[0, 0]] * (len(x.shape) - 2))
+    return tf.ensure_shape(
+        x, [x.shape[0], length if isinstance(length, int) else None, *x.shape[2:]]
+    )
 
 
 def keys_of_attention_mask(mask: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
-    """`[B, 1, S]` (or as `check_attention_mask` allows) to `[B, S]`, S by attention axis."""
+    """An `attention_mask` that is the same for every query and head, as a mask of keys.
+
+    `[B, 1, S]`, `[1, S]` or `[B, 1, 1, S]` (with as many 1s and sizes as there are attention axes)
+    to `[B, S]`, S by attention axis.
+    """
+    mask = tf.convert_to_tensor(mask)
     count = len(axes)
     sizes = dimensions(mask)
     batch = sizes[0] if len(sizes) > 2 * count else 1

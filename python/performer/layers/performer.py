@@ -6,7 +6,9 @@ import inspect
 import keras
 import tensorflow as tf
 
+from performer import library
 from performer.layers.arguments import (
+    DENSE_LIMIT,
     Options,
     check_rate,
     check_seed,
@@ -14,12 +16,20 @@ from performer.layers.arguments import (
     default_seed,
     split_list,
 )
-from performer.layers.attention import attend, check_call
+from performer.layers.attention import attend
+from performer.layers.axes import resolve_axes
+from performer.layers.dense import attend_densely, score_shape
+from performer.layers.heads import GroupedHeads
 from performer.layers.projection import HasProjection, RandomProjection
+from performer.layers.streaming import HasState, advanced, check_call, position_of, with_tensors
+from performer.layers.visibility import Visibility
+
+# Call arguments that `keras.layers.MultiHeadAttention` does not have.
+ADDED_CALL_ARGUMENTS = ("segment_ids", "prefix_mask", "initial_state", "return_state")
 
 
 @keras.saving.register_keras_serializable(package="performer")
-class Performer(HasProjection, keras.layers.MultiHeadAttention):
+class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAttention):
     """Multi-head attention whose time and memory grow linearly with the sequence.
 
     A `keras.layers.MultiHeadAttention` in which `softmax(query . key)` is replaced by the FAVOR+
@@ -46,9 +56,20 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         scaling: 0 (default) draws the norm of every row of the projection like that of a normal
             vector, which makes the estimator unbiased; 1 sets all norms to sqrt(D).
         feature_map: `"softmax"` (default, FAVOR+), `"relu"` or `"elu"` (the generalised
-            attention of the same paper, which does not approximate softmax).
+            attention of the same paper, which does not approximate softmax), or an object like
+            `performer.feature_maps.FeatureMap`.
         redraw_interval: Number of training calls that a projection serves before the next call
             draws another. Defaults to `None`: one projection for ever. Inference never draws.
+            `performer.callbacks.RedrawProjections` redraws by epochs or batches instead.
+        num_key_value_heads: Number G of heads of key and value, a divisor of `num_heads`; head h
+            of the query uses head h // (num_heads / G). Defaults to `num_heads`.
+        rotary_embedding: `performer.RotaryEmbedding`, or a layer that is called like it: turns
+            queries and keys by their positions. Linear attention only. Defaults to `None`.
+        max_segments: Largest number of sequences in a row of `segment_ids`. Changes no output; give
+            it where XLA compiles the layer, which otherwise, as it cannot count them, reserves
+            memory for S of them in each row. Defaults to `None`.
+        dense_limit: Largest T * S for which scores may be formed, in calls that need them (a
+            general `attention_mask`, `return_attention_scores`). Defaults to 2048 * 2048.
         seed: Integer that seeds projection and dropout, or `None`: taken from Python's random
             generator, which `keras.utils.set_random_seed` fixes.
         flash_attention: As in `MultiHeadAttention`, for quadratic attention; ignored in linear.
@@ -64,22 +85,38 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         query_mask, value_mask, key_mask: Boolean `(B, T)`, `(B, S)`, `(B, S)`, or all axes but
             the channels; `True` where a position exists. Default to the masks that Keras attached.
             A masked key takes part in nothing; a masked query attends to no key.
-        attention_mask: Boolean `(B, 1, S)`, the same for every query.
-        return_attention_scores: Must be `False` in linear attention, which has no scores.
+        attention_mask: Boolean `(B, T, S)`, `True` where a query may attend to a key; batch may be
+            missing, and any axis 1; `(B, H, T, S)` for a mask of every head. `(B, 1, S)`, the same
+            for every query, stays linear. Any other takes the dense form: the same estimator
+            through `T * S` scores, in float64, for up to `dense_limit` of them.
+        return_attention_scores: Boolean, whether to return the normalised scores of the estimator
+            too: dense form.
         training: Python boolean: whether to drop keys and to follow `redraw_interval`.
         use_causal_mask: Boolean, whether a query attends only to its own and earlier positions
-            (in row-major order of the attention axes). Needs T = S.
+            (in row-major order of the attention axes).
+        segment_ids: Integers `(B, S)`, T = S: a row holds several sequences, runs of equal ids,
+            and a query attends within its own. Linear attention only.
+        prefix_mask: Boolean `(B, S)`, T = S, with `use_causal_mask`: `True` for keys that every
+            query sees, also earlier ones. Linear attention only.
+        initial_state: State of keys that come before those of the call, which every query sees:
+            what `get_initial_state`, `summarize` or a call with `return_state` returned. Linear
+            attention only, and not with scores, `segment_ids`, or a causal mask for T other than
+            S. With several attention axes a call holds a part of the first of them.
+        return_state: Boolean, whether to return the state after all keys, too.
 
     Returns:
         Tensor of the shape of `query`, the last axis replaced by `output_shape` if given, in the
-        compute dtype. A query that attends to no key (masked, or no key left) gets attention 0,
+        compute dtype. With `return_attention_scores` a pair of it and the scores `(B, H, T, S)`,
+        before dropout; with `return_state` a pair of it and the `performer.AttentionState`.
+        A query that attends to no key (masked, or no key left) gets attention 0,
         so its output is the bias of the output layer, as `MultiHeadAttention` documents it. (For
         3-D inputs without dropout that layer in fact returns the mean of all values.)
 
     Raises:
         RuntimeError: `'must have numbers of supports specified'`: linear without `supports`.
         ValueError: an argument outside its range; shapes, axes or masks that do not fit; in
-            linear attention, a sliding window, attention scores or a general `attention_mask`.
+            linear attention, a sliding window, or more scores than `dense_limit`.
+        tf.errors.InvalidArgumentError: the last, where sizes are known only when the graph runs.
 
     Numerics:
         No epsilon and no clamp: sums are taken relative to their largest term, in float32 (or
@@ -111,20 +148,32 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         scaling=0,
         feature_map="softmax",
         redraw_interval=None,
+        num_key_value_heads=None,
+        rotary_embedding=None,
+        max_segments=None,
+        dense_limit=DENSE_LIMIT,
         seed=None,
         flash_attention=None,
         **kwargs,
     ):
+        num_heads = check_size("num_heads", num_heads)
+        if isinstance(rotary_embedding, dict):
+            rotary_embedding = keras.saving.deserialize_keras_object(rotary_embedding)
         options = Options(
             attention_method=attention_method,
             supports=supports,
             scaling=scaling,
             feature_map=feature_map,
             redraw_interval=redraw_interval,
+            num_key_value_heads=num_key_value_heads,
+            max_segments=max_segments,
+            dense_limit=dense_limit,
+            rotary_embedding=rotary_embedding,
+            num_heads=num_heads,
             sliding_window=kwargs.get("sliding_window"),
         )
         super().__init__(
-            num_heads=check_size("num_heads", num_heads),
+            num_heads=num_heads,
             key_dim=check_size("key_dim", key_dim),
             value_dim=None if value_dim is None else check_size("value_dim", value_dim),
             dropout=check_rate("dropout", dropout),
@@ -136,11 +185,12 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
             **kwargs,
         )
         self._options = options
+        self._rotary_embedding = rotary_embedding
         self._requested_flash_attention = flash_attention
         if options.linear:
-            self.supports_jit = False
-            if dropout:
-                self._dropped_keys_seed = keras.random.SeedGenerator(self.seed)
+            self.supports_jit = library.supports_jit()
+            # `__call__` converts the inputs: Keras would also cast masks and states.
+            self._convert_input_args = False
 
     @property
     def attention_method(self):
@@ -156,13 +206,36 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         """Calls the layer; `query` may be a list `[query, value]` or `[query, value, key]`."""
         if isinstance(query, list | tuple) and not args and "value" not in kwargs:
             query, args = split_list(query)
+        if self._options.linear:
+            query, args = self._converted(query), tuple(self._converted(x) for x in args)
+            kwargs.update((k, self._converted(kwargs[k])) for k in ("value", "key") if k in kwargs)
+            if kwargs.get("initial_state") is not None:
+                kwargs["initial_state"] = with_tensors(kwargs["initial_state"])
         return super().__call__(query, *args, **kwargs)
+
+    def _converted(self, x):
+        """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
+        mask = getattr(x, "_keras_mask", None)
+        x = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
+        if mask is not None:
+            x._keras_mask = mask
+        return x
 
     def build(self, query_shape, value_shape, key_shape=None):
         """Creates the weights for inputs of these shapes."""
         if self._options.linear:
-            check_call(query_shape, value_shape, self._attention_axes)
-        super().build(query_shape, value_shape, key_shape)
+            Visibility().check(query_shape, value_shape, self._attention_axes)
+        groups = self._options.num_key_value_heads
+        if groups is None or groups == self._num_heads:
+            super().build(query_shape, value_shape, key_shape)
+        else:
+            self._build_grouped(
+                query_shape,
+                value_shape,
+                value_shape if key_shape is None else key_shape,
+                groups,
+                repeats=1 if self._options.linear else self._num_heads // groups,
+            )
         if self._options.linear:
             # After the parent's weights, which keep their places in `weights`.
             self._random_projection = RandomProjection(
@@ -171,6 +244,7 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
                 scaling=self._options.scaling,
                 seed=default_seed() if self.seed is None else self.seed,
                 redraw_interval=self._options.redraw_interval,
+                feature_map=self._options.feature_map,
                 name="random_projection",
             )
             self._random_projection.build()
@@ -187,9 +261,19 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        segment_ids=None,
+        prefix_mask=None,
+        initial_state=None,
+        return_state=False,
     ):
         """Attention of `query` to `key` and `value`; see the class."""
         if not self._options.linear:
+            _refuse_in_quadratic(
+                segment_ids=segment_ids,
+                prefix_mask=prefix_mask,
+                initial_state=initial_state,
+                return_state=return_state,
+            )
             return super().call(
                 query,
                 value,
@@ -202,52 +286,99 @@ class Performer(HasProjection, keras.layers.MultiHeadAttention):
                 training=training,
                 use_causal_mask=use_causal_mask,
             )
-        check_call(
-            query.shape,
-            value.shape,
-            self._attention_axes,
-            attention_mask=attention_mask,
-            return_attention_scores=return_attention_scores,
-            use_causal_mask=use_causal_mask,
-        )
-        # The dense layers know no masks and would warn of losing one: identity leaves it behind,
-        # and leaves the caller's tensor as it is.
-        query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
-        projection = self._random_projection.current(training)
-        output = attend(
-            self._query_dense(query),
-            self._key_dense(key),
-            self._value_dense(value),
-            projection,
-            axes=self._attention_axes,
+        visibility = Visibility(
             query_mask=query_mask,
             value_mask=value_mask,
             key_mask=key_mask,
             attention_mask=attention_mask,
             use_causal_mask=use_causal_mask,
-            dropout=(self._dropout, self._dropped_keys_seed)
-            if training and self._dropout
-            else None,
-            draw=self.draw.value,
-            feature_map=self._options.feature_map,
+            segment_ids=segment_ids,
+            prefix_mask=prefix_mask,
         )
-        if getattr(self, "_use_gate", False):  # not in every version of Keras
-            output = output * self._gate_dense(query)
-        return self._output_dense(output)
+        axes = self._attention_axes
+        visibility.check(query.shape, value.shape, axes)
+        dense = visibility.needs_scores(len(axes), return_attention_scores)
+        if initial_state is not None or return_state:
+            check_call(visibility, (query.shape, value.shape), axes, dense)
+        # The dense layers know no masks and would warn of losing one: identity leaves it behind,
+        # and leaves the caller's tensor as it is.
+        query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
+        heads = self._heads(query, key, value, position_of(initial_state), segment_ids)
+        dropout = None
+        if training and self._dropout:
+            dropout = self._dropout, self._dropout_layer.seed_generator
+        given = {
+            "features": self._random_projection.current_features(training),
+            "visibility": visibility,
+            "axes": axes,
+            "dropout": dropout,
+        }
+        scores, state = None, None
+        if dense:
+            output, scores = attend_densely(*heads, **given, limit=self._options.dense_limit)
+        elif return_state:
+            output, state = attend(*heads, **given, initial_state=initial_state, return_state=True)
+            state = advanced(state, initial_state, key, axes)
+        else:
+            segments = self._options.max_segments
+            output = attend(*heads, **given, initial_state=initial_state, max_segments=segments)
+        output = self._output_dense(self._gated(output, query))
+        if return_state:
+            return output, state
+        return (output, scores) if return_attention_scores else output
+
+    def _heads(self, query, key, value, start=0, segment_ids=None):
+        """Query, key and value as all heads see them, `[B, ..., H or G, D or E]`."""
+        axes = self._attention_axes
+        return (
+            self._rotated(self._query_dense(query), axes, start, segment_ids),
+            self._rotated(self._key_dense(key), axes, start, segment_ids),
+            self._value_dense(value),
+        )
+
+    def _gated(self, output, query):
+        """The attention output of all heads, gated by the query where the layer has a gate."""
+        # Not every version of Keras has it.
+        return output * self._gate_dense(query) if getattr(self, "_use_gate", False) else output
 
     def compute_output_spec(self, *args, **kwargs):
         """Shape and dtype of the output of a symbolic call, which `call` does not see."""
-        if self._options.linear:
-            given = inspect.signature(self.call).bind(*args, **kwargs).arguments
-            names = ("attention_mask", "return_attention_scores", "use_causal_mask")
-            options = {name: given[name] for name in names if name in given}
-            check_call(given["query"].shape, given["value"].shape, self._attention_axes, **options)
-        return super().compute_output_spec(*args, **kwargs)
+        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
+        added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
+        if not self._options.linear:
+            _refuse_in_quadratic(**added)
+            return super().compute_output_spec(**given)
+        fields = {field.name for field in dataclasses.fields(Visibility)}
+        visibility = Visibility(**{k: v for k, v in {**given, **added}.items() if k in fields})
+        shapes = given["query"].shape, given["value"].shape
+        visibility.check(*shapes, self._attention_axes)
+        wanted = given.pop("return_attention_scores", False)
+        output = super().compute_output_spec(**given)
+        axes = resolve_axes(self._attention_axes, len(shapes[0]))
+        dense = visibility.needs_scores(len(axes), wanted)
+        if dense:
+            scores = score_shape(*shapes, axes, self._num_heads, self._options.dense_limit)
+        if added.get("initial_state") is not None or added.get("return_state"):
+            check_call(visibility, shapes, axes, dense)
+        if added.get("return_state"):
+            return output, self._state_spec(shapes[0], axes)
+        return (output, keras.KerasTensor(scores, self.compute_dtype)) if wanted else output
 
     def get_config(self):
         """Every argument of the constructor."""
         return {
             **super().get_config(),
-            **dataclasses.asdict(self._options),
+            **self._options.config(),
             "flash_attention": self._requested_flash_attention,
         }
+
+
+def _refuse_in_quadratic(**arguments):
+    """ValueError for a call argument that the parent does not have."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"`{name}` needs attention_method='linear'. With 'quadratic', which is "
+                "`keras.layers.MultiHeadAttention`, use `attention_mask`. "
+                f"Received: attention_method='quadratic' and `{name}`"
+            )

@@ -1,15 +1,47 @@
 """The projection of a layer: a saved weight, its redraw counter and the redraw schedule."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from performer import feature_maps
 from performer.layers.arguments import Options
-from performer.projections import orthogonal_projection
 
 # Joined to the layer's seed, so that projections share no random stream with dropout.
 _STREAM = 0x46_41_56_4F_52
+
+
+class Features(NamedTuple):
+    """The random features of one call.
+
+    Attributes:
+        feature_map: `performer.feature_maps.FeatureMap`, or the like.
+        projection: float32 `[M, D]`, as drawn.
+        draw: int64 scalar, number of the draw.
+    """
+
+    feature_map: Any
+    projection: tf.Tensor
+    draw: tf.Tensor
+
+    def of_keys(self):
+        """The arguments of `summarize` that say how features are made."""
+        return {
+            "projection": self.feature_map.sides(self.projection),
+            "feature_map": self.feature_map.epilogue,
+            "scale": self.feature_map.scale,
+            "key_norm": self.feature_map.key_norm,
+            "feature_epsilon": self.feature_map.feature_epsilon,
+        }
+
+    def of_both(self):
+        """Those of `favor_attention`."""
+        return {**self.of_keys(), "feature_bias": self.feature_map.feature_bias(self.projection)}
+
+    def of_queries(self):
+        """Those of `read`."""
+        return {name: value for name, value in self.of_both().items() if name != "key_norm"}
 
 
 class RandomProjection(keras.layers.Layer):
@@ -17,8 +49,7 @@ class RandomProjection(keras.layers.Layer):
 
     Draw number n is a function of the saved seed and n alone. A model that is saved, restored
     (in another process, or with another `seed` in its configuration) and trained on therefore
-    meets the projections it would have met without the interruption. (Compiled by XLA, TensorFlow's
-    generators give other numbers; so does a draw there.)
+    meets the projections it would have met without the interruption, compiled by XLA or not.
 
     All state is in weights (none of them trainable, none ever cast): `projection` float32
     `[M, D]`, `draw` int64 (how often it has been redrawn), `calls` int64 (training calls since)
@@ -30,18 +61,34 @@ class RandomProjection(keras.layers.Layer):
         scaling: 0 draws the norm of every row, 1 sets it to sqrt(D).
         seed: integer.
         redraw_interval: training calls that one draw serves; `None`: for ever.
+        feature_map: name of a feature map, or an object like
+            `performer.feature_maps.FeatureMap`, which draws.
     """
 
-    def __init__(self, features, dim, *, scaling, seed, redraw_interval=None, name=None):
+    def __init__(
+        self,
+        features,
+        dim,
+        *,
+        scaling,
+        seed,
+        redraw_interval=None,
+        feature_map="softmax",
+        name=None,
+    ):
         super().__init__(trainable=False, dtype="float32", autocast=False, name=name)
         self._features = features
         self._dim = dim
         self._scaling = scaling
         self._seed = seed
         self._redraw_interval = redraw_interval
+        self._feature_map = feature_maps.get(feature_map)
 
     def build(self):
         """Creates the weights; the projection is draw 0."""
+
+        if isinstance(self._feature_map, keras.layers.Layer) and not self._feature_map.built:
+            self._feature_map.build((self._features, self._dim))
 
         def state(name, initializer, shape=(), dtype="int64"):
             return self.add_weight(
@@ -65,6 +112,20 @@ class RandomProjection(keras.layers.Layer):
         self.base_seed = state(
             "base_seed", lambda shape, dtype=None: tf.constant(self._seed, tf.int64)
         )
+
+    @property
+    def feature_map(self):
+        """The feature map, an object."""
+        return self._feature_map
+
+    @property
+    def features(self):
+        """Number of features of a key: M, unless the feature map makes more or fewer of them."""
+        return self._feature_map.sides(self.projection.value)[1].shape[-2]
+
+    def current_features(self, training):
+        """The `Features` to use in this call; see `current`."""
+        return Features(self._feature_map, self.current(training), self.draw.value)
 
     def current(self, training):
         """The projection to use in this call, float32 `[M, D]`.
@@ -97,12 +158,13 @@ class RandomProjection(keras.layers.Layer):
     def _sample(self, seed, draw):
         """Draw number `draw`, float32 `[M, D]`."""
         stream = tf.stack([tf.cast(seed, tf.int64), tf.constant(_STREAM, tf.int64)])
-        return orthogonal_projection(
+        return self._feature_map.draw(
             self._features,
             self._dim,
             scaling=self._scaling,
-            seed=tf.random.experimental.stateless_fold_in(stream, tf.cast(draw, tf.int64)),
-            dtype=tf.float32,
+            seed=tf.random.experimental.stateless_fold_in(
+                stream, tf.cast(draw, tf.int64), alg="philox"
+            ),
         )
 
 
@@ -122,6 +184,10 @@ class HasProjection:
     def draw(self):
         """The weight that counts redraws, int64; None if there is none (yet)."""
         return self._random_projection and self._random_projection.draw
+
+    def random_features(self):
+        """The `Features` that inference uses now, for diagnostics; the layer must be built."""
+        return self._random_projection.current_features(training=False)
 
     def redraw(self):
         """Replaces the projection by the next one of its seed, and counts that in `draw`.

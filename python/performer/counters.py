@@ -1,4 +1,7 @@
-"""The redraw counter of a projection: features of different draws have nothing in common."""
+"""The two counters of a state: the draw of its projection, and its position in the sequence.
+
+Features of different draws have nothing in common.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,21 @@ def as_draw(draw) -> tf.Tensor:
         TypeError: it is not an integer.
         ValueError: it is not a scalar.
     """
-    draw = tf.convert_to_tensor(draw)
-    if not draw.dtype.is_integer:
-        raise TypeError(f"draw must be an integer, got {draw.dtype.name}")
-    if draw.shape.rank not in (0, None):
-        raise ValueError(f"draw must be a scalar, got shape {draw.shape}")
-    return tf.cast(draw, tf.int64)
+    return _as_counter("draw", draw)
+
+
+def as_position(position) -> tf.Tensor:
+    """`position` as an int64 scalar tensor; raises as `as_draw`."""
+    return _as_counter("position", position)
+
+
+def _as_counter(name, x):
+    x = tf.convert_to_tensor(x)
+    if not x.dtype.is_integer:
+        raise TypeError(f"{name} must be an integer, got {x.dtype.name}")
+    if x.shape.rank not in (0, None):
+        raise ValueError(f"{name} must be a scalar, got shape {x.shape}")
+    return tf.cast(x, tf.int64)
 
 
 def same_draw(first, second, what: str) -> tf.Tensor:

@@ -1,0 +1,74 @@
+// XLA's custom calls on an NVIDIA GPU: the CUDA kernels on XLA's stream, with workspace from its
+// allocator. Includes no CUDA header.
+#ifdef PERFORMER_HAVE_CUDA
+#include <algorithm>
+
+#include "cuda/devices.h"
+#include "cuda/run.h"
+#include "tf/xla/handler.h"
+
+struct CUstream_st;
+
+namespace performer {
+namespace {
+
+// Offsets of packed sequences decide how work is divided, so the host has to have them: such a call
+// waits for the stream. Returns the call with `offsets`, which must outlive it, in their place.
+Status FetchOffsets(Op op, CUstream_st* stream, std::vector<int64_t>* offsets, Call* call) {
+  if (!call->attributes.packed) return Status();
+  const std::vector<Argument>& inputs = SignatureOf(op).inputs;
+  size_t at = 0;
+  while (inputs[at].type != ArgumentType::kOffsets) ++at;
+  offsets->resize(call->dims.sequences + 1);
+  PERFORMER_RETURN_IF_ERROR(cuda::CopyToHost(call->inputs[at], offsets->size() * sizeof(int64_t),
+                                             stream, offsets->data()));
+  call->inputs[at] = offsets->data();
+  return CheckOffsets(op, *call);
+}
+
+template <Op op>
+ffi::Error RunOnGpu(CUstream_st* stream, ffi::ScratchAllocator scratch,
+                    std::string_view feature_map, double scale, bool key_norm,
+                    double feature_epsilon, bool packed, ffi::RemainingArgs arguments,
+                    ffi::RemainingRets results) {
+  const auto run = [&]() -> Status {
+    Call call;
+    PERFORMER_RETURN_IF_ERROR(MakeCall(op, {feature_map, scale, key_norm, feature_epsilon, packed},
+                                       arguments, results, &call));
+    PERFORMER_RETURN_IF_ERROR(cuda::Supports(op, call.dtype, call.dims));
+    std::vector<int64_t> offsets;
+    PERFORMER_RETURN_IF_ERROR(FetchOffsets(op, stream, &offsets, &call));
+    // XLA reuses memory in the order of the stream, so that the workspace may be given back on
+    // return, while kernels that use it still wait for their turn.
+    const auto allocate = [&](size_t bytes) {
+      return scratch.Allocate(bytes, 256).value_or(nullptr);
+    };
+    return cuda::Run(op, call, {stream, allocate});
+  };
+  return ToXla(run());
+}
+
+template <Op op>
+XLA_FFI_Error* Handler(XLA_FFI_CallFrame* frame) {
+  static const auto* const handler =
+      WithArguments(
+          ffi::Ffi::Bind().Ctx<ffi::PlatformStream<CUstream_st*>>().Ctx<ffi::ScratchAllocator>())
+          .To(RunOnGpu<op>)
+          .release();
+  return handler->Call(frame);
+}
+
+// Not as fit for command buffers (CUDA graphs), which cannot hold the wait of packed sequences.
+[[maybe_unused]] const bool registered = [] {
+  RegisterHandler(Op::kSummarize, "CUDA", Handler<Op::kSummarize>);
+  RegisterHandler(Op::kRead, "CUDA", Handler<Op::kRead>);
+  RegisterHandler(Op::kCausal, "CUDA", Handler<Op::kCausal>);
+  RegisterHandler(Op::kSummarizeGrad, "CUDA", Handler<Op::kSummarizeGrad>);
+  RegisterHandler(Op::kReadGrad, "CUDA", Handler<Op::kReadGrad>);
+  RegisterHandler(Op::kCausalGrad, "CUDA", Handler<Op::kCausalGrad>);
+  return true;
+}();
+
+}  // namespace
+}  // namespace performer
+#endif

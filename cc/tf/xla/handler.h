@@ -1,0 +1,125 @@
+// What the handlers of all platforms do alike: a custom call's operands, results and attributes to
+// a Call, and registration with TensorFlow's copy of XLA. custom_call.h has the contract.
+#pragma once
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "core/params.h"
+#include "tf/xla/custom_call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace xla {
+namespace ffi {
+// Declared by a header that would bring all of XLA. Weak: where TensorFlow does not have it, the
+// library still loads, and only jit_compile=True does not work.
+__attribute__((weak)) const XLA_FFI_Api* GetXlaFfiApi();
+}  // namespace ffi
+}  // namespace xla
+
+namespace performer {
+
+namespace ffi = xla::ffi;
+
+inline ffi::Error ToXla(const Status& status) {
+  switch (status.code()) {
+    case Code::kOk:
+      return ffi::Error::Success();
+    case Code::kInvalidArgument:
+      return ffi::Error(ffi::ErrorCode::kInvalidArgument, status.message());
+    case Code::kFailedPrecondition:
+      return ffi::Error(ffi::ErrorCode::kFailedPrecondition, status.message());
+    case Code::kResourceExhausted:
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, status.message());
+    case Code::kInternal:
+      break;
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, status.message());
+}
+
+inline Status FromXla(ffi::DataType type, DType* dtype) {
+  switch (type) {
+    case ffi::DataType::F32:
+      *dtype = DType::kFloat32;
+      return Status();
+    case ffi::DataType::BF16:
+      *dtype = DType::kBFloat16;
+      return Status();
+    case ffi::DataType::F16:
+      *dtype = DType::kHalf;
+      return Status();
+    case ffi::DataType::F64:
+      *dtype = DType::kFloat64;
+      return Status();
+    default:
+      return Status::InvalidArgument(
+          "query, key and value must be float32, bfloat16, half or "
+          "float64 in an XLA program; got another type");
+  }
+}
+
+inline Shape FromXla(ffi::AnyBuffer::Dimensions dimensions) {
+  return {true, {dimensions.begin(), dimensions.end()}};
+}
+
+// The attributes of a custom call.
+struct CallAttributes {
+  std::string_view feature_map;
+  double scale;
+  bool key_norm;
+  double feature_epsilon;
+  bool packed;
+};
+
+// Operands and results as the Call of an operator, its shapes accepted by InferShapes.
+inline Status MakeCall(Op op, const CallAttributes& attributes, ffi::RemainingArgs arguments,
+                       ffi::RemainingRets results, Call* call) {
+  PERFORMER_RETURN_IF_ERROR(
+      ParseFeatureMap(std::string(attributes.feature_map), &call->attributes.feature_map));
+  call->attributes.scale = attributes.scale;
+  call->attributes.key_norm = attributes.key_norm;
+  call->attributes.feature_epsilon = attributes.feature_epsilon;
+  call->attributes.packed = attributes.packed;
+  const Signature& signature = SignatureOf(op);
+  if (arguments.size() != signature.inputs.size() || results.size() != signature.outputs.size())
+    return Status::InvalidArgument(std::string(signature.name) +
+                                   ": the XLA program was made by another version of Performer");
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const ffi::AnyBuffer buffer = *arguments.get<ffi::AnyBuffer>(i);
+    if (i == 0) PERFORMER_RETURN_IF_ERROR(FromXla(buffer.element_type(), &call->dtype));
+    call->input_shapes.push_back(FromXla(buffer.dimensions()));
+    call->inputs.push_back(buffer.untyped_data());
+  }
+  for (size_t i = 0; i < results.size(); ++i)
+    call->outputs.push_back((*results.get<ffi::AnyBuffer>(i))->untyped_data());
+  std::vector<Shape> outputs;
+  return InferShapes(op, call->attributes, call->input_shapes, &call->dims, &outputs);
+}
+
+// Completes a binding that has the context of its platform.
+template <class Binding>
+auto WithArguments(Binding binding) {
+  return std::move(binding)
+      .template Attr<std::string_view>(kFeatureMapAttribute)
+      .template Attr<double>(kScaleAttribute)
+      .template Attr<bool>(kKeyNormAttribute)
+      .template Attr<double>(kFeatureEpsilonAttribute)
+      .template Attr<bool>(kPackedAttribute)
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+// Registers a handler for one operator and platform.
+inline void RegisterHandler(Op op, const char* platform, XLA_FFI_Handler* handler) {
+  if (&ffi::GetXlaFfiApi == nullptr) return;
+  const XLA_FFI_Api* api = ffi::GetXlaFfiApi();
+  // A refusal leaves the target unknown, which XLA reports when it meets it.
+  if (XLA_FFI_Error* error =
+          ffi::Ffi::RegisterStaticHandler(api, SignatureOf(op).name, platform, handler)) {
+    XLA_FFI_Error_Destroy_Args destroy{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+    api->XLA_FFI_Error_Destroy(&destroy);
+  }
+}
+
+}  // namespace performer

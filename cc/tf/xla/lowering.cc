@@ -1,0 +1,151 @@
+// XLA kernels: each operator becomes a custom call, which the handlers in _ops.so serve. The only
+// file of _xla.so, so that trouble with XLA leaves the rest alone; and the only one that includes
+// xla_op_kernel.h, which takes half a minute to compile.
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "absl/strings/str_format.h"
+#include "core/signature.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tf/attributes.h"
+#include "tf/xla/custom_call.h"
+#include "xla/hlo/builder/lib/constants.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/shape_util.h"
+
+namespace performer {
+namespace {
+
+using tensorflow::OpKernelConstruction;
+using tensorflow::XlaOpKernel;
+using tensorflow::XlaOpKernelContext;
+
+// The attributes as text of an MLIR dictionary.
+std::string Configuration(const std::string& feature_map, const Attributes& attributes) {
+  const auto boolean = [](bool value) { return value ? "true" : "false"; };
+  return absl::StrFormat("{%s = \"%s\", %s = %.17e : f64, %s = %s, %s = %.17e : f64, %s = %s}",
+                         kFeatureMapAttribute, feature_map, kScaleAttribute, attributes.scale,
+                         kKeyNormAttribute, boolean(attributes.key_norm), kFeatureEpsilonAttribute,
+                         attributes.feature_epsilon, kPackedAttribute, boolean(attributes.packed));
+}
+
+xla::Shape RowMajor(xla::PrimitiveType type, const std::vector<int64_t>& dims) {
+  return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, dims);
+}
+
+// The number N of packed sequences may be known when the program runs only (tf.where found their
+// starts); XLA then compiles for a bound of it. The operator runs on that many sequences, of which
+// the last are empty, and the results are cut. For each input with such an N, by name:
+using Counts = std::map<std::string, xla::XlaOp>;
+
+// Fills an input up to the bound, and notes its count. `rows` is where empty sequences lie.
+absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows, xla::XlaOp* input,
+                 Counts* counts) {
+  const std::string letter(argument.shape, std::strcspn(argument.shape, " "));
+  bool only_n = letter == "N" || letter == "1|N" || letter == "N+1";
+  for (int axis = 1; axis < static_cast<int>(shape.dimensions().size()); ++axis)
+    only_n &= !shape.is_dynamic_dimension(axis);
+  if (!only_n)
+    return absl::UnimplementedError(
+        absl::StrCat(argument.name, " must have a shape that is known when XLA compiles; got ",
+                     xla::ShapeUtil::HumanString(shape)));
+  xla::XlaBuilder* builder = input->builder();
+  const bool offsets = argument.type == ArgumentType::kOffsets;
+  const xla::XlaOp size = xla::GetDimensionSize(*input, 0);
+  (*counts)[argument.name] = offsets ? size - xla::ConstantR0<int32_t>(builder, 1) : size;
+  const xla::XlaOp row =
+      xla::Iota(builder, xla::ShapeUtil::MakeShape(xla::S32, shape.dimensions()), 0);
+  const xla::XlaOp fill =
+      xla::Broadcast(xla::ConstantR0WithType(builder, shape.element_type(), offsets ? rows : 0),
+                     shape.dimensions());
+  *input = xla::Select(xla::Lt(row, size), xla::RemoveDynamicDimension(*input, 0), fill);
+  return absl::OkStatus();
+}
+
+// An output with as many sequences as there are.
+xla::XlaOp Trim(const Argument& argument, xla::XlaOp output, const Counts& counts) {
+  const std::string shape = argument.shape;
+  const auto count = counts.find(shape[0] == '='             ? shape.substr(1)
+                                 : shape.rfind("N ", 0) == 0 ? "offsets"
+                                                             : "");
+  return count == counts.end() ? output : xla::SetDimensionSize(output, count->second, 0);
+}
+
+template <Op op>
+class PerformerXlaOp : public XlaOpKernel {
+ public:
+  explicit PerformerXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
+    Attributes attributes;
+    std::string feature_map;
+    OP_REQUIRES_OK(context, ReadAttributes(context, op, &attributes));
+    OP_REQUIRES_OK(context, context->GetAttr("feature_map", &feature_map));
+    attributes_ = attributes;
+    configuration_ = Configuration(feature_map, attributes);
+  }
+
+  void Compile(XlaOpKernelContext* context) override {
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> operand_shapes;
+    std::vector<Shape> inputs, outputs;
+    Counts counts;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      const auto shape = context->InputXlaShape(i);
+      OP_REQUIRES_OK(context, shape.status());
+      const auto dims = shape->dimensions();
+      inputs.push_back({true, {dims.begin(), dims.end()}});
+      operands.push_back(context->Input(i));
+      operand_shapes.push_back(RowMajor(shape->element_type(), inputs.back().dims));
+      if (shape->is_dynamic())
+        OP_REQUIRES_OK(context, Pad(SignatureOf(op).inputs[i], *shape, inputs[0].dims[1],
+                                    &operands.back(), &counts));
+    }
+    Dims dims;
+    OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, inputs, &dims, &outputs)));
+    std::vector<xla::Shape> results;
+    for (size_t i = 0; i < outputs.size(); ++i)
+      results.push_back(RowMajor(context->output_xla_type(static_cast<int>(i)), outputs[i].dims));
+
+    const bool tuple = results.size() > 1;
+    const xla::XlaOp call = xla::CustomCallWithLayout(
+        context->builder(), SignatureOf(op).name, operands,
+        tuple ? xla::ShapeUtil::MakeTupleShape(results) : results[0], operand_shapes,
+        configuration_, /*has_side_effect=*/false, /*output_operand_aliasing=*/{},
+        /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+        xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    for (size_t i = 0; i < results.size(); ++i) {
+      const xla::XlaOp result = tuple ? xla::GetTupleElement(call, i) : call;
+      context->SetOutput(static_cast<int>(i), Trim(SignatureOf(op).outputs[i], result, counts));
+    }
+  }
+
+ private:
+  Attributes attributes_;
+  std::string configuration_;
+};
+
+// Not REGISTER_XLA_OP, whose registry is read once, at the first compilation of the process: a
+// library that was loaded after it would not be seen.
+#define PERFORMER_REGISTER_XLA(name, op, device, type, state)                         \
+  REGISTER_KERNEL_BUILDER(                                                            \
+      Name(name).Device(device).TypeConstraint<type>("T").TypeConstraint<state>("U"), \
+      PerformerXlaOp<op>)
+#define PERFORMER_REGISTER_DEVICE(name, op, device)                      \
+  PERFORMER_REGISTER_XLA(name, op, device, float, float);                \
+  PERFORMER_REGISTER_XLA(name, op, device, tensorflow::bfloat16, float); \
+  PERFORMER_REGISTER_XLA(name, op, device, Eigen::half, float)
+// No GPU kernel takes float64.
+#define PERFORMER_REGISTER_LOWERING(name, op)                      \
+  PERFORMER_REGISTER_DEVICE(name, op, "XLA_CPU_JIT");              \
+  PERFORMER_REGISTER_XLA(name, op, "XLA_CPU_JIT", double, double); \
+  PERFORMER_REGISTER_DEVICE(name, op, "XLA_GPU_JIT")
+
+PERFORMER_REGISTER_LOWERING("Performer>Summarize", Op::kSummarize);
+PERFORMER_REGISTER_LOWERING("Performer>Read", Op::kRead);
+PERFORMER_REGISTER_LOWERING("Performer>Causal", Op::kCausal);
+PERFORMER_REGISTER_LOWERING("Performer>SummarizeGrad", Op::kSummarizeGrad);
+PERFORMER_REGISTER_LOWERING("Performer>ReadGrad", Op::kReadGrad);
+PERFORMER_REGISTER_LOWERING("Performer>CausalGrad", Op::kCausalGrad);
+
+}  // namespace
+}  // namespace performer

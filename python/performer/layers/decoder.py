@@ -1,0 +1,235 @@
+"""The decoder block of a Transformer, over linear attention, with its state."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from performer.layers.block import Block
+from performer.layers.rotary import positions_in_runs
+
+
+@keras.saving.register_keras_serializable(package="performer")
+class PerformerDecoder(Block):
+    """Transformer decoder block with linear attention; stack several for a decoder.
+
+    Arguments, calls, and names and shapes of weights are those of
+    `keras_hub.layers.TransformerDecoder`, and what linear attention adds: in place of caches that
+    grow with the sequence, a state of constant size. Called with an encoder's output it has a
+    cross-attention layer; all calls then need that, or its state.
+
+    Args:
+        intermediate_dim, num_heads, dropout, activation, layer_norm_epsilon, kernel_initializer,
+            bias_initializer, normalize_first, kernel_regularizer, bias_regularizer,
+            attention_method, supports, attention_options, seed: As `performer.PerformerEncoder`.
+        rotary_embedding: As `performer.Performer`, for self-attention.
+        delay_keys: Boolean, whether the key of a position is made of the position before it. A
+            query then finds the places that followed what it has just read: an induction head
+            within one layer, for which a Transformer needs two (compare the smeared keys of Olsson
+            et al., https://arxiv.org/abs/2209.11895). Defaults to `False`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        decoder_sequence: `(B, T, channels)`.
+        encoder_sequence: `(B, S, any)`, the encoder's output, for cross-attention.
+        decoder_padding_mask, encoder_padding_mask: Boolean `(B, T)` and `(B, S)`, `True` where
+            there is a token. Default to the masks that Keras attached.
+        decoder_attention_mask, encoder_attention_mask: Boolean `(B, T, T)` and `(B, T, S)`, `True`
+            where a position may attend to another: dense form, see `performer.Performer`; without
+            state.
+        use_causal_mask: Boolean, whether a position attends to itself and those before it only.
+            Defaults to `True`.
+        training: Python boolean.
+        segment_ids: Integers `(B, T)`: a row holds several sequences, runs of equal ids.
+        initial_state: What `get_initial_state` or an earlier call returned: the call goes on where
+            that one ended. Cross-attention reads the state of an `encoder_sequence` given then.
+        return_state: Boolean, whether to return the state after the call, too.
+
+    Returns:
+        `(B, T, channels)`; with `return_state` a pair of it and the state: a dict of
+        `performer.AttentionState`s "self_attention" and (with an encoder) "cross_attention", and
+        with `delay_keys` of "last" `(B, 1, channels)`, float32.
+
+    Raises:
+        ValueError, RuntimeError: As `performer.Performer`; cross-attention with neither
+            `encoder_sequence` nor its state; fewer channels than heads.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from performer import PerformerDecoder
+    >>> block, x = PerformerDecoder(intermediate_dim=64, num_heads=8), tf.random.normal([2, 10, 64])
+    >>> whole = block(x)
+    >>> state = block.get_initial_state(batch_size=2)
+    >>> for i in range(10):
+    ...     output, state = block(x[:, i : i + 1], initial_state=state, return_state=True)
+    >>> bool(tf.reduce_max(abs(output[:, 0] - whole[:, 9])) < 1e-4)
+    True
+    """
+
+    def __init__(self, *args, delay_keys=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.delay_keys = bool(delay_keys)
+
+    def build(self, decoder_sequence_shape, encoder_sequence_shape=None):
+        """Creates the sublayers, with cross-attention if there is an encoder."""
+        shape = decoder_sequence_shape
+        self._channels = shape[-1]
+        (
+            self._self_attention_layer,
+            self._self_attention_layer_norm,
+            self._self_attention_dropout,
+        ) = self._make_attention(
+            "self_attention", shape, shape, rotary_embedding=self.rotary_embedding
+        )
+        self._cross_attention_layer: Any = None
+        if encoder_sequence_shape is not None:
+            (
+                self._cross_attention_layer,
+                self._cross_attention_layer_norm,
+                self._cross_attention_dropout,
+            ) = self._make_attention("cross_attention", shape, encoder_sequence_shape)
+        self._build_feedforward(shape)
+        self._feedforward_layer_norm = self._norm("feedforward_layer_norm", shape)
+
+    def get_initial_state(self, batch_size, encoder_sequence=None, encoder_padding_mask=None):
+        """The state before the first position.
+
+        Args:
+            batch_size: B, an integer or an integer scalar.
+            encoder_sequence: `(B, S, any)` for cross-attention to read in every call. Without it
+                the first call has to bring one.
+            encoder_padding_mask: As in a call.
+
+        Returns:
+            The state, as a call returns it.
+
+        Raises:
+            ValueError: the block is not built, its attention is quadratic, or it has no
+                cross-attention for an `encoder_sequence`.
+        """
+        if not self.built:
+            raise ValueError("`get_initial_state` needs a built layer. Received: built=False")
+        state = {"self_attention": self._self_attention_layer.get_initial_state(batch_size)}
+        if self.delay_keys:
+            state["last"] = tf.zeros([batch_size, 1, self._channels])
+        if encoder_sequence is not None:
+            self._check_cross_attention()
+            state["cross_attention"] = self._cross_attention_layer.summarize(
+                encoder_sequence, value_mask=encoder_padding_mask
+            )
+        return state
+
+    def call(
+        self,
+        decoder_sequence,
+        encoder_sequence=None,
+        decoder_padding_mask=None,
+        decoder_attention_mask=None,
+        encoder_padding_mask=None,
+        encoder_attention_mask=None,
+        use_causal_mask=True,
+        training=None,
+        segment_ids=None,
+        initial_state=None,
+        return_state=False,
+    ):
+        """Self-attention, cross-attention if there is an encoder, then the feed-forward."""
+        if decoder_padding_mask is None:
+            decoder_padding_mask = getattr(decoder_sequence, "_keras_mask", None)
+        before = {} if initial_state is None else initial_state
+        after = {}
+
+        def self_attention(y):
+            key = None
+            if self.delay_keys:
+                key, after["last"] = _delayed(y, before.get("last"), segment_ids)
+            result = self._self_attention_layer(
+                y,
+                y,
+                key=key,
+                value_mask=decoder_padding_mask,
+                attention_mask=decoder_attention_mask,
+                use_causal_mask=use_causal_mask,
+                training=training,
+                segment_ids=segment_ids,
+                initial_state=before.get("self_attention"),
+                return_state=return_state,
+            )
+            return result if return_state else (result, None)
+
+        norm, dropout = self._self_attention_layer_norm, self._self_attention_dropout
+        x = self._cast(decoder_sequence)
+        x, after["self_attention"] = self._residual(x, self_attention, norm, dropout, training)
+
+        if self._cross_attention_layer is not None or encoder_sequence is not None:
+            self._check_cross_attention()
+            cross = self._cross_attention(
+                encoder_sequence,
+                encoder_padding_mask,
+                encoder_attention_mask,
+                before.get("cross_attention"),
+                training,
+                return_state,
+            )
+            norm, dropout = self._cross_attention_layer_norm, self._cross_attention_dropout
+            x, after["cross_attention"] = self._residual(x, cross, norm, dropout, training)
+
+        x = self._feedforward(x, training)
+        return (x, after) if return_state else x
+
+    def _cross_attention(self, sequence, padding_mask, mask, state, training, return_state):
+        """Cross-attention as a function of its query, to a pair of its output and state."""
+        layer = self._cross_attention_layer
+        if sequence is None and state is None:
+            raise ValueError(
+                "A decoder with cross-attention needs `encoder_sequence`, or the state of one in "
+                "`initial_state` (`get_initial_state(batch_size, encoder_sequence)`). "
+                "Received neither"
+            )
+        if sequence is None:
+            return lambda y: (layer.read(y, state), state)
+        if return_state:
+            if mask is not None:
+                raise ValueError(
+                    "`return_state` does not go with `encoder_attention_mask`, which differs from "
+                    "query to query. Received both"
+                )
+            state = layer.summarize(sequence, value_mask=padding_mask)
+            return lambda y: (layer.read(y, state), state)
+        if padding_mask is None:
+            padding_mask = getattr(sequence, "_keras_mask", None)
+        sequence = self._cast(sequence)
+        return lambda y: (
+            layer(y, sequence, value_mask=padding_mask, attention_mask=mask, training=training),
+            None,
+        )
+
+    def _check_cross_attention(self):
+        if self._cross_attention_layer is None:
+            raise ValueError(
+                "This decoder has no cross-attention: it was built without `encoder_sequence`. "
+                "Received: `encoder_sequence`"
+            )
+
+    def get_config(self):
+        """Every argument of the constructor."""
+        return {**super().get_config(), "delay_keys": self.delay_keys}
+
+
+def _delayed(x, last, segment_ids):
+    """`x` `(B, L, dim)` one position later, and its last position for the next call.
+
+    Args:
+        x: as above.
+        last: what came before it, `(B, 1, dim)`; None for zeros.
+        segment_ids: integers `(B, L)`: zeros come before every run of equal ones; or None.
+    """
+    if last is None:
+        last = tf.zeros([tf.shape(x)[0], 1, x.shape[-1]], x.dtype)
+    joined = tf.concat([tf.cast(last, x.dtype), x], 1)
+    delayed = joined[:, :-1]
+    if segment_ids is not None:
+        starts = positions_in_runs(tf.convert_to_tensor(segment_ids)) == 0
+        delayed = tf.where(starts[..., tf.newaxis], tf.zeros_like(delayed), delayed)
+    return delayed, tf.cast(joined[:, -1, tf.newaxis], tf.float32)

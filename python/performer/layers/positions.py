@@ -1,0 +1,180 @@
+"""Learned positions, for embeddings."""
+
+import keras
+import tensorflow as tf
+
+from performer.layers.arguments import check_size, clone_initializer
+
+
+@keras.saving.register_keras_serializable(package="performer")
+class PositionEmbedding(keras.layers.Layer):
+    """A learned vector for every position; arguments as `keras_hub.layers.PositionEmbedding`.
+
+    Args:
+        sequence_length: Number of positions.
+        initializer: Initializer of the vectors. Defaults to `"glorot_uniform"`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `(B, L, dim)`; only its shape counts.
+        start_index: Integer, position of the first of them. Defaults to 0.
+
+    Returns:
+        `(B, L, dim)`, the vectors of positions `start_index` to `start_index + L - 1`; to be added
+        to `inputs`.
+
+    Raises:
+        ValueError, tf.errors.InvalidArgumentError: a position beyond `sequence_length`.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from performer.layers import PositionEmbedding
+    >>> layer = PositionEmbedding(100)
+    >>> layer(tf.zeros([2, 5, 16]), start_index=95).shape
+    TensorShape([2, 5, 16])
+    """
+
+    def __init__(self, sequence_length, initializer="glorot_uniform", **kwargs):
+        super().__init__(**kwargs)
+        self.sequence_length = check_size("sequence_length", sequence_length)
+        self.initializer = keras.initializers.get(initializer)
+        self.supports_masking = True
+
+    def build(self, inputs_shape):
+        """Creates the vectors."""
+        self.position_embeddings = self.add_weight(
+            name="embeddings",
+            shape=(self.sequence_length, inputs_shape[-1]),
+            initializer=self.initializer,
+        )
+
+    def call(self, inputs, start_index=0):
+        """The vectors of the positions of `inputs`; see the class."""
+        return tf.broadcast_to(
+            self.at(start_index, tf.shape(inputs)[1], inputs.shape[1]), tf.shape(inputs)
+        )
+
+    def at(self, start_index, length, static_length=None):
+        """The vectors `(length, dim)` from position `start_index` on."""
+        rule = f"positions must be below sequence_length = {self.sequence_length}"
+        start, size = tf.get_static_value(tf.convert_to_tensor(start_index)), static_length
+        if start is not None and size is not None and start + size > self.sequence_length:
+            raise ValueError(f"{rule}. Received: start_index={start} and inputs of length {size}")
+        positions = tf.range(length) + tf.cast(start_index, tf.int32)
+        check = tf.debugging.assert_less(positions, self.sequence_length, message=rule, summarize=1)
+        with tf.control_dependencies([] if check is None else [check]):
+            return tf.gather(tf.convert_to_tensor(self.position_embeddings), positions)
+
+    def compute_output_shape(self, input_shape, **kwargs):
+        """The shape of the inputs."""
+        return input_shape
+
+    def get_config(self):
+        """Every argument of the constructor."""
+        return {
+            **super().get_config(),
+            "sequence_length": self.sequence_length,
+            "initializer": keras.initializers.serialize(self.initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="performer")
+class TokenAndPositionEmbedding(keras.layers.Layer):
+    """The sum of a token's and its position's learned vector; as keras-hub's layer of that name.
+
+    Args:
+        vocabulary_size: Number of tokens.
+        sequence_length: Number of positions.
+        embedding_dim: Size of the vectors.
+        embeddings_initializer: Initializer of both. Defaults to `"uniform"`.
+        mask_zero: Whether token 0 is padding, which later layers then mask. Defaults to `False`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Integers `(B, L)`.
+        start_index: Integer, position of the first of them. Defaults to 0.
+        initial_state: What an earlier call returned: the position to go on at.
+        return_state: Boolean, whether to return the position after the last one, too.
+
+    Returns:
+        `(B, L, embedding_dim)`; with `return_state` a pair of it and the state, an int64 scalar.
+
+    Raises:
+        ValueError, tf.errors.InvalidArgumentError: a position beyond `sequence_length`.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from performer import TokenAndPositionEmbedding
+    >>> layer = TokenAndPositionEmbedding(256, 100, 16)
+    >>> first, state = layer(tf.constant([[7, 8, 9]]), return_state=True)
+    >>> second, state = layer(tf.constant([[1]]), initial_state=state, return_state=True)
+    >>> second.shape, int(state)
+    (TensorShape([1, 1, 16]), 4)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        sequence_length,
+        embedding_dim,
+        embeddings_initializer="uniform",
+        mask_zero=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.vocabulary_size = check_size("vocabulary_size", vocabulary_size)
+        self.sequence_length = check_size("sequence_length", sequence_length)
+        self.embedding_dim = check_size("embedding_dim", embedding_dim)
+        self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
+        self.mask_zero = bool(mask_zero)
+        self.supports_masking = self.mask_zero
+        self.token_embedding = keras.layers.Embedding(
+            self.vocabulary_size,
+            self.embedding_dim,
+            embeddings_initializer=clone_initializer(self.embeddings_initializer),
+            mask_zero=self.mask_zero,
+            dtype=self.dtype_policy,
+            name="token_embedding",
+        )
+        self.position_embedding = PositionEmbedding(
+            self.sequence_length,
+            initializer=clone_initializer(self.embeddings_initializer),
+            dtype=self.dtype_policy,
+            name="position_embedding",
+        )
+
+    def build(self, input_shape):
+        """Creates the vectors."""
+        self.token_embedding.build(input_shape)
+        self.position_embedding.build((*input_shape, self.embedding_dim))
+
+    def get_initial_state(self, batch_size):
+        """The state before the first token: position 0."""
+        del batch_size
+        return tf.zeros([], tf.int64)
+
+    def call(self, inputs, start_index=0, initial_state=None, return_state=False):
+        """The embeddings of `inputs`; see the class."""
+        start = start_index if initial_state is None else initial_state
+        embedded = self.token_embedding(inputs)
+        embedded += self.position_embedding(embedded, start_index=start)
+        if not return_state:
+            return embedded
+        return embedded, tf.cast(start, tf.int64) + tf.shape(inputs, tf.int64)[1]
+
+    def compute_mask(self, inputs, mask=None):
+        """Whether a token exists, if `mask_zero`."""
+        return self.token_embedding.compute_mask(inputs) if self.mask_zero else None
+
+    def get_config(self):
+        """Every argument of the constructor."""
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "sequence_length": self.sequence_length,
+            "embedding_dim": self.embedding_dim,
+            "embeddings_initializer": keras.initializers.serialize(self.embeddings_initializer),
+            "mask_zero": self.mask_zero,
+        }

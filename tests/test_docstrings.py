@@ -1,0 +1,45 @@
+"""Examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import performer
+
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def examples():
+    """The examples of every module that has some."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for info in pkgutil.walk_packages(performer.__path__, "performer."):
+        if info.name.rpartition(".")[2].startswith("_"):
+            continue  # compiled, or a program
+        try:
+            module = importlib.import_module(info.name)
+        except ModuleNotFoundError as error:  # of an extra that tests do not need
+            assert not error.name.startswith("performer"), error
+            continue
+        yield from (test for test in finder.find(module) if test.examples)
+
+
+TESTS = list(examples())
+
+
+def test_every_public_layer_and_function_has_one():
+    names = {test.name for test in TESTS}
+    for name in performer.__all__:
+        public = getattr(performer, name)
+        if inspect.isfunction(public) or inspect.isclass(public):
+            places = {f"{public.__module__}.{name}", f"{public.__module__}.summarize"}
+            assert names & places, name
+
+
+@pytest.mark.parametrize("test", TESTS, ids=lambda test: test.name)
+def test_examples_run(test):
+    report = []
+    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
+    assert not report, "".join(report)

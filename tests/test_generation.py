@@ -1,0 +1,263 @@
+"""Models that stream, and sampling from them."""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kit.compare import assert_close, assert_same_bits
+from performer import (
+    PerformerDecoder,
+    RotaryEmbedding,
+    StreamingSequential,
+    TokenAndPositionEmbedding,
+    generate,
+)
+from performer.generation import _sample
+
+V = 20
+
+
+def make(positions="rotary", delay_keys=False, **options):
+    keras.utils.set_random_seed(1)
+    large = keras.initializers.RandomNormal(stddev=1.0)  # so that tokens differ
+    decoder = {"intermediate_dim": 24, "num_heads": 2, "supports": 16, "seed": 1}
+    decoder["delay_keys"] = delay_keys
+    if positions == "rotary":
+        decoder["rotary_embedding"] = RotaryEmbedding()
+        embed = keras.layers.Embedding(V, 12, embeddings_initializer=large)
+    else:
+        embed = TokenAndPositionEmbedding(V, 2000, 12, embeddings_initializer=large)
+    blocks = [PerformerDecoder(**decoder) for _ in range(2)]
+    head = keras.layers.Dense(V, kernel_initializer="random_normal")
+    return StreamingSequential([embed, *blocks, keras.layers.Dropout(0.5), head], **options)
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, V, shape)
+
+
+class Cycle:
+    """A model whose logits for token t + 1 (mod V) are `margin`, and 0 for others; counts calls."""
+
+    def __init__(self, margin=5.0):
+        self.margin = margin
+
+    def get_initial_state(self, batch_size):
+        return {"seen": tf.zeros([batch_size], tf.int32)}
+
+    def __call__(self, tokens, initial_state, return_state, training):
+        assert return_state and training is False
+        logits = self.margin * tf.one_hot((tokens + 1) % V, V)
+        return logits, {"seen": initial_state["seen"] + tf.shape(tokens)[1]}
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_model_in_parts_is_the_whole_model(positions):
+    model, x = make(positions), tokens(2, 40)
+    whole = model(x)
+    state, parts = model.get_initial_state(2), []
+    for part in np.split(x, [1, 2, 30], axis=1):
+        part, state = model(part, initial_state=state, return_state=True)
+        parts.append(part)
+    assert_close(np.concatenate(parts, 1), whole, worst=2e-4)
+    with pytest.raises(ValueError, match=r"must be a list of . states.*Received: a list of 9"):
+        model(x, initial_state=[None] * 9)
+
+
+def test_models_that_stream_are_saved_and_trained(tmp_path):
+    model, x = make("learned"), tokens(8, 11)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = model.fit(x[:, :-1], x[:, 1:], epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_bits(loaded(x), model(x))
+    np.testing.assert_array_equal(
+        generate(loaded, x[:, :3], 5, seed=1), generate(model, x[:, :3], 5, seed=1)
+    )
+
+
+def test_other_layers_with_states_are_left_alone():
+    model = StreamingSequential([keras.layers.Embedding(V, 4), keras.layers.LSTM(3)])
+    assert model(tokens(2, 5)).shape == (2, 3)
+    assert model.get_initial_state(2) == []
+
+
+def test_models_that_stream_nest():
+    inner = StreamingSequential([keras.layers.Embedding(V, 12), PerformerDecoder(16, 2)])
+    model = StreamingSequential([inner, keras.layers.Dense(V)])
+    x = tokens(1, 9)
+    whole = model(x)
+    first, state = model(x[:, :4], return_state=True)
+    assert_close(tf.concat([first, model(x[:, 4:], initial_state=state)], 1), whole, worst=1e-4)
+    assert generate(model, x, 4).shape == (1, 4)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("delay_keys", [False, True])
+def test_greedy_tokens_are_those_of_full_passes(positions, delay_keys):
+    model, text = make(positions, delay_keys), tokens(2, 3)
+    new = generate(model, text, 12, temperature=0)
+    for _ in range(12):
+        text = np.concatenate([text, np.argmax(model(text)[:, -1:], -1)], 1)
+    np.testing.assert_array_equal(new, text[:, 3:])
+    assert len(np.unique(new)) > 3
+
+
+def test_long_prompts_are_read_in_chunks():
+    model, text = make(), tokens(1, 1300)
+    expected = np.argmax(model(text)[0, -1])
+    assert generate(model, text, 1, temperature=0)[0, 0] == expected
+    new, state = generate(Cycle(), text, 4, temperature=0, return_state=True)
+    np.testing.assert_array_equal(new[0], (text[0, -1] + 1 + np.arange(4)) % V)
+    assert state["seen"].numpy() == [1303]  # all but the last token
+
+
+def test_prompts_of_different_lengths_are_continued_each_from_its_end():
+    prompts = [[3], [7, 1, 4, 9], [5, 5]]
+    new = generate(Cycle(), prompts, 6, temperature=0)
+    for row, prompt in zip(new, prompts, strict=True):
+        np.testing.assert_array_equal(row, (prompt[-1] + 1 + np.arange(6)) % V)
+    np.testing.assert_array_equal(
+        generate(Cycle(), tf.ragged.constant(prompts), 6, temperature=0), new
+    )
+    model = make()
+    together = generate(model, prompts, 6, temperature=0)
+    for row, prompt in zip(together, prompts, strict=True):
+        np.testing.assert_array_equal(row, generate(model, prompt, 6, temperature=0))
+
+
+def test_sequences_end_at_their_end_token():
+    new = generate(Cycle(), [[1], [4], [15]], 8, temperature=0, end_token=6)
+    np.testing.assert_array_equal(
+        new,
+        [[2, 3, 4, 5, 6, 6, 6, 6], [5, 6, 6, 6, 6, 6, 6, 6], [16, 17, 18, 19, 0, 1, 2, 3]],
+    )
+    # The end token of a prompt does not end it.
+    assert generate(Cycle(), [[6, 6], [6, 2]], 3, temperature=0, end_token=6)[1, 0] == 3
+    early = generate(Cycle(), [1, 6, 1], 5000, temperature=0, end_token=3)
+    np.testing.assert_array_equal(early, [2] + [3] * 4999)
+
+
+def test_generation_goes_on_from_a_state():
+    model, text = make(), tokens(2, 5)
+    whole = generate(model, text, 9, temperature=0)
+    first, state = generate(model, text, 4, temperature=0, return_state=True)
+    second = generate(model, first[:, -1:], 5, temperature=0, initial_state=state)
+    np.testing.assert_array_equal(np.concatenate([first, second], 1), whole)
+
+
+def test_a_seed_gives_the_same_tokens():
+    model, text = make(), tokens(2, 5)
+    one = generate(model, text, 30, seed=1)
+    np.testing.assert_array_equal(generate(model, text, 30, seed=1), one)
+    assert (generate(model, text, 30, seed=2) != one).any()
+    keras.utils.set_random_seed(3)
+    free = generate(model, text, 30)
+    assert (generate(model, text, 30) != free).any()
+    keras.utils.set_random_seed(3)
+    np.testing.assert_array_equal(generate(model, text, 30), free)
+
+
+def shares(count=20000, **options):
+    logits = tf.math.log(tf.constant([[0.5, 0.1, 0.25, 0.15]]))
+    logits = tf.repeat(logits / options.pop("temperature", 1.0), count, 0)
+    options = {"greedy": False, "top_k": None, "top_p": None, **options}
+    drawn = _sample(logits, tf.constant([3, 4], tf.int64), **options)
+    return np.bincount(drawn, minlength=4) / count
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, 0.1, 0.25, 0.15]),
+        ({"temperature": 0.5}, np.array([25, 1, 6.25, 2.25]) / 34.5),
+        ({"top_k": 2}, [2 / 3, 0, 1 / 3, 0]),
+        ({"top_k": 9}, [0.5, 0.1, 0.25, 0.15]),
+        ({"top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_p": 0.51}, [2 / 3, 0, 1 / 3, 0]),
+        ({"top_p": 0.8}, [5 / 9, 0, 2.5 / 9, 1.5 / 9]),
+        ({"top_p": 1.0}, [0.5, 0.1, 0.25, 0.15]),
+        ({"top_k": 3, "top_p": 0.8}, [2 / 3, 0, 1 / 3, 0]),
+        ({"greedy": True}, [1, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_shares_of_tokens(options, expected):
+    """20,000 draws: 4 standard deviations are below 0.0142; what is cut off is never drawn."""
+    got, expected = shares(**options), np.array(expected)
+    np.testing.assert_allclose(got, expected, atol=0.0142)
+    assert not got[expected == 0].any()
+
+
+def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_do():
+    assert (generate(Cycle(0.1), [1], 30, temperature=0) == (2 + np.arange(30)) % V).all()
+    assert (generate(Cycle(0.1), [1], 30, temperature=0.002) == (2 + np.arange(30)) % V).all()
+    assert (generate(Cycle(0.1), [1], 30, seed=1) != (2 + np.arange(30)) % V).any()
+
+
+def test_one_graph_serves_all_calls_of_a_batch_size():
+    class Counting(Cycle):
+        traced = 0
+
+        def __call__(self, *args, **kwargs):
+            self.traced += 1
+            return super().__call__(*args, **kwargs)
+
+    model = Counting()
+    for length in (2, 9, 700):
+        generate(model, np.ones((1, length), int), 3)
+    traced = model.traced
+    for length, count, temperature in ((1, 3, 0.5), (5, 7, 0.7), (30, 1, 2.0)):
+        generate(model, np.ones((1, length), int), count, temperature=temperature)
+    assert model.traced == traced <= 8
+
+
+def test_a_model_is_not_kept_alive():
+    model = Cycle()
+    generate(model, [1], 2)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_new_weights_are_used():
+    model, text = make(), tokens(1, 5)
+    before = generate(model, text, 20, temperature=0)
+    model.layers[0].set_weights([w[::-1] for w in model.layers[0].get_weights()])
+    after = generate(model, text, 20, temperature=0)
+    assert (before != after).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prompt": []}, ValueError, r"`prompt` must have shape"),
+        ({"prompt": [[1], []]}, ValueError, r"`prompt` must.*\(0,\)"),
+        ({"prompt": np.ones((1, 2, 3), int)}, ValueError, r"`prompt` must.*\(1, 2, 3\)"),
+        ({"prompt": [1.5]}, TypeError, "must hold integers. Received: float64"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be a positive integer"),
+        ({"temperature": -1}, ValueError, r"`temperature` must.*temperature=-1"),
+        ({"temperature": float("nan")}, ValueError, r"`temperature` must.*nan"),
+        ({"top_k": 0}, ValueError, "`top_k` must be a positive integer"),
+        ({"top_p": 0}, ValueError, "`top_p` must be above 0"),
+        ({"top_p": 1.1}, ValueError, r"`top_p` must.*top_p=1\.1"),
+        ({"seed": 1.5}, ValueError, "`seed` must be"),
+        ({"end_token": -1}, ValueError, "`end_token` must be a token"),
+        ({"prompt": [[1], [1, 2]], "return_state": True}, ValueError, "of 1 to 2 tokens"),
+        ({"end_token": 3, "return_state": True}, ValueError, "end_token=3"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        generate(Cycle(), **{"prompt": [1, 2], "max_new_tokens": 3, **change})
+
+
+def test_nan_is_not_sampled_from():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="logits are NaN"):
+        generate(Cycle(float("nan")), [1, 2], 3)
