@@ -1,6 +1,7 @@
 """The command `performer` (`python -m performer`)."""
 
 import argparse
+import importlib
 import importlib.util
 import platform
 import sys
@@ -85,11 +86,10 @@ def _info():
 
 
 def _gpu_kernels(core):
-    from performer import _build_info
-
+    build = importlib.import_module("performer._build_info")  # written by the build
     if not core.HAS_GPU_KERNELS:
-        return f"left out; {_build_info.CUDA_LEFT_OUT}"
-    built = f"{_build_info.CUDA_COMPILER}, for {', '.join(_build_info.CUDA_TARGETS)}"
+        return f"left out; {build.CUDA_LEFT_OUT}"
+    built = f"{build.CUDA_COMPILER}, for {', '.join(build.CUDA_TARGETS)}"
     try:
         found = ", ".join(gpu["name"] for gpu in core.gpus())
     except RuntimeError as error:

@@ -11,9 +11,8 @@ _core = importlib.import_module("performer._core")  # compiled: nothing is known
 def missing() -> str:
     """Why the GPU kernels cannot run here, in a sentence, or ""."""
     if not _core.HAS_GPU_KERNELS:
-        from performer import _build_info
-
-        return f"this build has no GPU kernels: {_build_info.CUDA_LEFT_OUT}"
+        build = importlib.import_module("performer._build_info")  # written by the build
+        return f"this build has no GPU kernels: {build.CUDA_LEFT_OUT}"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     import torch

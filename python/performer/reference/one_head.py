@@ -216,11 +216,13 @@ def causal(
         top = np.max(shifted, -1, keepdims=True)
         f = exp_minus(shifted, np.where(top == NONE, 0.0, top))  # <= 1
         old = exp_minus(log_mass, anchor)  # <= 1
-        local = np.tril(f @ keys.T)
-        total = (f @ old + local.sum(-1))[
-            :, None
-        ]  # >= 1, but for features that are 0 (relu, no epsilon)
-        out[rows] = (f @ (old[:, None] * mean) + local @ v[rows]) / np.where(total == 0, 1.0, total)
+        # Sums in an order that does not depend on where the piece ends, which later rows decide.
+        local = np.tril(np.einsum("im,jm->ij", f, keys))
+        total = np.einsum("im,m->i", f, old) + np.cumsum(local, -1)[:, -1]
+        total = total[:, None]  # >= 1, but for features that are 0 (relu, no epsilon)
+        past = np.einsum("im,me->ie", f, old[:, None] * mean)
+        present = np.einsum("ij,je->ie", local, v[rows])
+        out[rows] = (past + present) / np.where(total == 0, 1.0, total)
         mass = old + keys.sum(0)
         nothing = mass == 0
         mass = np.where(nothing, 1.0, mass)
