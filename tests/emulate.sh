@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=$PWD/.venv/bin/python
-export PATH=$PWD/.venv/bin:$PATH PERFORMER_DISABLE_LIBRARY=1
+export PERFORMER_CUDA=OFF PATH=$PWD/.venv/bin:$PATH PERFORMER_DISABLE_LIBRARY=1
 logs=build/emulate-logs
 mkdir -p "$logs"
 

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=$PWD/.venv/bin/python
-export PATH=$PWD/.venv/bin:$PATH
+export PERFORMER_CUDA=OFF PATH=$PWD/.venv/bin:$PATH
 jobs=$(nproc)
 
 # build FOLDER SANITIZERS OPTIONS...
