@@ -120,7 +120,7 @@ def test_few_positions_of_long_sequences():
 
 def test_the_error_falls_with_features_and_knows_the_map():
     random = np.random.default_rng(0)
-    q, k = (random.normal(0, 0.6, (2, 32, h, 8)).astype("float32") for h in (4, 2))
+    q, k = (random.normal(0, 0.4, (2, 32, h, 8)).astype("float32") for h in (4, 2))
     errors = [
         np.mean(
             [
@@ -133,7 +133,7 @@ def test_the_error_falls_with_features_and_knows_the_map():
         for m in (16, 256, 4096)
     ]
     # By 4 in theory, for 16 times the features; less while it is far from small.
-    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.25
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 0.15
     projection = performer.orthogonal_projection(4096, 8, seed=1)
     assert diagnostics.approximation_error(q, k, projection, feature_map="elu") > 0.3
     same = np.zeros_like(q)
