@@ -22,7 +22,8 @@ demo: build
 	$(RUN) -m performer demo $(ARGS)
 
 test: build
-	$(RUN) -m pytest tests --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
+	$(RUN) -m pytest tests --numprocesses=auto --maxprocesses=4 \
+	  --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: environment
 	$(RUN) -m ruff check .

@@ -21,7 +21,7 @@ from performer.generation import _sample
 V = 20
 
 
-def make(positions="rotary", delay_keys=False, **options):
+def make(positions="rotary", delay_keys=False, blocks=1, **options):
     keras.utils.set_random_seed(1)
     large = keras.initializers.RandomNormal(stddev=1.0)  # so that tokens differ
     decoder = {"intermediate_dim": 24, "num_heads": 2, "supports": 16, "seed": 1}
@@ -31,7 +31,7 @@ def make(positions="rotary", delay_keys=False, **options):
         embed = keras.layers.Embedding(V, 12, embeddings_initializer=large)
     else:
         embed = TokenAndPositionEmbedding(V, 2000, 12, embeddings_initializer=large)
-    blocks = [PerformerDecoder(**decoder) for _ in range(2)]
+    blocks = [PerformerDecoder(**decoder) for _ in range(blocks)]
     head = keras.layers.Dense(V, kernel_initializer="random_normal")
     return StreamingSequential([embed, *blocks, keras.layers.Dropout(0.5), head], **options)
 
@@ -57,7 +57,7 @@ class Cycle:
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_a_model_in_parts_is_the_whole_model(positions):
-    model, x = make(positions), tokens(2, 40)
+    model, x = make(positions, blocks=2), tokens(2, 40)
     whole = model(x)
     state, parts = model.get_initial_state(2), []
     for part in np.split(x, [1, 2, 30], axis=1):
@@ -70,7 +70,8 @@ def test_a_model_in_parts_is_the_whole_model(positions):
 
 def test_models_that_stream_are_saved_and_trained(tmp_path):
     model, x = make("learned"), tokens(8, 11)
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, run_eagerly=True)  # in a graph: the example of a language model
     losses = model.fit(x[:, :-1], x[:, 1:], epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     model.save(tmp_path / "model.keras")
@@ -100,7 +101,7 @@ def test_models_that_stream_nest():
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("delay_keys", [False, True])
 def test_greedy_tokens_are_those_of_full_passes(positions, delay_keys):
-    model, text = make(positions, delay_keys), tokens(2, 3)
+    model, text = make(positions, delay_keys, blocks=2), tokens(2, 3)
     new = generate(model, text, 12, temperature=0)
     for _ in range(12):
         text = np.concatenate([text, np.argmax(model(text)[:, -1:], -1)], 1)

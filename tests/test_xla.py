@@ -149,12 +149,12 @@ def test_second_derivatives_of_packed_sequences(causal):
             total = tf.add_n([tf.reduce_sum(x**2) for x in first])
         return tape.gradient(total, inputs)
 
-    inputs = [*heads(1, 3, dtype="float64"), normal(3, 8, dtype="float64")]
+    inputs = [*heads(1, 2, dtype="float64"), normal(3, 8, dtype="float64")]
     compiled = tf.function(second, jit_compile=True, autograph=False)
-    for ids in ([[0, 1, 1]], [[0, 0, 0]]):
+    for ids in ([[0, 1]], [[0, 0]]):
         ids = tf.constant(ids)
         for one, other in zip(compiled(ids, *inputs), second(ids, *inputs), strict=True):
-            assert_close(one, other, relative=1e-10)
+            assert_close(one, other, worst=1e-12)
 
 
 @forms

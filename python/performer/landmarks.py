@@ -93,12 +93,12 @@ def _carried(ends, initial, starts=None, first=None):
     """
 
     def step(past, new):
-        (log_mass, mean), *start = new
-        for others, begins in [start] if start else []:
-            past = [tf.where(begins, x, y) for x, y in zip(others, past, strict=True)]
+        (log_mass, mean), *begun = new
+        for start, begins in [begun] if begun else []:
+            past = [tf.where(begins, x, y) for x, y in zip(start, past, strict=True)]
         return logspace.merge(past[0], past[1], log_mass, mean)
 
-    chunks = [tuple(ends)] if starts is None else [tuple(ends), tuple(starts), first]
+    chunks: list = [tuple(ends)] if starts is None else [tuple(ends), tuple(starts), first]
     if ends[0].shape[0] == 1:  # a loop, and its gradients, cost seconds to compile
         after = step(initial, tf.nest.map_structure(lambda x: x[0], chunks))
         return [x[None] for x in after]
@@ -120,7 +120,8 @@ def _attend_in_chunks(a, b, v, log_mass, mean):
     past_weight, past = attend_to_state(queries, log_mass, mean)
     past_weight = tf.reshape(past_weight, [chunks, size, repeats])
     past = tf.reshape(past, [chunks, size, repeats, dims(v)[-1]])
-    return logspace.merge(*_within(a, b, v, size), past_weight, past)[1]
+    weight, out = _within(a, b, v, size)
+    return logspace.merge(weight, out, past_weight, past)[1]
 
 
 def _swapped(x):
