@@ -12,11 +12,14 @@ bit of the past, and no spread of keys can overflow.
 
 from __future__ import annotations
 
+import operator
+
 import tensorflow as tf
 
 from performer import logspace
 
 _CHUNK = 64  # rows between two states of the causal scan, a power of two
+_UNROLLED = 4  # as many chunks need no loop, which, with its gradients, takes seconds to compile
 _DIRECT = 8  # smaller blocks form all their weights: cheaper than a state of each
 
 
@@ -99,9 +102,12 @@ def _carried(ends, initial, starts=None, first=None):
         return logspace.merge(past[0], past[1], log_mass, mean)
 
     chunks: list = [tuple(ends)] if starts is None else [tuple(ends), tuple(starts), first]
-    if ends[0].shape[0] == 1:  # a loop, and its gradients, cost seconds to compile
-        after = step(initial, tf.nest.map_structure(lambda x: x[0], chunks))
-        return [x[None] for x in after]
+    count = ends[0].shape[0]
+    if count is not None and 0 < count <= _UNROLLED:
+        after = [tuple(initial)]
+        for i in range(count):
+            after.append(step(after[-1], tf.nest.map_structure(operator.itemgetter(i), chunks)))
+        return [tf.stack(x) for x in zip(*after[1:], strict=True)]
     return tf.scan(step, chunks, tuple(initial))
 
 

@@ -25,30 +25,34 @@ class Pieces(NamedTuple):
 
 def pieces(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> Pieces:
     """The pieces, of `size` rows C, of sequences with int64 offsets [N + 1] in `length` rows S."""
-    length = tf.cast(length, tf.int64)
     starts, ends = offsets[:-1], offsets[1:]
-    sequences = tf.size(offsets, tf.int64) - 1
-    count = tf.maximum((length + tf.minimum(sequences, length) * (size - 1)) // size, 1)  # K
+    if isinstance(length, int) and offsets.shape[0] is not None:  # a known K makes smaller programs
+        sequences = offsets.shape[0] - 1
+        count = max((length + min(sequences, length) * (size - 1)) // size, 1)
+    else:
+        length = tf.cast(length, tf.int64)
+        sequences = tf.size(offsets, tf.int64) - 1
+        count = tf.maximum((length + tf.minimum(sequences, length) * (size - 1)) // size, 1)
     until = tf.cumsum(-(-tf.maximum(ends - starts, 0) // size))  # pieces up to each sequence
     before = tf.concat([[0], until], 0)
 
-    piece = tf.range(count)
+    piece = tf.range(count, dtype=tf.int64)
     sequence = tf.searchsorted(until, piece, side="right", out_type=tf.int64)
     number = piece - tf.gather(before, sequence)  # of the piece in its sequence
     rows = tf.gather(tf.concat([starts, [length]], 0), sequence) + number * size
     rows = rows[:, None] + tf.range(size, dtype=tf.int64)
     rows = tf.where(rows < tf.gather(tf.concat([ends, [0]], 0), sequence)[:, None], rows, length)
 
-    row = tf.range(length)
+    row = tf.range(length, dtype=tf.int64)
     owner = tf.searchsorted(ends, row, side="right", out_type=tf.int64)
     position = tf.gather(before, owner) * size + row - tf.gather(offsets, owner)
-    known = (owner < sequences) & (row >= offsets[0])
+    inside = (owner < sequences) & (row >= offsets[0])
     return Pieces(
         rows,
         sequence,
         (sequence < sequences) & (number == 0),
         tf.where(ends > starts, until - 1, -1),
-        tf.where(known, position, count * size),
+        tf.where(inside, position, count * size),
     )
 
 
@@ -92,7 +96,7 @@ def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tenso
     if most is None:
         starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
         return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)
-    batch = tf.shape(segment_ids)[0]
+    batch = tf.shape(segment_ids)[0] if segment_ids.shape[0] is None else segment_ids.shape[0]
     run = tf.cumsum(tf.cast(starts, tf.int32), axis=1) - 1
     check = tf.debugging.assert_less(
         run, most, message="max_segments must be at least the runs in a row of segment_ids"
