@@ -8,7 +8,7 @@ SOURCES := $(shell find cc cmake -type f 2>/dev/null) CMakeLists.txt setup.py py
 
 help:
 	@echo "make demo       train a byte-level language model with linear attention"
-	@echo "make test       run the tests; ARGS='-k causal' passes arguments to pytest"
+	@echo "make test       run the tests; ARGS='-k causal -n 0' passes arguments to pytest"
 	@echo "make lint       check style, types and formatting"
 	@echo "make format     format Python and C++"
 	@echo "make reference  write the API reference to build/reference"
@@ -22,7 +22,8 @@ demo: build
 	$(RUN) -m performer demo $(ARGS)
 
 test: build
-	$(RUN) -m pytest tests $(ARGS)
+	$(RUN) -m pytest tests --numprocesses=auto --maxprocesses=4 \
+	  --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: environment
 	$(RUN) -m ruff check .

@@ -315,6 +315,7 @@ def test_blocks_are_saved_and_trained_further(tmp_path):
         for m in (loaded, model)
     ]
     assert blocks[0] == blocks[1] and len(blocks[0]) == 2
+    loaded.run_eagerly = True  # a graph was traced above, and takes its time
     assert np.isfinite(loaded.fit([x, x], x, verbose=0).history["loss"][0])
 
 

@@ -43,11 +43,16 @@ def test_float64_values_are_those_of_the_reference(attributes, causal, shape):
 
 
 @forms
-def test_packed_sequences_are_those_of_the_reference(causal):
-    inputs = random_inputs(batch=1, rows=12, bias=(1, 2, 12))
-    offsets = [0, 5, 5, 6, 12]
-    state = random_state(sequences=4)
-    got = attend(tensors(inputs), state, causal, offsets)
+@pytest.mark.parametrize(
+    "offsets", [[0, 5, 5, 6, 12], [0, 64, 64, 193, 195, 260], [0, 0], [0]], ids=str
+)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_packed_sequences_are_those_of_the_reference(causal, offsets, graph):
+    rows, sequences = offsets[-1], len(offsets) - 1
+    inputs = random_inputs(batch=1, rows=rows, bias=(1, 2, rows))
+    state = random_state(sequences=sequences)
+    call = tf.function(attend, autograph=False) if graph else attend
+    got = call(tensors(inputs), state, causal, offsets)
     out, final = reference.attention(**inputs, causal=causal, offsets=offsets, initial_state=state)
     for name, x, y in zip(("out", "log_mass", "mean"), got, (out, *final), strict=True):
         assert_close(x, y, relative=1e-12, what=name)
@@ -129,6 +134,24 @@ def test_the_future_cannot_change_a_bit_of_the_past_nor_of_its_query_gradient():
         for poisoned in results[1:]:
             assert_same_bits(poisoned[0], results[0][0], what=f"out before {cut}")
             assert_same_bits(poisoned[1], results[0][1], what=f"query gradient before {cut}")
+
+
+@forms
+def test_nothing_leaks_from_one_packed_sequence_into_another(causal):
+    offsets = [0, 3, 70, 200, 207]
+    inputs = random_inputs(batch=1, rows=207, bias=(1, 1, 207))
+    results = []
+    for poison in (None, np.nan, 1e30):
+        changed = {name: x.copy() for name, x in inputs.items()}
+        if poison is not None:
+            for name in ("query", "key", "value"):
+                changed[name][:, 3:70] = poison
+        initial = [tf.cast(x, tf.float32) for x in random_state()]
+        out, *state = attend(tensors(changed, tf.float32), initial, causal, offsets)
+        results.append([np.delete(out, slice(3, 70), 1), *(np.delete(x, 1, 0) for x in state)])
+    for poisoned in results[1:]:
+        for x, y in zip(poisoned, results[0], strict=True):
+            assert_same_bits(x, y)
 
 
 @forms

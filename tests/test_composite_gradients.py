@@ -22,13 +22,18 @@ def with_gradients(inputs, state, cotangents, causal, offsets=None, **attributes
 
 @forms
 @pytest.mark.parametrize(
-    ("attributes", "packed"),
-    [*((attributes, False) for attributes in MAPS.values()), ({}, True)],
-    ids=[*MAPS, "packed"],
+    ("attributes", "offsets"),
+    [
+        *((attributes, None) for attributes in MAPS.values()),
+        ({}, [0, 4, 4, 9]),
+        ({}, [0, 1, 1, 140]),
+    ],
+    ids=[*MAPS, "packed", "packed, several pieces"],
 )
-def test_gradients_are_those_of_the_reference(attributes, causal, packed):
-    offsets = [0, 4, 4, 9] if packed else None
-    inputs = random_inputs(batch=1 if packed else 2, bias=(1 if packed else 2, 1, 9))
+def test_gradients_are_those_of_the_reference(attributes, causal, offsets):
+    packed, rows = offsets is not None, offsets[-1] if offsets else 9
+    batch = 1 if packed else 2
+    inputs = random_inputs(batch=batch, rows=rows, bias=(batch, 1, rows))
     state = random_state()
     rng = np.random.default_rng(7)
     sequences = 3 if packed else 2

@@ -21,7 +21,7 @@ from performer.generation import _sample
 V = 20
 
 
-def make(positions="rotary", delay_keys=False, **options):
+def make(positions="rotary", delay_keys=False, blocks=1, **options):
     keras.utils.set_random_seed(1)
     large = keras.initializers.RandomNormal(stddev=1.0)  # so that tokens differ
     decoder = {"intermediate_dim": 24, "num_heads": 2, "supports": 16, "seed": 1}
@@ -31,7 +31,7 @@ def make(positions="rotary", delay_keys=False, **options):
         embed = keras.layers.Embedding(V, 12, embeddings_initializer=large)
     else:
         embed = TokenAndPositionEmbedding(V, 2000, 12, embeddings_initializer=large)
-    blocks = [PerformerDecoder(**decoder) for _ in range(2)]
+    blocks = [PerformerDecoder(**decoder) for _ in range(blocks)]
     head = keras.layers.Dense(V, kernel_initializer="random_normal")
     return StreamingSequential([embed, *blocks, keras.layers.Dropout(0.5), head], **options)
 
@@ -57,7 +57,7 @@ class Cycle:
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_a_model_in_parts_is_the_whole_model(positions):
-    model, x = make(positions), tokens(2, 40)
+    model, x = make(positions, blocks=2), tokens(2, 40)
     whole = model(x)
     state, parts = model.get_initial_state(2), []
     for part in np.split(x, [1, 2, 30], axis=1):
@@ -70,7 +70,8 @@ def test_a_model_in_parts_is_the_whole_model(positions):
 
 def test_models_that_stream_are_saved_and_trained(tmp_path):
     model, x = make("learned"), tokens(8, 11)
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, run_eagerly=True)  # in a graph: the example of a language model
     losses = model.fit(x[:, :-1], x[:, 1:], epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     model.save(tmp_path / "model.keras")
@@ -109,7 +110,7 @@ def test_models_that_stream_nest():
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("delay_keys", [False, True])
 def test_greedy_tokens_are_those_of_full_passes(positions, delay_keys):
-    model, text = make(positions, delay_keys), tokens(6, 3)
+    model, text = make(positions, delay_keys, blocks=2), tokens(6, 3)
     new = generate(model, text, 12, temperature=0)
     for _ in range(12):
         text = np.concatenate([text, np.argmax(model(text)[:, -1:], -1)], 1)
@@ -210,21 +211,50 @@ def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_do():
     assert (generate(Cycle(0.1), [1], 30, seed=1) != (2 + np.arange(30)) % V).any()
 
 
-def test_one_graph_serves_all_calls_of_a_batch_size():
-    class Counting(Cycle):
-        traced = 0
+class Counting(Cycle):
+    """Counts the graphs that are made of it: two calls in each."""
 
-        def __call__(self, *args, **kwargs):
-            self.traced += 1
-            return super().__call__(*args, **kwargs)
+    calls = 0
 
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+def test_one_graph_serves_all_lengths_and_batch_sizes():
     model = Counting()
-    for length in (2, 9, 700):
-        generate(model, np.ones((1, length), int), 3)
-    traced = model.traced
-    for length, count, temperature in ((1, 3, 0.5), (5, 7, 0.7), (30, 1, 2.0)):
-        generate(model, np.ones((1, length), int), count, temperature=temperature)
-    assert model.traced == traced <= 8
+    generate(model, [1, 2], 3)
+    calls = model.calls
+    for shape, count, temperature in (((1, 9), 3, 0.5), ((5, 700), 7, 0.7), ((3, 1), 1, 2.0)):
+        generate(model, np.ones(shape, int), count, temperature=temperature)
+    assert 0 < model.calls == calls
+
+
+def test_one_graph_of_a_deep_model_serves_all_batch_sizes(monkeypatch):
+    model, text = make(), tokens(3, 5)
+    together = generate(model, text, 8, temperature=0)
+    monkeypatch.setattr(
+        StreamingSequential, "call", lambda *args, **kwargs: pytest.fail("traced anew")
+    )
+    for rows in (text[:1], text[1:]):
+        new = generate(model, rows, 8, temperature=0)
+        np.testing.assert_array_equal(new, together[: len(new)] if len(new) == 1 else together[1:])
+
+
+def test_states_that_do_not_start_with_the_batch_are_served_too():
+    class Sideways(Counting):
+        def get_initial_state(self, batch_size):
+            return tf.zeros([7, batch_size]), tf.zeros([], tf.int64)
+
+        def __call__(self, tokens, initial_state, return_state, training):
+            table, count = initial_state
+            logits, _ = super().__call__(tokens, {"seen": 0}, return_state, training)
+            return logits, (table + 1, count + 1)
+
+    model = Sideways()
+    for batch in (1, 2, 7, 3, 2):
+        new = generate(model, np.full((batch, 2), 3), 3, temperature=0)
+        np.testing.assert_array_equal(new, [[4, 5, 6]] * batch)
 
 
 def test_a_model_is_not_kept_alive():

@@ -42,8 +42,8 @@ def trained(jit_compile):
     # A last batch of another size.
     losses = model.fit(X, Y, batch_size=4, epochs=3, verbose=0, shuffle=False).history["loss"]
     assert model.jit_compile == jit_compile
-    loss = model.evaluate(X, Y, batch_size=4, verbose=0)
-    return model, losses, loss, model.predict(X, batch_size=4, verbose=0)
+    loss = model.evaluate(X, Y, batch_size=6, verbose=0)
+    return model, losses, loss, model.predict(X, batch_size=6, verbose=0)
 
 
 @needs_xla
@@ -60,7 +60,7 @@ def test_compiled_training_is_the_training_without(tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.jit_compile
-    np.testing.assert_array_equal(again.predict(X, batch_size=4, verbose=0), predictions)
+    np.testing.assert_array_equal(again.predict(X, batch_size=6, verbose=0), predictions)
 
 
 @needs_xla

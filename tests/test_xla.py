@@ -136,6 +136,28 @@ def test_second_derivatives(causal):
 
 
 @forms
+def test_second_derivatives_of_packed_sequences(causal):
+    def second(ids, *inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            _, first = with_gradients(
+                lambda *inputs: favor_attention(
+                    *inputs, causal=causal, segment_ids=ids, max_segments=2
+                ),
+                inputs,
+            )
+            total = tf.add_n([tf.reduce_sum(x**2) for x in first])
+        return tape.gradient(total, inputs)
+
+    inputs = [*heads(1, 2, dtype="float64"), normal(3, 8, dtype="float64")]
+    compiled = tf.function(second, jit_compile=True, autograph=False)
+    for ids in ([[0, 1]], [[0, 0]]):
+        ids = tf.constant(ids)
+        for one, other in zip(compiled(ids, *inputs), second(ids, *inputs), strict=True):
+            assert_close(one, other, worst=1e-12)
+
+
+@forms
 @pytest.mark.parametrize("bound", [None, 3])
 def test_packed_sequences_whose_number_is_known_when_the_program_runs(causal, bound):
     def attend(ids, mass, mean, *inputs):

@@ -30,19 +30,29 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import logspace, packing
-from performer.landmarks import attend_causally, attend_to_state, dims, state_of_keys
+from performer.landmarks import (
+    attend_causally,
+    attend_causally_in_pieces,
+    attend_to_state,
+    chunk_rows,
+    dims,
+    state_of_keys,
+)
 from performer.log_features import key_features, query_features
 
 
-def _unpack_bias(key_bias, keys, rows, valid):
-    """key_bias [1, 1|G, 1|S] to [N, 1|G, P], -inf on padding."""
-    key_bias = tf.broadcast_to(key_bias, [1, dims(key_bias)[1], keys])
-    key_bias = packing.unpack(tf.transpose(key_bias, [0, 2, 1]), rows, valid)
-    return tf.where(
-        valid[:, None, :],
-        tf.transpose(key_bias, [0, 2, 1]),
-        tf.constant(logspace.NONE, key_bias.dtype),
-    )
+def _pieces(offsets, rows):
+    """How packed sequences are cut, and the number N of them."""
+    return packing.pieces(offsets, rows, chunk_rows(rows)), tf.size(offsets) - 1
+
+
+def _cut_keys(key, value, key_bias, where):
+    """key, value [1, S, G, ...] and key_bias [1, 1|G, 1|S] in pieces; -inf where no key is."""
+    key_bias = tf.broadcast_to(key_bias, [1, dims(key_bias)[1], dims(key)[1]])
+    key_bias = tf.transpose(packing.cut(tf.transpose(key_bias, [0, 2, 1]), where), [0, 2, 1])
+    there = (where.rows < tf.cast(dims(key)[1], where.rows.dtype))[:, None, :]
+    key_bias = tf.where(there, key_bias, tf.constant(logspace.NONE, key_bias.dtype))
+    return packing.cut(key, where), packing.cut(value, where), key_bias
 
 
 def _to_heads(out, dtype):
@@ -80,14 +90,16 @@ def summarize(
     """
     with tf.name_scope(name or "summarize"):
         if packed:
-            rows, valid = packing.row_index(offsets)
-            key_bias = _unpack_bias(key_bias, dims(key)[1], rows, valid)
-            key, value = packing.unpack(key, rows, valid), packing.unpack(value, rows, valid)
-        return state_of_keys(
+            where, sequences = _pieces(offsets, dims(key)[1])
+            key, value, key_bias = _cut_keys(key, value, key_bias, where)
+        log_mass, mean = state_of_keys(
             *key_features(
                 key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
             )
         )
+        if packed:
+            log_mass, mean = logspace.merge_by(log_mass, mean, where.sequence, sequences)
+        return log_mass, mean
 
 
 @tf.autograph.experimental.do_not_convert
@@ -117,9 +129,11 @@ def read(
         out T[B, L, H, E]; 0 where the state is empty and on rows outside every sequence.
     """
     with tf.name_scope(name or "read"):
-        dtype, length = query.dtype, dims(query)[1]
+        dtype = query.dtype
         if packed:
-            query = packing.unpack(query, *packing.row_index(offsets))
+            where, _ = _pieces(offsets, dims(query)[1])
+            query = packing.cut(query, where)
+            log_mass, mean = (packing.take(x, where.sequence) for x in (log_mass, mean))
         groups = dims(log_mass)[1]
         a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
@@ -129,7 +143,7 @@ def read(
             tf.reshape(a, [batch, groups, rows * repeats, features]), log_mass, mean
         )
         out = _to_heads(tf.reshape(out, [batch, groups, rows, repeats, dims(mean)[-1]]), dtype)
-        return packing.pack(out, offsets, length) if packed else out
+        return packing.lay(out, where) if packed else out
 
 
 @tf.autograph.experimental.do_not_convert
@@ -164,11 +178,11 @@ def causal(
         mean U[N, G, M, E].
     """
     with tf.name_scope(name or "causal"):
-        dtype, length = query.dtype, dims(query)[1]
+        dtype, initial = query.dtype, (initial_log_mass, initial_mean)
         if packed:
-            rows, valid = packing.row_index(offsets)
-            key_bias = _unpack_bias(key_bias, length, rows, valid)
-            query, key, value = (packing.unpack(x, rows, valid) for x in (query, key, value))
+            where, sequences = _pieces(offsets, dims(query)[1])
+            key, value, key_bias = _cut_keys(key, value, key_bias, where)
+            query = packing.cut(query, where)
         groups = dims(key)[2]
         a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
@@ -176,6 +190,11 @@ def causal(
         b, v = key_features(
             key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
         )
-        out, log_mass, mean = attend_causally(a, b, v, initial_log_mass, initial_mean)
-        out = _to_heads(out, dtype)
-        return (packing.pack(out, offsets, length) if packed else out), log_mass, mean
+        if not packed:
+            out, log_mass, mean = attend_causally(a, b, v, *initial)
+            return _to_heads(out, dtype), log_mass, mean
+        log_mass, mean = (tf.broadcast_to(x, [sequences, *dims(x)[1:]]) for x in initial)
+        starts = packing.take(log_mass, where.sequence), packing.take(mean, where.sequence)
+        out, *after = attend_causally_in_pieces(a, b, v, *starts, where.first)
+        ends = [packing.last_of(x, y, where) for x, y in zip(after, (log_mass, mean), strict=True)]
+        return packing.lay(_to_heads(out, dtype), where), *ends

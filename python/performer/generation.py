@@ -10,6 +10,14 @@ from performer.layers.arguments import check_seed, check_size, default_seed
 
 _HIGHEST = float(np.finfo(np.float32).max)
 _CHUNK = 512  # tokens of a prompt that the model reads in one call
+_INPUTS = (  # of the loop; the state comes after them
+    tf.TensorSpec([None, None], tf.int32, "prompt"),
+    tf.TensorSpec([None], tf.int32, "lengths"),
+    tf.TensorSpec([], tf.int32, "count"),
+    tf.TensorSpec([], tf.float32, "temperature"),
+    tf.TensorSpec([], tf.int64, "seed"),
+    tf.TensorSpec([], tf.int32, "end"),
+)
 _loops: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -35,7 +43,9 @@ def generate(
     Args:
         model: `performer.StreamingSequential`, or anything with `get_initial_state(batch_size)`
             and a call `model(tokens, initial_state=state, return_state=True, training=False)` from
-            integers `(B, L)` to logits `(B, L, V)` and the next state.
+            integers `(B, L)` to logits `(B, L, V)` and the next state. It is called in a graph
+            that serves all B and L, where both are unknown; states have B as their first axis, or
+            do not depend on it.
         prompt: Integers `(P,)` or `(B, P)`, P at least 1; or a list of B lists (or a ragged
             tensor) of different lengths.
         max_new_tokens: Number N of tokens to add to each prompt.
@@ -94,7 +104,8 @@ def generate(
     if initial_state is None:
         _build(model, tokens)
         initial_state = model.get_initial_state(len(rows))
-    loop = _loop(model, len(rows), temperature == 0, top_k, top_p)
+    initial_state = tf.nest.map_structure(tf.convert_to_tensor, initial_state)
+    loop = _loop(model, initial_state, len(rows), temperature == 0, top_k, top_p)
     new, state = loop(
         tf.constant(tokens),
         tf.constant(lengths),
@@ -102,7 +113,7 @@ def generate(
         tf.constant(temperature, tf.float32),
         tf.constant(seed, tf.int64),
         tf.constant(end),
-        tf.nest.map_structure(tf.convert_to_tensor, initial_state),
+        initial_state,
     )
     new = new.numpy()[0] if single else new.numpy()
     return (new, state) if return_state else new
@@ -114,25 +125,33 @@ def _build(model, tokens):
         model(tf.constant(tokens[:, :1]))
 
 
-def _loop(model, batch, greedy, top_k, top_p):
-    """The compiled loop of a model, kept as long as the model lives and has these weights."""
+def _loop(model, state, batch, greedy, top_k, top_p):
+    """The compiled loop of a model, kept as long as the model lives and has these weights.
+
+    One for all batch sizes: `state` and `batch` say what of a state depends on them.
+    """
     weights = tuple(id(weight) for weight in getattr(model, "weights", ()))
     loops = _loops.setdefault(model, {})
     if weights != loops.get("weights"):
         loops.clear()
         loops["weights"] = weights
-    key = batch, greedy, top_k, top_p
+
+    def spec(x):
+        rows = x.shape[:1] == [batch]
+        return tf.TensorSpec([None, *x.shape[1:]] if rows else x.shape, x.dtype)
+
+    states = tf.nest.map_structure(spec, state)
+    key = greedy, top_k, top_p, repr(states)
     if key not in loops:
         reference = weakref.ref(model)  # so that the loop does not keep the model alive
 
         def sample(logits, seed):
             return _sample(logits, seed, greedy, top_k, top_p)
 
-        def run(prompt, lengths, *given):
-            prompt = tf.ensure_shape(prompt, [batch, None])
-            return _run(reference(), sample, prompt, lengths, *given)
+        def run(*given):
+            return _run(reference(), sample, *given)
 
-        loops[key] = tf.function(run, autograph=False, reduce_retracing=True)
+        loops[key] = tf.function(run, autograph=False, input_signature=[*_INPUTS, states])
     return loops[key]
 
 
@@ -141,7 +160,7 @@ def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
 
     Args:
         sample: function of logits `(B, V)` and a seed `(2,)` to tokens `(B,)`.
-        prompt, lengths: int32 `(B, P)` and `(B,)`, B known.
+        prompt, lengths: int32 `(B, P)` and `(B,)`.
         count, temperature, seed, end: scalars; `end` is -1 for none.
         state: the model's, before the prompt.
 
@@ -189,7 +208,7 @@ def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
         (
             tf.constant(0),
             prompt[:, shortest - 1],
-            tf.zeros(prompt.shape[:1], tf.bool),
+            tf.zeros_like(lengths, tf.bool),
             written,
             state,
         ),

@@ -12,11 +12,14 @@ bit of the past, and no spread of keys can overflow.
 
 from __future__ import annotations
 
+import operator
+
 import tensorflow as tf
 
 from performer import logspace
 
 _CHUNK = 64  # rows between two states of the causal scan, a power of two
+_UNROLLED = 4  # as many chunks need no loop, which, with its gradients, takes seconds to compile
 _DIRECT = 8  # smaller blocks form all their weights: cheaper than a state of each
 
 
@@ -24,6 +27,13 @@ def dims(x: tf.Tensor) -> list:
     """Shape of x, as int where it is known and as scalar tensor where it is not."""
     dynamic = tf.shape(x)
     return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
+
+
+def chunk_rows(length) -> int:
+    """Rows of a chunk, a power of two, where there are `length` rows altogether."""
+    if isinstance(length, int):
+        return min(_CHUNK, 1 << max(length - 1, 0).bit_length())
+    return _CHUNK
 
 
 def state_of_keys(b: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -75,6 +85,56 @@ def _within(a, b, v, size):
     return weight, out
 
 
+def _carried(ends, initial, starts=None, first=None):
+    """States after each of K chunks.
+
+    Args:
+        ends: log_mass [K, ...] and mean [K, ..., E] of the keys of each chunk.
+        initial: the state before chunk 0, without K.
+        starts, first: states as `ends`, and bool [K]: where `first`, the chunk follows the state of
+            `starts` instead of the chunk before.
+    """
+
+    def step(past, new):
+        (log_mass, mean), *begun = new
+        for start, begins in [begun] if begun else []:
+            past = [tf.where(begins, x, y) for x, y in zip(start, past, strict=True)]
+        return logspace.merge(past[0], past[1], log_mass, mean)
+
+    chunks: list = [tuple(ends)] if starts is None else [tuple(ends), tuple(starts), first]
+    count = ends[0].shape[0]
+    if count is not None and 0 < count <= _UNROLLED:
+        after = [tuple(initial)]
+        for i in range(count):
+            after.append(step(after[-1], tf.nest.map_structure(operator.itemgetter(i), chunks)))
+        return [tf.stack(x) for x in zip(*after[1:], strict=True)]
+    return tf.scan(step, chunks, tuple(initial))
+
+
+def _before(after, initial):
+    """States before each chunk, from those after it."""
+    return [tf.concat([x[None], y[:-1]], 0) for x, y in zip(initial, after, strict=True)]
+
+
+def _attend_in_chunks(a, b, v, log_mass, mean):
+    """Causal attention inside each of X chunks, and to the state before it.
+
+    a [X, C, R, M], b [X, C, M], v [X, C, E], state [X, M], [X, M, E] to [X, C, R, E].
+    """
+    chunks, size, repeats, features = dims(a)
+    queries = tf.reshape(a, [chunks, size * repeats, features])
+    past_weight, past = attend_to_state(queries, log_mass, mean)
+    past_weight = tf.reshape(past_weight, [chunks, size, repeats])
+    past = tf.reshape(past, [chunks, size, repeats, dims(v)[-1]])
+    weight, out = _within(a, b, v, size)
+    return logspace.merge(weight, out, past_weight, past)[1]
+
+
+def _swapped(x):
+    """x with axes 0 and 1 exchanged."""
+    return tf.transpose(x, [1, 0, *range(2, len(x.shape))])
+
+
 def attend_causally(a, b, v, log_mass, mean):
     """Row i attends to keys 0 to i and to an initial state.
 
@@ -85,45 +145,51 @@ def attend_causally(a, b, v, log_mass, mean):
     Returns:
         out [B, G, L, R, E], log_mass [B, G, M], mean [B, G, M, E] after the last row.
     """
-    batch, groups, length, repeats, features = dims(a)
-    value_dim = dims(v)[-1]
+    batch, groups, length, repeats, _ = dims(a)
+    size = chunk_rows(length)
     if isinstance(length, int):
-        size = min(_CHUNK, 1 << max(length - 1, 0).bit_length())
         chunks = max(-(-length // size), 1)
     else:
-        size = _CHUNK
         chunks = tf.maximum(-(-length // size), 1)
-    rows = chunks * size
+    heads, rows = batch * groups, chunks * size
 
-    def padded(x, fill):  # [B, G, L, ...] to [B G, rows, ...]
+    def in_chunks(x, fill):  # [B, G, L, ...] to [B G chunks, size, ...]
         padding = [[0, 0], [0, 0], [0, rows - length]] + [[0, 0]] * (len(x.shape) - 3)
         x = tf.pad(x, padding, constant_values=fill)
-        return tf.reshape(x, [batch * groups, rows, *dims(x)[3:]])
+        return tf.reshape(x, [heads * chunks, size, *dims(x)[3:]])
 
-    def in_chunks(x):  # [B G, rows, ...] to [B G, chunks, size, ...]
-        return tf.reshape(x, [batch * groups, chunks, size, *dims(x)[2:]])
+    def chunks_first(x):  # [B G chunks, ...] to [chunks, B G, ...]
+        return _swapped(tf.reshape(x, [heads, chunks, *dims(x)[1:]]))
 
-    def by_chunk(x):  # exchanges axes 0 and 1
-        return tf.transpose(x, [1, 0, *range(2, len(x.shape))])
+    def chunks_last(x):  # and back
+        return tf.reshape(_swapped(x), [chunks * heads, *dims(x)[2:]])
 
-    a, b, v = padded(a, 0), padded(b, logspace.NONE), padded(v, 0)
+    a, b, v = in_chunks(a, 0), in_chunks(b, logspace.NONE), in_chunks(v, 0)
     initial = [tf.broadcast_to(x, [batch, *dims(x)[1:]]) for x in (log_mass, mean)]
-    initial = [tf.reshape(x, [batch * groups, *dims(x)[2:]]) for x in initial]
-    ends = [by_chunk(x) for x in state_of_keys(in_chunks(b), in_chunks(v))]
-    if (
-        isinstance(chunks, int) and chunks == 1
-    ):  # a loop, and its gradients, cost seconds to compile
-        ends = [x[None] for x in logspace.merge(*initial, *(end[0] for end in ends))]
-    else:
-        ends = tf.scan(lambda past, new: logspace.merge(*past, *new), tuple(ends), tuple(initial))
-    states = [tf.concat([x[None], end], 0) for x, end in zip(initial, ends, strict=True)]
+    initial = [tf.reshape(x, [heads, *dims(x)[2:]]) for x in initial]
+    after = _carried([chunks_first(x) for x in state_of_keys(b, v)], initial)
+    out = _attend_in_chunks(a, b, v, *(chunks_last(x) for x in _before(after, initial)))
+    out = tf.reshape(out, [batch, groups, rows, repeats, dims(v)[-1]])[:, :, :length]
+    return out, *(tf.reshape(x[-1], [batch, groups, *dims(x)[2:]]) for x in after)
 
-    queries = tf.reshape(a, [batch * groups, chunks, size * repeats, features])
-    past_weight, past = attend_to_state(queries, *(by_chunk(x[:-1]) for x in states))
-    past_weight = tf.reshape(past_weight, [batch * groups, rows, repeats])
-    past = tf.reshape(past, [batch * groups, rows, repeats, value_dim])
-    weight, out = _within(a, b, v, size)
-    _, out = logspace.merge(weight, out, past_weight, past)
-    out = tf.reshape(out, [batch, groups, rows, repeats, value_dim])[:, :, :length]
-    last = [tf.reshape(x[-1], [batch, groups, *dims(x)[2:]]) for x in states]
-    return out, *last
+
+def attend_causally_in_pieces(a, b, v, log_mass, mean, first):
+    """As `attend_causally`, for sequences cut into K pieces of C rows, one after the other.
+
+    Args:
+        a, b, v: [K, G, C, R, M], [K, G, C, M], [K, G, C, E].
+        log_mass, mean: [K, G, M], [K, G, M, E], the initial state of the piece's sequence.
+        first: bool [K], whether the piece is the first of its sequence.
+
+    Returns:
+        out [K, G, C, R, E], and log_mass [K, G, M], mean [K, G, M, E] after each piece.
+    """
+    starts = [log_mass, mean]
+    zeros = [tf.zeros_like(x[0]) for x in starts]
+    after = _carried(state_of_keys(b, v), zeros, starts, first)
+    before = [
+        tf.where(tf.reshape(first, [-1] + [1] * (len(start.shape) - 1)), start, past)
+        for start, past in zip(starts, _before(after, zeros), strict=True)
+    ]
+    flat = [tf.reshape(x, [-1, *dims(x)[2:]]) for x in (a, b, v, *before)]
+    return tf.reshape(_attend_in_chunks(*flat), [*dims(a)[:4], dims(v)[-1]]), *after

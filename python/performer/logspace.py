@@ -71,3 +71,27 @@ def merge(log_mass, mean, other_log_mass, other_mean) -> tuple[tf.Tensor, tf.Ten
     total = tf.where(empty, tf.ones([], top.dtype), first + second)
     joined = first[..., None] * mean + second[..., None] * other_mean
     return log_or_none(total, empty) + top, joined / total[..., None]
+
+
+def merge_by(log_mass, mean, sequence, count) -> tuple[tf.Tensor, tf.Tensor]:
+    """Joins averages that belong together.
+
+    Args:
+        log_mass, mean: [K, ...], [K, ..., E].
+        sequence: [K], 0 to `count`: which one each belongs to; `count` for none.
+        count: how many there are, a scalar tensor.
+
+    Returns:
+        [count, ...] and [count, ..., E]; (-inf, 0) where nothing belongs.
+    """
+
+    def total_of(x):
+        return tf.math.unsorted_segment_sum(x, sequence, count + 1)
+
+    top = tf.stop_gradient(tf.math.unsorted_segment_max(log_mass, sequence, count + 1))
+    top = tf.where(top <= log_mass.dtype.min, tf.zeros([], top.dtype), top)
+    empty = tf.equal(total_of(tf.cast(tf.not_equal(log_mass, NONE), tf.int32)), 0)
+    terms = tf.exp(log_mass - tf.gather(top, sequence))
+    total = tf.where(empty, tf.ones([], top.dtype), total_of(terms))
+    joined = total_of(terms[..., None] * mean) / total[..., None]
+    return (log_or_none(total, empty) + top)[:-1], joined[:-1]

@@ -11,6 +11,7 @@ import tensorflow as tf
 from performer import checks, packing
 from performer.counters import as_draw, same_draw
 from performer.dispatch import run
+from performer.landmarks import dims
 from performer.state import (
     AttentionState,
     checked_state,
@@ -36,9 +37,8 @@ def _segments(segment_ids, query, key):
 
 def _laid_end_to_end(x):
     """[B, S, ...] to [1, B S, ...]."""
-    shape = tf.shape(x)
-    flat = tf.reshape(x, tf.concat([[1, shape[0] * shape[1]], shape[2:]], 0))
-    return tf.ensure_shape(flat, [1, None, *x.shape[2:]])
+    batch, rows, *sizes = dims(x)
+    return tf.reshape(x, [1, batch * rows, *sizes])
 
 
 @tf.autograph.experimental.do_not_convert

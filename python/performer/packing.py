@@ -1,49 +1,82 @@
-"""Packed sequences for the plain TensorFlow composition: to a padded batch, and back.
+"""Packed sequences for the plain TensorFlow composition: to pieces of equal length, and back.
 
-Sequence n of N occupies rows offsets[n] to offsets[n + 1]. Memory of the padded form is N x the
-longest sequence.
+Sequence n of N occupies rows offsets[n] to offsets[n + 1]. It is cut into pieces of C rows, the
+last of which is filled up. Their number K follows from shapes alone, so that XLA, which has to know
+all shapes, can compile it: as many as there could be. Memory of the cut form: at most that of
+S + min(N, S) C rows.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import tensorflow as tf
 
 
-def row_index(offsets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Rows [N, P] of every sequence, padded to the longest P, and whether each is one (bool)."""
-    lengths = offsets[1:] - offsets[:-1]
-    longest = tf.maximum(tf.reduce_max(lengths), 0)
-    steps = tf.range(longest, dtype=offsets.dtype)[None, :]
-    valid = steps < lengths[:, None]
-    return tf.where(valid, offsets[:-1, None] + steps, 0), valid
+class Pieces(NamedTuple):
+    """Where the pieces lie. The pieces of one sequence follow each other; unused ones come last."""
+
+    rows: tf.Tensor  # [K, C] row of each position; S where there is none
+    sequence: tf.Tensor  # [K] which one each piece is of; N for unused ones
+    first: tf.Tensor  # bool [K], whether it is the first of its sequence
+    last: tf.Tensor  # [N] the last piece of each sequence; -1 for empty ones
+    position: tf.Tensor  # [S] where each row is, counted over [K C]; K C for rows of no sequence
 
 
-def unpack(x: tf.Tensor, rows: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
-    """x [1, S, ...] to [N, P, ...]; padding is 0. `rows` and `valid` come from `row_index`."""
-    padded = tf.pad(x[0], [[0, 1]] + [[0, 0]] * (len(x.shape) - 2))  # so that row 0 exists
-    taken = tf.gather(padded, rows)
-    valid = tf.reshape(
-        valid, tf.concat([tf.shape(valid), tf.ones([len(x.shape) - 2], tf.int32)], 0)
+def pieces(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> Pieces:
+    """The pieces, of `size` rows C, of sequences with int64 offsets [N + 1] in `length` rows S."""
+    starts, ends = offsets[:-1], offsets[1:]
+    if isinstance(length, int) and offsets.shape[0] is not None:  # a known K makes smaller programs
+        sequences = offsets.shape[0] - 1
+        count = max((length + min(sequences, length) * (size - 1)) // size, 1)
+    else:
+        length = tf.cast(length, tf.int64)
+        sequences = tf.size(offsets, tf.int64) - 1
+        count = tf.maximum((length + tf.minimum(sequences, length) * (size - 1)) // size, 1)
+    until = tf.cumsum(-(-tf.maximum(ends - starts, 0) // size))  # pieces up to each sequence
+    before = tf.concat([[0], until], 0)
+
+    piece = tf.range(count, dtype=tf.int64)
+    sequence = tf.searchsorted(until, piece, side="right", out_type=tf.int64)
+    number = piece - tf.gather(before, sequence)  # of the piece in its sequence
+    rows = tf.gather(tf.concat([starts, [length]], 0), sequence) + number * size
+    rows = rows[:, None] + tf.range(size, dtype=tf.int64)
+    rows = tf.where(rows < tf.gather(tf.concat([ends, [0]], 0), sequence)[:, None], rows, length)
+
+    row = tf.range(length, dtype=tf.int64)
+    owner = tf.searchsorted(ends, row, side="right", out_type=tf.int64)
+    position = tf.gather(before, owner) * size + row - tf.gather(offsets, owner)
+    inside = (owner < sequences) & (row >= offsets[0])
+    return Pieces(
+        rows,
+        sequence,
+        (sequence < sequences) & (number == 0),
+        tf.where(ends > starts, until - 1, -1),
+        tf.where(inside, position, count * size),
     )
-    return tf.where(valid, taken, tf.zeros([], x.dtype))
 
 
-def pack(x: tf.Tensor, offsets: tf.Tensor, length: tf.Tensor | int) -> tf.Tensor:
-    """x [N, P, ...] to [1, length, ...], the inverse of `unpack`; rows of no sequence are 0."""
-    offsets = tf.cast(offsets, tf.int64)
-    row = tf.range(tf.cast(length, tf.int64))
-    sequence = tf.searchsorted(offsets[1:], row, side="right", out_type=tf.int64)
-    known = (sequence < tf.shape(x, tf.int64)[0]) & (row >= offsets[0])
-    sequence = tf.where(known, sequence, 0)
-    step = tf.where(known, row - tf.gather(offsets, sequence), 0)
-    padded = tf.pad(
-        x, [[0, 1], [0, 1]] + [[0, 0]] * (len(x.shape) - 2)
-    )  # so that index (0, 0) exists
-    taken = tf.gather_nd(padded, tf.stack([sequence, step], -1))
-    known = tf.reshape(
-        known, tf.concat([tf.shape(known), tf.ones([len(x.shape) - 2], tf.int32)], 0)
-    )
-    return tf.where(known, taken, tf.zeros([], x.dtype))[None]
+def take(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Entries of x [X, ...] along its first axis; 0 where index is X."""
+    return tf.gather(tf.pad(x, [[0, 1]] + [[0, 0]] * (len(x.shape) - 1)), index)
+
+
+def cut(x: tf.Tensor, where: Pieces) -> tf.Tensor:
+    """x [1, S, ...] to [K, C, ...]; what fills pieces up is 0."""
+    return take(x[0], where.rows)
+
+
+def lay(x: tf.Tensor, where: Pieces) -> tf.Tensor:
+    """x [K, C, ...] to [1, S, ...], the inverse of `cut`; rows of no sequence are 0."""
+    flat = tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0))
+    flat = tf.ensure_shape(flat, [None, *x.shape[2:]])
+    return take(flat, where.position)[None]
+
+
+def last_of(x: tf.Tensor, otherwise: tf.Tensor, where: Pieces) -> tf.Tensor:
+    """x [K, ...] of each sequence's last piece: [N, ...]; `otherwise` [N, ...] for empty ones."""
+    empty = tf.reshape(where.last < 0, [-1] + [1] * (len(x.shape) - 1))
+    return tf.where(empty, otherwise, tf.gather(x, tf.maximum(where.last, 0)))
 
 
 def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tensor:
@@ -63,7 +96,7 @@ def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tenso
     if most is None:
         starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
         return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)
-    batch = tf.shape(segment_ids)[0]
+    batch = tf.shape(segment_ids)[0] if segment_ids.shape[0] is None else segment_ids.shape[0]
     run = tf.cumsum(tf.cast(starts, tf.int32), axis=1) - 1
     check = tf.debugging.assert_less(
         run, most, message="max_segments must be at least the runs in a row of segment_ids"
