@@ -1,6 +1,9 @@
-"""`make test` runs several processes at once: each takes its share of the processors."""
+"""The same random numbers in every run; and a share of the processors for each of its processes."""
 
 import os
+import sys
+
+import pytest
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:
@@ -10,6 +13,23 @@ if workers > 1:
         os.environ.setdefault(name, str(threads))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy, in references only
         os.environ.setdefault(name, "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module():
+    """Fixtures of a file begin with the same random numbers."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded(seeded_module):
+    """So does every test, whatever ran before it."""
+    _seed()
+
+
+def _seed():
+    if "keras" in sys.modules:  # as in all files that take random numbers of its or of TensorFlow
+        sys.modules["keras"].utils.set_random_seed(1)
 
 
 def pytest_collection_modifyitems(items):
