@@ -127,6 +127,71 @@ def test_padding_is_as_if_it_were_not_there(attached):
     assert_close(decoded[:1], decoder(x[:1], encoded[:1, :2]), worst=WORST)
 
 
+@pytest.mark.parametrize("there", ["0011111", "1100111", "0101101", "1111000"])
+def test_delayed_keys_pass_over_padding(there):
+    there = np.array([[c == "1" for c in there], [True] * 7])
+    x = normal(2, 7, 16)
+    garbage = tf.constant(np.where(there[..., None], x, np.nan))
+    block = make(PerformerDecoder, delay_keys=True)
+    mask = {"decoder_padding_mask": there}
+    output, state = block(garbage, return_state=True, **mask)
+    kept = x[:1, there[0]]
+    expected, state_of_kept = block(kept, return_state=True)
+    assert_close(output.numpy()[:1, there[0]], expected, worst=WORST)
+    assert_close(output[1:], block(x[1:]), worst=WORST)
+    # And so in parts, wherever they end.
+    assert_close(state["last"][:1], state_of_kept["last"], worst=WORST)
+    for cut in range(1, 7):
+        state, parts = None, []
+        for part in (slice(0, cut), slice(cut, 7)):
+            y, state = block(
+                garbage[:, part],
+                initial_state=state,
+                return_state=True,
+                decoder_padding_mask=there[:, part],
+            )
+            parts.append(y)
+        whole = tf.concat(parts, 1).numpy()
+        assert_close(whole[there], output.numpy()[there], worst=WORST)
+
+
+def test_delayed_keys_of_packed_sequences_pass_over_padding():
+    x, there = normal(1, 8, 16), np.array([[1, 1, 0, 1, 0, 1, 0, 1]], bool)
+    block = make(PerformerDecoder, delay_keys=True)
+    garbage = tf.constant(np.where(there[..., None], x, np.nan))
+    ids = [[7, 7, 7, 7, 8, 8, 8, 8]]
+    output = block(garbage, segment_ids=ids, decoder_padding_mask=there).numpy()
+    for part in (slice(0, 4), slice(4, 8)):
+        alone = block(garbage[:, part], decoder_padding_mask=there[:, part]).numpy()
+        assert_close(output[:, part][there[:, part]], alone[there[:, part]], worst=WORST)
+
+
+def test_states_have_the_type_of_the_sums():
+    for dtype, expected in (("float64", tf.float64), ("mixed_bfloat16", tf.float32)):
+        block = make(PerformerDecoder, delay_keys=True, dtype=dtype)
+        x = tf.cast(normal(1, 6, 16), block.compute_dtype)
+        _, state = block(x, return_state=True)
+        types = {t.dtype for t in tf.nest.flatten((state, block.get_initial_state(1)))}
+        assert types == {expected, tf.int64}
+    block, x = make(PerformerDecoder, delay_keys=True, dtype="float64"), tf.cast(x, tf.float64)
+    first, state = block(x[:, :3], return_state=True)
+    parts = tf.concat([first, block(x[:, 3:], initial_state=state)], 1)
+    np.testing.assert_allclose(parts, block(x), rtol=1e-12, atol=1e-13)
+
+
+def test_sublayers_of_one_seed_drop_different_entries():
+    block = make(PerformerDecoder, dropout=0.5, seed=3)
+    x = tf.ones([1, 40, 16])
+    block(x, x)
+    drops = (
+        block._self_attention_dropout, block._cross_attention_dropout, block._feedforward_dropout,
+    )  # fmt: skip
+    kept = {(drop(x, training=True).numpy() != 0).tobytes() for drop in drops}
+    assert len(kept) == 3
+    again = make(PerformerDecoder, dropout=0.5, seed=3)
+    assert again(x, x, training=True).shape == x.shape
+
+
 def test_masks_of_pairs_and_scores():
     x = normal(2, 6, 16)
     block = make(PerformerEncoder)
@@ -269,6 +334,8 @@ def test_wrong_arguments_are_refused_at_once():
         PerformerEncoder(32, 4, supports=0)
     with pytest.raises(ValueError, match="`scaling` must be one of"):
         PerformerEncoder(32, 4, attention_options={"scaling": 3})
+    with pytest.raises(ValueError, match=r"`attention_options` must not hold.*rotary_embedding$"):
+        PerformerEncoder(32, 4, attention_options={"rotary_embedding": RotaryEmbedding()})
     with pytest.raises(ValueError, match=r"`num_heads` channels.*num_heads=4.*\(1, 3, 2\)"):
         PerformerEncoder(32, 4)(normal(1, 3, 2))
 
@@ -285,5 +352,20 @@ def test_a_decoder_needs_the_encoder_that_it_was_built_with():
     for state in (None, both.get_initial_state(1)):
         with pytest.raises(ValueError, match="needs `encoder_sequence`, or the state of one"):
             both(x, initial_state=state)
+    state = both.get_initial_state(1, encoded)
+    for name, mask in (("padding", [1, 5]), ("attention", [1, 6, 5])):
+        with pytest.raises(ValueError, match="go with `encoder_sequence` only"):
+            both(x, initial_state=state, **{f"encoder_{name}_mask": np.zeros(mask, bool)})
     with pytest.raises(ValueError, match="does not go with `encoder_attention_mask`"):
         both(x, encoded, encoder_attention_mask=np.ones((1, 6, 5), bool), return_state=True)
+
+
+def test_only_a_state_of_the_block_is_taken_for_one():
+    block, x = make(PerformerDecoder, delay_keys=True), normal(1, 4, 16)
+    _, state = block(x, return_state=True)
+    incomplete = {"self_attention": state["self_attention"]}
+    for bad in ({}, incomplete, {**state, "more": state["last"]}):
+        with pytest.raises(ValueError, match=r"must have the entries \['last', 'self_attention'\]"):
+            block(x, initial_state=bad)
+    with pytest.raises(TypeError, match=r"`initial_state` must be a dict.*AttentionState"):
+        block(x, initial_state=state["self_attention"])

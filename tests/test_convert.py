@@ -244,7 +244,7 @@ def test_models_that_cannot_be_converted_are_refused(model):
         convert.replace_attention(model, supports=8, where=lambda name: False)
     with pytest.raises(ValueError, match=r"'encoder' cannot be replaced.*supports=0"):
         convert.replace_attention(model, supports=0)
-    with pytest.raises(RuntimeError, match="numbers of supports"):
+    with pytest.raises(ValueError, match=r"'encoder' cannot be replaced.*numbers of supports"):
         convert.replace_attention(model)
     opaque = Opaque(keras.layers.MultiHeadAttention(2, 4), object())
     opaque(X)

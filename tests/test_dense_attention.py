@@ -118,5 +118,20 @@ def test_refusals_name_the_argument():
         dense_attention(q, k, v, projection, mask=np.ones((6, 5), bool))
     with pytest.raises(ValueError, match="value must have the S of key"):
         dense_attention(q, k, v[:, :4], projection)
+    for message, mask in (
+        ("mask must have 1 or H = 4 on axis 1, got 3", np.ones((1, 3, 6, 5), bool)),
+        ("mask must have 1 or B = 2 on axis 0, got 3", np.ones((3, 1, 6, 5), bool)),
+        ("mask must have the L of query", np.ones((1, 1, 5, 5), bool)),
+        ("mask must have the S of key", np.ones((1, 1, 6, 6), bool)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dense_attention(q, k, v, projection, mask=mask)
+    with pytest.raises(TypeError, match=r"mask must be bool.*got int64"):
+        dense_attention(q, k, v, projection, mask=np.ones((1, 1, 6, 5), int))
+    with pytest.raises(ValueError, match="key must have the B of query"):
+        dense_attention(q, k[:1], v[:1], projection)
+    pair = projection, orthogonal_projection(8, 8, seed=1)
+    with pytest.raises(ValueError, match=r"projection\[1\] must have the M of projection\[0\]"):
+        dense_attention(q, k, v, pair)
     with pytest.raises(ValueError, match="feature_map must be one of"):
         dense_attention(q, k, v, projection, feature_map="sigmoid")

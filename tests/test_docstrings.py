@@ -34,8 +34,8 @@ def test_every_public_layer_and_function_has_one():
     for name in performer.__all__:
         public = getattr(performer, name)
         if inspect.isfunction(public) or inspect.isclass(public):
-            places = {f"{public.__module__}.{name}", f"{public.__module__}.summarize"}
-            assert names & places, name
+            # `read` is the other half of the example of `summarize`.
+            assert f"{public.__module__}.{'summarize' if name == 'read' else name}" in names, name
 
 
 @pytest.mark.parametrize("test", TESTS, ids=lambda test: test.name)

@@ -63,6 +63,11 @@ BAD = {
         ValueError,
         "projection must be one tensor, or a pair.*tuple of 3",
     ),
+    "projection list": (
+        {"projection": [float32(6, 4)] * 2},
+        ValueError,
+        "projection must be a tuple for a pair.*got a list of 2",
+    ),
     "no features": (
         {"projection": float32(0, 4)},
         ValueError,
@@ -114,8 +119,11 @@ BAD = {
         "query must have the length.*5.*9",
     ),
     "feature map": ({"feature_map": "cosine"}, ValueError, "feature_map must be one of.*'cosine'"),
-    "scale NaN": ({"scale": float("nan")}, ValueError, "scale must be finite and above 0, got nan"),
-    "scale 0": ({"scale": 0.0}, ValueError, "scale must be finite and above 0, got 0.0"),
+    "scale NaN": ({"scale": float("nan")}, ValueError, "scale must be finite and above 0.*got nan"),
+    "scale 0": ({"scale": 0.0}, ValueError, "scale must be finite and above 0.*got 0.0"),
+    "scale 0 in float32": ({"scale": 1e-50}, ValueError, "scale .*in float32, got 1e-50"),
+    "scale inf in float32": ({"scale": 1e300}, ValueError, r"scale .*in float32, got 1e\+300"),
+    "epsilon 0 in float32": ({"feature_epsilon": 1e-50}, ValueError, "feature_epsilon .*got 1e-50"),
     "scale text": ({"scale": "x"}, TypeError, "scale must be a Python number, got 'x'"),
     "epsilon": (
         {"feature_epsilon": -1.0},

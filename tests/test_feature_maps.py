@@ -85,6 +85,7 @@ def layer_with(feature_map, **options):
 
 @pytest.mark.parametrize("feature_map", [Hyperbolic(), Balanced()])
 def test_maps_of_softmax_approximate_it(feature_map):
+    keras.utils.set_random_seed(1)  # the variance grows with the size of the kernels drawn
     layer = layer_with(feature_map, supports=2**14)
     exact = keras.layers.MultiHeadAttention(2, 4)
     exact.build(X.shape, X.shape)
@@ -96,6 +97,19 @@ def test_maps_of_softmax_approximate_it(feature_map):
 
 
 MAPS = [Hyperbolic(), Balanced(), Shifted(), Softplus(), Scaled()]
+
+
+class OwnNorm(FeatureMap):
+    """A bias of the keys in the keys' own type."""
+
+    def key_bias(self, key):
+        return -tf.reduce_sum(key**2, [2, 3])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16", "mixed_float16"])
+def test_keys_are_dropped_beside_a_bias_in_every_type(dtype):
+    layer = layer_with(OwnNorm(), dropout=0.3, dtype=dtype)
+    assert np.isfinite(np.asarray(layer(X, X, training=True), "float32")).all()
 
 
 @pytest.mark.parametrize("feature_map", MAPS, ids=lambda m: type(m).__name__)

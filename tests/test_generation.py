@@ -88,6 +88,15 @@ def test_other_layers_with_states_are_left_alone():
     assert model.get_initial_state(2) == []
 
 
+def test_a_model_that_streams_keeps_its_configuration_and_refuses_other_states():
+    model = StreamingSequential([keras.layers.Embedding(V, 4)], name="text", trainable=False)
+    again = StreamingSequential.from_config(model.get_config())
+    assert again.name == "text" and not again.trainable
+    for bad in (5, [1]):
+        with pytest.raises(ValueError, match=r"must be a list of 0 states.*Received: "):
+            model(tokens(1, 3), initial_state=bad)
+
+
 def test_models_that_stream_nest():
     inner = StreamingSequential([keras.layers.Embedding(V, 12), PerformerDecoder(16, 2)])
     model = StreamingSequential([inner, keras.layers.Dense(V)])
@@ -101,12 +110,12 @@ def test_models_that_stream_nest():
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("delay_keys", [False, True])
 def test_greedy_tokens_are_those_of_full_passes(positions, delay_keys):
-    model, text = make(positions, delay_keys, blocks=2), tokens(2, 3)
+    model, text = make(positions, delay_keys, blocks=2), tokens(6, 3)
     new = generate(model, text, 12, temperature=0)
     for _ in range(12):
         text = np.concatenate([text, np.argmax(model(text)[:, -1:], -1)], 1)
     np.testing.assert_array_equal(new, text[:, 3:])
-    assert len(np.unique(new)) > 2
+    assert len(np.unique(new)) > 3
 
 
 def test_long_prompts_are_read_in_chunks():
@@ -197,6 +206,7 @@ def test_shares_of_tokens(options, expected):
 
 def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_do():
     assert (generate(Cycle(0.1), [1], 30, temperature=0) == (2 + np.arange(30)) % V).all()
+    assert (generate(Cycle(0.1), [1], 30, temperature=1e-46) == (2 + np.arange(30)) % V).all()
     assert (generate(Cycle(0.1), [1], 30, temperature=0.002) == (2 + np.arange(30)) % V).all()
     assert (generate(Cycle(0.1), [1], 30, seed=1) != (2 + np.arange(30)) % V).any()
 
@@ -279,6 +289,10 @@ def test_new_weights_are_used():
         ({"top_p": 1.1}, ValueError, r"`top_p` must.*top_p=1\.1"),
         ({"seed": 1.5}, ValueError, "`seed` must be"),
         ({"end_token": -1}, ValueError, "`end_token` must be a token"),
+        ({"end_token": 2**31}, ValueError, "`end_token` must be a token.*2147483648"),
+        ({"prompt": [2**32 + 3]}, ValueError, "`prompt` must hold tokens.*Received: 4294967299"),
+        ({"prompt": [[3], [2, -1]]}, ValueError, "`prompt` must hold tokens.*Received: -1"),
+        ({"temperature": 1e40}, ValueError, r"`temperature` must.*1e\+40"),
         ({"prompt": [[1], [1, 2]], "return_state": True}, ValueError, "of 1 to 2 tokens"),
         ({"end_token": 3, "return_state": True}, ValueError, "end_token=3"),
     ],

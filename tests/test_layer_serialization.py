@@ -34,6 +34,9 @@ OPTIONS = known(
         "use_gate": True,
         "kernel_initializer": "he_normal",
         "kernel_regularizer": "l2",
+        "num_key_value_heads": 1,
+        "max_segments": 3,
+        "dense_limit": 1000,
         "name": "attention",
         "dtype": "mixed_bfloat16",
     }

@@ -152,6 +152,10 @@ def test_dropout_gradients_follow_the_forward_pass():
         output = layer(query, value, training=True)
     touched = np.any(tape.gradient(output, value).numpy() != 0, axis=-1)
     assert np.all(np.isfinite(output)) and 0 < touched.sum() < touched.size
+    # The output is that of attention to just these keys.
+    expected = layer(query, value, value_mask=tf.constant(touched))
+    some = touched.any(1)
+    np.testing.assert_allclose(output[some], expected[some], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -291,3 +291,9 @@ def test_any_order_of_imports(copy, order):
     got = run_forking({"order": (copy(), code)}, [])["order"]
     assert got.get("state") == "loaded", got
     assert got["finite"] and got["warnings"] == []
+
+
+def test_a_file_that_cannot_be_read_is_a_fault_not_an_error(tmp_path):
+    from performer import library
+
+    assert library._damage(tmp_path) == "it cannot be read (Is a directory)"

@@ -1,4 +1,4 @@
-"""Gradients of the TensorFlow operators: finite differences, second order, float32's share."""
+"""Gradients of the operators: finite differences, orders two and three, float32's share."""
 
 import numpy as np
 import pytest
@@ -113,6 +113,36 @@ def test_second_order_is_finite_differences_of_the_first(op):
     numeric = sum(float(tf.reduce_sum((ends[0][n] - ends[1][n]) * other[n])) for n in names)
     numeric /= 2 * step
     assert abs(analytic - numeric) <= 1e-6 * max(1.0, abs(numeric))
+
+
+@pytest.mark.parametrize("op", FORWARD)
+def test_third_order_is_finite_differences_of_the_second(op):
+    x, names = point(op)
+    rng = np.random.default_rng(10)
+    weights = cotangents(SMALL, "float64")
+    direction = {n: tf.constant(rng.normal(size=x[n].shape)) for n in names}
+
+    def derivatives(t):
+        """The second and the third along `direction`, at `x` + t `direction`."""
+        t = tf.constant(t, tf.float64)
+        with tf.GradientTape() as third:
+            third.watch(t)
+            with tf.GradientTape() as second:
+                second.watch(t)
+                with tf.GradientTape() as first:
+                    first.watch(t)
+                    values = {n: tf.constant(x[n]) + t * direction[n] for n in names}
+                    results = call(op, {**x, **values})
+                    loss = sum(
+                        tf.reduce_sum(r**2 * weights[f"grad_{n}"]) for n, r in results.items()
+                    )
+                slope = first.gradient(loss, t)
+            curvature = second.gradient(slope, t)
+        return float(curvature), float(third.gradient(curvature, t))
+
+    step = 1e-4
+    numeric = (derivatives(step)[0] - derivatives(-step)[0]) / (2 * step)
+    assert abs(derivatives(0.0)[1] - numeric) <= 1e-5 * max(1.0, abs(numeric))
 
 
 def rms(x):

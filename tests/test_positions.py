@@ -131,8 +131,19 @@ def test_positions_beyond_the_last_are_refused():
         input_signature=[tf.TensorSpec([1, None], tf.int32), tf.TensorSpec([], tf.int32)],
     )
     assert call([[1, 2]], 8).shape == (1, 2, 6)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="below sequence_length = 10"):
-        call([[1, 2, 3]], 8)
+    for tokens, start in (([[1, 2, 3]], 8), ([[1, 2]], -1)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="below sequence_length = 10"):
+            call(tokens, start)
+    with pytest.raises(ValueError, match=r"at least 0 .*Received: start_index=-1"):
+        layer(np.ones((1, 3), int), start_index=-1)
+
+
+@pytest.mark.parametrize(("start", "outside"), [(9, [0, 1, 1]), (-2, [1, 1, 0]), (7, [0, 0, 0])])
+def test_xla_gives_positions_beyond_the_last_no_vector_of_another(start, outside):
+    layer = performer.TokenAndPositionEmbedding(20, 10, 6)
+    call = tf.function(lambda x, start: layer(x, start_index=start), jit_compile=True)
+    found = call(tf.ones([1, 3], tf.int32), tf.constant(start)).numpy()
+    np.testing.assert_array_equal(np.isnan(found[0]).all(-1), np.array(outside, bool))
 
 
 def test_bad_rotary_arguments_are_refused():

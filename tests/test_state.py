@@ -146,6 +146,20 @@ def test_states_that_do_not_fit_are_refused(error, change, message):
         merge(small_state(0, batch=2), small_state(0, batch=3))
 
 
+def test_what_is_no_state_is_refused():
+    with pytest.raises(TypeError, match="first must be an AttentionState, got tuple"):
+        merge((1, 2), small_state(0))
+    lists = AttentionState([[[0.0]]], [[[[1.0]]]], 0)
+    np.testing.assert_array_equal(merge(lists, lists).mean, [[[[1.0]]]])
+    for sizes, message in (
+        ({"features": 0}, "features must be at least 1, got 0"),
+        ({"batch": -1}, "batch must be at least 0, got -1"),
+        ({"dtype": tf.bfloat16}, "dtype must be float32 or float64, got bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small_state(0, **sizes)
+
+
 def test_a_draw_is_an_integer_scalar():
     with pytest.raises(TypeError, match=r"draw must be an integer, got float32"):
         small_state(1.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 
 import keras
 import tensorflow as tf
@@ -18,7 +19,20 @@ _SCALAR = 1  # DATA_CLASS_SCALAR of TensorFlow's summary.proto
 
 
 def linear_layers(model) -> list[Performer]:
-    """The `Performer` layers in a model that attend linearly, in the model's order."""
+    """The `Performer` layers in a model that attend linearly, in the model's order.
+
+    Args:
+        model: a `keras.Model`, or any layer that holds layers.
+
+    Example:
+
+    >>> import keras
+    >>> from performer import PerformerEncoder, callbacks
+    >>> inputs = keras.Input((10, 8))
+    >>> model = keras.Model(inputs, PerformerEncoder(16, num_heads=2)(inputs))
+    >>> [layer.name for layer in callbacks.linear_layers(model)]
+    ['self_attention_layer']
+    """
     return [
         layer
         for layer in model._flatten_layers()
@@ -165,17 +179,21 @@ def _heads_of_calls(layer, positions, found):
         kept = tf.linspace(0.0, tf.cast(length - 1, tf.float32), tf.minimum(length, positions))
         return tf.gather(x, tf.cast(tf.round(kept), tf.int32), axis=1)
 
+    signature = inspect.signature(call)
+
     @functools.wraps(call)
-    def recorded(query, value, key=None, **options):
+    def recorded(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        query, value, key = given["query"], given["value"], given.get("key")
         heads = layer._heads(
             query,
             value if key is None else key,
             value,
-            position_of(options.get("initial_state")),
-            options.get("segment_ids"),
+            position_of(given.get("initial_state")),
+            given.get("segment_ids"),
         )
         found.append((layer, *map(thin, heads[:2])))
-        return call(query, value, key=key, **options)
+        return call(*args, **kwargs)
 
     layer.call = recorded
     try:

@@ -6,8 +6,9 @@ again.
 
 from __future__ import annotations
 
-import math
+import numbers
 
+import numpy as np
 import tensorflow as tf
 
 FEATURE_MAPS = ("softmax", "relu", "elu")
@@ -45,12 +46,18 @@ def tensor(name: str, x, layouts: tuple[str, ...], dtype: tf.DType | None = None
     return x
 
 
+def size(name: str, value) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return int(value)
+
+
 def max_segments(most, segment_ids):
     """`most`, a positive int that goes with segment_ids, or None."""
     if most is None:
         return None
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise ValueError(f"max_segments must be an integer of at least 1, got {most!r}")
+    most = size("max_segments", most)
     if segment_ids is None:
         raise ValueError(f"max_segments needs segment_ids, got max_segments={most} without them")
     return most
@@ -108,14 +115,17 @@ def supported(name: str, x: tf.Tensor) -> None:
 
 
 def number(name: str, value, *, zero: bool) -> float:
-    """A finite number above 0, or 0 if `zero`."""
+    """A number that is finite and above 0, or 0 if `zero`, in float32, which operators take."""
     try:
         result = float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a Python number, got {value!r}") from error
-    if not math.isfinite(result) or result < 0 or (result == 0 and not zero):
+    with np.errstate(over="ignore", under="ignore"):
+        single = np.float32(result)
+    if not np.isfinite(single) or single < 0 or (single == 0 and not (zero and result == 0)):
         raise ValueError(
-            f"{name} must be finite and {'not below' if zero else 'above'} 0, got {value!r}"
+            f"{name} must be finite and {'not below' if zero else 'above'} 0 in float32, "
+            f"got {value!r}"
         )
     return result
 
@@ -144,6 +154,11 @@ def projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Ten
                 f"got a tuple of {len(projection)}"
             )
         name, projection = f"projection[{side}]", projection[side]
+    elif isinstance(projection, list) and len(projection) == 2 and len(np.shape(projection[0])) > 1:
+        raise ValueError(
+            "projection must be a tuple for a pair (query side, key side), or one tensor "
+            "[H, M, D] for two heads, got a list of 2"
+        )
     projection = tensor(name, projection, ("MD", "HMD"), dtype)
     projection = projection if projection.shape.rank == 3 else projection[None]
     positive(name, 1, projection, "M")
@@ -181,6 +196,28 @@ def queries(
     one_of(name, 0, projection, {"1": 1, "G": groups, "H": heads})
     one_of("feature_bias", 0, feature_bias, {"1": 1, "G": groups, "H": heads})
     same("feature_bias", 1, feature_bias, name, 1, projection, "M")
+
+
+def queries_and_keys(query, key, value, query_side, key_side, feature_bias) -> None:
+    """Queries and keys with their projections must fit by themselves and each other."""
+    queries(query, key.shape[2], query_side, feature_bias)
+    same_dtype("key", key, "query", query)
+    same("key", 0, key, "query", 0, query, "B")
+    same("key", 3, key, "query", 3, query, "D")
+    keys(key, value, key_side)
+    same(key_side[0], 1, key_side[1], query_side[0], 1, query_side[1], "M")
+
+
+def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """Bool [1|B, 1|H, L, S] for query [B, L, H, D] and key [B, S, G, D]."""
+    mask = tensor(name, mask, ("BHLS",))
+    if mask.dtype != tf.bool:
+        raise TypeError(f"{name} must be bool (True: attend to the key), got {mask.dtype.name}")
+    for axis, letter, size in zip((0, 1), "BH", (query.shape[0], query.shape[2]), strict=True):
+        one_of(name, axis, mask, {"1": 1, letter: size})
+    same(name, 2, mask, "query", 1, query, "L")
+    same(name, 3, mask, "key", 1, key, "S")
+    return mask
 
 
 def key_bias(key, dtype: tf.DType, mask, bias) -> tf.Tensor:

@@ -178,7 +178,7 @@ class _Choice:
             config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
         try:
             return Performer(**config)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"The layer {layer.name!r} cannot be replaced by a Performer: {error}"
             ) from error

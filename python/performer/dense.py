@@ -75,9 +75,7 @@ def dense_attention(
         dtype = checks.accumulator(query.dtype)
         query_side, key_side = (checks.projection_side(projection, i, dtype) for i in (0, 1))
         feature_bias = checks.feature_bias(feature_bias, query_side[1], dtype)
-        checks.queries(query, key.shape[2], query_side, feature_bias)
-        checks.same_dtype("key", key, "query", query)
-        checks.keys(key, value, key_side)
+        checks.queries_and_keys(query, key, value, query_side, key_side, feature_bias)
         bias = checks.key_bias(key, dtype, key_mask, key_bias)
         batch, length, heads, _ = dims(query)
         groups, keys = dims(key)[2], dims(key)[1]
@@ -98,7 +96,7 @@ def dense_attention(
         repeats = heads // groups
         visible = tf.ones([1, 1, 1, length, keys], tf.bool)
         if mask is not None:
-            visible = _grouped(checks.tensor("mask", mask, ("BHLS",)), groups, repeats)
+            visible = _grouped(checks.pair_mask("mask", mask, query, key), groups, repeats)
         log_weights = _log_products(a, b[:, :, None], visible)
 
         def softmax(log_weights, visible):

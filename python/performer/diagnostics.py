@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ml_dtypes
+import numpy as np
 import tensorflow as tf
 
 from performer.dense import dense_attention
@@ -21,12 +23,13 @@ def approximation_error(query, key, projection, *, scale=None, **options) -> tf.
         query: [B, L, H, D], floating.
         key: [B, S, G, D], same type.
         projection: As in `favor_attention`.
-        scale: Factor of query . key in both; default D**-0.5.
+        scale: Factor of query . key in both; default D**-0.5 (in the estimate 1 for feature maps
+            "relu" and "elu", as in `favor_attention`).
         **options: `feature_map`, `feature_bias`, `key_bias`, `key_norm` and `feature_epsilon`, as
             in `favor_attention`.
 
     Returns:
-        float64 scalar; 0 where softmax is uniform itself and met exactly.
+        float64 scalar; where softmax is uniform itself, 0 if it is met to rounding, else inf.
 
     Raises:
         ValueError, TypeError: An argument breaks its rule, as in `favor_attention`.
@@ -52,4 +55,8 @@ def approximation_error(query, key, projection, *, scale=None, **options) -> tf.
     scores = tf.einsum("blhd,bshd->bhls", q, k) * (scale or q.shape[-1] ** -0.5)
     exact = tf.nn.softmax(scores)
     uniform = 1 / tf.cast(tf.shape(exact)[-1], tf.float64)
-    return tf.math.divide_no_nan(tf.norm(estimate - exact), tf.norm(uniform - exact))
+    distance, unit = tf.norm(estimate - exact), tf.norm(uniform - exact)
+    # What the weights' own rounding may make of a softmax that is uniform.
+    rounding = 2 * ml_dtypes.finfo(query.dtype.as_numpy_dtype).eps * tf.norm(exact)
+    if_uniform = tf.where(distance > rounding, tf.constant(np.inf, tf.float64), 0.0)
+    return tf.where(unit > 0, tf.math.divide_no_nan(distance, unit), if_uniform)

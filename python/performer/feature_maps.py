@@ -19,9 +19,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from performer.checks import FEATURE_MAPS
 from performer.projections import orthogonal_projection
-
-EPILOGUES = ("softmax", "relu", "elu")
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -121,10 +120,19 @@ def get(identifier) -> FeatureMap:
         identifier: "softmax", "relu", "elu"; an object with the attributes and methods of
             `FeatureMap`; or its serialized form.
 
+    Returns:
+        The object itself, or one with the named epilogue.
+
     Raises:
         ValueError: another string; an object without one of them, or with another epilogue.
+
+    Example:
+
+    >>> from performer import feature_maps
+    >>> feature_maps.get("elu").epilogue
+    'elu'
     """
-    if isinstance(identifier, str) and identifier in EPILOGUES:
+    if isinstance(identifier, str) and identifier in FEATURE_MAPS:
         return _Named(identifier)
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
@@ -140,7 +148,7 @@ def get(identifier) -> FeatureMap:
             + (f", without {', '.join(missing)}" if missing else "")
         )
     epilogue = identifier.epilogue
-    if not callable(epilogue) and epilogue not in EPILOGUES:
+    if not callable(epilogue) and epilogue not in FEATURE_MAPS:
         raise ValueError(
             "`feature_map.epilogue` must be one of 'softmax', 'relu', 'elu', or a function. "
             f"Received: feature_map.epilogue={epilogue!r}"
@@ -149,7 +157,20 @@ def get(identifier) -> FeatureMap:
 
 
 def serialize(identifier):
-    """The argument `feature_map` of a layer, in the form that a configuration holds."""
+    """The argument `feature_map` of a layer, in the form that a configuration holds.
+
+    Args:
+        identifier: what `get` takes.
+
+    Returns:
+        A string as it is, or the dict that Keras makes of an object.
+
+    Example:
+
+    >>> from performer import feature_maps
+    >>> feature_maps.serialize("relu")
+    'relu'
+    """
     if isinstance(identifier, str | dict):
         return identifier
     return keras.saving.serialize_keras_object(identifier)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from performer.layers.arguments import check_seed, check_size, default_seed
 
+_HIGHEST = float(np.finfo(np.float32).max)
 _CHUNK = 512  # tokens of a prompt that the model reads in one call
 _INPUTS = (  # of the loop; the state comes after them
     tf.TensorSpec([None, None], tf.int32, "prompt"),
@@ -84,7 +85,7 @@ def generate(
     rows, single = _rows(prompt)
     lengths = np.array([len(row) for row in rows], np.int32)
     count = check_size("max_new_tokens", max_new_tokens)
-    temperature = _number("temperature", temperature, low=0, high=math.inf)
+    temperature = float(np.float32(_number("temperature", temperature, low=0, high=_HIGHEST)))
     top_k = None if top_k is None else check_size("top_k", top_k)
     top_p = None if top_p is None else _number("top_p", top_p, low=0, high=1)
     if top_p == 0:
@@ -253,6 +254,11 @@ def _rows(prompt):
     for row in rows:
         if not np.issubdtype(row.dtype, np.integer):
             raise TypeError(f"`prompt` must hold integers. Received: {row.dtype}")
+        for token in (row.min(), row.max()):
+            if not 0 <= token < 2**31:
+                raise ValueError(
+                    f"`prompt` must hold tokens from 0 to 2**31 - 1. Received: {token}"
+                )
     return rows, single
 
 
@@ -266,6 +272,12 @@ def _number(name, value, low, high):
 
 
 def _token(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"`{name}` must be a token, 0 or above. Received: {name}={value!r}")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or not (0 <= value < 2**31)
+    ):
+        raise ValueError(
+            f"`{name}` must be a token from 0 to 2**31 - 1. Received: {name}={value!r}"
+        )
     return int(value)

@@ -232,8 +232,11 @@ def _damage(path: Path) -> str:
     The loader maps a library by the sizes in its header and dies of a bus error where the file
     ends before them. The table of sections comes last, so a file that ends before it is truncated.
     """
-    with path.open("rb") as file:
-        header = file.read(64)
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     if len(header) < 64 or header[:4] != b"\x7fELF":
         return "it is not a shared library; reinstall the package"
     (table,) = struct.unpack_from("<Q", header, 40)

@@ -79,11 +79,14 @@ class StreamingSequential(keras.Model):
     def call(self, inputs, initial_state=None, return_state=False, training=None):
         """Calls the layers in turn; see the class."""
         count = sum(self._streams)
-        if initial_state is not None and len(initial_state) != count:
-            raise ValueError(
-                f"`initial_state` must be a list of {count} states, one for each layer that has "
-                f"one. Received: a list of {len(initial_state)}"
-            )
+        if initial_state is not None:
+            listed = isinstance(initial_state, (list, tuple))
+            if not listed or len(initial_state) != count:
+                what = f"a list of {len(initial_state)}" if listed else repr(initial_state)
+                raise ValueError(
+                    f"`initial_state` must be a list of {count} states, one for each layer that "
+                    f"has one. Received: {what}"
+                )
         before = iter([None] * count if initial_state is None else initial_state)
         after = []
         x = inputs
@@ -101,7 +104,12 @@ class StreamingSequential(keras.Model):
     def get_config(self):
         """Every argument of the constructor."""
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.stack]
-        return {"name": self.name, "dtype": _policy(self), "stack": layers}
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "stack": layers,
+        }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -111,10 +119,6 @@ class StreamingSequential(keras.Model):
             for layer in config["stack"]
         ]
         return cls(**{**config, "stack": stack})
-
-
-def _policy(layer):
-    return keras.dtype_policies.serialize(layer.dtype_policy)
 
 
 def _has_state(layer):

@@ -141,12 +141,7 @@ def favor_attention(
         query_side = checks.projection_side(projection, 0, dtype)
         key_side = checks.projection_side(projection, 1, dtype)
         feature_bias = checks.feature_bias(feature_bias, query_side[1], dtype)
-        checks.queries(query, key.shape[2], query_side, feature_bias)
-        checks.same_dtype("key", key, "query", query)
-        checks.same("key", 0, key, "query", 0, query, "B")
-        checks.same("key", 3, key, "query", 3, query, "D")
-        checks.keys(key, value, key_side)
-        checks.same(key_side[0], 1, key_side[1], query_side[0], 1, query_side[1], "M")
+        checks.queries_and_keys(query, key, value, query_side, key_side, feature_bias)
         if causal:
             checks.same("query", 1, query, "key", 1, key, "length (L = S when causal)")
         bias = checks.key_bias(key, dtype, key_mask, key_bias)

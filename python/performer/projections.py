@@ -6,6 +6,8 @@ import math
 
 import tensorflow as tf
 
+from performer import checks
+
 
 def _normal(shape, seed):
     """Normal numbers, float64, of a seed [2]: the same with and without XLA, up to rounding.
@@ -53,8 +55,7 @@ def orthogonal_projection(rows, dim, *, scaling=0, seed, dtype=tf.float32, heads
     TensorShape([256, 64])
     """
     for name, size in (("rows", rows), ("dim", dim), ("heads", 1 if heads is None else heads)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        checks.size(name, size)
     if scaling not in (0, 1):
         raise ValueError(f"scaling must be 0 (norms drawn) or 1 (norms sqrt(dim)), got {scaling!r}")
     dtype = tf.as_dtype(dtype)

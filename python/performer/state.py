@@ -27,6 +27,14 @@ class AttentionState(NamedTuple):
 
     A plain structure: `tf.nest`, loops and functions take it apart, `state._asdict()` gives what
     `np.savez` saves, and NumPy arrays do as well as tensors.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from performer.state import AttentionState
+    >>> nothing = AttentionState(np.full([1, 2, 8], -np.inf), np.zeros([1, 2, 8, 4]), draw=0)
+    >>> sorted(nothing._asdict())
+    ['draw', 'log_mass', 'mean', 'position']
     """
 
     log_mass: tf.Tensor
@@ -66,8 +74,8 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
     >>> bool(tf.reduce_all(state.merge(some, nothing).mean == some.mean))
     True
     """
-    dtype = tf.as_dtype(first.log_mass.dtype)
-    first, second = checked_state("first", first, dtype), checked_state("second", second, dtype)
+    first = checked_state("first", first)
+    second = checked_state("second", second, first.log_mass.dtype)
     for field in ("log_mass", "mean"):
         one, two = getattr(first, field).shape, getattr(second, field).shape
         fits = one[1:].is_compatible_with(two[1:])
@@ -98,7 +106,24 @@ def empty_state(batch, heads, features, value_dim, dtype=tf.float32, draw=0) -> 
 
     Returns:
         `AttentionState` with log_mass -inf [N, G, M] and mean 0 [N, G, M, E].
+
+    Raises:
+        ValueError: a size below 0, or 0 for the features; another type.
+
+    Example:
+
+    >>> from performer import state
+    >>> state.empty_state(1, 2, 8, 4).mean.shape
+    TensorShape([1, 2, 8, 4])
     """
+    dtype = tf.as_dtype(dtype)
+    if dtype not in (tf.float32, tf.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype.name}")
+    sizes = {"batch": batch, "heads": heads, "features": features, "value_dim": value_dim}
+    for name, size in sizes.items():
+        least, known = int(name == "features"), tf.get_static_value(tf.convert_to_tensor(size))
+        if known is not None and known < least:
+            raise ValueError(f"{name} must be at least {least}, got {known}")
     return AttentionState(
         tf.fill([batch, heads, features], tf.constant(logspace.NONE, dtype)),
         tf.zeros([batch, heads, features, value_dim], dtype),
@@ -107,12 +132,12 @@ def empty_state(batch, heads, features, value_dim, dtype=tf.float32, draw=0) -> 
     )
 
 
-def checked_state(name, state, dtype, key=None, value=None, projection=None):
-    """Checks a state's own shapes, and that they fit key, value and projection where given."""
+def checked_state(name, state, dtype=None, key=None, value=None, projection=None):
+    """Checks a state's own shapes, and that it fits the type, key, value and projection given."""
     if not isinstance(state, AttentionState):
         raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")
     log_mass, mean = tf.convert_to_tensor(state.log_mass), tf.convert_to_tensor(state.mean)
-    checks.state(name, log_mass, mean, dtype)
+    checks.state(name, log_mass, mean, log_mass.dtype if dtype is None else dtype)
     if projection is not None:
         checks.same(f"{name}.log_mass", 2, log_mass, projection[0], 1, projection[1], "M")
     if key is not None:

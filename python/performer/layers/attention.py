@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from performer.checks import accumulator
 from performer.layers import masks
 from performer.layers.axes import dimensions, fold, unfold
 from performer.ops import favor_attention
@@ -51,8 +52,9 @@ def attend(
         keys = None if keys is None else masks.resize(keys, length)
     bias = features.feature_map.key_bias(folded_key)
     if dropout is not None:
-        dropped = tf.where(dropped_keys(folded_key, *dropout), -float("inf"), 0.0)
-        bias = dropped if bias is None else dropped + _by_head(bias)
+        none = tf.zeros([], accumulator(folded_key.dtype))
+        dropped = tf.where(dropped_keys(folded_key, *dropout), none - float("inf"), none)
+        bias = dropped if bias is None else dropped + _by_head(tf.cast(bias, none.dtype))
     if visibility.prefix_mask is not None:
         # The prefix is the past of every row, its own rows included; causal order is for the rest.
         prefix = masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
@@ -136,7 +138,7 @@ def _same_length(query, key):
 
 
 def _by_head(bias):
-    """A key bias as `[B', 1|G, S]`, float32 or float64."""
+    """A key bias as `[B', 1|G, S]`."""
     return bias if len(bias.shape) == 3 else bias[:, tf.newaxis]
 
 

@@ -1,10 +1,17 @@
 """What the encoder and the decoder block have in common: their arguments and the feed-forward."""
 
+import zlib
+
 import keras
 import tensorflow as tf
 
 from performer.layers.arguments import clone_initializer
 from performer.layers.performer import Performer
+
+_OF_THE_BLOCK = (
+    "num_heads", "key_dim", "dropout", "attention_method", "supports", "rotary_embedding", "seed",
+    "name", "dtype",
+)  # fmt: skip
 
 
 class Block(keras.layers.Layer):
@@ -48,6 +55,12 @@ class Block(keras.layers.Layer):
         if isinstance(rotary_embedding, dict):
             rotary_embedding = deserialize(rotary_embedding)
         self.rotary_embedding = rotary_embedding
+        taken = sorted(set(attention_options or {}) & set(_OF_THE_BLOCK))
+        if taken:
+            raise ValueError(
+                "`attention_options` must not hold what the block decides or takes as an argument "
+                f"of its own ({', '.join(_OF_THE_BLOCK)}). Received: {', '.join(taken)}"
+            )
         self.attention_options = {
             name: deserialize(value) if isinstance(value, dict) else value
             for name, value in (attention_options or {}).items()
@@ -115,9 +128,9 @@ class Block(keras.layers.Layer):
         return layer
 
     def _drop(self, name):
-        return keras.layers.Dropout(
-            self.dropout, seed=self.seed, dtype=self.dtype_policy, name=name
-        )
+        # With one seed for all, the sublayers would drop the same entries.
+        seed = None if self.seed is None else (self.seed + zlib.crc32(name.encode())) % 2**31
+        return keras.layers.Dropout(self.dropout, seed=seed, dtype=self.dtype_policy, name=name)
 
     def _kernels(self):
         """The arguments that say how a sublayer's weights begin and what holds them back."""

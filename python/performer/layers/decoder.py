@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from performer.checks import accumulator
 from performer.layers.block import Block
 from performer.layers.rotary import positions_in_runs
 
@@ -26,7 +27,8 @@ class PerformerDecoder(Block):
         delay_keys: Boolean, whether the key of a position is made of the position before it. A
             query then finds the places that followed what it has just read: an induction head
             within one layer, for which a Transformer needs two (compare the smeared keys of Olsson
-            et al., https://arxiv.org/abs/2209.11895). Defaults to `False`.
+            et al., https://arxiv.org/abs/2209.11895). Positions of padding are passed over.
+            Defaults to `False`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -48,11 +50,14 @@ class PerformerDecoder(Block):
     Returns:
         `(B, T, channels)`; with `return_state` a pair of it and the state: a dict of
         `performer.AttentionState`s "self_attention" and (with an encoder) "cross_attention", and
-        with `delay_keys` of "last" `(B, 1, channels)`, float32.
+        with `delay_keys` of "last" `(B, 1, channels)`: float32, or float64 under that policy. With
+        `return_state` cross-attention drops no keys in training.
 
     Raises:
         ValueError, RuntimeError: As `performer.Performer`; cross-attention with neither
-            `encoder_sequence` nor its state; fewer channels than heads.
+            `encoder_sequence` nor its state; masks of an encoder without `encoder_sequence`; a
+            state of other entries; fewer channels than heads.
+        TypeError: `initial_state` is no dict.
 
     Example:
 
@@ -112,7 +117,7 @@ class PerformerDecoder(Block):
             raise ValueError("`get_initial_state` needs a built layer. Received: built=False")
         state = {"self_attention": self._self_attention_layer.get_initial_state(batch_size)}
         if self.delay_keys:
-            state["last"] = tf.zeros([batch_size, 1, self._channels])
+            state["last"] = tf.zeros([batch_size, 1, self._channels], self._state_dtype())
         if encoder_sequence is not None:
             self._check_cross_attention()
             state["cross_attention"] = self._cross_attention_layer.summarize(
@@ -137,13 +142,14 @@ class PerformerDecoder(Block):
         """Self-attention, cross-attention if there is an encoder, then the feed-forward."""
         if decoder_padding_mask is None:
             decoder_padding_mask = getattr(decoder_sequence, "_keras_mask", None)
-        before = {} if initial_state is None else initial_state
+        before = self._entries(initial_state)
         after = {}
 
         def self_attention(y):
             key = None
             if self.delay_keys:
-                key, after["last"] = _delayed(y, before.get("last"), segment_ids)
+                key, last = _delayed(y, before.get("last"), segment_ids, decoder_padding_mask)
+                after["last"] = tf.cast(last, self._state_dtype())
             result = self._self_attention_layer(
                 y,
                 y,
@@ -178,9 +184,35 @@ class PerformerDecoder(Block):
         x = self._feedforward(x, training)
         return (x, after) if return_state else x
 
+    def _entries(self, state):
+        """The entries of an `initial_state`, none of None."""
+        if state is None:
+            return {}
+        if not isinstance(state, dict):
+            raise TypeError(
+                "`initial_state` must be a dict, as `get_initial_state` or a call returns it. "
+                f"Received: {type(state).__name__}"
+            )
+        needed = {"self_attention"} | ({"last"} if self.delay_keys else set())
+        if set(state) - {"cross_attention"} != needed:
+            raise ValueError(
+                f"`initial_state` must have the entries {sorted(needed)}, and may have "
+                f"'cross_attention'. Received: {sorted(state, key=str)}"
+            )
+        return state
+
+    def _state_dtype(self):
+        return accumulator(tf.as_dtype(self.compute_dtype))
+
     def _cross_attention(self, sequence, padding_mask, mask, state, training, return_state):
         """Cross-attention as a function of its query, to a pair of its output and state."""
         layer = self._cross_attention_layer
+        if sequence is None and (padding_mask is not None or mask is not None):
+            raise ValueError(
+                "`encoder_padding_mask` and `encoder_attention_mask` go with `encoder_sequence` "
+                "only; a state holds what its own mask let in. Received: a mask without "
+                "`encoder_sequence`"
+            )
         if sequence is None and state is None:
             raise ValueError(
                 "A decoder with cross-attention needs `encoder_sequence`, or the state of one in "
@@ -217,19 +249,36 @@ class PerformerDecoder(Block):
         return {**super().get_config(), "delay_keys": self.delay_keys}
 
 
-def _delayed(x, last, segment_ids):
-    """`x` `(B, L, dim)` one position later, and its last position for the next call.
+def _delayed(x, last, segment_ids, mask):
+    """For each position of `x` `(B, L, dim)` the one before it, and the last for the next call.
 
     Args:
         x: as above.
         last: what came before it, `(B, 1, dim)`; None for zeros.
         segment_ids: integers `(B, L)`: zeros come before every run of equal ones; or None.
+        mask: bool `(B, L)`, False for positions that do not count: the one before is the next one
+            back that does; or None.
     """
     if last is None:
         last = tf.zeros([tf.shape(x)[0], 1, x.shape[-1]], x.dtype)
     joined = tf.concat([tf.cast(last, x.dtype), x], 1)
-    delayed = joined[:, :-1]
+    start = None
     if segment_ids is not None:
-        starts = positions_in_runs(tf.convert_to_tensor(segment_ids)) == 0
-        delayed = tf.where(starts[..., tf.newaxis], tf.zeros_like(delayed), delayed)
-    return delayed, tf.cast(joined[:, -1, tf.newaxis], tf.float32)
+        start = tf.range(tf.shape(x)[1]) - tf.cast(
+            positions_in_runs(tf.convert_to_tensor(segment_ids)), tf.int32
+        )
+    if mask is None:
+        delayed, last = joined[:, :-1], joined[:, -1:]
+        fresh = None if start is None else tf.equal(start, tf.range(tf.shape(x)[1]))
+    else:
+        # What counts, `last` in front; its places in order; of every place the last one up to it.
+        counts = tf.pad(mask, [[0, 0], [1, 0]], constant_values=True)
+        places = tf.range(tf.shape(joined)[1])
+        places = tf.sort(tf.where(counts, places, tf.size(places)), axis=1)
+        index = tf.gather(places, tf.cumsum(tf.cast(counts, tf.int32), axis=1) - 1, batch_dims=1)
+        found = tf.gather(joined, index, axis=1, batch_dims=1)
+        delayed, last = found[:, :-1], found[:, -1:]
+        fresh = None if start is None else index[:, :-1] <= start
+    if fresh is not None:
+        delayed = tf.where(fresh[..., tf.newaxis], tf.zeros_like(delayed), delayed)
+    return delayed, last

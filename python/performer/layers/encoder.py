@@ -27,7 +27,8 @@ class PerformerEncoder(Block):
         kernel_regularizer, bias_regularizer: Of all dense layers. Default to `None`.
         attention_method, supports, rotary_embedding: As `performer.Performer`. `supports` defaults
             to 256.
-        attention_options: Dict of further arguments of `performer.Performer`.
+        attention_options: Dict of further arguments of `performer.Performer`, for the attention
+            layers; none that the block has itself.
         seed: Integer that seeds projection and dropout, or `None`.
         **kwargs: Arguments of `keras.layers.Layer`, such as `activity_regularizer`.
 
@@ -45,7 +46,8 @@ class PerformerEncoder(Block):
         `(B, L, channels)`; with `return_attention_scores` a pair of it and `(B, H, L, L)`.
 
     Raises:
-        ValueError, RuntimeError: As `performer.Performer`; fewer channels than heads.
+        ValueError, RuntimeError: As `performer.Performer`; fewer channels than heads;
+            `attention_options` that the block has itself.
 
     Example:
 

@@ -116,6 +116,7 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         RuntimeError: `'must have numbers of supports specified'`: linear without `supports`.
         ValueError: an argument outside its range; shapes, axes or masks that do not fit; in
             linear attention, a sliding window, or more scores than `dense_limit`.
+        TypeError: `initial_state` is no `AttentionState`, or one of another type.
         tf.errors.InvalidArgumentError: the last, where sizes are known only when the graph runs.
 
     Numerics:

@@ -24,7 +24,8 @@ class PositionEmbedding(keras.layers.Layer):
         to `inputs`.
 
     Raises:
-        ValueError, tf.errors.InvalidArgumentError: a position beyond `sequence_length`.
+        ValueError, tf.errors.InvalidArgumentError: a position below 0 or beyond `sequence_length`.
+            Under XLA, which asserts nothing, the vectors of such positions are NaN.
 
     Example:
 
@@ -57,14 +58,21 @@ class PositionEmbedding(keras.layers.Layer):
 
     def at(self, start_index, length, static_length=None):
         """The vectors `(length, dim)` from position `start_index` on."""
-        rule = f"positions must be below sequence_length = {self.sequence_length}"
-        start, size = tf.get_static_value(tf.convert_to_tensor(start_index)), static_length
-        if start is not None and size is not None and start + size > self.sequence_length:
+        rule = (
+            "positions from `start_index` on must be at least 0 and below sequence_length = "
+            f"{self.sequence_length}"
+        )
+        start, size = tf.get_static_value(tf.convert_to_tensor(start_index)), static_length or 0
+        if start is not None and not 0 <= start <= self.sequence_length - size:
             raise ValueError(f"{rule}. Received: start_index={start} and inputs of length {size}")
         positions = tf.range(length) + tf.cast(start_index, tf.int32)
-        check = tf.debugging.assert_less(positions, self.sequence_length, message=rule, summarize=1)
+        inside = (positions >= 0) & (positions < self.sequence_length)
+        check = tf.debugging.Assert(tf.reduce_all(inside), [rule, positions], summarize=1)
         with tf.control_dependencies([] if check is None else [check]):
-            return tf.gather(tf.convert_to_tensor(self.position_embeddings), positions)
+            table = tf.convert_to_tensor(self.position_embeddings)
+            found = tf.gather(table, tf.where(inside, positions, 0))
+            # Under XLA, which asserts nothing, NaN rather than the vector of another position.
+            return tf.where(inside[:, tf.newaxis], found, tf.cast(float("nan"), table.dtype))
 
     def compute_output_shape(self, input_shape, **kwargs):
         """The shape of the inputs."""
@@ -94,14 +102,15 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
     Call arguments:
         inputs: Integers `(B, L)`.
         start_index: Integer, position of the first of them. Defaults to 0.
-        initial_state: What an earlier call returned: the position to go on at.
+        initial_state: What an earlier call returned: the position to go on at, in place of
+            `start_index`.
         return_state: Boolean, whether to return the position after the last one, too.
 
     Returns:
         `(B, L, embedding_dim)`; with `return_state` a pair of it and the state, an int64 scalar.
 
     Raises:
-        ValueError, tf.errors.InvalidArgumentError: a position beyond `sequence_length`.
+        ValueError, tf.errors.InvalidArgumentError: As `PositionEmbedding`.
 
     Example:
 
