@@ -15,6 +15,9 @@ X = np.random.default_rng(0).normal(0, 0.7, (8, 6, 8)).astype("float32")
 
 def make_model(**options):
     options = {"num_heads": 2, "key_dim": 4, "supports": 16, "seed": 5, **options}
+    keras.utils.set_random_seed(1)
+    # The sizes of Keras's default differ among its versions, and errors with them.
+    options["kernel_initializer"] = keras.initializers.RandomNormal(stddev=0.35)
     x = keras.Input((6, 8))
     y = performer.Performer(name="first", **options)(x, x, use_causal_mask=True)
     y = keras.Sequential([keras.layers.Dense(8)])(y)

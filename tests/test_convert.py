@@ -109,6 +109,7 @@ def test_the_copy_computes_the_same_with_exact_attention(model):
     before = model.get_weights()
     copy = convert.replace_attention(model, attention_method="quadratic")
     assert "MultiHeadAttention" not in kinds(copy) and kinds(copy).count("Performer") == 3
+    assert model.compiled and not copy.compiled
     np.testing.assert_array_equal(copy([X, Y]), model([X, Y]))
     linear = convert.replace_attention(model, supports=2**14)
     error = np.sqrt(np.mean((linear([X, Y]) - model([X, Y])) ** 2))

@@ -181,3 +181,10 @@ def test_redraw_needs_a_projection():
     layer(X, X)
     with pytest.raises(ValueError, match="'quadratic'"):
         layer.redraw()
+
+
+def test_more_segments_than_max_segments():
+    layer = performer.Performer(**LINEAR, max_segments=2)
+    assert np.all(np.isfinite(layer(X, X, segment_ids=[[0, 0, 1, 1], [0, 0, 0, 0]])))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="max_segments must be at least"):
+        layer(X, X, segment_ids=[[0, 1, 2, 2], [0, 0, 0, 0]])

@@ -192,8 +192,10 @@ def test_summarize_and_read_heed_attached_masks_and_gates():
     query, value = tf.constant(normal(2, 7, 16)), tf.constant(normal(2, 9, 16, seed=1))
     query._keras_mask = tf.constant(np.arange(7) < [[5], [7]])
     value._keras_mask = tf.constant(np.arange(9) < [[4], [0]])
-    whole = layer(query, value)
-    assert_close(layer.read(query, layer.summarize(value)), whole, worst=BOUND.worst)
+    key = tf.constant(normal(2, 9, 16, seed=2))
+    for keys in ((value,), (value, key), (key, value)):  # a mask of value or of key alone, too
+        whole = layer(query, *keys)
+        assert_close(layer.read(query, layer.summarize(*keys)), whole, worst=BOUND.worst)
 
 
 def _has_gate():

@@ -64,7 +64,7 @@ def test_attention_and_gradients_are_the_same_bits(dtype, causal):
 @pytest.mark.parametrize(
     "options",
     [
-        {"feature_map": "relu", "feature_epsilon": 0.125, "scale": 0.3},
+        {"feature_map": "relu", "feature_epsilon": 1 / 7, "scale": 1 / 3},
         {"feature_map": "elu"},
         {"key_norm": False, "feature_bias": np.linspace(-1, 1, 24), "scale": 1e-3},
     ],
@@ -190,6 +190,23 @@ def test_packed_sequences_whose_number_is_known_when_the_program_runs(causal, bo
             assert_close(one, other, relative=1e-6)
 
 
+def test_the_gradient_of_packed_states_has_one_for_each_sequence():
+    def attend(ids, *inputs):
+        options = {"segment_ids": ids, "causal": True}
+        _, state = favor_attention(*inputs, **options, return_state=True)
+        with tf.GradientTape() as tape:
+            tape.watch(state[:2])
+            out = favor_attention(*inputs, **options, initial_state=state)
+        return tape.gradient(out, state[:2])
+
+    compiled = tf.function(attend, jit_compile=True)
+    inputs = [*heads(2, 5), normal(24, 8)]
+    for ids in ([[0, 0, 0, 1, 2], [0, 0, 0, 0, 0]], [[0] * 5, [1] * 5]):
+        ids = tf.constant(ids)
+        for one, other in zip(compiled(ids, *inputs), attend(ids, *inputs), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_more_packed_sequences_than_their_bound_are_refused():
     attend = tf.function(
         lambda ids, *inputs: favor_attention(*inputs, segment_ids=ids, max_segments=2),
@@ -201,10 +218,12 @@ def test_more_packed_sequences_than_their_bound_are_refused():
     assert np.all(np.isfinite(out))
 
 
-def test_a_size_known_when_the_program_runs_only_is_refused_by_name():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_size_known_when_the_program_runs_only_is_refused_by_name(axis):
     @tf.function(jit_compile=True)
     def attend(query, key, value, projection):
-        some = tf.gather(key, tf.where(key[:, 0, 0, 0] < 100)[:, 0])
+        some = tf.where((key[:, 0] if axis == 0 else key[0])[:, 0, 0] < 100)[:, 0]
+        some = tf.gather(key, some, axis=axis)
         return favor_attention(query, some, value, projection)
 
     with pytest.raises(tf.errors.UnimplementedError, match="key must have a shape that is known"):
