@@ -40,7 +40,8 @@ function(performer_without_cuda reason)
   set(performer_cuda_left_out "${reason}" PARENT_SCOPE)
 endfunction()
 
-# Finds nvcc: performer_nvcc and where it comes from.
+# Finds nvcc: performer_nvcc and where it comes from. CMAKE_CUDA_COMPILER is the caller's: what CMake
+# itself writes there is dropped below, as it may not exist when CMake runs again.
 function(performer_find_nvcc)
   set(origin "system")
   set(named "${CMAKE_CUDA_COMPILER}")
@@ -72,6 +73,14 @@ else()
       "no nvcc found. Install the CUDA toolkit or name its compiler (CUDACXX), or build with \
 PERFORMER_CUDA=ON and the wheels of tools/cuda-requirements.txt (`pip install .` fetches them).")
   else()
+    execute_process(COMMAND "${performer_nvcc}" --version
+      OUTPUT_VARIABLE performer_nvcc_version ERROR_QUIET)
+    string(REGEX MATCH "release [0-9]+\\.[0-9]+, V([0-9.]+)" performer_nvcc_version
+      "${performer_nvcc_version}")
+    set(performer_nvcc_version "${CMAKE_MATCH_1}")
+    if(NOT performer_nvcc_version)
+      set(performer_nvcc_version "of no version that it tells")
+    endif()
     get_filename_component(cuda_root "${performer_nvcc}" REALPATH)
     # A script that calls the compiler elsewhere says where with --dryrun.
     execute_process(COMMAND "${performer_nvcc}" --dryrun -c -x cu /dev/null -o /dev/null
@@ -89,6 +98,9 @@ PERFORMER_CUDA=ON and the wheels of tools/cuda-requirements.txt (`pip install .`
       targets/sbsa-linux/include)
     if(NOT nvcc_result EQUAL 0)
       performer_without_cuda("${performer_nvcc} does not run: ${dryrun}")
+    elseif(performer_nvcc_version VERSION_LESS 11.8)
+      performer_without_cuda(
+        "nvcc must be 11.8 or later; ${performer_nvcc} is ${performer_nvcc_version}")
     elseif(NOT cuda_runtime OR NOT cuda_include)
       performer_without_cuda(
         "libcudart_static.a or cuda_runtime_api.h not found beside ${performer_nvcc}")
@@ -96,20 +108,46 @@ PERFORMER_CUDA=ON and the wheels of tools/cuda-requirements.txt (`pip install .`
       # CMake links its trials against libcudart_static.a, which the wheels' nvcc looks for in lib64.
       get_filename_component(cuda_library_folder "${cuda_runtime}" DIRECTORY)
       set(ENV{LIBRARY_PATH} "${cuda_library_folder}:$ENV{LIBRARY_PATH}")
-      set(CMAKE_CUDA_COMPILER "${performer_nvcc}")
-      include(CheckLanguage)
-      check_language(CUDA)  # in a project of its own: a failure ends nothing here
-      if(NOT CMAKE_CUDA_COMPILER)
-        performer_without_cuda("${performer_nvcc} cannot compile and link a program here")
-      else()
-        enable_language(CUDA)
-        if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 11.8)
-          performer_without_cuda(
-            "nvcc must be 11.8 or later; ${performer_nvcc} is ${CMAKE_CUDA_COMPILER_VERSION}")
-        else()
-          set(performer_cuda_enabled ON)
-          set(performer_cuda_compiler "nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${performer_nvcc_origin})")
+      set(performer_nvcc_given "$CACHE{CMAKE_CUDA_COMPILER}")
+      # What CMake learned of another nvcc, which may be gone.
+      set(performer_nvcc_known "${CMAKE_PLATFORM_INFO_DIR}/CMakeCUDACompiler.cmake")
+      if(EXISTS "${performer_nvcc_known}")
+        file(STRINGS "${performer_nvcc_known}" line REGEX "^set\\(CMAKE_CUDA_COMPILER \"")
+        if(NOT line STREQUAL "set(CMAKE_CUDA_COMPILER \"${performer_nvcc}\")")
+          file(REMOVE "${performer_nvcc_known}")
         endif()
+      endif()
+      set(performer_nvcc_compiles ON)
+      if(NOT EXISTS "${performer_nvcc_known}")
+        # In a project of its own: a failure ends nothing here. That project gets everything by the
+        # environment, and nothing is tried where the variable is set.
+        set(ENV{CUDACXX} "${performer_nvcc}")
+        set(ENV{CUDAARCHS} "${CMAKE_CUDA_ARCHITECTURES}")
+        if(CMAKE_CUDA_HOST_COMPILER)
+          set(ENV{CUDAHOSTCXX} "${CMAKE_CUDA_HOST_COMPILER}")
+        endif()
+        if(CMAKE_CUDA_FLAGS)
+          set(ENV{CUDAFLAGS} "${CMAKE_CUDA_FLAGS}")
+        endif()
+        unset(CMAKE_CUDA_COMPILER)
+        unset(CMAKE_CUDA_COMPILER CACHE)
+        include(CheckLanguage)
+        check_language(CUDA)
+        if(NOT CMAKE_CUDA_COMPILER)
+          set(performer_nvcc_compiles OFF)
+        endif()
+      endif()
+      if(performer_nvcc_compiles)
+        set(CMAKE_CUDA_COMPILER "${performer_nvcc}")
+        enable_language(CUDA)
+        set(performer_cuda_enabled ON)
+        set(performer_cuda_compiler "nvcc ${performer_nvcc_version} (${performer_nvcc_origin})")
+      else()
+        performer_without_cuda("${performer_nvcc} cannot compile and link a program here")
+      endif()
+      unset(CMAKE_CUDA_COMPILER CACHE)
+      if(performer_nvcc_given)
+        set(CMAKE_CUDA_COMPILER "${performer_nvcc_given}" CACHE FILEPATH "CUDA compiler")
       endif()
     endif()
   endif()

@@ -68,6 +68,7 @@ def test_a_missing_input_is_refused(op):
     [
         ({"threads": 0}, ("threads", "at least 1", "0")),
         ({"threads": -1}, ("threads", "at least 1", "-1")),
+        ({"threads": 10**6}, ("threads", "at most 1024", "1000000")),
         ({"isa": "z80"}, ("isa", "z80")),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from kit import raw_ops
 from kit.compare import assert_close
 from kit.operators import forms
 from kit.xla import needs_xla
@@ -228,6 +229,22 @@ def test_a_size_known_when_the_program_runs_only_is_refused_by_name(axis):
 
     with pytest.raises(tf.errors.UnimplementedError, match="key must have a shape that is known"):
         attend(*heads(2, 3), normal(24, 8))
+
+
+def test_a_wrong_rank_is_refused_where_the_number_of_sequences_is_not_known():
+    @tf.function(jit_compile=True, input_signature=[tf.TensorSpec(None), tf.TensorSpec([None])])
+    def summarize(key, starts):
+        offsets = tf.where(starts >= 0)[:, 0]  # a bound of its size is known
+        value, projection, bias = (tf.zeros(s) for s in ((1, 3, 1, 2), (1, 4, 2), (1, 1, 1)))
+        return raw_ops.function("Summarize")(key, value, projection, bias, offsets, packed=True)[1]
+
+    starts = tf.constant([0.0, -1.0, -1.0, 3.0])  # offsets 0 and 3
+    for shape in ((3,), (), (3, 2)):
+        with pytest.raises(
+            tf.errors.InvalidArgumentError, match=r"key must have .*rank 4; got rank"
+        ):
+            summarize(tf.zeros(shape), starts)
+    assert summarize(tf.zeros((1, 3, 1, 2)), starts).shape == (1, 1, 4, 2)
 
 
 def test_bad_shapes_get_the_sentence_they_get_without_xla():

@@ -1,5 +1,6 @@
 // Python module performer._core: the operators on NumPy arrays, without TensorFlow.
 #include <algorithm>
+#include <system_error>
 #include <thread>
 
 #include "bindings/arrays.h"
@@ -14,25 +15,41 @@ namespace {
 
 using namespace bindings;
 
-// `threads` threads, each with an equal share of the items.
-cpu::Threads MakeThreads(int threads) {
+// Every parallel loop starts its threads anew.
+constexpr int64_t kMaxThreads = 1024;
+
+// `threads` threads, or one for each item where these are fewer, with equal shares of the items.
+cpu::Threads MakeThreads(int64_t threads) {
   const auto parallel_for = [threads](int64_t count, int64_t,
                                       const std::function<void(int64_t, int64_t)>& body) {
+    if (count == 0) return;
+    const int64_t shares = std::min(threads, count), size = count / shares, rest = count % shares;
+    const auto run = [&](int64_t share) {
+      const int64_t begin = size * share + std::min(share, rest);
+      body(begin, begin + size + (share < rest ? 1 : 0));
+    };
     std::vector<std::thread> workers;
-    for (int t = 1; t < threads; ++t)
-      workers.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads); });
-    body(0, count / threads);
+    workers.reserve(shares - 1);
+    int64_t started = 1;
+    try {
+      for (; started < shares; ++started) workers.emplace_back(run, started);
+    } catch (const std::system_error&) {
+      // The system gives no more threads: this one does what they would have done.
+    }
+    run(0);
+    for (int64_t share = started; share < shares; ++share) run(share);
     for (std::thread& worker : workers) worker.join();
   };
   return {threads, parallel_for};
 }
 
 py::dict Run(const std::string& name, const py::dict& given, const std::string& feature_map,
-             float scale, bool key_norm, float feature_epsilon, bool packed, int threads,
+             float scale, bool key_norm, float feature_epsilon, bool packed, int64_t threads,
              const std::string& isa) {
   FindOp(name);
-  if (threads < 1)
-    throw py::value_error("threads must be at least 1; got " + std::to_string(threads));
+  if (threads < 1 || threads > kMaxThreads)
+    throw py::value_error("threads must be at least 1 and at most " + std::to_string(kMaxThreads) +
+                          "; got " + std::to_string(threads));
   const ArrayCall made =
       MakeArrayCall(name, given, feature_map, scale, key_norm, feature_epsilon, packed);
   Status status;
@@ -100,7 +117,7 @@ PYBIND11_MODULE(_core, module) {
              "Runs one operator (\"Summarize\", ..., \"CausalGrad\") on a dict of arrays by input "
              "name; returns a dict of its outputs.\n\n"
              "scale and feature_epsilon are rounded to float32, as the attributes of the "
-             "TensorFlow ops are.\n"
+             "TensorFlow ops are. threads: at most 1024.\n"
              "Raises ValueError for a wrong argument and MemoryError.");
   module.def("signature", performer::SignatureDict, arg("op"),
              "Names, types and shapes of an operator's inputs and outputs.");

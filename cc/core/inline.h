@@ -5,7 +5,7 @@
 #define PERFORMER_INLINE inline __attribute__((always_inline))
 
 // Bodies of loops over tiles (tile.h). A body that is called, not inlined, keeps its tile in
-// memory: a third of the rate.
+// memory instead of registers.
 #define PERFORMER_TILE_BODY __attribute__((always_inline))
 
 // For products: what is inlined into larger code loses registers to it.

@@ -19,7 +19,8 @@ class BackwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(total.Start(params.keys.projection_heads, w_.m, w_.d, w_.d_pad));
-    const WorkList list = KeySegments();
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(KeySegments(&list));
     const auto run = [&](const Slice& slice, Acc* partial) {
       return kernels_.summarize_grad(params, projection.get(), slice, key_bias.get(), partial);
     };
@@ -44,7 +45,8 @@ class BackwardDriver : public Driver<Acc> {
         Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
     PERFORMER_RETURN_IF_ERROR(total.Start(params.queries.projection_heads, w_.m, w_.d, w_.d_pad));
     PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, w_.m, 1, 1));
-    const WorkList list = Divide(call_, dims_.heads, dims_.queries, false, SegmentRows);
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(Divide(call_, dims_.heads, dims_.queries, false, SegmentRows, &list));
     std::fill_n(static_cast<Acc*>(params.grad_state.log_mass),
                 dims_.sequences * dims_.groups * w_.m, Acc(0));
     std::fill_n(static_cast<Acc*>(params.grad_state.mean),
@@ -90,7 +92,8 @@ class BackwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, w_.m, 1, 1));
     PERFORMER_RETURN_IF_ERROR(log_mass.Start(states, w_.m, 1, 1));
     PERFORMER_RETURN_IF_ERROR(mean.Start(states, w_.m, w_.e, w_.e_pad));
-    const WorkList list = WholeSequences();
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
     const int64_t group = GroupSize(dims_), size = CausalGradPartial<Acc>::Size(w_, group);
     const auto run = [&](const Slice& slice, Acc* partial) {
       return kernels_.causal_grad(params, query_projection.get(), key_projection.get(), slice,
@@ -131,8 +134,7 @@ class BackwardDriver : public Driver<Acc> {
  private:
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::parallel_for_;
-  using Base::Cost, Base::Count, Base::KeySegments, Base::Pack, Base::WholeSequences,
-      Base::RootScale;
+  using Base::Cost, Base::KeySegments, Base::Pack, Base::WholeSequences, Base::RootScale;
 
   // fold(row) for every row (landmark) of the totals, in parallel.
   template <class Fold>

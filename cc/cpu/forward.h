@@ -15,7 +15,8 @@ class ForwardDriver : public Driver<Acc> {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
-    const WorkList list = KeySegments();
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(KeySegments(&list));
     const auto run = [&](const Slice& slice, Acc* partial) {
       return kernels_.summarize(params, projection.get(), slice,
                                 SummaryPartial<Acc>::At(partial, w_));
@@ -40,10 +41,11 @@ class ForwardDriver : public Driver<Acc> {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
-    const WorkList list =
-        Divide(call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSegmentUnit; });
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(Divide(
+        call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSegmentUnit; }, &list));
     const bool ok =
-        ForEachItem(list, 0, Count(list), Cost(4), parallel_for_, [&](const Slice& slice, int64_t) {
+        ForEachItem(list, 0, list.count, Cost(4), parallel_for_, [&](const Slice& slice, int64_t) {
           return kernels_.read(params, projection.get(), slice);
         });
     return ok ? Status() : Status::ResourceExhausted(kNoScratch);
@@ -55,9 +57,10 @@ class ForwardDriver : public Driver<Acc> {
 
  private:
   Status CausalStep(const CausalParams& params) {
-    const WorkList list = WholeSequences();
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
     const bool ok =
-        ForEachItem(list, 0, Count(list), Cost(8), parallel_for_,
+        ForEachItem(list, 0, list.count, Cost(8), parallel_for_,
                     [&](const Slice& slice, int64_t) { return kernels_.step(params, slice); });
     return ok ? Status() : Status::ResourceExhausted(kNoScratch);
   }
@@ -68,12 +71,13 @@ class ForwardDriver : public Driver<Acc> {
         Pack(params.queries.projection, params.queries.projection_heads, true, &query_projection));
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
-    const WorkList list = WholeSequences();
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
     if (CausalPipeline<Acc>::Pays(list, w_, threads_))
       return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())
           .Run(list, threads_, Cost(8));
     const bool ok =
-        ForEachItem(list, 0, Count(list), Cost(8), parallel_for_, [&](const Slice& slice, int64_t) {
+        ForEachItem(list, 0, list.count, Cost(8), parallel_for_, [&](const Slice& slice, int64_t) {
           return kernels_.causal(params, query_projection.get(), key_projection.get(), slice);
         });
     return ok ? Status() : Status::ResourceExhausted(kNoScratch);
@@ -81,18 +85,17 @@ class ForwardDriver : public Driver<Acc> {
 
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::threads_, Base::parallel_for_;
-  using Base::Cost, Base::Count, Base::KeySegments, Base::Pack, Base::WholeSequences;
+  using Base::Cost, Base::KeySegments, Base::Pack, Base::WholeSequences;
 
   // body(begin, end) for the items of every sequence and head among [first, last), in parallel.
   template <class Body>
   void ForPairs(const WorkList& list, int64_t first, int64_t last, Body body) const {
-    const auto begin =
-        std::upper_bound(list.ends.begin(), list.ends.end(), first) - list.ends.begin();
-    const auto end =
-        std::lower_bound(list.ends.begin(), list.ends.end(), last) - list.ends.begin() + 1;
+    const int64_t* const ends = list.ends.get();
+    const int64_t begin = std::upper_bound(ends, ends + list.pairs, first) - ends;
+    const int64_t end = std::lower_bound(ends, ends + list.pairs, last) - ends + 1;
     parallel_for_(end - begin, 2 * w_.m * w_.e + 1, [&](int64_t from, int64_t to) {
       for (int64_t pair = begin + from; pair < begin + to; ++pair)
-        body(pair == 0 ? 0 : list.ends[pair - 1], list.ends[pair]);
+        body(pair == 0 ? 0 : ends[pair - 1], ends[pair]);
     });
   }
 };

@@ -16,7 +16,7 @@ namespace cpu {
 
 // For all windows, which should stay in the last cache on the way from thread to thread. As the
 // work on a piece grows like its size, it also fixes the work of a step, after which threads have
-// to come together: about half a millisecond with AVX-512.
+// to come together.
 inline constexpr int64_t kPipelineBytes = 8 << 20;
 
 template <class Acc>
@@ -24,8 +24,7 @@ class CausalPipeline {
  public:
   // True where threads would idle otherwise and a sequence would fill the windows.
   static bool Pays(const WorkList& list, const Widths& w, const Threads& threads) {
-    return static_cast<int64_t>(list.slices.size()) < threads.count &&
-           LongestChunks(list) >= Slots(w, 1);
+    return list.count < threads.count && LongestChunks(list) >= Slots(w, 1);
   }
 
   CausalPipeline(const CausalParams& params, const Kernels<Acc>& kernels,
@@ -59,7 +58,8 @@ class CausalPipeline {
  private:
   static int64_t LongestChunks(const WorkList& list) {
     int64_t rows = 0;
-    for (const Slice& slice : list.slices) rows = std::max(rows, slice.end - slice.begin);
+    for (int64_t i = 0; i < list.count; ++i)
+      rows = std::max(rows, list.slices[i].end - list.slices[i].begin);
     return rows / kCausalChunk;
   }
   // Pieces of a window.
@@ -71,7 +71,7 @@ class CausalPipeline {
   CausalWindow<Acc>& Window(int64_t chain, int which) const { return windows_[2 * chain + which]; }
 
   Status Place(const WorkList& list) {
-    count_ = static_cast<int64_t>(list.slices.size());
+    count_ = list.count;
     const int64_t slot = CausalWindow<Acc>::SlotSize(w_), state = SummaryPartial<Acc>::Size(w_);
     slots_ = Slots(w_, count_);
     PERFORMER_RETURN_IF_ERROR(Allocate(count_, "chains of keys", &chains_));

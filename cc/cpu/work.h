@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
-#include <vector>
 
 #include "core/chunks.h"
 #include "cpu/layout.h"
@@ -35,30 +34,61 @@ Status Allocate(int64_t count, const char* purpose, Buffer<T>* buffer) {
 }
 
 // Work items of a call, ordered by sequence, head and row; `ends` marks where each sequence and
-// head ends in the list.
+// head that has items ends in the list.
 struct WorkList {
-  std::vector<Slice> slices;
-  std::vector<int64_t> ends;
+  Buffer<Slice> slices;
+  Buffer<int64_t> ends;
+  int64_t count = 0, pairs = 0;  // slices; ends
 };
 
 // One item for each sequence, head and block of `rows_of(length)` rows. A sequence without rows has
-// one empty item if `keep_empty`.
+// one empty item if `keep_empty`, else none.
 template <class RowsOf>
-WorkList Divide(const Common& call, int64_t heads, int64_t rows_per_batch, bool keep_empty,
-                RowsOf rows_of) {
-  WorkList list;
-  for (int64_t n = 0; n < call.dims.sequences; ++n) {
-    const int64_t begin = call.offsets ? call.offsets[n] : n * rows_per_batch;
-    const int64_t end = call.offsets ? call.offsets[n + 1] : begin + rows_per_batch;
-    const int64_t block = rows_of(end - begin);
-    for (int64_t head = 0; head < heads; ++head) {
-      if (begin == end && keep_empty) list.slices.push_back({n, head, begin, end});
-      for (int64_t row = begin; row < end; row += block)
-        list.slices.push_back({n, head, row, std::min(row + block, end)});
-      list.ends.push_back(static_cast<int64_t>(list.slices.size()));
+Status Divide(const Common& call, int64_t heads, int64_t rows_per_batch, bool keep_empty,
+              RowsOf rows_of, WorkList* list) {
+  const int64_t sequences = call.dims.sequences;
+  const auto blocks_of = [&](int64_t rows) {
+    const int64_t block = rows_of(rows);
+    return rows > 0 ? (rows - 1) / block + 1 : int64_t{keep_empty};
+  };
+  int64_t blocks = 0, used = 0;  // of all sequences for one head; sequences that have some
+  bool overflow = false;
+  if (call.offsets == nullptr) {
+    const int64_t each = blocks_of(rows_per_batch);
+    overflow = __builtin_mul_overflow(sequences, each, &blocks);
+    used = each > 0 ? sequences : 0;
+  } else {
+    for (int64_t n = 0; n < sequences; ++n) {
+      const int64_t each = blocks_of(call.offsets[n + 1] - call.offsets[n]);
+      blocks += each;
+      used += each > 0;
     }
   }
-  return list;
+  overflow |= __builtin_mul_overflow(blocks, heads, &list->count);
+  if (overflow) return Status::ResourceExhausted("out of memory: 2**63 or more work items");
+  list->pairs = used * heads;
+  PERFORMER_RETURN_IF_ERROR(Allocate(list->count, "work items", &list->slices));
+  PERFORMER_RETURN_IF_ERROR(Allocate(list->pairs, "ends of work items", &list->ends));
+  if (list->count == 0) return Status();
+
+  Slice* slice = list->slices.get();
+  int64_t* pair_end = list->ends.get();
+  for (int64_t n = 0; n < sequences; ++n) {
+    const int64_t begin = call.offsets ? call.offsets[n] : n * rows_per_batch;
+    const int64_t end = call.offsets ? call.offsets[n + 1] : begin + rows_per_batch;
+    if (begin == end && !keep_empty) continue;
+    const int64_t block = rows_of(end - begin);
+    for (int64_t head = 0; head < heads; ++head) {
+      int64_t row = begin;
+      do {
+        const int64_t next = std::min(row + block, end);
+        *slice++ = {n, head, row, next};
+        row = next;
+      } while (row < end);
+      *pair_end++ = slice - list->slices.get();
+    }
+  }
+  return Status();
 }
 
 // Runs body(item, i) for the items [first, last) in parallel; false if one of them returned false.
@@ -85,15 +115,14 @@ inline constexpr int64_t kWaveBytes = 32 << 20;
 template <class Acc, class Body, class Fold>
 Status ForWaves(const WorkList& list, int64_t size, int64_t cost_per_row,
                 const ParallelFor& parallel_for, Body body, Fold fold) {
-  const int64_t items = static_cast<int64_t>(list.slices.size());
   const int64_t fit = kWaveBytes / (size * static_cast<int64_t>(sizeof(Acc)));
-  const int64_t most = std::min(std::max(fit, kMaxSegments), items);
+  const int64_t most = std::min(std::max(fit, kMaxSegments), list.count);
   Buffer<Acc> partials;
   PERFORMER_RETURN_IF_ERROR(Allocate(most * size, "partial results", &partials));
-  for (size_t pair = 0; pair < list.ends.size();) {
+  for (int64_t pair = 0; pair < list.pairs;) {
     const int64_t first = pair == 0 ? 0 : list.ends[pair - 1];
     int64_t last = list.ends[pair++];
-    while (pair < list.ends.size() && list.ends[pair] - first <= most) last = list.ends[pair++];
+    while (pair < list.pairs && list.ends[pair] - first <= most) last = list.ends[pair++];
     const auto run = [&](const Slice& slice, int64_t i) {
       return body(slice, partials.get() + i * size);
     };

@@ -39,7 +39,8 @@ xla::Shape RowMajor(xla::PrimitiveType type, const std::vector<int64_t>& dims) {
 // the last are empty, and the results are cut. For each input with such an N, by name:
 using Counts = std::map<std::string, xla::XlaOp>;
 
-// Fills an input up to the bound, and notes its count. `rows` is where empty sequences lie.
+// Fills an input of known rank up to the bound, and notes its count. `rows` is where empty
+// sequences lie.
 absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows, xla::XlaOp* input,
                  Counts* counts) {
   const std::string letter(argument.shape, std::strcspn(argument.shape, " "));
@@ -85,23 +86,28 @@ class PerformerXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* context) override {
-    std::vector<xla::XlaOp> operands;
-    std::vector<xla::Shape> operand_shapes;
+    std::vector<xla::Shape> given;
     std::vector<Shape> inputs, outputs;
-    Counts counts;
     for (int i = 0; i < context->num_inputs(); ++i) {
       const auto shape = context->InputXlaShape(i);
       OP_REQUIRES_OK(context, shape.status());
       const auto dims = shape->dimensions();
       inputs.push_back({true, {dims.begin(), dims.end()}});
-      operands.push_back(context->Input(i));
-      operand_shapes.push_back(RowMajor(shape->element_type(), inputs.back().dims));
-      if (shape->is_dynamic())
-        OP_REQUIRES_OK(context, Pad(SignatureOf(op).inputs[i], *shape, inputs[0].dims[1],
-                                    &operands.back(), &counts));
+      given.push_back(*shape);
     }
     Dims dims;
     OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, inputs, &dims, &outputs)));
+
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> operand_shapes;
+    Counts counts;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      operands.push_back(context->Input(i));
+      operand_shapes.push_back(RowMajor(given[i].element_type(), inputs[i].dims));
+      if (given[i].is_dynamic())
+        OP_REQUIRES_OK(context, Pad(SignatureOf(op).inputs[i], given[i], inputs[0].dims[1],
+                                    &operands.back(), &counts));
+    }
     std::vector<xla::Shape> results;
     for (size_t i = 0; i < outputs.size(); ++i)
       results.push_back(RowMajor(context->output_xla_type(static_cast<int>(i)), outputs[i].dims));
