@@ -231,6 +231,15 @@ def summarize(inputs=INPUTS, allocate=lambda size: 256, **options):
             },
             "key dimension D must be at most 128",
         ),
+        (
+            {
+                "key": (256, (1, 8, 65536, 16), "float32"),
+                "value": (256, (1, 8, 65536, 16), "float32"),
+            },
+            "number of key and value heads G must be at most 65535 on a GPU; got 65536",
+        ),
+        ({"key": (256, (1, -1, 2, 16), "float32")}, r"key must have .* at least 0; got .*1, -1, 2"),
+        ({"offsets": (0, (-1,), "int64")}, r"offsets must have .* at least 0; got .*-1"),
     ],
 )
 def test_wrong_calls_on_device_memory_are_refused(changes, message):
@@ -249,6 +258,12 @@ def test_unknown_options_of_calls_on_device_memory_are_refused():
 def test_a_gpu_without_memory_is_a_memory_error():
     with pytest.raises(MemoryError, match="out of GPU memory"):
         summarize(allocate=lambda size: 0)
+
+
+@needs_kernels
+def test_memory_that_the_kernels_cannot_use_is_refused():
+    with pytest.raises(RuntimeError, match=r"GPU memory must be aligned to 16 bytes; .*gave 264"):
+        summarize(allocate=lambda size: 264)
 
 
 @needs_kernels

@@ -84,23 +84,22 @@ Call CheckedCall(Op op, const Attributes& attributes, const Find& find,
   const Signature& signature = SignatureOf(op);
   Call call;
   call.attributes = attributes;
-  const int64_t* offsets = nullptr;
   for (const Argument& argument : signature.inputs) {
     const Tensor tensor = find(argument.name);
     if (&argument == &signature.inputs[0]) call.dtype = ParseDType(argument.name, tensor.dtype);
     if (tensor.dtype != TypeName(call.dtype, argument.type))
       throw py::value_error(std::string(argument.name) + " must have dtype " +
                             TypeName(call.dtype, argument.type) + "; got " + tensor.dtype);
+    for (const int64_t dim : tensor.shape.dims)
+      if (dim < 0)  // -1 would pass as a dimension that is not known yet
+        throw py::value_error(std::string(argument.name) +
+                              " must have dimensions of at least 0; got shape " +
+                              std::string(py::str(py::cast(tensor.shape.dims))));
     call.input_shapes.push_back(tensor.shape);
     call.inputs.push_back(tensor.data);
-    if (argument.type == ArgumentType::kOffsets) offsets = static_cast<const int64_t*>(tensor.data);
   }
   ThrowIfError(InferShapes(op, attributes, call.input_shapes, &call.dims, output_shapes));
-  if (attributes.packed) {
-    const bool reads = op == Op::kRead || op == Op::kReadGrad;
-    ThrowIfError(
-        ValidateOffsets(offsets, call.dims.sequences, reads ? call.dims.queries : call.dims.keys));
-  }
+  ThrowIfError(CheckOffsets(op, call));
   return call;
 }
 

@@ -29,8 +29,7 @@ py::list Gpus() {
   return list;
 }
 
-// Allocates outputs and workspace through Python: one function for both, so that a caller's
-// allocator owns every byte.
+// Outputs and workspace are allocated through Python, so that a caller's allocator owns every byte.
 py::dict RunOnGpu(const std::string& name, const std::map<std::string, GivenTensor>& given,
                   const py::function& make_output, const py::function& allocate, uintptr_t stream,
                   const std::string& feature_map, float scale, bool key_norm, float feature_epsilon,
@@ -88,7 +87,7 @@ void DefineGpu(py::module_& module) {
       "inputs: by name (address, shape, dtype), contiguous, in the memory of the GPU; \"offsets\" "
       "in that of the host. make_output(shape, dtype) gives (object, address) for each output; "
       "the objects are returned by name. allocate(bytes) gives the address of workspace, aligned "
-      "to 256, that lives until the stream has passed the call, or 0. stream: address of a "
+      "to 16, that lives until the stream has passed the call, or 0. stream: address of a "
       "CUstream, 0 the default one. The addresses are trusted.\n"
       "Raises ValueError for a wrong argument, MemoryError, and RuntimeError with CUDA's text.");
 #else

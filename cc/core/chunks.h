@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "core/indices.h"
+
 namespace performer {
 
 // Rows a kernel handles at a time: the log-features of a chunk stay in L2 (M = 256: 96 rows are 100
@@ -24,11 +26,9 @@ inline constexpr int64_t kMaxSegments = 16;  // bounds the memory of partial res
 static_assert(kSegmentUnit % kSummarizeChunk == 0 && kSegmentUnit % kReadChunk == 0 &&
               kSegmentUnit % kGradChunk == 0);
 
-// Rows of a segment in a sequence of `rows`: the smallest multiple of kSegmentUnit that gives at
-// most kMaxSegments segments.
+// Rows of a segment in a sequence of `rows`.
 inline constexpr int64_t SegmentRows(int64_t rows) {
-  const int64_t units = (rows + kSegmentUnit * kMaxSegments - 1) / (kSegmentUnit * kMaxSegments);
-  return kSegmentUnit * (units > 0 ? units : 1);
+  return RowsPerSegment(rows, kSegmentUnit, kMaxSegments);
 }
 
 }  // namespace performer

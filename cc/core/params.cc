@@ -61,12 +61,9 @@ class Arguments {
 
 Status CheckOffsets(Op op, const Call& call) {
   if (!call.attributes.packed) return Status();
-  const std::vector<Argument>& inputs = SignatureOf(op).inputs;
-  size_t at = 0;
-  while (inputs[at].type != ArgumentType::kOffsets) ++at;
   const bool reads = op == Op::kRead || op == Op::kReadGrad;
-  return ValidateOffsets(static_cast<const int64_t*>(call.inputs[at]), call.dims.sequences,
-                         reads ? call.dims.queries : call.dims.keys);
+  return ValidateOffsets(static_cast<const int64_t*>(call.inputs[OffsetsIndex(op)]),
+                         call.dims.sequences, reads ? call.dims.queries : call.dims.keys);
 }
 
 SummarizeParams MakeSummarizeParams(const Call& call) {

@@ -195,6 +195,13 @@ const Signature& SignatureOf(Op op) {
   return signatures[static_cast<size_t>(op)];
 }
 
+size_t OffsetsIndex(Op op) {
+  const std::vector<Argument>& inputs = SignatureOf(op).inputs;
+  size_t index = 0;
+  while (inputs[index].type != ArgumentType::kOffsets) ++index;
+  return index;
+}
+
 Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>& inputs,
                    Dims* dims, std::vector<Shape>* outputs) {
   const Signature& signature = SignatureOf(op);

@@ -6,6 +6,7 @@
 // wrong argument gets the same sentence everywhere.
 #pragma once
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -38,6 +39,9 @@ struct Signature {
 };
 
 const Signature& SignatureOf(Op op);
+
+// Where "offsets" stands among an operator's inputs; all of them have it.
+size_t OffsetsIndex(Op op);
 
 // Sizes of one call; kUnknown where not known. Letters an operator does not use are 0.
 struct Dims {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/indices.h"
 #include "core/inline.h"
 #include "core/params.h"
 
@@ -15,10 +16,6 @@ inline constexpr int64_t kPanel =
 
 template <class Acc>
 constexpr int64_t kPad = kAlignment / static_cast<int64_t>(sizeof(Acc));
-
-PERFORMER_INLINE constexpr int64_t RoundUp(int64_t n, int64_t unit) {
-  return (n + unit - 1) / unit * unit;
-}
 
 // Widths of rows in scratch memory: padded to whole vectors, the padding is zero.
 struct Widths {
@@ -104,7 +101,7 @@ PERFORMER_INLINE int64_t GroupSize(const Dims& dims) { return dims.heads / dims.
 
 // Index of query head `head` in a tensor with `count` heads: 1, G or H.
 PERFORMER_INLINE int64_t QueryHeadIndex(int64_t count, int64_t head, const Dims& dims) {
-  return count == 1 ? 0 : count == dims.heads ? head : head / GroupSize(dims);
+  return performer::QueryHeadIndex(count, head, dims.heads, head / GroupSize(dims));
 }
 
 // A work item: rows [begin, end) of one sequence and one head, rows counted through the whole

@@ -21,7 +21,7 @@ class Arena {
   template <class T>
   T* Take(int64_t count) {
     char* at = block_ == nullptr ? nullptr : block_ + used_;
-    used_ += RoundUpBytes(count * static_cast<int64_t>(sizeof(T)));
+    used_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), kAlignment);
     return reinterpret_cast<T*>(at);
   }
   bool Allocate() {
@@ -35,10 +35,6 @@ class Arena {
   }
 
  private:
-  static int64_t RoundUpBytes(int64_t bytes) {
-    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  }
-
   char* block_ = nullptr;
   int64_t used_ = 0;
 };

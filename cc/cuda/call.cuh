@@ -1,5 +1,5 @@
-// Kernel parameters that several kernels share: what CallParams of the core say, in the form in
-// which a block uses it. Plain data, prepared by the launchers (launch.h).
+// Kernel parameters that several kernels share: what the core's parameters (core/params.h) say, in
+// the form in which a block uses it. Plain data, prepared by the launchers (operands.h).
 #pragma once
 #include "core/attributes.h"
 #include "cuda/plan.h"
@@ -61,12 +61,6 @@ struct Projection {
     return data + head * m_pad * width;
   }
 };
-
-// Index of query head `head` in a tensor with `count` heads: 1, G or H.
-PERFORMER_HOST_DEVICE inline int64_t QueryHeadIndex(int64_t count, int64_t head, int64_t heads,
-                                                    int64_t group) {
-  return count == 1 ? 0 : count == heads ? head : group;
-}
 
 // log phi in units of root, from the product x = w . k (kRelu, kElu).
 PERFORMER_DEVICE float MappedLogit(const Map& map, float x) {

@@ -43,7 +43,13 @@ class Launcher {
     *to = nullptr;
     if (count == 0) return Status();
     *to = static_cast<T*>(device_.allocate(static_cast<size_t>(bytes)));
-    return *to == nullptr ? OutOfMemory(bytes, purpose) : Status();
+    if (*to == nullptr) return OutOfMemory(bytes, purpose);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(*to);
+    if (address % kWorkspaceAlignment != 0)
+      return Status::Internal("GPU memory must be aligned to " +
+                              std::to_string(kWorkspaceAlignment) + " bytes; the allocator gave " +
+                              std::to_string(address) + " for " + purpose);
+    return Status();
   }
 
   // A copy of numbers of the host, which may be freed afterwards.

@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define PERFORMER_HOST_DEVICE __host__ __device__
-#else
-#define PERFORMER_HOST_DEVICE
-#endif
+#include "core/indices.h"
 
 namespace performer {
 namespace cuda {
@@ -17,18 +13,9 @@ namespace cuda {
 inline constexpr int64_t kSegmentUnit = 1024;
 inline constexpr int64_t kMaxSegments = 32;
 
-PERFORMER_HOST_DEVICE inline constexpr int64_t CeilDiv(int64_t n, int64_t unit) {
-  return (n + unit - 1) / unit;
-}
-PERFORMER_HOST_DEVICE inline constexpr int64_t RoundUp(int64_t n, int64_t unit) {
-  return CeilDiv(n, unit) * unit;
-}
-
-// Rows of a segment in a sequence of `rows`: the smallest multiple of kSegmentUnit that gives at
-// most kMaxSegments segments.
+// Rows of a segment in a sequence of `rows`.
 PERFORMER_HOST_DEVICE inline constexpr int64_t SegmentRows(int64_t rows) {
-  const int64_t units = CeilDiv(rows, kSegmentUnit * kMaxSegments);
-  return kSegmentUnit * (units > 0 ? units : 1);
+  return RowsPerSegment(rows, kSegmentUnit, kMaxSegments);
 }
 
 // What a kernel's blocks run over along the rows of all sequences.

@@ -30,14 +30,15 @@ Status Supports(Op, DType dtype, const Dims& dims) {
   if (dtype == DType::kFloat64)
     return Status::InvalidArgument(
         "the CUDA kernels take float32, bfloat16 and half; got float64, which runs on the CPU");
-  const auto check = [](const char* name, int64_t width) {
-    if (width <= kMaxHeadWidth) return Status();
-    return Status::InvalidArgument(std::string(name) + " must be at most " +
-                                   std::to_string(kMaxHeadWidth) + " on a GPU; got " +
-                                   std::to_string(width));
+  const auto check = [](const char* name, int64_t size, int64_t most) {
+    if (size <= most) return Status();
+    return Status::InvalidArgument(std::string(name) + " must be at most " + std::to_string(most) +
+                                   " on a GPU; got " + std::to_string(size));
   };
-  PERFORMER_RETURN_IF_ERROR(check("key dimension D", dims.key_dim));
-  return check("value dimension E", dims.value_dim);
+  PERFORMER_RETURN_IF_ERROR(check("key dimension D", dims.key_dim, kMaxHeadWidth));
+  PERFORMER_RETURN_IF_ERROR(check("value dimension E", dims.value_dim, kMaxHeadWidth));
+  PERFORMER_RETURN_IF_ERROR(check("number of query heads H", dims.heads, kMaxHeads));
+  return check("number of key and value heads G", dims.groups, kMaxHeads);
 }
 
 Status Run(Op op, const Call& call, const Device& device) {

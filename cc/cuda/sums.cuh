@@ -7,7 +7,7 @@ namespace cuda {
 
 inline constexpr int64_t kSumTerms = 32;
 
-// to [outer][chunks][size] = factor * sums over kSumTerms of from [outer][terms][size]; one thread
+// to [outer][chunks][size] = sums over kSumTerms of from [outer][terms][size]; one thread
 // for each result.
 struct SumParams {
   const float* from = nullptr;

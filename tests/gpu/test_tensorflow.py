@@ -6,6 +6,7 @@ Needs TensorFlow with a GPU and the ops built with the GPU kernels.
 """
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -100,7 +101,11 @@ def attend(device, causal, dtype, function=lambda f: f):
 
 @forms
 @dtypes
-@pytest.mark.parametrize("function", [lambda f: f, tf.function], ids=["eager", "tf.function"])
+@pytest.mark.parametrize(
+    "function",
+    [lambda f: f, tf.function, partial(tf.function, jit_compile=True)],
+    ids=["eager", "tf.function", "jit_compile"],
+)
 def test_gradients_agree_with_the_cpu(causal, dtype, function):
     rms = 2 * tolerances(dtype, causal=causal).gradient_rms
     out, gradients = attend("/GPU:0", causal, dtype, function)

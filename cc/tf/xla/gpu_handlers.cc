@@ -16,13 +16,11 @@ namespace {
 // waits for the stream. Returns the call with `offsets`, which must outlive it, in their place.
 Status FetchOffsets(Op op, CUstream_st* stream, std::vector<int64_t>* offsets, Call* call) {
   if (!call->attributes.packed) return Status();
-  const std::vector<Argument>& inputs = SignatureOf(op).inputs;
-  size_t at = 0;
-  while (inputs[at].type != ArgumentType::kOffsets) ++at;
+  const void** input = &call->inputs[OffsetsIndex(op)];
   offsets->resize(call->dims.sequences + 1);
-  PERFORMER_RETURN_IF_ERROR(cuda::CopyToHost(call->inputs[at], offsets->size() * sizeof(int64_t),
-                                             stream, offsets->data()));
-  call->inputs[at] = offsets->data();
+  PERFORMER_RETURN_IF_ERROR(
+      cuda::CopyToHost(*input, offsets->size() * sizeof(int64_t), stream, offsets->data()));
+  *input = offsets->data();
   return CheckOffsets(op, *call);
 }
 
@@ -41,7 +39,7 @@ ffi::Error RunOnGpu(CUstream_st* stream, ffi::ScratchAllocator scratch,
     // XLA reuses memory in the order of the stream, so that the workspace may be given back on
     // return, while kernels that use it still wait for their turn.
     const auto allocate = [&](size_t bytes) {
-      return scratch.Allocate(bytes, 256).value_or(nullptr);
+      return scratch.Allocate(bytes, cuda::kWorkspaceAlignment).value_or(nullptr);
     };
     return cuda::Run(op, call, {stream, allocate});
   };
