@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find cc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help build demo test lint format reference clean distclean environment
+.PHONY: help build demo test lint format reference clean distclean environment always
 
 help:
 	@echo "make demo       train a byte-level language model with linear attention"
@@ -44,14 +44,22 @@ environment:
 
 build: environment $(VENV)/built
 
-$(VENV)/built: $(SOURCES) | environment
+# What the environment (or make's command line) chooses; CMake keeps what it was first told.
+$(VENV)/choices: always | environment
+	@choices="PERFORMER_CUDA=$$PERFORMER_CUDA CXX=$$CXX"; \
+	if [ "$$choices" != "$$(cat $@ 2>/dev/null)" ]; then \
+	  rm -rf build/editable-*/CMakeCache.txt build/editable-*/CMakeFiles/[0-9]*; \
+	  echo "$$choices" >$@; \
+	fi
+
+$(VENV)/built: $(SOURCES) $(VENV)/choices | environment
 	@echo "Compiling, the first time for some minutes"
 	@sh tools/build.sh $(RUN)
 	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info python/performer/*.so \
-	  python/performer/_build_info.py $(VENV)/built
+	  python/performer/_build_info.py $(VENV)/built $(VENV)/choices
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
