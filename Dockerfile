@@ -9,10 +9,10 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
 ARG CUDA=ON
 RUN apt-get update \
- && apt-get install -y --no-install-recommends g++ \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
  && if ! python3 -c "import ensurepip, os, sysconfig as s; os.stat(s.get_path('include') + '/Python.h')" \
       2>/dev/null; then \
-      apt-get install -y --no-install-recommends python3-venv python3-dev; \
+      DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv python3-dev; \
     fi \
  && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/build
@@ -22,7 +22,7 @@ RUN PERFORMER_CUDA=${CUDA} /opt/build/bin/pip wheel --no-cache-dir --no-deps --w
 FROM ${BASE}
 RUN if ! python3 -c "import ensurepip" 2>/dev/null; then \
       apt-get update \
-   && apt-get install -y --no-install-recommends python3-venv \
+   && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv \
    && rm -rf /var/lib/apt/lists/*; \
     fi \
  && python3 -m venv /opt/performer
