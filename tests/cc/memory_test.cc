@@ -9,8 +9,9 @@
 using namespace performer;
 
 // A sanitizer's allocator refuses sizes like these as the C library does, and goes on.
-extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
-extern "C" const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
+#define SANITIZER_CALLS extern "C" __attribute__((visibility("default")))
+SANITIZER_CALLS const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+SANITIZER_CALLS const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
 
 namespace {
 
