@@ -213,8 +213,8 @@ def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     mask = tensor(name, mask, ("BHLS",))
     if mask.dtype != tf.bool:
         raise TypeError(f"{name} must be bool (True: attend to the key), got {mask.dtype.name}")
-    for axis, letter, size in zip((0, 1), "BH", (query.shape[0], query.shape[2]), strict=True):
-        one_of(name, axis, mask, {"1": 1, letter: size})
+    one_of(name, 0, mask, {"1": 1, "B": query.shape[0]})
+    one_of(name, 1, mask, {"1": 1, "H": query.shape[2]})
     same(name, 2, mask, "query", 1, query, "L")
     same(name, 3, mask, "key", 1, key, "S")
     return mask

@@ -35,10 +35,10 @@ from performer.landmarks import (
     attend_causally_in_pieces,
     attend_to_state,
     chunk_rows,
-    dims,
     state_of_keys,
 )
 from performer.log_features import key_features, query_features
+from performer.shapes import dims
 
 
 def _pieces(offsets, rows):

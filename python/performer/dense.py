@@ -9,8 +9,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import checks, logspace
-from performer.landmarks import dims
 from performer.log_features import key_features, query_features
+from performer.shapes import dims
 
 # Smallest sum of products that float64 still holds to full precision, as a logarithm, and how near
 # to it the best key of a query may come before smaller ones beside it could be missed.

@@ -17,16 +17,11 @@ import operator
 import tensorflow as tf
 
 from performer import logspace
+from performer.shapes import dims
 
 _CHUNK = 64  # rows between two states of the causal scan, a power of two
 _UNROLLED = 4  # as many chunks need no loop, which, with its gradients, takes seconds to compile
 _DIRECT = 8  # smaller blocks form all their weights: cheaper than a state of each
-
-
-def dims(x: tf.Tensor) -> list:
-    """Shape of x, as int where it is known and as scalar tensor where it is not."""
-    dynamic = tf.shape(x)
-    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
 
 
 def chunk_rows(length) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import logspace
-from performer.landmarks import dims
+from performer.shapes import dims
 
 
 def _rounded(projection: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from performer import checks, packing
 from performer.counters import as_draw, same_draw
 from performer.dispatch import run
-from performer.landmarks import dims
+from performer.shapes import dims
 from performer.state import (
     AttentionState,
     checked_state,

@@ -79,6 +79,12 @@ def last_of(x: tf.Tensor, otherwise: tf.Tensor, where: Pieces) -> tf.Tensor:
     return tf.where(empty, otherwise, tf.gather(x, tf.maximum(where.last, 0)))
 
 
+def run_starts(ids: tf.Tensor) -> tf.Tensor:
+    """bool [B, S]: where a run of equal ids [B, S] begins."""
+    changes = tf.not_equal(ids[:, 1:], ids[:, :-1])
+    return tf.concat([tf.ones_like(ids[:, :1], tf.bool), changes], 1)
+
+
 def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tensor:
     """int64 offsets [N + 1] of the runs of equal ids in segment_ids [B, S], rows end to end.
 
@@ -86,13 +92,7 @@ def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tenso
     when the graph runs. Or N = B most, `most` for each batch row, the last of which are empty;
     where one has more, the offsets do not reach the end (and, but for XLA, an assertion fails).
     """
-    starts = tf.concat(
-        [
-            tf.ones_like(segment_ids[:, :1], tf.bool),
-            tf.not_equal(segment_ids[:, 1:], segment_ids[:, :-1]),
-        ],
-        1,
-    )
+    starts = run_starts(segment_ids)
     if most is None:
         starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
         return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import library
-from performer.landmarks import dims
+from performer.shapes import dims
 
 OPERATORS = {
     f"Performer>{form}{grad}": f"performer_{form}{'_grad' if grad else ''}".lower()

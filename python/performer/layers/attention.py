@@ -5,8 +5,9 @@ import tensorflow as tf
 
 from performer.checks import accumulator
 from performer.layers import masks
-from performer.layers.axes import dimensions, fold, unfold
+from performer.layers.axes import fold, unfold
 from performer.ops import favor_attention
+from performer.shapes import dims
 from performer.state import merge, read, summarize
 
 
@@ -45,9 +46,9 @@ def attend(
     causal = visibility.use_causal_mask
     # With a state no key may be left out; the op checks that there are as many as queries.
     if causal and initial_state is None and not return_state:
-        length = dimensions(folded_query)[1]
+        length = dims(folded_query)[1]
         if keys is None and not _same_length(folded_query, folded_key):
-            keys = tf.ones(dimensions(folded_key)[:2], tf.bool)
+            keys = tf.ones(dims(folded_key)[:2], tf.bool)
         folded_key, folded_value = (masks.resize(x, length) for x in (folded_key, folded_value))
         keys = None if keys is None else masks.resize(keys, length)
     bias = features.feature_map.key_bias(folded_key)
@@ -144,6 +145,6 @@ def _by_head(bias):
 
 def dropped_keys(key, rate, seed_generator):
     """Bool `[B', G, S]` for a key `[B', S, G, D]`: True, with probability `rate`, drops it."""
-    batch, length, heads, _ = dimensions(key)
+    batch, length, heads, _ = dims(key)
     uniform = keras.random.uniform((batch, heads, length), dtype="float32", seed=seed_generator)
     return uniform < rate

@@ -8,9 +8,10 @@ reshapes, preceded by a transposition only where an attention axis stands before
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
+
+from performer.shapes import dims
 
 
 def resolve_axes(attention_axes: Sequence[int] | None, rank: int) -> tuple[int, ...]:
@@ -46,18 +47,6 @@ def resolve_axes(attention_axes: Sequence[int] | None, rank: int) -> tuple[int, 
     return axes
 
 
-def dimensions(x: tf.Tensor) -> list[Any]:
-    """Dims of `x`: integers where known, int32 scalars elsewhere."""
-    dynamic = None
-    dims: list[Any] = []
-    for axis, size in enumerate(x.shape):
-        if size is None:
-            dynamic = tf.shape(x) if dynamic is None else dynamic
-            size = dynamic[axis]
-        dims.append(size)
-    return dims
-
-
 def fold(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     """`[B, d1, ..., dn, H, D]` to `[B', L, H, D]`, L the product of the attention axes.
 
@@ -78,9 +67,9 @@ def fold(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     if len(x.shape) == 4:
         return x
     order = _batch_axes_first(len(x.shape), axes)
-    dims = [dimensions(x)[axis] for axis in order]
+    sizes = [dims(x)[axis] for axis in order]
     split = len(order) - len(axes) - 2
-    folded = [math.prod(dims[:split]), math.prod(dims[split:-2]), *dims[-2:]]
+    folded = [math.prod(sizes[:split]), math.prod(sizes[split:-2]), *sizes[-2:]]
     return tf.reshape(_transpose(x, order), folded)
 
 
@@ -95,8 +84,8 @@ def unfold(x: tf.Tensor, axes: tuple[int, ...], like: tf.Tensor) -> tf.Tensor:
     if len(like.shape) == 4:
         return x
     order = _batch_axes_first(len(like.shape), axes)
-    dims = dimensions(like)
-    unfolded = [dims[axis] for axis in order[:-2]] + dimensions(x)[-2:]
+    sizes = dims(like)
+    unfolded = [sizes[axis] for axis in order[:-2]] + dims(x)[-2:]
     inverse = [order.index(axis) for axis in range(len(order))]
     return _transpose(tf.reshape(x, unfolded), inverse)
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from performer.checks import accumulator
 from performer.layers.block import Block
+from performer.layers.masks import mask_of
 from performer.layers.rotary import positions_in_runs
 
 
@@ -141,7 +142,7 @@ class PerformerDecoder(Block):
     ):
         """Self-attention, cross-attention if there is an encoder, then the feed-forward."""
         if decoder_padding_mask is None:
-            decoder_padding_mask = getattr(decoder_sequence, "_keras_mask", None)
+            decoder_padding_mask = mask_of(decoder_sequence)
         before = self._entries(initial_state)
         after = {}
 
@@ -230,7 +231,7 @@ class PerformerDecoder(Block):
             state = layer.summarize(sequence, value_mask=padding_mask)
             return lambda y: (layer.read(y, state), state)
         if padding_mask is None:
-            padding_mask = getattr(sequence, "_keras_mask", None)
+            padding_mask = mask_of(sequence)
         sequence = self._cast(sequence)
         return lambda y: (
             layer(y, sequence, value_mask=padding_mask, attention_mask=mask, training=training),

@@ -7,7 +7,9 @@ import tensorflow as tf
 from performer.dense import dense_attention
 from performer.layers import masks
 from performer.layers.attention import dropped_keys, hide_masked_queries, key_mask
-from performer.layers.axes import dimensions, fold, unfold
+from performer.layers.axes import fold, unfold
+from performer.packing import run_starts
+from performer.shapes import dims
 
 
 def attend_densely(query, key, value, features, visibility, *, axes, limit, dropout=None):
@@ -27,7 +29,7 @@ def attend_densely(query, key, value, features, visibility, *, axes, limit, drop
         tf.errors.InvalidArgumentError: the first, where it is known only when the graph runs.
     """
     folded_query, folded_key, folded_value = (fold(x, axes) for x in (query, key, value))
-    length, keys = dimensions(folded_query)[1], dimensions(folded_key)[1]
+    length, keys = dims(folded_query)[1], dims(folded_key)[1]
     with tf.control_dependencies(check_size(length, keys, limit)):
         folded_query = tf.identity(folded_query)
     bias = features.feature_map.key_bias(folded_key)
@@ -45,7 +47,7 @@ def attend_densely(query, key, value, features, visibility, *, axes, limit, drop
     if visibility.query_mask is not None:
         exists = masks.fold_mask("query_mask", visibility.query_mask, query, axes)
         scores = tf.where(exists[:, tf.newaxis, :, tf.newaxis], scores, tf.zeros_like(scores))
-    sizes, key_sizes = dimensions(query), dimensions(key)
+    sizes, key_sizes = dims(query), dims(key)
     others = [size for axis, size in enumerate(sizes[1:-2], 1) if axis not in axes]
     shape = [sizes[0], *others, sizes[-2]]
     shape += [sizes[axis] for axis in axes] + [key_sizes[axis] for axis in axes]
@@ -107,8 +109,7 @@ def _pairs(visibility, query, key, length, keys, axes):
         pairs.append(seen)
     if visibility.segment_ids is not None:
         ids = masks.fold_ids("segment_ids", visibility.segment_ids, key, axes)
-        change = tf.cast(tf.not_equal(ids[:, 1:], ids[:, :-1]), tf.int32)
-        run = tf.cumsum(tf.pad(change, [[0, 0], [1, 0]]), 1)
+        run = tf.cumsum(tf.cast(run_starts(ids), tf.int32), 1)
         pairs.append(tf.equal(run[:, tf.newaxis, :, tf.newaxis], run[:, tf.newaxis, tf.newaxis]))
     if visibility.is_general(len(axes)):
         pairs.append(_fold_pairs(visibility.attention_mask, query, key, axes))
@@ -124,12 +125,12 @@ def _fold_pairs(mask, query, key, axes):
     Of the axes before those of query and key, the last ones may be missing, and all may be 1.
     """
     mask = tf.cast(tf.convert_to_tensor(mask), tf.bool)
-    sizes, key_sizes = dimensions(query), dimensions(key)
+    sizes, key_sizes = dims(query), dims(key)
     others = [size for axis, size in enumerate(sizes[1:-2], 1) if axis not in axes]
     pair_sizes = [sizes[axis] for axis in axes] + [key_sizes[axis] for axis in axes]
     rows = [sizes[0], *others]
     full = [*rows, sizes[-2], *pair_sizes]
-    given = dimensions(mask)
+    given = dims(mask)
     missing = len(full) - len(given)
     head = given[: len(given) - len(pair_sizes)] + [1] * missing + given[-len(pair_sizes) :]
     for size, expected in zip(head, full, strict=False):

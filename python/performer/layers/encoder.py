@@ -3,6 +3,7 @@
 import keras
 
 from performer.layers.block import Block
+from performer.layers.masks import mask_of
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -85,7 +86,7 @@ class PerformerEncoder(Block):
     ):
         """Attention, then the feed-forward; see the class."""
         if padding_mask is None:
-            padding_mask = getattr(inputs, "_keras_mask", None)
+            padding_mask = mask_of(inputs)
 
         def attention(y):
             result = self._self_attention_layer(

@@ -6,7 +6,13 @@ of the queries acts on the output. Both come here in the layout of projected inp
 
 import tensorflow as tf
 
-from performer.layers.axes import dimensions, fold
+from performer.layers.axes import fold
+from performer.shapes import dims
+
+
+def mask_of(x):
+    """The mask that Keras attached to `x`, or None."""
+    return getattr(x, "_keras_mask", None)
 
 
 def fold_mask(name: str, mask: tf.Tensor, like: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
@@ -75,7 +81,7 @@ def _fold_positions(name, x, like, axes):
                 f"{tuple(like.shape[:-2])} without channels. "
                 f"Received: {name}.shape={tuple(x.shape)}"
             )
-    expanded = tf.broadcast_to(expanded, tf.stack(dimensions(like)[:-2]))
+    expanded = tf.broadcast_to(expanded, tf.stack(dims(like)[:-2]))
     return fold(expanded[..., tf.newaxis, tf.newaxis], axes)[:, :, 0, 0]
 
 
@@ -103,7 +109,7 @@ def keys_of_attention_mask(mask: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     """
     mask = tf.convert_to_tensor(mask)
     count = len(axes)
-    sizes = dimensions(mask)
+    sizes = dims(mask)
     batch = sizes[0] if len(sizes) > 2 * count else 1
     return tf.reshape(mask, tf.stack([batch, *sizes[-count:]]))
 

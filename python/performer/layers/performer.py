@@ -20,6 +20,7 @@ from performer.layers.attention import attend
 from performer.layers.axes import resolve_axes
 from performer.layers.dense import attend_densely, score_shape
 from performer.layers.heads import GroupedHeads
+from performer.layers.masks import mask_of
 from performer.layers.projection import HasProjection, RandomProjection
 from performer.layers.streaming import HasState, advanced, check_call, position_of, with_tensors
 from performer.layers.visibility import Visibility
@@ -216,7 +217,7 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
 
     def _converted(self, x):
         """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
-        mask = getattr(x, "_keras_mask", None)
+        mask = mask_of(x)
         x = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
         if mask is not None:
             x._keras_mask = mask

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from performer.layers.axes import fold, unfold
 from performer.layers.masks import fold_ids
+from performer.packing import run_starts
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -117,10 +118,7 @@ def rotate(rotary, x, axes, *, start, segment_ids=None):
 def positions_in_runs(ids):
     """int64 `[B, L]`: how far each element is from the start of its run of equal `ids` `[B, L]`."""
     index = tf.range(tf.shape(ids)[1])
-    starts = tf.concat(
-        [tf.ones_like(ids[:, :1], tf.bool), tf.not_equal(ids[:, 1:], ids[:, :-1])], 1
-    )
-    run = tf.cumsum(tf.cast(tf.reshape(starts, [-1]), tf.int32)) - 1
+    run = tf.cumsum(tf.cast(tf.reshape(run_starts(ids), [-1]), tf.int32)) - 1
     flat = tf.reshape(tf.broadcast_to(index, tf.shape(ids)), [-1])
     first = tf.math.unsorted_segment_min(flat, run, tf.size(ids))
     return tf.cast(tf.reshape(flat - tf.gather(first, run), tf.shape(ids)), tf.int64)

@@ -10,6 +10,7 @@ from performer.counters import as_position
 from performer.layers.arguments import Options
 from performer.layers.attention import read_state, summarize_keys
 from performer.layers.axes import resolve_axes
+from performer.layers.masks import mask_of
 from performer.layers.rotary import rotate
 from performer.layers.visibility import Visibility
 from performer.state import AttentionState, empty_state
@@ -104,8 +105,8 @@ class HasState:
         value = self._converted(value)
         key = value if key is None else self._converted(key)
         visibility = Visibility(
-            value_mask=_mask_of(value) if value_mask is None else value_mask,
-            key_mask=_mask_of(key) if key_mask is None else key_mask,
+            value_mask=mask_of(value) if value_mask is None else value_mask,
+            key_mask=mask_of(key) if key_mask is None else key_mask,
         )
         value, key = tf.identity(value), tf.identity(key)
         axes = resolve_axes(self._attention_axes, len(value.shape))
@@ -140,7 +141,7 @@ class HasState:
         """
         self._check_streams("read")
         query = self._converted(query)
-        visibility = Visibility(query_mask=_mask_of(query) if query_mask is None else query_mask)
+        visibility = Visibility(query_mask=mask_of(query) if query_mask is None else query_mask)
         query = tf.identity(query)
         axes = resolve_axes(self._attention_axes, len(query.shape))
         output = read_state(
@@ -240,7 +241,3 @@ def _product(sizes):
     for size in sizes[1:]:
         result = result * size
     return result
-
-
-def _mask_of(x):
-    return getattr(x, "_keras_mask", None)
