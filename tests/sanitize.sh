@@ -8,8 +8,6 @@ cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
 export PERFORMER_CUDA=OFF PATH=$PWD/.venv/bin:$PATH
 jobs=$(nproc)
-# Sizes that no machine has are refused, as the C library refuses them.
-export ASAN_OPTIONS=allocator_may_return_null=1 TSAN_OPTIONS=allocator_may_return_null=1
 
 # build FOLDER SANITIZERS OPTIONS...
 build() {
@@ -29,9 +27,10 @@ mkdir -p "$site"
 cp -r python/performer "$site"
 rm -f "$site"/performer/*.so
 cmake --install build/asan --prefix "$site" >/dev/null
+# allocator_may_return_null: sizes that no machine has are refused, as the C library refuses them.
 # --capture=sys: the report of a sanitizer goes past Python, and would be lost with the process.
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so.6)" \
-  ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
   PYTHONPATH=$site PERFORMER_DISABLE_LIBRARY=1 \
   "$python" -m pytest -q --capture=sys -p no:cacheprovider tests/test_core*.py
 
