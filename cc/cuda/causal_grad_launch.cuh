@@ -1,6 +1,7 @@
 // Launcher of the gradient of Causal:
 //   forward    states before segments, outputs not rounded                       causal_launch.cuh
 //   rows       lse and delta of each                                        causal_statistics.cuh
+//   delta      corrected, in 16 bits                                      causal_query_sweep.cuh
 //   queries    dq, and log_mass before each chunk                            causal_query_sweep.cuh
 //   suffixes   of segments, merged from behind                                          suffix.cuh
 //   keys       dk, dv, the gradient of the initial state                       causal_key_sweep.cuh
@@ -120,6 +121,13 @@ class CausalGrad : public Gradients<T, W> {
     p.chunk_log_mass = chunk_log_mass_;
     PERFORMER_RETURN_IF_ERROR(Allocate(parts, &p.part_feature_bias));
     PERFORMER_RETURN_IF_ERROR(Allocate(parts * dims_.key_dim, &p.part_projection));
+    if constexpr (kIs16Bit<T>) {
+      PERFORMER_RETURN_IF_ERROR(Allocate(rows * heads, &p.corrected_delta));
+      PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal delta", CausalDeltaKernel<T, W>,
+                                                 {segments.count, heads}, Layout::kThreads,
+                                                 Kernel::kBytes, p));
+      p.delta = delta_ = p.corrected_delta;
+    }
     PERFORMER_RETURN_IF_ERROR(
         launcher_.Launch("causal query gradient", CausalQuerySweepKernel<T, W>,
                          {segments.count, heads}, Layout::kThreads, Kernel::kBytes, p));

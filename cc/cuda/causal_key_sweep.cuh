@@ -9,79 +9,10 @@
 // Grid: (segments of all sequences, key/value heads). Masked keys get exactly 0. The block of a
 // sequence's first segment ends with the gradient of its initial state.
 #pragma once
-#include "cuda/causal_sweep.cuh"
+#include "cuda/causal_key_layout.cuh"
 
 namespace performer {
 namespace cuda {
-
-template <class T>
-struct CausalKeySweepParams {
-  RowsOf<const T> query, grad_out;
-  KeyParams<T> keys;
-  Projection<T> projection;                  // of keys
-  const uint32_t* query_operands = nullptr;  // of queries, see PackOperandsKernel
-  int64_t query_projections = 0;
-  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  Map map;
-  Items segments;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  // As CausalParams; and the final state [N, G, M].
-  const float *before_log_mass = nullptr, *before_mean = nullptr, *log_mass = nullptr;
-  bool before_each = false;
-  int64_t before_count = 0;
-  const float *lse = nullptr, *delta = nullptr;              // [rows, H]
-  const float* chunk_log_mass = nullptr;                     // of the sweep over queries
-  const float *after_mean = nullptr, *after_mass = nullptr;  // see MergeSuffixKernel
-  RowsOf<T> grad_key, grad_value;
-  float* grad_bias = nullptr;  // [B, G, S] or nullptr
-  int64_t bias_rows = 0;       // S
-  // [rows, G, W], where a gradient is a sum of several parts.
-  float *sum_key = nullptr, *sum_value = nullptr;
-  float* part_projection = nullptr;  // [segments, G, M, D]
-  // Of the initial state, [N, G, M(, E)].
-  float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
-};
-
-// Where a block works; in shared memory, as KeyPlace.
-template <class T>
-struct CausalKeyPlace {
-  const T *query, *grad_out;  // the segment's first row, first head of the group
-  const float *lse, *delta;   // likewise
-  T *grad_key, *grad_value;
-  float *sum_key, *sum_value;
-  float* grad_bias;
-  const float* chunk_log_mass;                       // of the segment's first chunk
-  const T* projection;                               // of the first landmark
-  const float *before, *after;                       // log_mass there, likewise
-  const float *after_mean, *after_mass;              // suffix there, likewise
-  const float* before_mean;                          // likewise
-  float *grad_initial_log_mass, *grad_initial_mean;  // nullptr: not this block
-};
-
-template <class T, int W>
-struct CausalKeySweepLayout : CausalSweepLayout<T, W> {
-  using S = CausalSweepLayout<T, W>;
-  static constexpr int kRangedProjection = kHasRanged<T> ? S::kLandmarkBytes : 0;
-  static constexpr int kSuffix = kRangedProjection + S::kLandmarkBytes;  // R
-  static constexpr int kKey = kSuffix + S::kLandmarkBytes;
-  static constexpr int kRangedKey = kKey + (kHasRanged<T> ? S::kTileBytes : 0);
-  static constexpr int kValue = kRangedKey + S::kTileBytes;
-  static constexpr int kQuery = kValue + S::kTileBytes;
-  static constexpr int kGradOut = kQuery + S::kTileBytes;
-  static constexpr int kWeights = kGradOut + S::kTileBytes;   // kb
-  static constexpr int kSummed = kWeights + S::kSummedBytes;  // f, then db
-  static constexpr int kPairs = kSummed + S::kSummedBytes;    // dA
-  static constexpr int kLocal = kPairs + S::kPairBytes;       // tril(f kb)^T
-  static constexpr int kLse = kLocal + S::kPairBytes;         // float [kRows]
-  static constexpr int kDelta = kLse + S::kRows * 4;          // likewise
-  static constexpr int kHidden = kDelta + S::kRows * 4;       // float [2][kRows]
-  static constexpr int kCounts = kHidden + 2 * S::kRows * 4;  // int [kWarps]
-  static constexpr int kStream = kCounts + S::kWarps * 4;
-  static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalKeyPlace<T>));
-  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= 163 * 1024);
-};
 
 template <class T, int W>
 __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
@@ -89,7 +20,7 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
   using L = CausalKeySweepLayout<T, W>;
   using R = Ranged<T>;
   using Warp = WarpLandmarks<T, W>;
-  constexpr int C = L::kRows, kThreads = L::kThreads;
+  constexpr int C = L::kRows, kThreads = L::kThreads, kStep = 32;  // queries at a time
   PERFORMER_SHARED_MEMORY(shared);
   T* const projection = reinterpret_cast<T*>(shared);
   R* const ranged_projection = reinterpret_cast<R*>(shared + L::kRangedProjection);
@@ -114,39 +45,8 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
   const int groups = static_cast<int>(p.groups), each = heads / groups;
   const Warp own = {p.map, p.map.unit()};
 
-  if (tid == 0) {
-    const Item item = Locate(p.segments, blockIdx.x);
-    const int64_t group = blockIdx.y, head = group * each, width = p.keys.value.width;
-    const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
-    const int64_t here = row0 * groups + group, segment = blockIdx.x;
-    const int64_t before =
-        (p.before_each ? segment : (p.before_count == 1 ? 0 : item.sequence)) * groups + group;
-    const int64_t after = segment * groups + group, state = item.sequence * groups + group;
-    const int64_t batch = p.keys.packed ? 0 : item.sequence;
-    const int64_t bias =
-        (batch * groups + group) * p.bias_rows + (p.keys.packed ? item.first_row : 0) + item.begin;
-    const bool first = item.index == 0;
-    *const_cast<CausalKeyPlace<T>*>(place) = {
-        p.query.Row(row0, head),
-        p.grad_out.Row(row0, head),
-        p.lse + at,
-        p.delta + at,
-        p.grad_key.Row(row0, group),
-        p.grad_value.Row(row0, group),
-        p.sum_key == nullptr ? nullptr : p.sum_key + here * W,
-        p.sum_value == nullptr ? nullptr : p.sum_value + here * W,
-        p.grad_bias == nullptr ? nullptr : p.grad_bias + bias,
-        p.chunk_log_mass + (ChunkSlot(segment, row0, C) * groups + group) * features,
-        p.projection.At(p.projection.heads == 1 ? 0 : group, p.features_pad, W),
-        p.before_log_mass + before * features,
-        item.last() ? p.log_mass + state * features
-                    : p.before_log_mass + (after + groups) * features,
-        p.after_mean + after * features * width,
-        p.after_mass + after * features,
-        p.before_mean + before * features * width,
-        first ? p.grad_initial_log_mass + state * features : nullptr,
-        first ? p.grad_initial_mean + state * features * width : nullptr};
-  }
+  if (tid == 0)
+    *const_cast<CausalKeyPlace<T>*>(place) = MakeCausalKeyPlace<T, W>(p, blockIdx.x, blockIdx.y);
   KeyStream<T, W, kThreads, C> stream(p.keys, p.map, Locate(p.segments, blockIdx.x), blockIdx.y,
                                       shared + L::kStream, tid);
   const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
@@ -160,12 +60,9 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
     CopyRows<T, W, C, kThreads>(given_grad_out, place->grad_out + head * p.grad_out.width, first,
                                 p.grad_out, tid, valid);
     CpAsyncCommit();
-    if (tid < C) {  // no weight: a row past the end, or that sees no key
-      const int64_t at = static_cast<int64_t>(first + tid) * heads + head;
-      const float given = valid(tid) ? place->lse[at] : -kInfinity;
-      lse[tid] = given == -kInfinity ? kInfinity : given * p.map.inverse_root;
-      delta[tid] = valid(tid) ? place->delta[at] : 0.f;
-    }
+    if (tid < C)
+      LoadStatistics(lse + tid, delta + tid, place->lse, place->delta,
+                     static_cast<int64_t>(first + tid) * heads + head, valid(tid), p.map);
   };
 
 #pragma unroll 1
@@ -267,8 +164,7 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
 
 #pragma unroll 1
       for (int pass = 0; pass < passes; ++pass) {
-        if (pass > 0) {
-          __syncthreads();  // [3] everybody is done with the last piece
+        if (pass > 0) {  // all but db slope, until [5], are done with since [10]
           if (pass <= last_piece) {
             find(last_piece - pass);
           } else {  // there is none left
@@ -301,16 +197,17 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
 #pragma unroll 1
         for (int head = 0; head < each; ++head) {
           if (each > 1) {
-            __syncthreads();  // [4] everybody is done with the last queries
+            __syncthreads();  // [3] everybody is done with the last queries
             issue_queries(chunk, head);
             CpAsyncWait<0>();
             MakeRanged<T, W, C, kThreads>(grad_out, given_grad_out, tid);
-            __syncthreads();  // [5] the queries are complete
+            __syncthreads();  // [4] the queries are complete
           }
-          StorePairGradients<T, W>(pairs, grad_out, values, delta, r0, part * L::kPairColumns,
-                                   lane);
+          StorePairGradients<T, W>(pairs, static_cast<R*>(nullptr), grad_out, values, delta, r0,
+                                   part * L::kPairColumns, lane);
+          __syncthreads();  // [5] R, kb and dA are visible
           {
-            float f[1][C / 8][4], shift[2];
+            float shift[2];
             const int64_t query_head = static_cast<int64_t>(blockIdx.y) * each + head;
             const float* feature_bias =
                 p.feature_bias +
@@ -331,37 +228,41 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
                      p.features_pad +
                  first) *
                     (W * L::kSize / 4);
-            own.template QueryFeatures<C>(
-                f,
-                [&](uint32_t (&a)[kFragment<T>], int s) {
-                  LoadOperand<T>(a, operands + s * 32 * kFragment<T>, lane);
-                },
-                queries, lse, 0, piece, shift, lane);
-            StoreSummed<R, 1, C, C>(summed, f, row0, 0, lane);
-            __syncthreads();  // [6] R, kb, f and dA are visible
+#pragma unroll 1
+            for (int i0 = 0; i0 < C; i0 += kStep) {
+              SweepTile<1, kStep> f;
+              own.template QueryFeatures<kStep>(
+                  f,
+                  [&](uint32_t (&a)[kFragment<T>], int s) {
+                    LoadOperand<T>(a, operands + s * 32 * kFragment<T>, lane);
+                  },
+                  queries, lse, i0, piece, shift, lane);
+              StoreSummed<R, 1, kStep, C>(summed, f, row0, i0, lane);
 #pragma unroll
-            for (int s = 0; s < C / 16; ++s) {
-              uint32_t a[kFragment<R>];
-              PackA<R>(a, f[0][2 * s], f[0][2 * s + 1]);
+              for (int s = 0; s < kStep / 16; ++s) {
+                uint32_t a[kFragment<R>];
+                PackA<R>(a, f[0][2 * s], f[0][2 * s + 1]);
 #pragma unroll
-              for (int n = 0; n < C / 16; ++n) {
-                uint32_t b[kFragment<R>];
-                LoadBTrans<R, C>(b, pairs, s * 16, n * 16, lane);
-                Mma<R>(db[0][2 * n], db[0][2 * n + 1], a, b);
+                for (int n = 0; n < C / 16; ++n) {
+                  uint32_t b[kFragment<R>];
+                  LoadBTrans<R, C>(b, pairs, i0 + s * 16, n * 16, lane);
+                  Mma<R>(db[0][2 * n], db[0][2 * n + 1], a, b);
+                }
+              }
+              SumTokens<R, W, 1, kStep>(sum, f, grad_out, i0, Opaque(lane));
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                float more = 0;
+#pragma unroll
+                for (int n = 0; n < kStep / 8; ++n)
+#pragma unroll
+                  for (int c = 0; c < 2; ++c)
+                    more += f[0][n][2 * e + c] * delta[i0 + n * 8 + 2 * (lane % 4) + c];
+                mass[e] += QuadSum(more);
               }
             }
-            SumTokens<R, W, 1, C>(sum, f, grad_out, 0, lane);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float more = 0;
-#pragma unroll
-              for (int n = 0; n < C / 8; ++n)
-#pragma unroll
-                for (int c = 0; c < 2; ++c)
-                  more += f[0][n][2 * e + c] * delta[n * 8 + 2 * (lane % 4) + c];
-              mass[e] += QuadSum(more);
-            }
           }
+          __syncthreads();  // [6] f is visible
           if (part * L::kPairColumns < C) {
             constexpr int kPair = L::kPairColumns;
             float y[kPair / 8][4] = {}, unused[2];
@@ -406,13 +307,9 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
               for (int n = 0; n < L::kColumns / 8; ++n) {
                 const int column = c0 + n * 8 + 2 * (lane % 4);
                 float2 y = {dv[n][2 * e], dv[n][2 * e + 1]};
-                if (!(first_part && last_part)) {  // of this thread alone, over the parts
-                  float2* so_far = reinterpret_cast<float2*>(
-                      place->sum_value + static_cast<int64_t>(row) * groups * W + column);
-                  if (!first_part) y.x += so_far->x, y.y += so_far->y;
-                  *so_far = y;
-                }
-                if (!last_part) continue;
+                if (!AddPart(y, place->sum_value, static_cast<int64_t>(row) * groups * W + column,
+                             first_part, last_part))
+                  continue;
                 if (hidden[r] == -kInfinity) y = float2{0.f, 0.f};
                 StoreColumns(place->grad_value + static_cast<int64_t>(row) * p.grad_value.stride,
                              column, p.grad_value.width, p.grad_value.aligned, y.x, y.y);
@@ -421,30 +318,26 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
           }
         }
 
+        {  // kb from its tile: registers are short
+          float kb[1][C / 8][4];
+          LoadSummed<R, 1, C, C>(kb, weights, row0, 0, lane);
 #pragma unroll
-        for (int n = 0; n < C / 8; ++n)
+          for (int n = 0; n < C / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float kb = x[0][n][i];
-            db[0][n][i] = kb == 0.f ? 0.f : kb * db[0][n][i];
-          }
+            for (int i = 0; i < 4; ++i)
+              db[0][n][i] = kb[0][n][i] == 0.f ? 0.f : kb[0][n][i] * db[0][n][i];
+        }
         StoreSummed<R, 1, C, C>(summed, db, row0, 0, lane);
         float total[2] = {};  // of db over landmarks, of the rounded operand: errors cancel in dk
         const bool linear = p.map.linear();
         if (!linear) {
           __syncthreads();  // [8] db is visible
-#pragma unroll 1
-          for (int m = 0; m < L::kLandmarks; m += 16) {
-            uint32_t a[kFragment<R>];
-            LoadATrans<R, C>(a, summed, r0, m, lane);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) total[e] += OperandSum<R>(a, e);
-          }
+          TotalOfLandmarks<R, L::kLandmarks, C>(total, summed, r0, lane);
           ChainSlope<T, W, 1, C>(db, p.map, projection, row0, keys, 0, lane);
           __syncthreads();  // [9] db may be overwritten
           StoreSummed<R, 1, C, C>(summed, db, row0, 0, lane);
         }
-        SumTokens<R, W, 1, C>(sum_projection, db, ranged_keys, 0, lane);
+        SumTokens<R, W, 1, C>(sum_projection, db, ranged_keys, 0, Opaque(lane));
         __syncthreads();  // [10] db slope is visible
         const bool first_part = first_group && pass == 0;
         const bool last_part = last_group && pass + 1 == passes;
@@ -473,13 +366,9 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
                 const float2 k = LoadPair(keys + At<T, W>(r, column));
                 y.x -= norm * k.x, y.y -= norm * k.y;
               }
-              if (!(first_part && last_part)) {  // of this thread alone, over the parts
-                float2* so_far = reinterpret_cast<float2*>(
-                    place->sum_key + static_cast<int64_t>(row) * groups * W + column);
-                if (!first_part) y.x += so_far->x, y.y += so_far->y;
-                *so_far = y;
-              }
-              if (!last_part) continue;
+              if (!AddPart(y, place->sum_key, static_cast<int64_t>(row) * groups * W + column,
+                           first_part, last_part))
+                continue;
               if (masked) y = float2{0.f, 0.f};
               StoreColumns(place->grad_key + static_cast<int64_t>(row) * p.grad_key.stride, column,
                            p.grad_key.width, p.grad_key.aligned, y.x, y.y);
@@ -497,29 +386,9 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
     StoreSums<W, 1>(p.part_projection + (static_cast<int64_t>(blockIdx.x) * groups + blockIdx.y) *
                                             features * p.keys.key.width,
                     p.keys.key.width, features, row0, sum_projection, p.map.root, lane);
-    if (place->grad_initial_log_mass == nullptr) continue;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int landmark = row0 + lane / 4 + 8 * e, width = p.keys.value.width;
-      const bool is_given = landmark < features;
-      const float log_mass = is_given ? place->before[landmark] * p.map.inverse_root : -kInfinity;
-      const float keep = own.Factor(log_mass, reach[e]);
-      float dot = 0;
-#pragma unroll
-      for (int n = 0; n < W / 8; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int column = n * 8 + 2 * (lane % 4) + c;
-          if (!is_given || column >= width) continue;
-          const int64_t at = static_cast<int64_t>(landmark) * width + column;
-          const float y = keep == 0.f ? 0.f : sum[0][n][2 * e + c] * keep;
-          place->grad_initial_mean[at] = y;
-          if (keep != 0.f) dot += y * place->before_mean[at];
-        }
-      dot = QuadSum(dot);
-      if (is_given && lane % 4 == 0)
-        place->grad_initial_log_mass[landmark] = keep == 0.f ? 0.f : dot - mass[e] * keep;
-    }
+    if (place->grad_initial_log_mass != nullptr)
+      StoreInitialGradient<T, W>(*place, own, row0, features, p.keys.value.width, sum[0], mass,
+                                 reach, lane);
   }
 }
 

@@ -28,6 +28,7 @@ struct CausalQuerySweepParams {
   bool before_each = false;
   int64_t before_count = 0;
   const float *lse = nullptr, *delta = nullptr;  // [rows, H]
+  float* corrected_delta = nullptr;              // likewise, of CausalDeltaKernel
   RowsOf<T> grad_query;
   float* sum_query = nullptr;       // [rows, H, W], if a block cannot hold all landmarks
   float* chunk_log_mass = nullptr;  // see ChunkSlot; natural logarithms
@@ -41,7 +42,7 @@ struct CausalQueryPlace {
   const T *query, *grad_out;  // the segment's first row
   const float *lse, *delta;   // likewise
   T* grad_query;
-  float* sum_query;
+  float *sum_query, *corrected_delta;
   float* chunk_log_mass;         // of the segment's first chunk; nullptr: another block keeps it
   const T* projection;           // of the first landmark
   const uint32_t* key_operands;  // likewise
@@ -60,17 +61,18 @@ struct CausalQuerySweepLayout : CausalSweepLayout<T, W> {
   static constexpr int kGradOut = kValue + S::kTileBytes;
   static constexpr int kSummed = kGradOut + S::kTileBytes;  // da
   static constexpr int kPairs = kSummed + S::kSummedBytes;  // dA
-  static constexpr int kLse = kPairs + S::kPairBytes;       // float [kRows]
-  static constexpr int kDelta = kLse + S::kRows * 4;        // likewise
+  static constexpr int kPairRest = kPairs + S::kPairBytes;  // what rounding took from dA
+  static constexpr int kLse = kPairRest + (kIs16Bit<T> ? S::kPairBytes : 0);  // float [kRows]
+  static constexpr int kDelta = kLse + S::kRows * 4;                          // likewise
   static constexpr int kStream = kDelta + S::kRows * 4;
   static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
   static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalQueryPlace<T>));
   static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= 163 * 1024);
 };
 
-template <class T, int W>
-__global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
-    CausalQuerySweepKernel(CausalQuerySweepParams<T> p) {
+// kDelta: CausalDeltaKernel.
+template <class T, int W, bool kDelta>
+PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
   using L = CausalQuerySweepLayout<T, W>;
   using R = Ranged<T>;
   using Warp = WarpLandmarks<T, W>;
@@ -87,6 +89,7 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
   R* const grad_out = reinterpret_cast<R*>(shared + L::kGradOut);
   R* const summed = reinterpret_cast<R*>(shared + L::kSummed);
   R* const pairs = reinterpret_cast<R*>(shared + L::kPairs);
+  R* const pair_rest = kIs16Bit<T> ? reinterpret_cast<R*>(shared + L::kPairRest) : nullptr;
   float* const lse = reinterpret_cast<float*>(shared + L::kLse);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
   const auto* place = reinterpret_cast<const CausalQueryPlace<T>*>(shared + L::kPlace);
@@ -107,7 +110,8 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
         p.delta + at,
         p.grad_query.Row(row0, head),
         p.sum_query == nullptr ? nullptr : p.sum_query + at * W,
-        head % each == 0
+        kDelta ? p.corrected_delta + at : nullptr,
+        !kDelta && head % each == 0
             ? p.chunk_log_mass + (ChunkSlot(blockIdx.x, row0, C) * p.groups + group) * features
             : nullptr,
         p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W),
@@ -170,12 +174,9 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
         CopyRows<T, W, C, kThreads>(given_grad_out, place->grad_out, first, p.grad_out, tid, valid);
         stream.Issue(chunk, 0, keys, given_values, tid);
         stream.Fetch(chunk + 1, tid);
-        if (tid < C) {  // no weight: a row past the end, or that sees no key
-          const int64_t at = static_cast<int64_t>(first + tid) * heads;
-          const float given = valid(tid) ? place->lse[at] : -kInfinity;
-          lse[tid] = given == -kInfinity ? kInfinity : given * p.map.inverse_root;
-          delta[tid] = valid(tid) ? place->delta[at] : 0.f;
-        }
+        if (tid < C)
+          LoadStatistics(lse + tid, delta + tid, place->lse, place->delta,
+                         static_cast<int64_t>(first + tid) * heads, valid(tid), p.map);
         CpAsyncWait<0>();
         stream.Arrived(0, keys, tid);
         MakeRanged<T, W, C, kThreads>(values, given_values, tid);
@@ -185,7 +186,8 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
       __syncthreads();  // [1] the chunk is complete
       const int id = Opaque(tid), lane = id % 32, warp = id / 32, row0 = warp * 16;
       const int r0 = warp % (C / 16) * 16, part = warp / (C / 16);
-      StorePairGradients<T, W>(pairs, grad_out, values, delta, r0, part * L::kPairColumns, lane);
+      StorePairGradients<T, W>(pairs, pair_rest, grad_out, values, delta, r0,
+                               part * L::kPairColumns, lane);
       if (place->chunk_log_mass != nullptr && lane % 4 == 0)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -229,6 +231,15 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
           own.WeighKeys(x, piece, anchor, keys_sum, lane);
 #pragma unroll
           for (int s = 0; s < C / 16; ++s) PackA<R>(kb[s], x[0][2 * s], x[0][2 * s + 1]);
+          // Of the rounded weights, as in `sum`: their errors cancel in sum . grad_out - delta
+          // mass.
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float all = 0;
+#pragma unroll
+            for (int s = 0; s < C / 16; ++s) all += OperandSum<R>(kb[s], e);
+            keys_sum[e] = QuadSum(all);
+          }
         }
 #pragma unroll 1
         for (int i0 = 0; i0 < C; i0 += kStep) {
@@ -254,6 +265,10 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
 #pragma unroll
             for (int n = 0; n < kStep / 16; ++n) {
               uint32_t b[kFragment<R>];
+              if constexpr (kIs16Bit<R>) {
+                LoadB<R, C>(b, pair_rest, i0 + n * 16, s * 16, lane);
+                Mma<R>(da[0][2 * n], da[0][2 * n + 1], kb[s], b);
+              }
               LoadB<R, C>(b, pairs, i0 + n * 16, s * 16, lane);
               Mma<R>(da[0][2 * n], da[0][2 * n + 1], kb[s], b);
             }
@@ -265,8 +280,11 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
               y = f[0][n][i] == 0.f ? 0.f : y * f[0][n][i];
               sum_bias[i / 2] += y;
             }
-          if (!p.map.linear()) ChainSlope<T, W, 1>(da, p.map, projection, row0, queries, i0, lane);
-          SumTokens<R, W, 1>(sum_projection, da, ranged_queries, i0, lane);
+          if constexpr (!kDelta) {
+            if (!p.map.linear())
+              ChainSlope<T, W, 1>(da, p.map, projection, row0, queries, i0, lane);
+            SumTokens<R, W, 1>(sum_projection, da, ranged_queries, i0, Opaque(lane));
+          }
           if (piece.begin > 0) {
             LoadSummed<R, 1, kStep, C>(f, summed, row0, i0, lane);
 #pragma unroll
@@ -291,45 +309,72 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
         }
       }
       __syncthreads();  // [3] da is visible
-#pragma unroll 1
-      for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
-        const int c0 = part * L::kWarpColumns + i;
-        float dq[L::kColumns / 8][4] = {}, unused[2];
-        SumLandmarks<R, W, L::kLandmarks, L::kColumns, false, C>(dq, unused, summed,
-                                                                 ranged_projection, r0, c0, lane);
+      if constexpr (kDelta) {
+        if (part > 0) continue;  // the chunk is done
+        float total[2] = {};
+        TotalOfLandmarks<R, L::kLandmarks, C>(total, summed, r0, lane);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int row = chunk * C + r0 + lane / 4 + 8 * e;
-          if (row >= rows) continue;
-          T* to = place->grad_query + static_cast<int64_t>(row) * p.grad_query.stride;
+          const int r = r0 + lane / 4 + 8 * e, row = chunk * C + r;
+          const float all = QuadSum(total[e]);
+          if (row >= rows || lane % 4 != 0) continue;
+          float* const to = place->corrected_delta + static_cast<int64_t>(row) * heads;
+          *to = (is_first ? delta[r] : *to) + all;
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
+          const int c0 = part * L::kWarpColumns + i;
+          float dq[L::kColumns / 8][4] = {}, unused[2];
+          SumLandmarks<R, W, L::kLandmarks, L::kColumns, false, C>(dq, unused, summed,
+                                                                   ranged_projection, r0, c0, lane);
 #pragma unroll
-          for (int n = 0; n < L::kColumns / 8; ++n) {
-            const int column = c0 + n * 8 + 2 * (lane % 4);
-            float2 y = {dq[n][2 * e] * p.map.root, dq[n][2 * e + 1] * p.map.root};
-            if (!(is_first && is_last)) {  // of this thread alone, over the groups of landmarks
-              float2* so_far = reinterpret_cast<float2*>(
-                  place->sum_query + static_cast<int64_t>(row) * heads * W + column);
-              if (!is_first) y.x += so_far->x, y.y += so_far->y;
-              *so_far = y;
+          for (int e = 0; e < 2; ++e) {
+            const int row = chunk * C + r0 + lane / 4 + 8 * e;
+            if (row >= rows) continue;
+            T* to = place->grad_query + static_cast<int64_t>(row) * p.grad_query.stride;
+#pragma unroll
+            for (int n = 0; n < L::kColumns / 8; ++n) {
+              const int column = c0 + n * 8 + 2 * (lane % 4);
+              float2 y = {dq[n][2 * e] * p.map.root, dq[n][2 * e + 1] * p.map.root};
+              if (AddPart(y, place->sum_query, static_cast<int64_t>(row) * heads * W + column,
+                          is_first, is_last))
+                StoreColumns(to, column, p.grad_query.width, p.grad_query.aligned, y.x, y.y);
             }
-            if (is_last)
-              StoreColumns(to, column, p.grad_query.width, p.grad_query.aligned, y.x, y.y);
           }
         }
       }
     }
 
-    const int lane = tid % 32, row0 = first_landmark + tid / 32 * 16;
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * heads + blockIdx.y;
+    if constexpr (!kDelta) {
+      const int lane = tid % 32, row0 = first_landmark + tid / 32 * 16;
+      const int64_t at = static_cast<int64_t>(blockIdx.x) * heads + blockIdx.y;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int landmark = row0 + lane / 4 + 8 * e;
-      const float all = QuadSum(sum_bias[e]);
-      if (lane % 4 == 0 && landmark < features) p.part_feature_bias[at * features + landmark] = all;
+      for (int e = 0; e < 2; ++e) {
+        const int landmark = row0 + lane / 4 + 8 * e;
+        const float all = QuadSum(sum_bias[e]);
+        if (lane % 4 == 0 && landmark < features)
+          p.part_feature_bias[at * features + landmark] = all;
+      }
+      StoreSums<W, 1>(p.part_projection + at * features * p.query.width, p.query.width, features,
+                      row0, sum_projection, p.map.root, lane);
     }
-    StoreSums<W, 1>(p.part_projection + at * features * p.query.width, p.query.width, features,
-                    row0, sum_projection, p.map.root, lane);
   }
+}
+
+template <class T, int W>
+__global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
+    CausalQuerySweepKernel(CausalQuerySweepParams<T> p) {
+  CausalQuerySweep<T, W, false>(p);
+}
+
+// The sweep before that one, for 16 bits; it only corrects delta. What the forward pass rounded
+// otherwise than the sweeps do would be the largest part of their errors: with the delta that comes
+// out, the sum of a row's da over all landmarks is 0, as it should be.
+template <class T, int W>
+__global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
+    CausalDeltaKernel(CausalQuerySweepParams<T> p) {
+  CausalQuerySweep<T, W, true>(p);
 }
 
 }  // namespace cuda

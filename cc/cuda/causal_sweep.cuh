@@ -68,6 +68,7 @@ struct WarpLandmarks {
   template <int kColumns, class Rows>
   PERFORMER_DEVICE static void Product(float (&x)[1][kColumns / 8][4], Rows rows, const T* tokens,
                                        int j0, int lane) {
+    lane = Opaque(lane);
 #pragma unroll
     for (int s = 0; s < W / 16; ++s) {
       uint32_t a[kFragment<T>];
@@ -207,32 +208,38 @@ struct WarpLandmarks {
   }
 };
 
-// acc += state (16 landmarks x W, accumulators) x tokens (kColumns from j0).
+// acc += state (16 landmarks x W, accumulators) x tokens (kColumns from j0). In 16 bits the state
+// is taken as the sum of two operands: what it gives nearly cancels against delta mass.
 template <class R, int W, int kColumns>
 PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float (&state)[W / 8][4],
                                    const R* tokens, int j0, int lane) {
+  lane = Opaque(lane);
 #pragma unroll
   for (int s = 0; s < W / 16; ++s) {
-    uint32_t a[kFragment<R>];
+    uint32_t a[kFragment<R>], rest[kFragment<R>];
     PackA<R>(a, state[2 * s], state[2 * s + 1]);
+    if constexpr (kIs16Bit<R>) PackRest<R>(rest, a, state[2 * s], state[2 * s + 1]);
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
       uint32_t b[kFragment<R>];
       LoadB<R, W>(b, tokens, j0 + n * 16, s * 16, lane);
+      if constexpr (kIs16Bit<R>) Mma<R>(acc[0][2 * n], acc[0][2 * n + 1], rest, b);
       Mma<R>(acc[0][2 * n], acc[0][2 * n + 1], a, b);
     }
   }
 }
 
-// The lower triangle of dA to a tile [i][j], each warp its part.
+// The lower triangle of dA to a tile [i][j], each warp its part; to `rest`, if it is not nullptr,
+// what rounding took from it.
 template <class T, int W>
-PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, const Ranged<T>* grad_out,
-                                         const Ranged<T>* values, const float* delta, int r0,
-                                         int c0, int lane) {
+PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
+                                         const Ranged<T>* grad_out, const Ranged<T>* values,
+                                         const float* delta, int r0, int c0, int lane) {
   using L = CausalSweepLayout<T, W>;
   using R = Ranged<T>;
   constexpr int kColumns = L::kPairColumns;
   if (c0 >= L::kRows) return;
+  lane = Opaque(lane);
   const int g = lane / 4, t = lane % 4;
   float x[kColumns / 8][4];
 #pragma unroll
@@ -255,8 +262,12 @@ PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, const Ranged<T>* grad_
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int i = r0 + g + 8 * e, j = c0 + n * 8 + 2 * t;
-      StorePair(tile + At<R, L::kRows>(i, j), j <= i ? x[n][2 * e] : 0.f,
-                j + 1 <= i ? x[n][2 * e + 1] : 0.f);
+      const int at = At<R, L::kRows>(i, j);
+      const float x0 = j <= i ? x[n][2 * e] : 0.f, x1 = j + 1 <= i ? x[n][2 * e + 1] : 0.f;
+      StorePair(tile + at, x0, x1);
+      if (rest == nullptr) continue;
+      const float2 stored = LoadPair(tile + at);
+      StorePair(rest + at, x0 - stored.x, x1 - stored.y);
     }
 }
 

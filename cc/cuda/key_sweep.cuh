@@ -174,13 +174,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
       const int id = Opaque(tid), lane = id % 32, warp = id / 32, r0 = warp % 4 * 16;
       float total[2] = {};  // of dS over landmarks, of the rounded operand: errors cancel in dk
       if (!linear) {
-#pragma unroll 1
-        for (int m = 0; m < L::kLandmarks; m += 16) {
-          uint32_t a[kFragment<T>];
-          LoadATrans<T, kTile>(a, summed, r0, m, lane);
-#pragma unroll
-          for (int e = 0; e < 2; ++e) total[e] += OperandSum<T>(a, e);
-        }
+        TotalOfLandmarks<T, L::kLandmarks>(total, summed, r0, lane);
         __syncthreads();  // [3] dS may be overwritten
 #pragma unroll 1
         for (int j0 = 0; j0 < kTile; j0 += 32) {

@@ -10,7 +10,11 @@ namespace cuda {
 
 // Segments of a sequence are summed apart and merged in order. Each costs a state in memory (M E
 // floats) and, in the causal forms, the work of summing its keys twice; each is a block's work.
-inline constexpr int64_t kSegmentUnit = 1024;
+// (The emulator's tests are built with shorter ones: they cross more of them in less time.)
+#ifndef PERFORMER_SEGMENT_ROWS
+#define PERFORMER_SEGMENT_ROWS 1024
+#endif
+inline constexpr int64_t kSegmentUnit = PERFORMER_SEGMENT_ROWS;
 inline constexpr int64_t kMaxSegments = 32;
 
 // Rows of a segment in a sequence of `rows`.

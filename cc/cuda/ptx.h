@@ -200,10 +200,16 @@ inline float Exp2(float x) {
 }
 inline float Log2(float x) { return std::log2(std::fabs(x) < 0x1p-126f ? 0.f : x); }
 
+// The numbers of a pair, to to[0] and to[step].
 template <class T>
-inline float Element16(uint32_t pair, int which) {
-  const auto bits = static_cast<uint16_t>(which ? pair >> 16 : pair);
-  return std::is_same_v<T, Half> ? HalfToFloat(bits) : AsFloat(uint32_t{bits} << 16);
+inline void Unpack16(float* to, int step, uint32_t pair) {
+  if constexpr (std::is_same_v<T, Half>) {
+    to[0] = HalfToFloat(static_cast<uint16_t>(pair));
+    to[step] = HalfToFloat(static_cast<uint16_t>(pair >> 16));
+  } else {
+    to[0] = AsFloat(pair << 16);
+    to[step] = AsFloat(pair & 0xffff0000u);
+  }
 }
 struct MmaSlot {
   float* d;
@@ -232,10 +238,9 @@ PERFORMER_SIM_REGISTERS inline void ApplyMma16(void** slots, uint32_t) {
   for (int lane = 0; lane < 32; ++lane) {
     const auto* slot = static_cast<const MmaSlot*>(slots[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 8; ++i)
-      a[g + 8 * (i / 2 % 2)][2 * t + i % 2 + 8 * (i / 4)] = Element16<T>(slot->a[i / 2], i % 2);
     for (int i = 0; i < 4; ++i)
-      b[2 * t + i % 2 + 8 * (i / 2)][g] = Element16<T>(slot->b[i / 2], i % 2);
+      Unpack16<T>(&a[g + 8 * (i % 2)][2 * t + 8 * (i / 2)], 1, slot->a[i]);
+    for (int i = 0; i < 2; ++i) Unpack16<T>(&b[2 * t + 8 * i][g], 8, slot->b[i]);
   }
   MmaSum<16>(slots, a, b);
 }

@@ -107,12 +107,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
     CopyRows<T, W, kTile, kThreads>(reinterpret_cast<T*>(shared + L::kGradOut) + buffer,
                                     place->grad_out, first, p.grad_out, tid, valid);
     CpAsyncCommit();
-    if (tid < kTile) {  // no weight: a row past the end, or that sees no key
-      const int64_t at = static_cast<int64_t>(first + tid) * heads;
-      const float given = valid(tid) ? place->lse[at] : -kInfinity;
-      lse[parity * kTile + tid] = given == -kInfinity ? kInfinity : given * p.map.inverse_root;
-      delta[parity * kTile + tid] = valid(tid) ? place->delta[at] : 0.f;
-    }
+    if (tid < kTile)
+      LoadStatistics(lse + parity * kTile + tid, delta + parity * kTile + tid, place->lse,
+                     place->delta, static_cast<int64_t>(first + tid) * heads, valid(tid), p.map);
   };
 
   const int features = static_cast<int>(p.features);
@@ -142,10 +139,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
       const int parity = tile & 1, buffer = L::kStages == 2 ? parity * kTile * W : 0;
       const T* const queries = reinterpret_cast<T*>(shared + L::kQuery) + buffer;
       const T* const grad_out = reinterpret_cast<T*>(shared + L::kGradOut) + buffer;
-      if constexpr (L::kStages == 1) {
-        __syncthreads();  // [0] nobody reads the last tile any more
-        issue(tile, parity);
-      }
+      if constexpr (L::kStages == 1) issue(tile, parity);  // nobody reads a tile after its [2]
       CpAsyncWait<0>();
       __syncthreads();  // [1] the tile is complete; the other buffers and dS are free
       if (L::kStages == 2 && tile + 1 < tiles) issue(tile + 1, parity ^ 1);
@@ -187,11 +181,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
               sum_log_mass[m][i / 2] += d;
             }
           }
-        SumTokens<T, W, kRowTiles>(sum_mean, x, grad_out, j0, lane);
+        SumTokens<T, W, kRowTiles>(sum_mean, x, grad_out, j0, Opaque(lane));
         if (!linear)
           ChainSlope<T, W, kRowTiles>(ds, p.map, projection, row_landmark, queries, j0, lane);
         StoreSummed<T, kRowTiles>(summed, ds, row_landmark, j0, lane);
-        SumTokens<T, W, kRowTiles>(sum_projection, ds, queries, j0, lane);
+        SumTokens<T, W, kRowTiles>(sum_projection, ds, queries, j0, Opaque(lane));
       }
       __syncthreads();  // [2] dS is visible
       const int id = Opaque(tid), lane = id % 32, warp = id / 32, r0 = warp % 4 * 16;
@@ -211,13 +205,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
           for (int n = 0; n < L::kColumns / 8; ++n) {
             const int column = c0 + n * 8 + 2 * (lane % 4);
             float2 y = {dq[n][2 * e] * factor, dq[n][2 * e + 1] * factor};
-            if (!(is_first && is_last)) {  // of this thread alone, over the groups of landmarks
-              float2* sum = reinterpret_cast<float2*>(
-                  place->sum_query + static_cast<int64_t>(row) * heads * W + column);
-              if (!is_first) y.x += sum->x, y.y += sum->y;
-              *sum = y;
-            }
-            if (is_last)
+            if (AddPart(y, place->sum_query, static_cast<int64_t>(row) * heads * W + column,
+                        is_first, is_last))
               StoreColumns(to, column, p.grad_query.width, p.grad_query.aligned, y.x, y.y);
           }
         }

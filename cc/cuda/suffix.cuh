@@ -68,12 +68,9 @@ __global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
     CopyRows<T, W, kTile, kThreads>(reinterpret_cast<T*>(shared + L::kGradOut) + buffer * kTile * W,
                                     p.grad_out.Row(row0, head), first, p.grad_out, tid, valid);
     CpAsyncCommit();
-    if (tid < kTile) {  // no weight: a row past the end, or that sees no key
-      const int64_t at = (row0 + first + tid) * heads + head;
-      const float given = valid(tid) ? p.lse[at] : -kInfinity;
-      lse[buffer * kTile + tid] = given == -kInfinity ? kInfinity : given * p.map.inverse_root;
-      delta[buffer * kTile + tid] = valid(tid) ? p.delta[at] : 0.f;
-    }
+    if (tid < kTile)
+      LoadStatistics(lse + buffer * kTile + tid, delta + buffer * kTile + tid, p.lse, p.delta,
+                     (row0 + first + tid) * heads + head, valid(tid), p.map);
   };
   {
     const T* w =

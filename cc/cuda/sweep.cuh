@@ -146,6 +146,38 @@ PERFORMER_DEVICE void SumLandmarks(float (&acc)[kColumns / 8][4], float (&total)
   }
 }
 
+// total[e] += this lane's share of the sum over landmarks of a tile [kLandmarks][kWidth tokens], of
+// tokens r0 + g + 8 e: of what an operand holds, so that its errors cancel where it meets them.
+template <class T, int kLandmarks, int kWidth = kTile>
+PERFORMER_DEVICE void TotalOfLandmarks(float (&total)[2], const T* tile, int r0, int lane) {
+#pragma unroll 1
+  for (int m = 0; m < kLandmarks; m += 16) {
+    uint32_t a[kFragment<T>];
+    LoadATrans<T, kWidth>(a, tile, r0, m, lane);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) total[e] += OperandSum<T>(a, e);
+  }
+}
+
+// What query row `at` has for a sweep; no weight: a row past the end, or that sees no key.
+PERFORMER_DEVICE void LoadStatistics(float* lse, float* delta, const float* from_lse,
+                                     const float* from_delta, int64_t at, bool valid,
+                                     const Map& map) {
+  const float given = valid ? from_lse[at] : -kInfinity;
+  *lse = given == -kInfinity ? kInfinity : given * map.inverse_root;
+  *delta = valid ? from_delta[at] : 0.f;
+}
+
+// Two numbers of a row's gradient that is a sum of parts (groups of landmarks, pieces of a chunk,
+// query heads), kept at sums[at] in between, by the same thread. Returns whether y is the sum now.
+PERFORMER_DEVICE bool AddPart(float2& y, float* sums, int64_t at, bool first, bool last) {
+  if (first && last) return true;
+  float2* const sum = reinterpret_cast<float2*>(sums + at);
+  if (!first) y.x += sum->x, y.y += sum->y;
+  if (!last) *sum = y;
+  return last;
+}
+
 // d log phi / d (root x) of the product x = w . token.
 PERFORMER_DEVICE float MapSlope(const Map& map, float x) {
   const float u = map.root * x;
@@ -187,7 +219,7 @@ PERFORMER_DEVICE float GradStateScale(float largest) {
 inline constexpr float kWeightScale = 0x1p6f;
 
 // The largest of values[i * stride], i < count; every thread of the block gets it. `shared`: a
-// float for each warp. Begins and ends with a barrier.
+// float for each warp, which nobody else uses before. Ends with a barrier.
 template <int kWarps>
 PERFORMER_DEVICE float BlockMax(const float* values, int64_t stride, int count, float* shared,
                                 int tid) {
@@ -196,7 +228,6 @@ PERFORMER_DEVICE float BlockMax(const float* values, int64_t stride, int count, 
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
-  __syncthreads();  // whoever used the memory before
   if (tid % 32 == 0) shared[tid / 32] = top;
   __syncthreads();  // maxima of all warps
 #pragma unroll

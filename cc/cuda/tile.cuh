@@ -204,6 +204,16 @@ PERFORMER_DEVICE void PackA(uint32_t (&a)[kFragment<T>], const float (&c0)[4],
   }
 }
 
+// What PackA rounded off, for 16 bits: the operand whose sum with `a` is nearly float32.
+template <class T>
+PERFORMER_DEVICE void PackRest(uint32_t (&rest)[4], const uint32_t (&a)[4], const float (&c0)[4],
+                               const float (&c1)[4]) {
+  rest[0] = Pack<T>(c0[0] - Low<T>(a[0]), c0[1] - High<T>(a[0]));
+  rest[1] = Pack<T>(c0[2] - Low<T>(a[1]), c0[3] - High<T>(a[1]));
+  rest[2] = Pack<T>(c1[0] - Low<T>(a[2]), c1[1] - High<T>(a[2]));
+  rest[3] = Pack<T>(c1[2] - Low<T>(a[3]), c1[3] - High<T>(a[3]));
+}
+
 // Over the four lanes that hold one row of an accumulator.
 PERFORMER_DEVICE float QuadSum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);

@@ -75,7 +75,7 @@ struct Block {
   size_t main_stack_size = 0;
 };
 
-inline constexpr size_t kStackBytes = 256 << 10;
+inline constexpr size_t kStackBytes = 512 << 10;
 
 Block* TheBlock();  // that runs now, or nullptr
 

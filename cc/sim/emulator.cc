@@ -72,10 +72,30 @@ void ToFiber(Block& block, Fiber& fiber) {
 #endif
 }
 
+// From a fiber that waits straight to the next one that can go on.
+void ToOtherFiber(Block& block, Fiber& fiber, Fiber& next) {
+  block.current = &next;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&fiber.fake_stack, next.stack, kStackBytes);
+#endif
+#if defined(__x86_64__)
+  Switch(&fiber.stack_pointer, next.stack_pointer);
+#else
+  swapcontext(&fiber.context, &next.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+#endif
+}
+
 void FiberMain() {
   Block& block = *g_block;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &block.main_stack_bottom, &block.main_stack_size);
+  const void* bottom = nullptr;
+  size_t size = 0;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+  if (block.main_stack_bottom == nullptr)  // the first fiber comes from the scheduler
+    block.main_stack_bottom = bottom, block.main_stack_size = size;
 #endif
   try {
     (*block.body)();
@@ -107,7 +127,10 @@ void Prepare(Fiber& fiber) {
   __asan_unpoison_memory_region(fiber.stack + 4096, kStackBytes - 4096);
 #endif
 #if defined(__x86_64__)
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+  // Not at the same place of each stack: the frames of a warp would share a few lines of the
+  // caches.
+  const size_t apart = fiber.index % 32 * (4096 + 64);
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64 - apart);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(FiberMain);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -126,11 +149,6 @@ void Prepare(Fiber& fiber) {
 void Wake(Block& block, Fiber* fiber) {
   fiber->warp->ready[fiber->warp->ready_count++] = fiber;
   ++block.ready_count;
-}
-
-void Park(const char* where) {
-  g_block->current->waits_at = where;
-  ToScheduler(false);
 }
 
 template <class T>
@@ -158,6 +176,17 @@ Fiber* Next(Block& block, Order order) {
   --warp.ready_count;
   --block.ready_count;
   return fiber;
+}
+
+// The thread waits; whoever it waits for wakes it.
+void Park(const char* where) {
+  Block& block = *g_block;
+  Fiber& fiber = *block.current;
+  fiber.waits_at = where;
+  // A deadlock, or what some thread did wrong ends the block.
+  if (block.ready_count == 0 || !block.error.empty()) return ToScheduler(false);
+  Fiber& next = *Next(block, TheOptions().order);
+  if (&next != &fiber) ToOtherFiber(block, fiber, next);
 }
 
 std::string Deadlock(const Block& block) {
@@ -253,7 +282,7 @@ void SyncThreads(const char* site) {
   Block& block = *g_block;
   if (block.current->index == 0) Sites().insert(site);
   if (!TheOptions().skip.empty() && TheOptions().skip == site) return;
-  if (block.arrived > 0 && std::strcmp(block.barrier_site, site) != 0)
+  if (block.arrived > 0 && block.barrier_site != site && std::strcmp(block.barrier_site, site) != 0)
     Fail(std::string("barriers in divergent code: ") + site + " meets " + block.barrier_site);
   const unsigned object = block.generation & 1;
   RaceRelease(object);
@@ -278,7 +307,7 @@ void Collective(uint32_t mask, const char* name, void* slot, void (*apply)(void*
   const unsigned lane = fiber.place.lane;
   Rendezvous& meeting = Find(*fiber.warp, mask);
   if ((mask >> lane & 1) == 0) Fail(std::string(name) + ": the lane is not in its own mask");
-  if (meeting.arrived != 0 && std::strcmp(meeting.name, name) != 0)
+  if (meeting.arrived != 0 && meeting.name != name && std::strcmp(meeting.name, name) != 0)
     Fail(std::string("a warp diverges: ") + name + " meets " + meeting.name);
   meeting.name = name;
   meeting.slots[lane] = slot;

@@ -13,7 +13,9 @@
 // reported, not each. Atomic operations are performed and are no accesses.
 #include <algorithm>
 #include <cstdio>
-#include <unordered_map>
+#include <cstdlib>
+#include <map>
+#include <memory>
 
 #include "sim/block.h"
 
@@ -21,37 +23,49 @@ namespace performer {
 namespace sim {
 namespace {
 
-using Clock = std::vector<uint32_t>;
+// Addresses of instructions are kept as distances from here.
+char* Origin() { return reinterpret_cast<char*>(&Origin); }
 
 struct Access {
-  uint32_t block = 0, thread = 0, epoch = 0;  // epoch 0: none
-  void* instruction = nullptr;
+  uint32_t epoch = 0;  // 0: none
+  uint32_t thread = 0;
+  int32_t instruction = 0;
 };
 struct WarpReads {
   Access last, other_lane;
 };
+// What it holds is of `block`, and nothing to any other: so nothing need be cleared.
 struct SharedCell {
+  uint32_t block = 0;
+  uint32_t readers = 0;  // warps that have read since the last write
   Access write;
-  WarpReads reads[32];
 };
-struct GlobalCell {
-  Access write, read, other_block;
+struct GlobalAccess {
+  Access access;
+  uint32_t block = 0;
+};
+struct GlobalCell {  // of this launch, where its blocks are
+  GlobalAccess write, read, other_block;
+};
+struct FreeDeleter {
+  void operator()(GlobalCell* p) const { std::free(p); }
 };
 struct Buffer {
-  uintptr_t begin;
-  size_t bytes;
+  size_t bytes = 0;
+  std::unique_ptr<GlobalCell, FreeDeleter> cells;  // calloc: pages that nobody touches cost nothing
 };
 
 struct Detector {
   bool busy = false;  // no recursion, should a function here be instrumented after all
   Block* block = nullptr;
-  uint32_t block_number = 0;
-  std::vector<Clock> clocks;  // of each thread
-  std::unordered_map<unsigned, Clock> objects;
+  uint32_t block_number = 0, first_of_launch = 1;
+  size_t threads = 0, warps = 0;
+  std::vector<uint32_t> clocks;                // [thread][thread]
+  std::vector<std::vector<uint32_t>> objects;  // clocks, empty until released
   std::vector<SharedCell> shared;
-  std::unordered_map<uintptr_t, GlobalCell> global;
-  std::vector<Buffer> buffers;
-  std::set<std::pair<void*, void*>> reported;
+  std::vector<WarpReads> reads;  // [cell][warp], where `readers` says so
+  std::map<uintptr_t, Buffer> buffers;
+  std::set<std::pair<int32_t, int32_t>> reported;
 };
 
 Detector& The() {
@@ -60,106 +74,140 @@ Detector& The() {
 }
 
 void Report(const char* kind, const char* where, size_t byte, const Access& before,
-            const Access& now) {
+            uint32_t block_before, const Access& now) {
   Detector& d = The();
   if (!d.reported.insert({before.instruction, now.instruction}).second) return;
+  // A mutant has been caught: the rest of its run would tell no more.
+  if (!TheOptions().skip.empty() && d.block->error.empty()) d.block->error = "data race";
   Races& races = TheRaces();
   if (++races.count > 20) return;
   char text[256];
   std::snprintf(text, sizeof text,
                 "%s in %s memory, byte %zu: block %u thread %u (at %p), then block %u thread %u "
                 "(at %p)\n",
-                kind, where, byte, before.block, before.thread, before.instruction, now.block,
-                now.thread, now.instruction);
+                kind, where, byte, block_before, before.thread,
+                static_cast<void*>(Origin() + before.instruction), d.block_number, now.thread,
+                static_cast<void*>(Origin() + now.instruction));
   races.report += text;
 }
 
 bool Knows(const Access& now, const Access& before) {
+  const Detector& d = The();
   return before.epoch == 0 || before.thread == now.thread ||
-         before.epoch <= The().clocks[now.thread][before.thread];
+         before.epoch <= d.clocks[now.thread * d.threads + before.thread];
 }
 
-void SharedAccess(SharedCell& cell, size_t byte, bool write, const Access& now) {
-  if (!Knows(now, cell.write))
-    Report(write ? "write after write" : "read after write", "shared", byte, cell.write, now);
-  WarpReads& mine = cell.reads[now.thread / 32];
+void RecordShared(size_t index, bool write, const Access& now) {
+  Detector& d = The();
+  SharedCell& cell = d.shared[index];
+  if (cell.block != d.block_number) cell = {d.block_number, 0, {}};
+  const auto report = [&](const char* kind, const Access& before) {
+    Report(kind, "shared", index * 2, before, d.block_number, now);
+  };
+  if (!Knows(now, cell.write)) report(write ? "write after write" : "read after write", cell.write);
+  WarpReads* const reads = &d.reads[index * d.warps];
   if (!write) {
-    if (mine.last.epoch != 0 && mine.last.thread != now.thread) mine.other_lane = mine.last;
+    WarpReads& mine = reads[now.thread / 32];
+    const uint32_t bit = 1u << now.thread / 32;
+    if ((cell.readers & bit) == 0) {
+      mine = WarpReads();
+      cell.readers |= bit;
+    } else if (mine.last.thread != now.thread) {
+      mine.other_lane = mine.last;
+    }
     mine.last = now;
     return;
   }
-  for (size_t w = 0; w < The().block->warps.size(); ++w) {
-    for (const Access& read : {cell.reads[w].last, cell.reads[w].other_lane})
-      if (!Knows(now, read)) Report("write after read", "shared", byte, read, now);
-    cell.reads[w] = WarpReads();
+  for (size_t w = 0; cell.readers >> w != 0; ++w) {
+    if ((cell.readers >> w & 1) == 0) continue;
+    for (const Access& read : {reads[w].last, reads[w].other_lane})
+      if (!Knows(now, read)) report("write after read", read);
+    if (w == 31) break;
   }
+  cell.readers = 0;
   cell.write = now;
 }
 
-void GlobalAccess(GlobalCell& cell, size_t byte, bool write, const Access& now) {
-  const auto knows = [&](const Access& before) {
-    return before.epoch == 0 || (before.block == now.block && Knows(now, before));
+void RecordGlobal(GlobalCell& cell, size_t byte, bool write, const Access& now) {
+  Detector& d = The();
+  const auto check = [&](const GlobalAccess& before, const char* kind) {
+    if (before.access.epoch == 0 || before.block < d.first_of_launch) return;
+    if (before.block != d.block_number || !Knows(now, before.access))
+      Report(kind, "global", byte, before.access, before.block, now);
   };
-  if (!knows(cell.write))
-    Report(write ? "write after write" : "read after write", "global", byte, cell.write, now);
+  check(cell.write, write ? "write after write" : "read after write");
+  const GlobalAccess mine = {now, d.block_number};
   if (!write) {
-    if (cell.read.epoch != 0 && cell.read.block != now.block) cell.other_block = cell.read;
-    cell.read = now;
+    if (cell.read.access.epoch != 0 && cell.read.block != mine.block) cell.other_block = cell.read;
+    cell.read = mine;
     return;
   }
-  for (const Access& read : {cell.read, cell.other_block})
-    if (!knows(read)) Report("write after read", "global", byte, read, now);
-  cell.write = now;
+  check(cell.read, "write after read");
+  check(cell.other_block, "write after read");
+  cell.write = mine;
 }
 
 void Record(const void* at, size_t bytes, bool write, void* instruction) {
   Detector& d = The();
   const unsigned thread = d.block->current->index;
-  const Access now = {d.block_number, thread, d.clocks[thread][thread], instruction};
+  const Access now = {d.clocks[thread * d.threads + thread], thread,
+                      static_cast<int32_t>(static_cast<char*>(instruction) - Origin())};
   const auto begin = reinterpret_cast<uintptr_t>(at);
   const auto shared = reinterpret_cast<uintptr_t>(d.block->shared);
   if (begin >= shared && begin < shared + d.block->shared_bytes) {
-    const size_t first = (begin - shared) / 2, last = (begin - shared + bytes - 1) / 2;
-    for (size_t cell = first; cell <= last && cell < d.shared.size(); ++cell)
-      SharedAccess(d.shared[cell], cell * 2, write, now);
+    const size_t first = (begin - shared) / 2;
+    const size_t last = (std::min(begin - shared + bytes, d.block->shared_bytes) - 1) / 2;
+    for (size_t cell = first; cell <= last; ++cell) RecordShared(cell, write, now);
     return;
   }
-  for (const Buffer& buffer : d.buffers)
-    if (begin >= buffer.begin && begin < buffer.begin + buffer.bytes) {
-      for (uintptr_t cell = begin / 2; cell <= (begin + bytes - 1) / 2; ++cell)
-        GlobalAccess(d.global[cell], cell * 2 - buffer.begin, write, now);
-      return;
-    }
+  const auto after = d.buffers.upper_bound(begin);
+  if (after == d.buffers.begin()) return;
+  const auto& [start, buffer] = *std::prev(after);
+  if (begin >= start + buffer.bytes) return;
+  const size_t first = (begin - start) / 2;
+  const size_t last = (std::min(begin - start + bytes, buffer.bytes) - 1) / 2;
+  for (size_t cell = first; cell <= last; ++cell)
+    RecordGlobal(buffer.cells.get()[cell], cell * 2, write, now);
+}
+
+// The later of both, of every thread. Blocks have a multiple of 32.
+void Join(std::vector<uint32_t>::iterator to, std::vector<uint32_t>::const_iterator from,
+          size_t threads) {
+  for (size_t first = 0; first < threads; first += 32)
+    for (size_t i = 0; i < 32; ++i) to[first + i] = std::max(to[first + i], from[first + i]);
 }
 
 }  // namespace
 
 void RaceBlockBegins(Block& block) {
   Detector& d = The();
-  const unsigned count = block.block_dim.x * block.block_dim.y * block.block_dim.z;
   d.block = &block;
   ++d.block_number;
+  d.threads = block.block_dim.x * block.block_dim.y * block.block_dim.z;
+  d.warps = d.threads / 32;
   d.objects.clear();
-  d.clocks.assign(count, Clock(count, 0));
-  for (unsigned i = 0; i < count; ++i) d.clocks[i][i] = 1;
-  d.shared.assign((block.shared_bytes + 1) / 2, SharedCell());
+  d.clocks.assign(d.threads * d.threads, 0);
+  for (size_t i = 0; i < d.threads; ++i) d.clocks[i * d.threads + i] = 1;
+  const size_t cells = (block.shared_bytes + 1) / 2;
+  if (d.shared.size() < cells) d.shared.resize(cells);
+  if (d.reads.size() < cells * d.warps) d.reads.resize(cells * d.warps);
 }
 void RaceBlockEnds() { The().block = nullptr; }
-void RaceLaunchEnds() { The().global.clear(); }
+void RaceLaunchEnds() { The().first_of_launch = The().block_number + 1; }
 
 void RaceRelease(unsigned object) {
   Detector& d = The();
   const unsigned thread = d.block->current->index;
-  Clock &to = d.objects[object], &from = d.clocks[thread];
-  to.resize(from.size(), 0);
-  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
-  ++from[thread];
+  if (d.objects.size() <= object) d.objects.resize(object + 1);
+  if (d.objects[object].empty()) d.objects[object].resize(d.threads);
+  const auto own = d.clocks.begin() + thread * d.threads;
+  Join(d.objects[object].begin(), own, d.threads);
+  ++own[thread];
 }
 void RaceAcquire(unsigned object) {
   Detector& d = The();
-  const Clock& from = d.objects[object];
-  Clock& to = d.clocks[d.block->current->index];
-  for (size_t i = 0; i < to.size(); ++i) to[i] = std::max(to[i], from[i]);
+  Join(d.clocks.begin() + d.block->current->index * d.threads, d.objects[object].begin(),
+       d.threads);
 }
 
 void RaceAccess(const void* at, size_t bytes, bool write, void* instruction) {
@@ -175,12 +223,14 @@ void RaceAccess(const void* at, size_t bytes, bool write, void* instruction) {
 }
 
 void Track(const void* begin, size_t bytes) {
-  if (bytes > 0) The().buffers.push_back({reinterpret_cast<uintptr_t>(begin), bytes});
+  if (bytes == 0) return;
+  auto* cells = static_cast<GlobalCell*>(std::calloc((bytes + 1) / 2, sizeof(GlobalCell)));
+  if (cells == nullptr) throw Error("no memory for the race detector");
+  Buffer& buffer = The().buffers[reinterpret_cast<uintptr_t>(begin)];
+  buffer.bytes = bytes;
+  buffer.cells.reset(cells);
 }
-void UntrackAll() {
-  The().buffers.clear();
-  The().global.clear();
-}
+void UntrackAll() { The().buffers.clear(); }
 void ResetRaces() {
   TheRaces() = Races();
   The().reported.clear();

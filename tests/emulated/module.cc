@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "bindings/arrays.h"
+#include "cuda/plan.h"
 #include "cuda/run.h"
 #include "emulated/planted.h"
 #include "sim/emulator.h"
@@ -137,6 +138,7 @@ PYBIND11_MODULE(performer_emulated, module) {
   module.def("planted", performer::Planted, arg("kernel"), arg("x"), arg("bug"), arg("blocks") = 2,
              arg("threads") = 64, arg("order") = "random", arg("seed") = 1,
              "A kernel of planted.cuh, with its bug or without; returns its output.");
+  module.attr("segment_rows") = cuda::kSegmentUnit;
   module.attr("detects_races") = sim::DetectsRaces();
 #if defined(__SANITIZE_ADDRESS__)
   module.attr("detects_addresses") = true;

@@ -6,6 +6,7 @@ import pytest
 from kit.compare import assert_close, assert_same_bits
 from kit.core import Case, expected, make
 from kit.emulated import dtypes, run
+from kit.emulated_cases import SEGMENT
 from kit.poison import POISONS, poisoned
 from performer.tolerances import tolerances
 
@@ -114,12 +115,12 @@ def test_a_nan_in_a_key_shows_from_its_row_on_in_its_group(dtype, name):
 
 @dtypes
 def test_a_later_segment_changes_no_bit_of_an_earlier_one(dtype):
-    case = Case(batch=1, rows=1060, heads=1, groups=1, dim=16, value_dim=8, features=10)
+    case = Case(batch=1, rows=SEGMENT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10)
     x = make(case, dtype)
-    before, after = assert_past_unchanged(case, dtype, "NaN", 1030, x=x)
-    assert np.isnan(after["out"][:, 1030:].astype(np.float32)).all()
-    early = poisoned(x, "NaN", 1000, dtype, ["value"])
-    assert np.isnan(run("Causal", early)["out"][:, 1000:].astype(np.float32)).all()
+    before, after = assert_past_unchanged(case, dtype, "NaN", SEGMENT + 6, x=x)
+    assert np.isnan(after["out"][:, SEGMENT + 6 :].astype(np.float32)).all()
+    early = poisoned(x, "NaN", SEGMENT - 24, dtype, ["value"])
+    assert np.isnan(run("Causal", early)["out"][:, SEGMENT - 24 :].astype(np.float32)).all()
     assert before["out"].shape == after["out"].shape
 
 

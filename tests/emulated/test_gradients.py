@@ -1,49 +1,29 @@
 """The gradients of the CUDA kernels, emulated, against the analytic gradients of the reference."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 
-from kit.compare import assert_close, assert_same_bits
-from kit.core import backward, cotangents, expected_gradients, forward, make
-from kit.core_cases import NARROW, TOKENS, cases
-from kit.cuda_cases import CASES
-from kit.emulated import DTYPES, SCHEDULES, counting, dtypes, run
-from performer.tolerances import tolerances
-
-FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-
-
-def all_cases(causal):
-    return {**{name: c for name, c in cases(causal).items() if name not in TOKENS}, **CASES}
+from kit.compare import assert_same_bits
+from kit.core import backward, cotangents, forms, forward, make
+from kit.core_cases import TOKENS
+from kit.cuda_cases import CASES, PIECES
+from kit.emulated import SCHEDULES, counting, dtypes, run
+from kit.emulated_cases import all_cases, parameters
+from kit.kernel_checks import check_gradients
 
 
-@cache
-def wanted(causal, name, dtype):
-    case = all_cases(causal)[name]
-    return expected_gradients(make(case, dtype), cotangents(case, dtype), causal, **case.options)
-
-
-@pytest.mark.parametrize(
-    ("causal", "name", "dtype"),
-    [
-        (causal, name, dtype)
-        for causal in (False, True)
-        for name in all_cases(causal)
-        for dtype in (DTYPES if name in CASES or name in NARROW else ["bfloat16"])
-    ],
-)
+@pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))
 def test_gradients_are_those_of_the_reference(causal, name, dtype):
-    case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal).gradient_rms
-    x = make(case, dtype)
-    grads = backward(x, cotangents(case, dtype), causal, run, **case.options)
-    for argument, grad in wanted(causal, name, dtype).items():
-        assert grads[argument].dtype == x[argument].dtype, argument
-        assert_close(grads[argument], grad, rms=bound, what=argument)
+    check_gradients(run, all_cases(causal)[name], causal, dtype)
 
 
-@FORMS
+@forms
+@dtypes
+def test_entries_of_std_8_keep_the_promise_in_float32_and_twice_it_in_16_bits(causal, dtype):
+    check_gradients(run, PIECES, causal, dtype, times=1 if dtype == "float32" else 2)
+
+
+@forms
 @dtypes
 @pytest.mark.parametrize("name", ["packed, with empty sequences", "wide, two groups of features"])
 def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
@@ -58,7 +38,7 @@ def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
             assert_same_bits(other[argument], grad, what=argument)
 
 
-@FORMS
+@forms
 @dtypes
 def test_the_gradients_of_masked_keys_are_zero(causal, dtype):
     case = CASES["narrow, 128 features, entry std 3"]
@@ -71,7 +51,7 @@ def test_the_gradients_of_masked_keys_are_zero(causal, dtype):
     assert not grads["key_bias"][..., masked].any()
 
 
-@FORMS
+@forms
 @dtypes
 def test_operands_are_read_without_bank_conflicts(causal, dtype):
     for name in ("narrow, 128 features, entry std 3", "wide, two groups of features"):

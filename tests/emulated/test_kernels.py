@@ -1,46 +1,22 @@
 """The CUDA kernels, emulated, against the reference: every type, layout and option."""
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 
 from kit.compare import assert_close, assert_same_bits
-from kit.core import expected, forward, make
-from kit.core_cases import NARROW, cases
+from kit.core import expected, forms, forward, make
 from kit.cuda_cases import CASES
-from kit.emulated import DTYPES, SCHEDULES, counting, dtypes, run
+from kit.emulated import SCHEDULES, counting, dtypes, run
+from kit.emulated_cases import OWN, SEGMENT, all_cases, parameters
+from kit.kernel_checks import check_batch_row_alone, check_results
 from performer.tolerances import tolerances
 
-FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 
-
-def all_cases(causal):
-    return {**cases(causal), **CASES}
-
-
-@cache
-def wanted(causal, name, dtype):
-    case = all_cases(causal)[name]
-    return expected(make(case, dtype), causal, **case.options)
-
-
-@pytest.mark.parametrize(
-    ("causal", "name", "dtype"),
-    [
-        (causal, name, dtype)
-        for causal in (False, True)
-        for name in all_cases(causal)
-        for dtype in (DTYPES if name in CASES or name in NARROW else ["bfloat16"])
-    ],
-)
+@pytest.mark.parametrize(("causal", "name", "dtype"), parameters())
 def test_results_are_those_of_the_reference(causal, name, dtype):
-    case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal)
-    results = forward(make(case, dtype), causal, run, **case.options)
-    for output, x in wanted(causal, name, dtype).items():
-        worst = bound.worst if output == "out" else None
-        assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
+    check_results(run, all_cases(causal)[name], causal, dtype)
 
 
 SCHEDULED = [
@@ -51,7 +27,7 @@ SCHEDULED = [
 ]
 
 
-@FORMS
+@forms
 @dtypes
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_results_are_the_same_bits_under_every_schedule(causal, name, dtype):
@@ -65,21 +41,18 @@ def test_results_are_the_same_bits_under_every_schedule(causal, name, dtype):
             assert_same_bits(other[output], x, what=output)
 
 
-@FORMS
+@forms
 @dtypes
 def test_a_batch_row_has_the_bits_it_has_alone(causal, dtype):
-    case = all_cases(causal)["an initial state for each, 500 rows"]
-    x = make(case, dtype)
-    together = forward(x, causal, run, **case.options)
-    alone = {n: a[1:] if len(a) == case.batch and a.ndim > 1 else a for n, a in x.items()}
-    for output, result in forward(alone, causal, run, **case.options).items():
-        assert_same_bits(result, together[output][1:], what=output)
+    check_batch_row_alone(
+        run, all_cases(causal)["an initial state for each, 500 rows"], causal, dtype
+    )
 
 
-@FORMS
+@forms
 @dtypes
 def test_a_packed_sequence_has_the_bits_it_has_alone(causal, dtype):
-    case = CASES["packed, segments of some sequences"]
+    case = OWN["packed, segments of some sequences"]
     x, state = make(case, dtype), 1
     packed = forward(x, causal, run, packed=True)
     begin, end = case.offsets[state : state + 2]
@@ -110,7 +83,7 @@ def test_two_calls_with_the_state_between_them_are_one(dtype):
     assert_close(after["mean"], exact["mean"], rms=bound.rms)
 
 
-@FORMS
+@forms
 @dtypes
 def test_operands_are_read_without_bank_conflicts(causal, dtype):
     for name in ("narrow, 128 features, entry std 3", "wide, two groups of features"):
@@ -127,14 +100,14 @@ def test_the_tensor_cores_do_no_more_than_counted(dtype):
     case = CASES["narrow, 256 features"]
     x = make(case, dtype)
     x["key"], x["value"], x["query"] = (
-        np.repeat(x[name], 2, 1)[:, :256] * 0 for name in ("key", "value", "query")
+        x[name][:, :SEGMENT] * 0 for name in ("key", "value", "query")
     )
     counts = {}
     for op in ("Summarize", "Read", "Causal"):
         state = {} if op != "Read" else forward(x, False, run)
         with counting() as counters:
             run(op, {**x, **state})
-        counts[op] = counters["mma"] / 256
+        counts[op] = counters["mma"] / SEGMENT
     assert counts == {"Summarize": 16, "Read": 16, "Causal": 38.25}
 
 
@@ -150,7 +123,7 @@ def test_what_the_kernels_do_not_take_is_refused():
 
 @pytest.mark.parametrize("op", ["Summarize", "Read", "Causal"])
 def test_a_gpu_without_memory_is_an_error(op):
-    case = replace(CASES["two segments, the first one ends in masked keys"], batch=1, heads=1)
+    case = replace(OWN["two segments, the first one ends in masked keys"], batch=1, heads=1)
     x = make(case, "bfloat16")
     x.update(forward(x, False, run))
     needed = 0

@@ -3,10 +3,11 @@ with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import pytest
 
-from kit.core import make
-from kit.core_cases import NARROW, cases
+from kit.core import backward, cotangents, make
+from kit.core_cases import NARROW, TOKENS
 from kit.emulated import dtypes, emulated, run
 from kit.emulated_calls import CALLS, OPS, call, inputs
+from kit.emulated_cases import all_cases
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -16,9 +17,12 @@ def test_kernels_keep_to_their_memory(op, name):
     call(name, op, inputs(name, op))
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    ("causal", "name"),
+    [(c, name) for c in (False, True) for name in NARROW if name not in TOKENS],
+)
 @dtypes
-def test_options_keep_to_their_memory(name, dtype):
+def test_options_keep_to_their_memory(causal, name, dtype):
     emulated.reset_races()
-    case = cases(True)[name]
-    run("Causal", make(case, dtype), **case.options)
+    case = all_cases(causal)[name]
+    backward(make(case, dtype), cotangents(case, dtype), causal, run, **case.options)

@@ -27,16 +27,21 @@ def written_sites():
 
 @cache
 def reached():
-    """By site: its name for the emulator, and the calls that pass it with their results."""
+    """By site: its name for the emulator, and the calls that pass it, the short ones first."""
     passed = {}
     for name in CALLS:
         for op in OPS:
             x = inputs(name, op)
             emulated.reset_sites()
+            emulated.reset_counters()
             results = call(name, op, x)
+            work = emulated.counters()["mma"]
             for site in emulated.sites():
-                passed.setdefault(Path(site).name, []).append((site, name, op, x, results))
-    return passed
+                passed.setdefault(Path(site).name, []).append((work, (site, name, op, x, results)))
+    return {
+        site: [arguments for _, arguments in sorted(calls, key=lambda entry: entry[0])]
+        for site, calls in passed.items()
+    }
 
 
 def notices(site, name, op, x, results):

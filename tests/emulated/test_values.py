@@ -1,17 +1,15 @@
 """Extreme values through the CUDA kernels, emulated."""
 
 import numpy as np
-import pytest
 
 from kit.compare import assert_close, assert_finite
-from kit.core import Case, forward, make
+from kit.core import Case, forms, forward, make
 from kit.emulated import dtypes, run
 
-FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 CASE = Case(batch=1, rows=70, heads=1, groups=1, dim=16, value_dim=8, features=24, bias="11S")
 
 
-@FORMS
+@forms
 @dtypes
 def test_large_keys_and_queries_give_finite_results(causal, dtype):
     x = make(CASE, dtype)
@@ -25,7 +23,7 @@ def test_large_keys_and_queries_give_finite_results(causal, dtype):
     assert np.abs(results["out"].astype(np.float32)).max() <= np.abs(values).max() * 1.01
 
 
-@FORMS
+@forms
 @dtypes
 def test_large_values_give_finite_results(causal, dtype):
     x = make(CASE, dtype)
@@ -36,7 +34,7 @@ def test_large_values_give_finite_results(causal, dtype):
     assert np.abs(results["out"].astype(np.float64)).max() <= size * 1.01
 
 
-@FORMS
+@forms
 @dtypes
 def test_a_constant_value_is_what_comes_out(causal, dtype):
     x = make(CASE, dtype)
@@ -46,7 +44,7 @@ def test_a_constant_value_is_what_comes_out(causal, dtype):
     assert_close(results["out"], np.full_like(results["out"], 1.5), relative=relative)
 
 
-@FORMS
+@forms
 @dtypes
 def test_masked_keys_are_deleted_keys(causal, dtype):
     x = make(CASE, dtype)
@@ -61,7 +59,7 @@ def test_masked_keys_are_deleted_keys(causal, dtype):
     assert_close(whole["out"][:, :64], part["out"], rms=1e-6)
 
 
-@FORMS
+@forms
 @dtypes
 def test_rows_that_see_no_key_are_zero(causal, dtype):
     x = make(CASE, dtype)

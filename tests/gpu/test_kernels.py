@@ -1,15 +1,14 @@
 """The CUDA kernels on a GPU: against the reference, and the same bits again."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 
 from kit.compare import assert_close, assert_same_bits
-from kit.core import backward, cotangents, expected, expected_gradients, forms, forward, make
+from kit.core import backward, cotangents, expected, forms, forward, make
 from kit.core_cases import cases
 from kit.cuda_cases import CASES
 from kit.gpu import dtypes, needs_gpu, run
+from kit.kernel_checks import check_batch_row_alone, check_gradients, check_results
 from kit.poison import POISONS, poisoned
 from performer.tolerances import tolerances
 
@@ -24,31 +23,16 @@ PARAMETERS = [(causal, name) for causal in (False, True) for name in all_cases(c
 every_case = pytest.mark.parametrize(("causal", "name"), PARAMETERS)
 
 
-@cache
-def wanted(causal, name, dtype):
-    case = all_cases(causal)[name]
-    return expected(make(case, dtype), causal, **case.options)
-
-
 @every_case
 @dtypes
 def test_results_are_those_of_the_reference(causal, name, dtype):
-    case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal)
-    results = forward(make(case, dtype), causal, run, **case.options)
-    for output, x in wanted(causal, name, dtype).items():
-        worst = bound.worst if output == "out" else None
-        assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
+    check_results(run, all_cases(causal)[name], causal, dtype)
 
 
 @every_case
 @dtypes
 def test_gradients_are_those_of_the_reference(causal, name, dtype):
-    case, bound = all_cases(causal)[name], tolerances(dtype, causal=causal)
-    x, incoming = make(case, dtype), cotangents(case, dtype)
-    results = backward(x, incoming, causal, run, **case.options)
-    for gradient, value in expected_gradients(x, incoming, causal, **case.options).items():
-        if gradient in results:
-            assert_close(results[gradient], value, rms=bound.gradient_rms, what=gradient)
+    check_gradients(run, all_cases(causal)[name], causal, dtype)
 
 
 SIZES = ["narrow, 256 features", "wide, two groups of features", "packed, with empty sequences"]
@@ -75,12 +59,9 @@ def test_fifty_runs_give_the_same_bits(causal, name, dtype):
 @forms
 @dtypes
 def test_a_batch_row_has_the_bits_it_has_alone(causal, dtype):
-    case = all_cases(causal)["an initial state for each, 500 rows"]
-    x = make(case, dtype)
-    together = forward(x, causal, run, **case.options)
-    alone = {n: a[1:] if len(a) == case.batch and a.ndim > 1 else a for n, a in x.items()}
-    for output, result in forward(alone, causal, run, **case.options).items():
-        assert_same_bits(result, together[output][1:], what=output)
+    check_batch_row_alone(
+        run, all_cases(causal)["an initial state for each, 500 rows"], causal, dtype
+    )
 
 
 @dtypes

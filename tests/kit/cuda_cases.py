@@ -2,6 +2,7 @@
 
 from kit.core import Case
 
+SEGMENT = 1024  # rows, as the kernels are built for a GPU (cc/cuda/plan.h)
 CASES = {
     "narrow, 256 features": Case(
         batch=1, rows=130, heads=1, groups=1, dim=64, value_dim=64, features=256
@@ -30,18 +31,41 @@ CASES = {
     "520 features": Case(
         batch=1, rows=40, heads=1, groups=1, dim=16, value_dim=16, features=520, state=1
     ),
-    "two segments, the first one ends in masked keys": Case(
-        batch=2, rows=1100, heads=2, groups=1, dim=16, value_dim=16, bias="B1S", masked="left"
-    ),
-    "packed, segments of some sequences": Case(
-        batch=1,
-        rows=2200,
-        heads=1,
-        groups=1,
-        dim=16,
-        value_dim=8,
-        offsets=(0, 3, 1100, 1100, 2200),
-        state=4,
-        bias="11S",
+    "three heads a group, 300 features": Case(
+        batch=1, rows=70, heads=3, groups=1, dim=64, value_dim=64, features=300, bias="11S"
     ),
 }
+
+# Keys that exceed all before by more than a chunk takes at once. Beyond what accuracy is promised
+# for.
+PIECES = Case(batch=1, rows=70, heads=1, groups=1, dim=64, value_dim=64, features=40, std=8.0)
+
+
+def segment_cases(segment: int = SEGMENT) -> dict[str, Case]:
+    """Cases that are divided into segments of that many rows."""
+    return {
+        "two segments, the first one ends in masked keys": Case(
+            batch=2,
+            rows=segment + 76,
+            heads=2,
+            groups=1,
+            dim=16,
+            value_dim=16,
+            bias="B1S",
+            masked="left",
+        ),
+        "packed, segments of some sequences": Case(
+            batch=1,
+            rows=2 * segment + 152,
+            heads=3,
+            groups=1,
+            dim=16,
+            value_dim=8,
+            offsets=(0, 3, segment + 76, segment + 76, 2 * segment + 152),
+            state=4,
+            bias="11S",
+        ),
+    }
+
+
+CASES.update(segment_cases())

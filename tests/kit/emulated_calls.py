@@ -1,29 +1,40 @@
 """One small call of every kernel in every form that has code of its own: several tiles and chunks,
-segments, both widths, 16-bit and float32."""
+segments, grouped heads, both widths, 16-bit and float32."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from kit.core import Case, cotangents, forward, make
 from kit.core_cases import ELU, RELU
-from kit.cuda_cases import CASES
+from kit.cuda_cases import CASES, PIECES
 from kit.emulated import run
+from kit.emulated_cases import SEGMENT
 
 OPS = ["Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"]
-SEGMENTS = Case(batch=1, rows=1060, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S")
+SEGMENTS = Case(
+    batch=1, rows=SEGMENT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S"
+)
+NARROW, WIDE = CASES["narrow, 256 features"], CASES["wide, two groups of features"]
 CALLS = {
-    "narrow": (replace(CASES["narrow, 256 features"], bias="11S", masked="holes"), "bfloat16"),
-    "narrow float32": (replace(CASES["narrow, 256 features"], features=72), "float32"),
-    "wide": (CASES["wide, two groups of features"], "float16"),
-    "wide float32": (replace(CASES["wide, two groups of features"], features=80), "float32"),
-    "narrow relu": (replace(CASES["narrow, 256 features"], attributes=(RELU,)), "bfloat16"),
-    "wide float32 elu": (
-        replace(CASES["wide, two groups of features"], features=80, attributes=(ELU,)),
-        "float32",
-    ),
+    "narrow": (replace(NARROW, bias="11S", masked="holes"), "bfloat16"),
+    "narrow half": (replace(NARROW, rows=70, features=136), "float16"),
+    "narrow float32": (replace(NARROW, rows=70, features=72), "float32"),
+    "wide": (WIDE, "float16"),
+    "wide float32": (replace(WIDE, features=80), "float32"),
+    "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
+    "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
+    "grouped heads": (replace(NARROW, rows=70, heads=2, features=40), "bfloat16"),
+    "pieces of chunks": (PIECES, "bfloat16"),
     "segments": (SEGMENTS, "bfloat16"),
 }
+
+
+@cache
+def _results(name: str, causal: bool) -> dict:
+    case, dtype = CALLS[name]
+    return forward(make(case, dtype), causal, run, **case.options)
 
 
 def inputs(name: str, op: str) -> dict:
@@ -32,8 +43,7 @@ def inputs(name: str, op: str) -> dict:
     x = make(case, dtype)
     if op in ("Summarize", "Causal"):
         return x
-    causal = op.startswith("Causal")
-    return {**x, **forward(x, causal, run, **case.options), **cotangents(case, dtype)}
+    return {**x, **_results(name, op.startswith("Causal")), **cotangents(case, dtype)}
 
 
 def call(name: str, op: str, x: dict, **options) -> dict:
