@@ -93,9 +93,10 @@ py::array Elementwise(const py::array& x, const std::string& isa, bool exp2) {
 }
 
 py::array ElementwiseOf(const py::array& x, const std::string& isa, bool exp2) {
-  const DType dtype = ParseDType("x", NameOf(x));
-  return dtype == DType::kFloat64 ? Elementwise<double>(x, isa, exp2)
-                                  : Elementwise<float>(x, isa, exp2);
+  const std::string name = NameOf(x);
+  if (name == "float64") return Elementwise<double>(x, isa, exp2);
+  if (name == "float32") return Elementwise<float>(x, isa, exp2);
+  throw py::value_error("x must be float32 or float64; got " + name);
 }
 
 std::string ChosenIsa() {

@@ -70,7 +70,7 @@ class BidirectionalGrad : public Gradients<T, W> {
         launcher_.Allocate(parts * dims_.value_dim, "partial gradients", &p.part_mean));
     PERFORMER_RETURN_IF_ERROR(
         launcher_.Allocate(parts * dims_.key_dim, "partial gradients", &p.part_projection));
-    PERFORMER_RETURN_IF_ERROR(this->ForWarps([&](auto warps) {
+    PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(kFew, [&](auto warps) {
       using Layout = QuerySweepLayout<T, W, decltype(warps)::value>;
       if (features > Layout::kLandmarks)
         PERFORMER_RETURN_IF_ERROR(
@@ -142,7 +142,7 @@ class BidirectionalGrad : public Gradients<T, W> {
     p.bias_rows = dims_.keys;
     PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(segments.count * groups * features * dims_.key_dim,
                                                  "partial gradients", &p.part_projection));
-    PERFORMER_RETURN_IF_ERROR(this->ForWarps([&](auto warps) {
+    PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(kFew, [&](auto warps) {
       using Layout = KeySweepLayout<T, W, decltype(warps)::value>;
       if (features > Layout::kLandmarks)
         for (float** to : {&p.sum_key, &p.sum_value})
@@ -161,6 +161,8 @@ class BidirectionalGrad : public Gradients<T, W> {
   using Operands<T>::launcher_;
   using Operands<T>::map_;
   using Gradients<T, W>::kThreads;
+  static constexpr int kWarps = kSweepWarps<T, W>;
+  static constexpr int kFew = SweepLayout<T, W, 4>::kLandmarks;
 };
 
 }  // namespace cuda

@@ -27,11 +27,11 @@
 namespace performer {
 namespace cuda {
 
-template <class T, int W, int kGroups>
-__global__ void __launch_bounds__(CausalLayout<T, W, kGroups>::kThreads, 1)
+template <class T, int W, int kGroups, bool kSmall>
+__global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads, 1)
     CausalKernel(CausalParams<T> p) {
-  using Block = CausalBlock<T, W, kGroups>;
-  using L = CausalLayout<T, W, kGroups>;
+  using Block = CausalBlock<T, W, kGroups, kSmall>;
+  using L = CausalLayout<T, W, kGroups, kSmall>;
   constexpr int C = L::kChunk;
   PERFORMER_SHARED_MEMORY(shared);
   const int tid = threadIdx.x;

@@ -36,7 +36,7 @@ class CausalGrad : public Gradients<T, W> {
   using Operands<T>::launcher_;
   using Operands<T>::map_;
   using Gradients<T, W>::kThreads;
-  using Layout = CausalSweepLayout<T, W>;
+  static constexpr int kWarps = kCausalSweepWarps<W>;
 
   template <class Number>
   Status Allocate(int64_t count, Number** to) const {
@@ -46,10 +46,8 @@ class CausalGrad : public Gradients<T, W> {
   // The forward pass, and what all kernels share.
   Status Prepare() {
     const int64_t states = dims_.sequences * dims_.groups * dims_.features;
-    for (float** to : {&log_mass_, &grad_initial_log_mass_})
-      PERFORMER_RETURN_IF_ERROR(Allocate(states, to));
-    for (float** to : {&mean_, &grad_initial_mean_})
-      PERFORMER_RETURN_IF_ERROR(Allocate(states * dims_.value_dim, to));
+    PERFORMER_RETURN_IF_ERROR(Allocate(states, &log_mass_));
+    PERFORMER_RETURN_IF_ERROR(Allocate(states * dims_.value_dim, &mean_));
     performer::CausalParams forward;
     static_cast<Common&>(forward) = given_;
     forward.queries = given_.queries;
@@ -61,12 +59,13 @@ class CausalGrad : public Gradients<T, W> {
     if (given_.initial.count == dims_.sequences) {
       grad_initial_log_mass_ = static_cast<float*>(given_.grad_initial.log_mass);
       grad_initial_mean_ = static_cast<float*>(given_.grad_initial.mean);
+    } else {  // one state for all: a sum
+      PERFORMER_RETURN_IF_ERROR(Allocate(states, &grad_initial_log_mass_));
+      PERFORMER_RETURN_IF_ERROR(Allocate(states * dims_.value_dim, &grad_initial_mean_));
     }
     query_ = InputRows<T>(given_.queries.query, dims_.heads, dims_.key_dim);
     grad_out_ = InputRows<T>(given_.grad_out, dims_.heads, dims_.value_dim);
     keys_ = MakeKeyParams<T>(given_, given_.keys);
-    PERFORMER_RETURN_IF_ERROR(this->template PackProjection<W>(
-        given_.queries.projection, given_.queries.projection_heads, &query_projection_));
     return this->template PackProjection<W>(given_.keys.projection, given_.keys.projection_heads,
                                             &key_projection_);
   }
@@ -87,7 +86,6 @@ class CausalGrad : public Gradients<T, W> {
   }
 
   Status QuerySweep() {
-    using Kernel = CausalQuerySweepLayout<T, W>;
     const Division& segments = parts_.segments;
     const int64_t heads = dims_.heads, features = dims_.features;
     const int64_t rows = dims_.batch * dims_.queries, parts = segments.count * heads * features;
@@ -95,9 +93,8 @@ class CausalGrad : public Gradients<T, W> {
     p.query = query_;
     p.grad_out = grad_out_;
     p.keys = keys_;
-    p.projection = query_projection_;
-    PERFORMER_RETURN_IF_ERROR(this->template PackOperands<W>(
-        given_.keys.projection, given_.keys.projection_heads, &p.key_operands));
+    p.projection = parts_.projection;
+    p.key_operands = parts_.key_operands;
     p.key_head_step = given_.keys.projection_heads == 1 ? 0 : this->features_pad_;
     p.feature_bias = static_cast<const float*>(given_.queries.feature_bias);
     p.feature_bias_heads = given_.queries.feature_bias_heads;
@@ -113,29 +110,41 @@ class CausalGrad : public Gradients<T, W> {
     p.lse = lse_;
     p.delta = delta_;
     p.grad_query = OutputRows<T>(given_.grad_queries.query, heads, dims_.key_dim);
-    if (features > Layout::kLandmarks)
-      PERFORMER_RETURN_IF_ERROR(Allocate(rows * heads * W, &p.sum_query));
     PERFORMER_RETURN_IF_ERROR(Allocate(
-        ChunkSlot(segments.count, rows + Layout::kRows, Layout::kRows) * dims_.groups * features,
+        ChunkSlot(segments.count, rows + kChunkRows<T>, kChunkRows<T>) * dims_.groups * features,
         &chunk_log_mass_));
     p.chunk_log_mass = chunk_log_mass_;
     PERFORMER_RETURN_IF_ERROR(Allocate(parts, &p.part_feature_bias));
     PERFORMER_RETURN_IF_ERROR(Allocate(parts * dims_.key_dim, &p.part_projection));
-    if constexpr (kIs16Bit<T>) {
-      PERFORMER_RETURN_IF_ERROR(Allocate(rows * heads, &p.corrected_delta));
-      PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal delta", CausalDeltaKernel<T, W>,
-                                                 {segments.count, heads}, Layout::kThreads,
-                                                 Kernel::kBytes, p));
-      p.delta = delta_ = p.corrected_delta;
+    if constexpr (kHasRanged<T>) {  // some operands in two types: 8 warps do not fit everywhere
+      PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(
+          0, [&](auto warps) { return SweepQueries<decltype(warps)::value>(p); }));
+    } else {
+      static_assert(W > 64 || CausalQuerySweepLayout<T, W, kWarps>::kBytes <= kSmallSharedBytes);
+      PERFORMER_RETURN_IF_ERROR(SweepQueries<kWarps>(p));
     }
-    PERFORMER_RETURN_IF_ERROR(
-        launcher_.Launch("causal query gradient", CausalQuerySweepKernel<T, W>,
-                         {segments.count, heads}, Layout::kThreads, Kernel::kBytes, p));
     PERFORMER_RETURN_IF_ERROR(this->SumHeads(segments.count, heads, given_.queries.projection_heads,
                                              features * dims_.key_dim, p.part_projection,
                                              given_.grad_queries.projection));
     return this->SumHeads(segments.count, heads, given_.queries.feature_bias_heads, features,
                           p.part_feature_bias, given_.grad_queries.feature_bias);
+  }
+
+  template <int kWarps>
+  Status SweepQueries(CausalQuerySweepParams<T> p) {
+    using Layout = CausalQuerySweepLayout<T, W, kWarps>;
+    const int64_t each = dims_.batch * dims_.queries * dims_.heads;
+    const Grid grid = {parts_.segments.count, dims_.heads};
+    if (dims_.features > Layout::kLandmarks)
+      PERFORMER_RETURN_IF_ERROR(Allocate(each * W, &p.sum_query));
+    if constexpr (kIs16Bit<T>) {
+      PERFORMER_RETURN_IF_ERROR(Allocate(each, &p.corrected_delta));
+      PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal delta", CausalDeltaKernel<T, W, kWarps>,
+                                                 grid, Layout::kThreads, Layout::kBytes, p));
+      p.delta = delta_ = p.corrected_delta;
+    }
+    return launcher_.Launch("causal query gradient", CausalQuerySweepKernel<T, W, kWarps>, grid,
+                            Layout::kThreads, Layout::kBytes, p);
   }
 
   Status Suffixes() {
@@ -152,7 +161,7 @@ class CausalGrad : public Gradients<T, W> {
       SuffixParams<T> p;
       p.query = query_;
       p.grad_out = grad_out_;
-      p.projection = query_projection_;
+      p.projection = parts_.projection;
       p.feature_bias = static_cast<const float*>(given_.queries.feature_bias);
       p.feature_bias_heads = given_.queries.feature_bias_heads;
       p.before_log_mass = parts_.before_log_mass;
@@ -192,7 +201,6 @@ class CausalGrad : public Gradients<T, W> {
   }
 
   Status KeySweep() {
-    using Kernel = CausalKeySweepLayout<T, W>;
     const Division& segments = parts_.segments;
     const int64_t groups = dims_.groups, features = dims_.features;
     const int64_t rows = dims_.batch * dims_.keys;
@@ -231,13 +239,17 @@ class CausalGrad : public Gradients<T, W> {
         Allocate(segments.count * groups * features * dims_.key_dim, &p.part_projection));
     p.grad_initial_log_mass = grad_initial_log_mass_;
     p.grad_initial_mean = grad_initial_mean_;
-    PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal key gradient", CausalKeySweepKernel<T, W>,
-                                               {segments.count, groups}, Layout::kThreads,
-                                               Kernel::kBytes, p));
+    constexpr int kFew = CausalSweepLayout<T, W, 4>::kLandmarks;
+    PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(kFew, [&](auto warps) {
+      using Layout = CausalKeySweepLayout<T, W, decltype(warps)::value>;
+      return launcher_.Launch("causal key gradient",
+                              CausalKeySweepKernel<T, W, decltype(warps)::value>,
+                              {segments.count, groups}, Layout::kThreads, Layout::kBytes, p);
+    }));
     PERFORMER_RETURN_IF_ERROR(this->SumHeads(segments.count, groups, given_.keys.projection_heads,
                                              features * dims_.key_dim, p.part_projection,
                                              given_.grad_keys.projection));
-    if (given_.initial.count != dims_.sequences) {  // one state for all
+    if (given_.initial.count != dims_.sequences) {
       PERFORMER_RETURN_IF_ERROR(this->Sum(1, dims_.sequences, groups * features,
                                           grad_initial_log_mass_,
                                           static_cast<float*>(given_.grad_initial.log_mass)));
@@ -271,10 +283,10 @@ class CausalGrad : public Gradients<T, W> {
 
   const performer::CausalGradParams& given_;
   const Device& device_;
-  CausalParts parts_;
+  CausalParts<T> parts_;
   RowsOf<const T> query_, grad_out_;
   KeyParams<T> keys_;
-  Projection<T> query_projection_, key_projection_;
+  Projection<T> key_projection_;
   float *log_mass_ = nullptr, *mean_ = nullptr;  // final state
   float *grad_initial_log_mass_ = nullptr, *grad_initial_mean_ = nullptr;
   float *lse_ = nullptr, *delta_ = nullptr, *chunk_log_mass_ = nullptr;

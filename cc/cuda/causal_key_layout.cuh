@@ -2,6 +2,7 @@
 // with.
 #pragma once
 #include "cuda/causal_sweep.cuh"
+#include "cuda/kept_sums.cuh"
 
 namespace performer {
 namespace cuda {
@@ -51,9 +52,9 @@ struct CausalKeyPlace {
   float *grad_initial_log_mass, *grad_initial_mean;  // nullptr: not this block
 };
 
-template <class T, int W>
-struct CausalKeySweepLayout : CausalSweepLayout<T, W> {
-  using S = CausalSweepLayout<T, W>;
+template <class T, int W, int kWarps>
+struct CausalKeySweepLayout : CausalSweepLayout<T, W, kWarps> {
+  using S = CausalSweepLayout<T, W, kWarps>;
   static constexpr int kRangedProjection = kHasRanged<T> ? S::kLandmarkBytes : 0;
   static constexpr int kSuffix = kRangedProjection + S::kLandmarkBytes;  // R
   static constexpr int kKey = kSuffix + S::kLandmarkBytes;
@@ -63,23 +64,28 @@ struct CausalKeySweepLayout : CausalSweepLayout<T, W> {
   static constexpr int kGradOut = kQuery + S::kTileBytes;
   static constexpr int kWeights = kGradOut + S::kTileBytes;   // kb
   static constexpr int kSummed = kWeights + S::kSummedBytes;  // f, then db
-  static constexpr int kPairs = kSummed + S::kSummedBytes;    // dA
-  static constexpr int kLocal = kPairs + S::kPairBytes;       // tril(f kb)^T
-  static constexpr int kLse = kLocal + S::kPairBytes;         // float [kRows]
+  static constexpr int kPairs = kSummed + S::kSummedBytes;    // dA, then tril(f kb)^T
+  static constexpr int kLse = kPairs + S::kPairBytes;         // float [kRows]
   static constexpr int kDelta = kLse + S::kRows * 4;          // likewise
   static constexpr int kHidden = kDelta + S::kRows * 4;       // float [2][kRows]
   static constexpr int kCounts = kHidden + 2 * S::kRows * 4;  // int [kWarps]
   static constexpr int kStream = kCounts + S::kWarps * 4;
   static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalKeyPlace<T>));
-  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= 163 * 1024);
+  static constexpr int kKept =
+      (kPlace + static_cast<int>(sizeof(CausalKeyPlace<T>)) + 15) / 16 * 16;
+  // dw waits there where there is room for it.
+  static constexpr int kKeptBytes = KeptSums<W, S::kThreads, true>::kBytes;
+  static constexpr bool kKeeps = kKept + kKeptBytes <= S::kMostBytes;
+  using Kept = KeptSums<W, S::kThreads, kKeeps>;
+  static constexpr int kBytes = kKept + (kKeeps ? kKeptBytes : 0);
+  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= S::kMostBytes);
 };
 
 // The place of block (segment, group).
 template <class T, int W>
 PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalKeySweepParams<T>& p,
                                                       int64_t segment, int64_t group) {
-  constexpr int C = CausalSweepLayout<T, W>::kRows;
+  constexpr int C = kChunkRows<T>;
   const Item item = Locate(p.segments, segment);
   const int64_t heads = p.query.heads, groups = p.groups, features = p.features;
   const int64_t head = group * (heads / groups), width = p.keys.value.width;

@@ -14,10 +14,9 @@
 namespace performer {
 namespace cuda {
 
-template <class T, int W>
-__global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
-    CausalKeySweepKernel(CausalKeySweepParams<T> p) {
-  using L = CausalKeySweepLayout<T, W>;
+template <class T, int W, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKeySweepParams<T> p) {
+  using L = CausalKeySweepLayout<T, W, kWarps>;
   using R = Ranged<T>;
   using Warp = WarpLandmarks<T, W>;
   constexpr int C = L::kRows, kThreads = L::kThreads, kStep = 32;  // queries at a time
@@ -35,7 +34,6 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
   R* const weights = reinterpret_cast<R*>(shared + L::kWeights);
   R* const summed = reinterpret_cast<R*>(shared + L::kSummed);
   R* const pairs = reinterpret_cast<R*>(shared + L::kPairs);
-  R* const local = reinterpret_cast<R*>(shared + L::kLocal);
   float* const lse = reinterpret_cast<float*>(shared + L::kLse);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
   int* const counts = reinterpret_cast<int*>(shared + L::kCounts);
@@ -81,7 +79,8 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
     stream.Fetch(chunks - 1, tid);
 
     // The suffix, relative to exp(reach).
-    float sum[1][W / 8][4], mass[2], reach[2], sum_projection[1][W / 8][4] = {};
+    float sum[1][W / 8][4], mass[2], reach[2];
+    typename L::Kept sum_projection(shared + L::kKept, tid);
     {
       const int lane = tid % 32, g = lane / 4, t = lane % 4, width = p.keys.value.width;
 #pragma unroll
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
         for (int number = 0;; ++number) {
           own.KeyLogits(
               x,
-              [&](uint32_t (&a)[kFragment<T>], int s) {
+              [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
                 LoadA<T, W>(a, projection, row0, s * 16, lane);
               },
               keys, stream.bias, given, lane);
@@ -155,24 +154,22 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
           own.AddKeys(log_mass, anchor, added);
         }
       };
-      const int last_piece = find(C);
-      if (lane == 0) counts[warp] = last_piece + 1;
-      __syncthreads();  // [2] numbers of pieces are known
-      int passes = 1;
-#pragma unroll
-      for (int i = 0; i < L::kWarps; ++i) passes = max(passes, counts[i]);
-
+      // The last piece comes first. Passes are as many as the warp with most pieces has.
+      int last_piece = 0, passes = 1;
 #pragma unroll 1
       for (int pass = 0; pass < passes; ++pass) {
-        if (pass > 0) {  // all but db slope, until [5], are done with since [10]
-          if (pass <= last_piece) {
-            find(last_piece - pass);
-          } else {  // there is none left
-            piece = {0, 0};
-            anchor[0] = reach[0], anchor[1] = reach[1];
+        if (pass <= last_piece) {
+          const int number = find(pass == 0 ? C : last_piece - pass);
+          if (pass == 0) {
+            last_piece = number;
+            if (lane == 0) counts[warp] = number + 1;
           }
+        } else {  // there is none left
+          piece = {0, 0};
+          anchor[0] = reach[0], anchor[1] = reach[1];
         }
         float db[1][C / 8][4], added[2];
+        const int at = Opaque(lane);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float keep = own.Factor(anchor[e], reach[e]);
@@ -183,7 +180,7 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
             float &y0 = sum[0][n][2 * e], &y1 = sum[0][n][2 * e + 1];
             y0 *= keep;
             y1 *= keep;
-            StorePair(suffix + At<R, W>(row0 + lane / 4 + 8 * e, n * 8 + 2 * (lane % 4)), y0, y1);
+            StorePair(suffix + At<R, W>(row0 + at / 4 + 8 * e, n * 8 + 2 * (at % 4)), y0, y1);
           }
         }
         own.WeighKeys(x, piece, anchor, added, lane);
@@ -197,15 +194,19 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
 #pragma unroll 1
         for (int head = 0; head < each; ++head) {
           if (each > 1) {
-            __syncthreads();  // [3] everybody is done with the last queries
+            __syncthreads();  // [2] everybody is done with the last queries
             issue_queries(chunk, head);
             CpAsyncWait<0>();
             MakeRanged<T, W, C, kThreads>(grad_out, given_grad_out, tid);
-            __syncthreads();  // [4] the queries are complete
+            __syncthreads();  // [3] the queries are complete
           }
-          StorePairGradients<T, W>(pairs, static_cast<R*>(nullptr), grad_out, values, delta, r0,
-                                   part * L::kPairColumns, lane);
-          __syncthreads();  // [5] R, kb and dA are visible
+          StorePairGradients<T, W, L::kPairColumns>(pairs, static_cast<R*>(nullptr), grad_out,
+                                                    values, delta, r0, part * L::kPairColumns,
+                                                    lane);
+          __syncthreads();  // [4] R, kb, dA and numbers of pieces are visible
+          if (pass == 0 && head == 0)
+#pragma unroll
+            for (int i = 0; i < L::kWarps; ++i) passes = max(passes, counts[i]);
           {
             float shift[2];
             const int64_t query_head = static_cast<int64_t>(blockIdx.y) * each + head;
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
               SweepTile<1, kStep> f;
               own.template QueryFeatures<kStep>(
                   f,
-                  [&](uint32_t (&a)[kFragment<T>], int s) {
+                  [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
                     LoadOperand<T>(a, operands + s * 32 * kFragment<T>, lane);
                   },
                   queries, lse, i0, piece, shift, lane);
@@ -262,50 +263,50 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
               }
             }
           }
-          __syncthreads();  // [6] f is visible
+          __syncthreads();  // [5] f is visible; dA may be overwritten
           if (part * L::kPairColumns < C) {
             constexpr int kPair = L::kPairColumns;
             float y[kPair / 8][4] = {}, unused[2];
-            const int c0 = part * kPair;
+            const int c0 = part * kPair, at = Opaque(lane);
             SumLandmarks<R, C, L::kLandmarks, kPair, false, C>(y, unused, weights, summed, r0, c0,
                                                                lane);
 #pragma unroll
             for (int n = 0; n < kPair / 8; ++n)
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                const int j = r0 + lane / 4 + 8 * e, i = c0 + n * 8 + 2 * (lane % 4);
-                StorePair(local + At<R, C>(j, i), j <= i ? y[n][2 * e] : 0.f,
+                const int j = r0 + at / 4 + 8 * e, i = c0 + n * 8 + 2 * (at % 4);
+                StorePair(pairs + At<R, C>(j, i), j <= i ? y[n][2 * e] : 0.f,
                           j <= i + 1 ? y[n][2 * e + 1] : 0.f);
               }
           }
-          __syncthreads();  // [7] local weights are visible; f may be overwritten
+          __syncthreads();  // [6] local weights are visible; f may be overwritten
           const bool first_part = first_group && pass == 0 && head == 0;
           const bool last_part = last_group && pass + 1 == passes && head + 1 == each;
 #pragma unroll 1
           for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
-            const int c0 = part * L::kWarpColumns + i;
+            const int c0 = part * L::kWarpColumns + i, at = Opaque(lane);
             float dv[L::kColumns / 8][4] = {}, unused[2];
             if (head == 0)
               SumLandmarks<R, W, L::kLandmarks, L::kColumns, false, C>(dv, unused, weights, suffix,
                                                                        r0, c0, lane);
-#pragma unroll
+#pragma unroll(kUnroll<R>)
             for (int s = 0; s < C / 16; ++s) {
               uint32_t a[kFragment<R>];
-              LoadA<R, C>(a, local, r0, s * 16, lane);
+              LoadA<R, C>(a, pairs, r0, s * 16, at);
 #pragma unroll
               for (int n = 0; n < L::kColumns / 16; ++n) {
                 uint32_t b[kFragment<R>];
-                LoadBTrans<R, W>(b, grad_out, s * 16, c0 + n * 16, lane);
+                LoadBTrans<R, W>(b, grad_out, s * 16, c0 + n * 16, at);
                 Mma<R>(dv[2 * n], dv[2 * n + 1], a, b);
               }
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const int r = r0 + lane / 4 + 8 * e, row = chunk * C + r;
+              const int r = r0 + at / 4 + 8 * e, row = chunk * C + r;
               if (row >= rows) continue;
 #pragma unroll
               for (int n = 0; n < L::kColumns / 8; ++n) {
-                const int column = c0 + n * 8 + 2 * (lane % 4);
+                const int column = c0 + n * 8 + 2 * (at % 4);
                 float2 y = {dv[n][2 * e], dv[n][2 * e + 1]};
                 if (!AddPart(y, place->sum_value, static_cast<int64_t>(row) * groups * W + column,
                              first_part, last_part))
@@ -331,19 +332,19 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
         float total[2] = {};  // of db over landmarks, of the rounded operand: errors cancel in dk
         const bool linear = p.map.linear();
         if (!linear) {
-          __syncthreads();  // [8] db is visible
+          __syncthreads();  // [7] db is visible
           TotalOfLandmarks<R, L::kLandmarks, C>(total, summed, r0, lane);
           ChainSlope<T, W, 1, C>(db, p.map, projection, row0, keys, 0, lane);
-          __syncthreads();  // [9] db may be overwritten
+          __syncthreads();  // [8] db may be overwritten
           StoreSummed<R, 1, C, C>(summed, db, row0, 0, lane);
         }
-        SumTokens<R, W, 1, C>(sum_projection, db, ranged_keys, 0, Opaque(lane));
-        __syncthreads();  // [10] db slope is visible
+        sum_projection.template Add<R, C>(db, ranged_keys, lane);
+        __syncthreads();  // [9] db slope is visible
         const bool first_part = first_group && pass == 0;
         const bool last_part = last_group && pass + 1 == passes;
 #pragma unroll 1
         for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
-          const int c0 = part * L::kWarpColumns + i;
+          const int c0 = part * L::kWarpColumns + i, at = Opaque(lane);
           float dk[L::kColumns / 8][4] = {}, unused[2];
           if (linear && i == 0)
             SumLandmarks<R, W, L::kLandmarks, L::kColumns, true, C>(
@@ -354,13 +355,13 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
           if (i == 0) total[0] = QuadSum(total[0]), total[1] = QuadSum(total[1]);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int r = r0 + lane / 4 + 8 * e, row = chunk * C + r;
+            const int r = r0 + at / 4 + 8 * e, row = chunk * C + r;
             if (row >= rows) continue;
             const bool masked = hidden[r] == -kInfinity;
             const float norm = p.map.root * p.map.root * total[e];
 #pragma unroll
             for (int n = 0; n < L::kColumns / 8; ++n) {
-              const int column = c0 + n * 8 + 2 * (lane % 4);
+              const int column = c0 + n * 8 + 2 * (at % 4);
               float2 y = {dk[n][2 * e] * p.map.root, dk[n][2 * e + 1] * p.map.root};
               if (p.map.key_norm) {
                 const float2 k = LoadPair(keys + At<T, W>(r, column));
@@ -373,7 +374,7 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
               StoreColumns(place->grad_key + static_cast<int64_t>(row) * p.grad_key.stride, column,
                            p.grad_key.width, p.grad_key.aligned, y.x, y.y);
             }
-            if (c0 != 0 || lane % 4 != 0 || place->grad_bias == nullptr) continue;
+            if (c0 != 0 || at % 4 != 0 || place->grad_bias == nullptr) continue;
             float y = total[e];
             if (!first_part) y += place->grad_bias[row];
             place->grad_bias[row] = last_part && masked ? 0.f : y;
@@ -383,9 +384,11 @@ __global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
     }
 
     const int lane = tid % 32, row0 = first_landmark + tid / 32 * 16;
+    float all[1][W / 8][4];
+    sum_projection.Read(all);
     StoreSums<W, 1>(p.part_projection + (static_cast<int64_t>(blockIdx.x) * groups + blockIdx.y) *
                                             features * p.keys.key.width,
-                    p.keys.key.width, features, row0, sum_projection, p.map.root, lane);
+                    p.keys.key.width, features, row0, all, p.map.root, lane);
     if (place->grad_initial_log_mass != nullptr)
       StoreInitialGradient<T, W>(*place, own, row0, features, p.keys.value.width, sum[0], mass,
                                  reach, lane);

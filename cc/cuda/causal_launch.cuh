@@ -9,11 +9,14 @@ namespace performer {
 namespace cuda {
 
 // What the gradient needs of the forward pass: normalised outputs of each group of landmarks, not
-// merged yet, and the states that segments begin with (as CausalParams).
+// merged yet, the states that segments begin with (as CausalParams), and what it has packed.
+template <class T>
 struct CausalParts {
   Division segments;
-  const float* out = nullptr;  // [count][rows, H, W]
-  const float* lse = nullptr;  // [count][rows, H]
+  Projection<T> projection;                // of queries
+  const uint32_t* key_operands = nullptr;  // of keys
+  const float* out = nullptr;              // [count][rows, H, W]
+  const float* lse = nullptr;              // [count][rows, H]
   int64_t count = 0;
   const float *before_log_mass = nullptr, *before_mean = nullptr;
   bool before_each = false;
@@ -26,7 +29,7 @@ class Causal : public Forward<T, W> {
   using Forward<T, W>::Forward;
 
   // With `parts`, these instead of call.out.
-  Status Run(const performer::CausalParams& call, CausalParts* parts = nullptr) const {
+  Status Run(const performer::CausalParams& call, CausalParts<T>* parts = nullptr) const {
     Division segments;
     PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSegments, &segments));
     CausalParams<T> p;
@@ -52,14 +55,19 @@ class Causal : public Forward<T, W> {
     p.mean = static_cast<float*>(call.state.mean);
     if (parts != nullptr) {
       parts->segments = segments;
+      parts->projection = p.projection;
+      parts->key_operands = p.key_operands;
       parts->before_log_mass = p.before_log_mass;
       parts->before_mean = p.before_mean;
       parts->before_each = p.before_each;
       parts->before_count = p.before_count;
     }
+    if constexpr (W == 64)
+      if (launcher_.HasSmallBlocks()) return Launch<1, true>(segments, p, parts);
     if constexpr (kIs16Bit<T> && W == 64)
-      if (dims_.features > CausalLayout<T, W, 1>::kLandmarks) return Launch<2>(segments, p, parts);
-    return Launch<1>(segments, p, parts);
+      if (dims_.features > CausalLayout<T, W, 1, false>::kLandmarks)
+        return Launch<2, false>(segments, p, parts);
+    return Launch<1, false>(segments, p, parts);
   }
 
  private:
@@ -102,9 +110,9 @@ class Causal : public Forward<T, W> {
     return Merge(launcher_, merge);
   }
 
-  template <int kGroups>
-  Status Launch(const Division& segments, CausalParams<T> p, CausalParts* parts) const {
-    using Layout = CausalLayout<T, W, kGroups>;
+  template <int kGroups, bool kSmall>
+  Status Launch(const Division& segments, CausalParams<T> p, CausalParts<T>* parts) const {
+    using Layout = CausalLayout<T, W, kGroups, kSmall>;
     const Grid grid = {segments.count, dims_.heads, CeilDiv(dims_.features, Layout::kLandmarks)};
     const int64_t rows = dims_.batch * dims_.queries;
     MergeOutputsParams<T> merge;
@@ -115,7 +123,7 @@ class Causal : public Forward<T, W> {
           launcher_.Allocate(grid.z * p.part_size, "partial outputs", &p.part_out));
       PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(grid.z * p.part_lse, "partial outputs", &p.lse));
     }
-    PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal", CausalKernel<T, W, kGroups>, grid,
+    PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal", CausalKernel<T, W, kGroups, kSmall>, grid,
                                                Layout::kThreads, Layout::kBytes, p));
     if (parts != nullptr) {
       parts->out = p.part_out;

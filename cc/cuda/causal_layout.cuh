@@ -47,21 +47,20 @@ struct CausalParams {
   PERFORMER_DEVICE int64_t group_of(int64_t head) const { return head / (query.heads / groups); }
 };
 
-// kGroups: landmarks of a warp's state, in 16s.
-template <class T, int W, int kGroups>
+// kGroups: landmarks of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.
+template <class T, int W, int kGroups, bool kSmall>
 struct CausalLayout {
-  static constexpr bool kSmall = !kIs16Bit<T> && W > 64;  // a wide float32 state fills registers
-  static constexpr int kWarps = kSmall ? 4 : 8, kThreads = 32 * kWarps;
-  static constexpr int kChunk = kSmall ? 32 : 64;  // rows
+  // A wide float32 state fills the registers of few.
+  static constexpr int kWarps = !kIs16Bit<T> && (W > 64 || kSmall) ? 4 : 8, kThreads = 32 * kWarps;
+  static constexpr int kChunk = 8 * kWarps;  // rows
   static constexpr int kLandmarks = 16 * kWarps * kGroups;
   static constexpr int kRowTiles = kChunk / 16;
   static_assert(kWarps == 2 * kRowTiles, "two warps for each 16 queries");
   // Landmarks that queries read at once: their features and the sums of wide heads share registers.
   static constexpr int kMostAtOnce = W > 64 ? 32 : 64;
   static constexpr int kQueryTile = kLandmarks / 2 < kMostAtOnce ? kLandmarks / 2 : kMostAtOnce;
-  // Of tiles: the next chunk is copied while one is worked on. One where two would not fit in 163
-  // KiB, what a block may have on sm_80.
-  static constexpr int kStages = kIs16Bit<T> && W == 64 ? 2 : 1;
+  // Of tiles: the next chunk is copied while one is worked on. One where two would not fit.
+  static constexpr int kStages = kIs16Bit<T> && W == 64 && !kSmall ? 2 : 1;
   // Nats by which a key may exceed its anchor. exp(30) * 64 keys leaves room for values up to 1e24
   // in bfloat16 and float32; half ends at 65504.
   static constexpr float kMaxGrowth = std::is_same_v<T, Half> ? 10.f : 30.f;
@@ -88,7 +87,7 @@ struct CausalLayout {
   static constexpr int kCuts = kPoison + W * 4;  // int [kWarps]
   static constexpr int kPlace = kCuts + kWarps * 4;
   static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalPlace<T>));
-  static_assert(kBytes <= 163 * 1024);
+  static_assert(kBytes <= (kSmall ? kSmallSharedBytes : kMostSharedBytes));
 };
 
 // Neither infinite nor NaN.

@@ -50,9 +50,9 @@ struct CausalQueryPlace {
   const float *log_mass, *mean;  // state before, likewise
 };
 
-template <class T, int W>
-struct CausalQuerySweepLayout : CausalSweepLayout<T, W> {
-  using S = CausalSweepLayout<T, W>;
+template <class T, int W, int kWarps>
+struct CausalQuerySweepLayout : CausalSweepLayout<T, W, kWarps> {
+  using S = CausalSweepLayout<T, W, kWarps>;
   static constexpr int kRangedProjection = kHasRanged<T> ? S::kLandmarkBytes : 0;
   static constexpr int kQuery = kRangedProjection + S::kLandmarkBytes;
   static constexpr int kRangedQuery = kQuery + (kHasRanged<T> ? S::kTileBytes : 0);
@@ -67,13 +67,13 @@ struct CausalQuerySweepLayout : CausalSweepLayout<T, W> {
   static constexpr int kStream = kDelta + S::kRows * 4;
   static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
   static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalQueryPlace<T>));
-  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= 163 * 1024);
+  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= S::kMostBytes);
 };
 
 // kDelta: CausalDeltaKernel.
-template <class T, int W, bool kDelta>
+template <class T, int W, int kWarps, bool kDelta>
 PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
-  using L = CausalQuerySweepLayout<T, W>;
+  using L = CausalQuerySweepLayout<T, W, kWarps>;
   using R = Ranged<T>;
   using Warp = WarpLandmarks<T, W>;
   constexpr int C = L::kRows, kThreads = L::kThreads, kStep = 32;  // queries at a time
@@ -186,8 +186,8 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
       __syncthreads();  // [1] the chunk is complete
       const int id = Opaque(tid), lane = id % 32, warp = id / 32, row0 = warp * 16;
       const int r0 = warp % (C / 16) * 16, part = warp / (C / 16);
-      StorePairGradients<T, W>(pairs, pair_rest, grad_out, values, delta, r0,
-                               part * L::kPairColumns, lane);
+      StorePairGradients<T, W, L::kPairColumns>(pairs, pair_rest, grad_out, values, delta, r0,
+                                                part * L::kPairColumns, lane);
       if (place->chunk_log_mass != nullptr && lane % 4 == 0)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -211,7 +211,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
           if (first_landmark + row0 >= p.features_pad) operands = place->key_operands;
           own.KeyLogits(
               x,
-              [&](uint32_t (&a)[kFragment<T>], int s) {
+              [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
                 LoadOperand<T>(a, operands + s * 32 * kFragment<T>, lane);
               },
               keys, stream.bias, features - first_landmark - row0, lane);
@@ -243,13 +243,13 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
         }
 #pragma unroll 1
         for (int i0 = 0; i0 < C; i0 += kStep) {
-          const int t = lane % 4;
+          const int at = Opaque(lane), t = at % 4;
           SweepTile<1> f, da;
           {
             const float shift[2] = {anchor[0] + base[0], anchor[1] + base[1]};
             own.template QueryFeatures<kStep>(
                 f,
-                [&](uint32_t (&a)[kFragment<T>], int s) {
+                [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
                   LoadA<T, W>(a, projection, row0, s * 16, lane);
                 },
                 queries, lse, i0, piece, shift, lane);
@@ -259,17 +259,17 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
               da[0][n][i] = -delta[i0 + n * 8 + 2 * t + (i & 1)] * mass[i / 2];
-          StateProduct<R, W, kStep>(da, sum, grad_out, i0, lane);
+          StateProduct<R, W, kStep>(da, sum, grad_out, i0, at);
 #pragma unroll
           for (int s = 0; s < C / 16; ++s)
 #pragma unroll
             for (int n = 0; n < kStep / 16; ++n) {
               uint32_t b[kFragment<R>];
               if constexpr (kIs16Bit<R>) {
-                LoadB<R, C>(b, pair_rest, i0 + n * 16, s * 16, lane);
+                LoadB<R, C>(b, pair_rest, i0 + n * 16, s * 16, at);
                 Mma<R>(da[0][2 * n], da[0][2 * n + 1], kb[s], b);
               }
-              LoadB<R, C>(b, pairs, i0 + n * 16, s * 16, lane);
+              LoadB<R, C>(b, pairs, i0 + n * 16, s * 16, at);
               Mma<R>(da[0][2 * n], da[0][2 * n + 1], kb[s], b);
             }
 #pragma unroll
@@ -281,18 +281,17 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
               sum_bias[i / 2] += y;
             }
           if constexpr (!kDelta) {
-            if (!p.map.linear())
-              ChainSlope<T, W, 1>(da, p.map, projection, row0, queries, i0, lane);
-            SumTokens<R, W, 1>(sum_projection, da, ranged_queries, i0, Opaque(lane));
+            if (!p.map.linear()) ChainSlope<T, W, 1>(da, p.map, projection, row0, queries, i0, at);
+            SumTokens<R, W, 1>(sum_projection, da, ranged_queries, i0, at);
           }
           if (piece.begin > 0) {
-            LoadSummed<R, 1, kStep, C>(f, summed, row0, i0, lane);
+            LoadSummed<R, 1, kStep, C>(f, summed, row0, i0, at);
 #pragma unroll
             for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
               for (int i = 0; i < 4; ++i) da[0][n][i] += f[0][n][i];
           }
-          StoreSummed<R, 1, kStep, C>(summed, da, row0, i0, lane);
+          StoreSummed<R, 1, kStep, C>(summed, da, row0, i0, at);
         }
 #pragma unroll
         for (int s = 0; s < C / 16; ++s)
@@ -362,19 +361,18 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
   }
 }
 
-template <class T, int W>
-__global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
+template <class T, int W, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 1)
     CausalQuerySweepKernel(CausalQuerySweepParams<T> p) {
-  CausalQuerySweep<T, W, false>(p);
+  CausalQuerySweep<T, W, kWarps, false>(p);
 }
 
 // The sweep before that one, for 16 bits; it only corrects delta. What the forward pass rounded
 // otherwise than the sweeps do would be the largest part of their errors: with the delta that comes
 // out, the sum of a row's da over all landmarks is 0, as it should be.
-template <class T, int W>
-__global__ void __launch_bounds__(CausalSweepLayout<T, W>::kThreads, 1)
-    CausalDeltaKernel(CausalQuerySweepParams<T> p) {
-  CausalQuerySweep<T, W, true>(p);
+template <class T, int W, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 1) CausalDeltaKernel(CausalQuerySweepParams<T> p) {
+  CausalQuerySweep<T, W, kWarps, true>(p);
 }
 
 }  // namespace cuda

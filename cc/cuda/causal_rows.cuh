@@ -5,9 +5,9 @@
 namespace performer {
 namespace cuda {
 
-template <class T, int W, int kGroups>
-struct CausalBlock : CausalState<T, W, kGroups> {
-  using Base = CausalState<T, W, kGroups>;
+template <class T, int W, int kGroups, bool kSmall>
+struct CausalBlock : CausalState<T, W, kGroups, kSmall> {
+  using Base = CausalState<T, W, kGroups, kSmall>;
   using L = typename Base::L;
   using Base::C, Base::kKeyTiles, Base::kColumns;
   using Base::p, Base::shared, Base::floats, Base::place, Base::tile;

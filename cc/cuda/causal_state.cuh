@@ -7,9 +7,9 @@ namespace performer {
 namespace cuda {
 
 // What one block does; members are the parts that all of its threads hold.
-template <class T, int W, int kGroups>
+template <class T, int W, int kGroups, bool kSmall>
 struct CausalState {
-  using L = CausalLayout<T, W, kGroups>;
+  using L = CausalLayout<T, W, kGroups, kSmall>;
   static constexpr int C = L::kChunk, kKeyTiles = C / 8, kColumns = W / 8;
 
   const CausalParams<T>& p;

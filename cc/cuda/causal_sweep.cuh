@@ -25,11 +25,18 @@ using Ranged = std::conditional_t<std::is_same_v<T, Half>, BFloat16, T>;
 template <class T>
 inline constexpr bool kHasRanged = std::is_same_v<T, Half>;
 
-template <class T, int W>
+template <class T>
+inline constexpr int kChunkRows = kIs16Bit<T> ? 64 : 32;
+
+template <int W>
+inline constexpr int kCausalSweepWarps = W == 64 ? 8 : 4;
+
+template <class T, int W, int kWarps_>
 struct CausalSweepLayout {
-  static constexpr int kWarps = W == 64 ? 8 : 4, kThreads = 32 * kWarps;
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kLandmarks = 16 * kWarps;
-  static constexpr int kRows = kIs16Bit<T> ? 64 : 32;  // of a chunk
+  static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
+  static constexpr int kRows = kChunkRows<T>;
   // Sums over landmarks: 16 tokens of a warp and kWarpColumns, kColumns at a time.
   static constexpr int kParts = kWarps / (kRows / 16);
   static constexpr int kWarpColumns = W / kParts;
@@ -56,23 +63,22 @@ struct Piece {
 // What a warp does with its 16 landmarks, rows g and g + 8 of a thread.
 template <class T, int W>
 struct WarpLandmarks {
-  using L = CausalSweepLayout<T, W>;
-  static constexpr int kRows = L::kRows;
+  static constexpr int kRows = kChunkRows<T>;
   using Keys = float[1][kRows / 8][4];
 
   const Map& map;
   float unit;
 
-  // x += rows x tokens (kColumns from j0); rows(a, s) gives the A operand of summed indices from
-  // 16 s on.
+  // x += rows x tokens (kColumns from j0); rows(a, s, lane) gives the A operand of summed indices
+  // from 16 s on.
   template <int kColumns, class Rows>
   PERFORMER_DEVICE static void Product(float (&x)[1][kColumns / 8][4], Rows rows, const T* tokens,
                                        int j0, int lane) {
     lane = Opaque(lane);
-#pragma unroll
+#pragma unroll(kUnroll<T>)
     for (int s = 0; s < W / 16; ++s) {
       uint32_t a[kFragment<T>];
-      rows(a, s);
+      rows(a, s, lane);
 #pragma unroll
       for (int n = 0; n < kColumns / 16; ++n) {
         uint32_t b[kFragment<T>];
@@ -229,16 +235,15 @@ PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float
   }
 }
 
-// The lower triangle of dA to a tile [i][j], each warp its part; to `rest`, if it is not nullptr,
-// what rounding took from it.
-template <class T, int W>
+// The lower triangle of dA to a tile [i][j], each warp kColumns of 16 rows; to `rest`, if it is not
+// nullptr, what rounding took from it.
+template <class T, int W, int kColumns>
 PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
                                          const Ranged<T>* grad_out, const Ranged<T>* values,
                                          const float* delta, int r0, int c0, int lane) {
-  using L = CausalSweepLayout<T, W>;
   using R = Ranged<T>;
-  constexpr int kColumns = L::kPairColumns;
-  if (c0 >= L::kRows) return;
+  constexpr int kRows = kChunkRows<T>;
+  if (c0 >= kRows) return;
   lane = Opaque(lane);
   const int g = lane / 4, t = lane % 4;
   float x[kColumns / 8][4];
@@ -246,7 +251,7 @@ PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
   for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[n][i] = -delta[r0 + g + i / 2 * 8];
-#pragma unroll
+#pragma unroll(kUnroll<T>)
   for (int s = 0; s < W / 16; ++s) {
     uint32_t a[kFragment<R>];
     LoadA<R, W>(a, grad_out, r0, s * 16, lane);
@@ -262,7 +267,7 @@ PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int i = r0 + g + 8 * e, j = c0 + n * 8 + 2 * t;
-      const int at = At<R, L::kRows>(i, j);
+      const int at = At<R, kRows>(i, j);
       const float x0 = j <= i ? x[n][2 * e] : 0.f, x1 = j + 1 <= i ? x[n][2 * e + 1] : 0.f;
       StorePair(tile + at, x0, x1);
       if (rest == nullptr) continue;

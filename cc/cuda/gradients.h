@@ -18,13 +18,14 @@ class Gradients : public Forward<T, W> {
   using Operands<T>::map_;
   static constexpr int kThreads = 256;
 
-  // run(std::integral_constant<int, warps>) for the block of a sweep that suits the landmarks.
-  template <class Run>
-  Status ForWarps(Run run) const {
-    if constexpr (kIs16Bit<T> && W == 64)
-      if (dims_.features <= SweepLayout<T, W, 4>::kLandmarks)
+  // run(std::integral_constant<int, warps>): a sweep has blocks of 4 warps where their landmarks,
+  // `few`, are all, or where the GPU has no room for more; else of kMost.
+  template <int kMost, class Run>
+  Status ForWarps(int64_t few, Run run) const {
+    if constexpr (W == 64)
+      if (dims_.features <= few || launcher_.HasSmallBlocks())
         return run(std::integral_constant<int, 4>());
-    return run(std::integral_constant<int, kSweepWarps<T, W>>());
+    return run(std::integral_constant<int, kMost>());
   }
 
   // to [outer][size] = sums of from [outer][terms][size].

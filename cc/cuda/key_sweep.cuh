@@ -43,7 +43,7 @@ struct KeySweepLayout : SweepLayout<T, W, kWarps> {
   static constexpr int kHidden = kValue + S::kStages * S::kTileBytes;  // float [2][kTile]
   static constexpr int kStream = kHidden + 2 * kTile * 4;
   static constexpr int kBytes = kStream + KeyStream<T, W, S::kThreads>::kSharedBytes;
-  static_assert(kBytes <= 163 * 1024);
+  static_assert(kBytes <= S::kMostBytes);
 };
 
 template <class T, int W, int kWarps>

@@ -30,9 +30,28 @@ inline Status Taken(cudaError_t error, const char* what) {
 }
 #endif
 
+// Fills in device->shared_bytes, if it is 0.
+inline Status FindSharedBytes(Device* device) {
+  if (device->shared_bytes != 0) return Status();
+#if defined(__CUDACC__)
+  int number = 0;
+  PERFORMER_RETURN_IF_ERROR(Taken(cudaGetDevice(&number), "asking for the current device"));
+  return Taken(cudaDeviceGetAttribute(&device->shared_bytes,
+                                      cudaDevAttrMaxSharedMemoryPerBlockOptin, number),
+               "asking for the shared memory of a block");
+#else
+  device->shared_bytes = kMostSharedBytes;
+  return Status();
+#endif
+}
+
 class Launcher {
  public:
+  // device.shared_bytes is known, see FindSharedBytes.
   explicit Launcher(const Device& device) : device_(device) {}
+
+  // Whether blocks must do with kSmallSharedBytes.
+  bool HasSmallBlocks() const { return device_.shared_bytes < kMostSharedBytes; }
 
   // Workspace of `count` elements.
   template <class T>
@@ -80,6 +99,13 @@ class Launcher {
           ": too large for one launch, at most 2147483647 tiles of rows, 65535 " +
           "heads and 65535 groups of features; got " + std::to_string(grid.x) + ", " +
           std::to_string(grid.y) + " and " + std::to_string(grid.z));
+    if (shared_bytes > device_.shared_bytes)
+      return Status::FailedPrecondition(
+          std::string(name) + ": heads of this width take " + std::to_string(shared_bytes) +
+          " bytes of shared memory in a block; this GPU has " +
+          std::to_string(device_.shared_bytes) +
+          ". With D and E of at most 64 the kernels run on any GPU of compute capability 8.0 or "
+          "later");
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                       static_cast<unsigned>(grid.z));
 #if defined(__CUDACC__)

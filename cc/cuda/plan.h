@@ -1,5 +1,6 @@
-// How the rows of a call are divided among blocks. Depends on the lengths only, never on the batch
-// size, the number of heads or the GPU: results are the same bits for any of these.
+// How the rows of a call are divided among blocks, and the shared memory of a block. The division
+// depends on the lengths only, never on the batch size, the number of heads or the GPU: results are
+// the same bits for any of these.
 #pragma once
 #include <cstdint>
 
@@ -7,6 +8,14 @@
 
 namespace performer {
 namespace cuda {
+
+// Shared memory of a block at most: on sm_80, and on sm_86, sm_89 and sm_120, which have least
+// ("Compute Capabilities" in the CUDA C++ Programming Guide).
+inline constexpr int kMostSharedBytes = 163 * 1024, kSmallSharedBytes = 99 * 1024;
+// Of a block for rows of `width`: where it has 4 warps, it does with the least, if rows are narrow.
+inline constexpr int MostSharedBytes(int width, int warps) {
+  return width <= 64 && warps <= 4 ? kSmallSharedBytes : kMostSharedBytes;
+}
 
 // Segments of a sequence are summed apart and merged in order. Each costs a state in memory (M E
 // floats) and, in the causal forms, the work of summing its keys twice; each is a block's work.

@@ -55,6 +55,7 @@ struct QuerySweepLayout : SweepLayout<T, W, kWarps> {
   static constexpr int kRowBias = kBlockMax + S::kWarps * 4;  // float [kLandmarks]
   static constexpr int kPlace = kRowBias + S::kLandmarks * 4;
   static constexpr int kBytes = kPlace + static_cast<int>(sizeof(QuerySweepPlace<T>));
+  static_assert(kBytes <= S::kMostBytes);
 };
 
 template <class T, int W, int kWarps>

@@ -48,6 +48,7 @@ struct ReadTraits {
   static constexpr int kBias = kMean + 2 * kTileBytes;
   static constexpr int kPlace = kBias + 2 * kTile * 4;
   static constexpr int kBytes = kPlace + static_cast<int>(sizeof(ReadPlace<T>));
+  static_assert(kBytes <= MostSharedBytes(W, kWarps));
 };
 
 template <class T, int W>

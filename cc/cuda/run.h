@@ -20,6 +20,9 @@ struct Device {
   // `bytes` > 0 of device memory aligned to kWorkspaceAlignment, which stay allocated until the
   // stream has passed the call; nullptr: there is none left.
   std::function<void*(size_t bytes)> allocate;
+
+  // The most shared memory that a block may have, in bytes; 0: what the current device has.
+  int shared_bytes = 0;
 };
 
 // Largest D and E of the kernels; largest H and G, which are a dimension of their grids.
@@ -41,7 +44,8 @@ Status Supports(Op op, DType dtype, const Dims& dims);
 // one architecture, and run. Errors: InvalidArgument as Supports, and where a grid would have 2^31
 // blocks or more along the rows; ResourceExhausted if `allocate` gives nothing; as ToStatus
 // (errors.h) with CUDA's own text: FailedPrecondition (no device, driver too old, no code for this
-// GPU), Internal (launch failure).
+// GPU), Internal (launch failure); FailedPrecondition where a block would need more shared memory
+// than the GPU has (D or E above 64, on one with less than 163 KiB).
 Status Run(Op op, const Call& call, const Device& device);
 
 }  // namespace cuda

@@ -37,6 +37,7 @@ struct SuffixLayout : SweepLayout<T, W, 4> {
   static constexpr int kLse = kGradOut + kStages * S::kTileBytes;  // float [2][kTile]
   static constexpr int kDelta = kLse + 2 * kTile * 4;              // likewise
   static constexpr int kBytes = kDelta + 2 * kTile * 4;
+  static_assert(kBytes <= S::kMostBytes);
 };
 
 // Grid: (segments of all sequences, query heads, groups of landmarks). The first segment of a

@@ -38,6 +38,7 @@ struct SummarizeTraits {
   static constexpr int kValues = kKeys + 2 * kTileBytes;
   static constexpr int kStream = kValues + 2 * kTileBytes;
   static constexpr int kBytes = kStream + KeyStream<T, W, kThreads>::kSharedBytes;
+  static_assert(kBytes <= MostSharedBytes(W, kWarps));
 };
 
 template <class T, int W>

@@ -20,6 +20,7 @@ struct SweepLayout {
   // Of a warp: sums over tokens, twice 16 kRowTiles x W, fill half of the registers.
   static constexpr int kRowTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
   static constexpr int kLandmarks = 16 * kRowTiles * kWarps;
+  static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
   static constexpr int kStages = kIs16Bit<T> ? 2 : 1;  // of tiles, as shared memory allows
   // Sums over landmarks: 16 tokens of a warp and this many columns, kColumns at a time.
   static constexpr int kWarpColumns = W / (kWarps / 4);
@@ -42,7 +43,7 @@ using SweepTile = float[kRowTiles][kColumns / 8][4];
 template <class T, int W, int kRowTiles, int kColumns = 32>
 PERFORMER_DEVICE void LandmarkProduct(SweepTile<kRowTiles, kColumns>& x, const T* landmarks,
                                       int row0, const T* tokens, int j0, int lane) {
-#pragma unroll
+#pragma unroll(kUnroll<T>)
   for (int s = 0; s < W / 16; ++s) {
     uint32_t a[kRowTiles][kFragment<T>];
 #pragma unroll
@@ -81,6 +82,7 @@ PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4],
 template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
 PERFORMER_DEVICE void StoreSummed(T* tile, const SweepTile<kRowTiles, kColumns>& x, int row0,
                                   int j0, int lane) {
+  lane = Opaque(lane);
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
@@ -95,6 +97,7 @@ PERFORMER_DEVICE void StoreSummed(T* tile, const SweepTile<kRowTiles, kColumns>&
 template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
 PERFORMER_DEVICE void LoadSummed(SweepTile<kRowTiles, kColumns>& x, const T* tile, int row0, int j0,
                                  int lane) {
+  lane = Opaque(lane);
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)

@@ -28,6 +28,11 @@ inline constexpr int kChunk = 16 / sizeof(T);  // numbers in 16 bytes
 template <class T>
 inline constexpr int kFragment = kIs16Bit<T> ? 4 : 8;  // registers of an operand
 
+// How many steps over the summed index are unrolled: in float32, whose steps are long, none, so
+// that operands of several steps do not wait in registers.
+template <class T>
+inline constexpr int kUnroll = kIs16Bit<T> ? 8 : 1;
+
 // Place of (row, column) in a tile.
 template <class T, int W>
 PERFORMER_DEVICE int At(int row, int column) {

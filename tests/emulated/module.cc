@@ -57,7 +57,8 @@ class Memory {
 
 py::dict Run(const std::string& name, const py::dict& given, const std::string& feature_map,
              float scale, bool key_norm, float feature_epsilon, bool packed,
-             const std::string& order, uint64_t seed, const std::string& skip, int allocations) {
+             const std::string& order, uint64_t seed, const std::string& skip, int allocations,
+             int shared_bytes) {
   const ArrayCall made =
       MakeArrayCall(name, given, feature_map, scale, key_norm, feature_epsilon, packed);
   sim::TheOptions() = {ParseOrder(order), seed, skip};
@@ -68,7 +69,9 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
   }
   Memory memory;
   memory.set_limit(allocations);
-  const Status status = cuda::Run(made.op, made.call, memory.MakeDevice());
+  cuda::Device device = memory.MakeDevice();
+  device.shared_bytes = shared_bytes;
+  const Status status = cuda::Run(made.op, made.call, device);
   sim::UntrackAll();
   sim::TheOptions() = sim::Options();
   ThrowIfError(status);
@@ -121,9 +124,10 @@ PYBIND11_MODULE(performer_emulated, module) {
   module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(),
              arg("feature_map") = "softmax", arg("scale") = 0.0, arg("key_norm") = true,
              arg("feature_epsilon") = 1e-3, arg("packed") = false, arg("order") = "random",
-             arg("seed") = 1, arg("skip") = "", arg("allocations") = -1,
+             arg("seed") = 1, arg("skip") = "", arg("allocations") = -1, arg("shared_bytes") = 0,
              "As performer._core.run. `order` and `seed`: the schedule; `skip`: a barrier or wait "
-             "that is left out; `allocations`: how many the device has memory for, -1 all.\n"
+             "that is left out; `allocations`: how many the device has memory for, -1 all; "
+             "`shared_bytes`: of a block at most, 0 as on sm_80.\n"
              "Raises RuntimeError for what a kernel did wrong.");
   module.def("counters", performer::Counters, "Numbers of instructions since the last reset.");
   module.def("reset_counters", [] { sim::TheCounters() = sim::Counters(); });
@@ -139,6 +143,7 @@ PYBIND11_MODULE(performer_emulated, module) {
              arg("threads") = 64, arg("order") = "random", arg("seed") = 1,
              "A kernel of planted.cuh, with its bug or without; returns its output.");
   module.attr("segment_rows") = cuda::kSegmentUnit;
+  module.attr("small_shared_bytes") = cuda::kSmallSharedBytes;
   module.attr("detects_races") = sim::DetectsRaces();
 #if defined(__SANITIZE_ADDRESS__)
   module.attr("detects_addresses") = true;

@@ -7,7 +7,7 @@ from kit.compare import assert_same_bits
 from kit.core import backward, cotangents, forms, forward, make
 from kit.core_cases import TOKENS
 from kit.cuda_cases import CASES, PIECES
-from kit.emulated import SCHEDULES, counting, dtypes, run
+from kit.emulated import SCHEDULES, counting, dtypes, run, run_in_small_blocks
 from kit.emulated_cases import all_cases, parameters
 from kit.kernel_checks import check_gradients
 
@@ -19,7 +19,8 @@ def test_gradients_are_those_of_the_reference(causal, name, dtype):
 
 @forms
 @dtypes
-def test_entries_of_std_8_keep_the_promise_in_float32_and_twice_it_in_16_bits(causal, dtype):
+@pytest.mark.parametrize("run", [run, run_in_small_blocks])
+def test_entries_of_std_8_keep_the_promise_in_float32_and_twice_it_in_16_bits(causal, dtype, run):
     check_gradients(run, PIECES, causal, dtype, times=1 if dtype == "float32" else 2)
 
 

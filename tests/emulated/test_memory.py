@@ -17,6 +17,13 @@ def test_kernels_keep_to_their_memory(op, name):
     call(name, op, inputs(name, op))
 
 
+@pytest.mark.parametrize("name", ["narrow half", "narrow float32", "pieces of chunks"])
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_of_small_blocks_keep_to_their_memory(op, name):
+    emulated.reset_races()
+    call(name, op, inputs(name, op), shared_bytes=emulated.small_shared_bytes)
+
+
 @pytest.mark.parametrize(
     ("causal", "name"),
     [(c, name) for c in (False, True) for name in NARROW if name not in TOKENS],

@@ -52,8 +52,14 @@ def case_named(name, causal):
 
 
 def on(device, op, x, **options):
-    with tf.device(device):
-        return raw_ops.call(op, x, **options)
+    """Skips the test where the GPU has no room for heads of this width."""
+    try:
+        with tf.device(device):
+            return raw_ops.call(op, x, **options)
+    except tf.errors.FailedPreconditionError as error:
+        if "heads of this width" in error.message:
+            pytest.skip(error.message)
+        raise
 
 
 def assert_near(actual, expected, rms, what):

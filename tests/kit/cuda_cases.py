@@ -38,7 +38,7 @@ CASES = {
 
 # Keys that exceed all before by more than a chunk takes at once. Beyond what accuracy is promised
 # for.
-PIECES = Case(batch=1, rows=70, heads=1, groups=1, dim=64, value_dim=64, features=40, std=8.0)
+PIECES = Case(batch=1, rows=70, heads=1, groups=1, dim=64, value_dim=64, features=72, std=8.0)
 
 
 def segment_cases(segment: int = SEGMENT) -> dict[str, Case]:

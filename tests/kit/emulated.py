@@ -29,6 +29,11 @@ def run(op: str, x: dict, **options) -> dict[str, np.ndarray]:
     return results
 
 
+def run_in_small_blocks(op: str, x: dict, **options) -> dict[str, np.ndarray]:
+    """As `run`, on a GPU whose blocks have as little shared memory as those of sm_89."""
+    return run(op, x, shared_bytes=emulated.small_shared_bytes, **options)
+
+
 @contextlib.contextmanager
 def counting():
     """The emulator's counters, filled at the end of the block."""

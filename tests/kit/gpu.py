@@ -48,8 +48,23 @@ def to_numpy(tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+def has_small_blocks() -> bool:
+    """Whether this GPU has less shared memory than the blocks of wide heads are made for."""
+    import torch
+
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin < 163 * 1024
+
+
 def run(op: str, x: dict, **options) -> dict[str, np.ndarray]:
-    """An operator on those of the arrays that are its inputs; memory is poisoned before."""
+    """An operator on those of the arrays that are its inputs; memory is poisoned before.
+
+    Skips the test where this GPU has no room for heads of this width.
+    """
     inputs = {name: to_torch(x[name], offsets=name == "offsets") for name in signature_names(op)}
-    results = torch_kernels.run(op, inputs, poison=True, **options)
+    try:
+        results = torch_kernels.run(op, inputs, poison=True, **options)
+    except RuntimeError as error:
+        if has_small_blocks() and "heads of this width" in str(error):
+            pytest.skip(str(error))
+        raise
     return {name: to_numpy(tensor) for name, tensor in results.items()}
