@@ -245,6 +245,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
                 PackA<R>(a, f[0][2 * s], f[0][2 * s + 1]);
 #pragma unroll
                 for (int n = 0; n < C / 16; ++n) {
+                  if (n * 16 > i0 + s * 16) continue;  // above the triangle
                   uint32_t b[kFragment<R>];
                   LoadBTrans<R, C>(b, pairs, i0 + s * 16, n * 16, lane);
                   Mma<R>(db[0][2 * n], db[0][2 * n + 1], a, b);

@@ -264,6 +264,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
           for (int s = 0; s < C / 16; ++s)
 #pragma unroll
             for (int n = 0; n < kStep / 16; ++n) {
+              if (s * 16 > i0 + n * 16) continue;  // above the triangle
               uint32_t b[kFragment<R>];
               if constexpr (kIs16Bit<R>) {
                 LoadB<R, C>(b, pair_rest, i0 + n * 16, s * 16, at);

@@ -30,28 +30,27 @@ inline Status Taken(cudaError_t error, const char* what) {
 }
 #endif
 
-// Fills in device->shared_bytes, if it is 0.
-inline Status FindSharedBytes(Device* device) {
-  if (device->shared_bytes != 0) return Status();
+// The most shared memory that a block may have. A device that cannot be asked will not launch
+// either, and says why.
+inline int SharedBytes(const Device& device) {
+  if (device.shared_bytes != 0) return device.shared_bytes;
 #if defined(__CUDACC__)
-  int number = 0;
-  PERFORMER_RETURN_IF_ERROR(Taken(cudaGetDevice(&number), "asking for the current device"));
-  return Taken(cudaDeviceGetAttribute(&device->shared_bytes,
-                                      cudaDevAttrMaxSharedMemoryPerBlockOptin, number),
-               "asking for the shared memory of a block");
-#else
-  device->shared_bytes = kMostSharedBytes;
-  return Status();
+  int number = 0, bytes = 0;
+  if (cudaGetDevice(&number) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number) ==
+          cudaSuccess)
+    return bytes;
+  (void)cudaGetLastError();
 #endif
+  return kMostSharedBytes;
 }
 
 class Launcher {
  public:
-  // device.shared_bytes is known, see FindSharedBytes.
-  explicit Launcher(const Device& device) : device_(device) {}
+  explicit Launcher(const Device& device) : device_(device), shared_bytes_(SharedBytes(device)) {}
 
   // Whether blocks must do with kSmallSharedBytes.
-  bool HasSmallBlocks() const { return device_.shared_bytes < kMostSharedBytes; }
+  bool HasSmallBlocks() const { return shared_bytes_ < kMostSharedBytes; }
 
   // Workspace of `count` elements.
   template <class T>
@@ -99,11 +98,10 @@ class Launcher {
           ": too large for one launch, at most 2147483647 tiles of rows, 65535 " +
           "heads and 65535 groups of features; got " + std::to_string(grid.x) + ", " +
           std::to_string(grid.y) + " and " + std::to_string(grid.z));
-    if (shared_bytes > device_.shared_bytes)
+    if (shared_bytes > shared_bytes_)
       return Status::FailedPrecondition(
           std::string(name) + ": heads of this width take " + std::to_string(shared_bytes) +
-          " bytes of shared memory in a block; this GPU has " +
-          std::to_string(device_.shared_bytes) +
+          " bytes of shared memory in a block; this GPU has " + std::to_string(shared_bytes_) +
           ". With D and E of at most 64 the kernels run on any GPU of compute capability 8.0 or "
           "later");
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
@@ -133,6 +131,7 @@ class Launcher {
 #endif
 
   const Device& device_;
+  const int shared_bytes_;
 };
 
 }  // namespace cuda

@@ -1,5 +1,4 @@
 #include "cuda/kernels.h"
-#include "cuda/launch.h"
 #include "cuda/run.h"
 
 namespace performer {
@@ -42,10 +41,8 @@ Status Supports(Op, DType dtype, const Dims& dims) {
   return check("number of key and value heads G", dims.groups, kMaxHeads);
 }
 
-Status Run(Op op, const Call& call, const Device& given) {
+Status Run(Op op, const Call& call, const Device& device) {
   PERFORMER_RETURN_IF_ERROR(Supports(op, call.dtype, call.dims));
-  Device device = given;
-  PERFORMER_RETURN_IF_ERROR(FindSharedBytes(&device));
   switch (call.dtype) {
     case DType::kBFloat16:
       return RunTyped<BFloat16>(op, call, device);

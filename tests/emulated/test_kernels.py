@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kit.compare import assert_close, assert_same_bits
-from kit.core import expected, forms, forward, make
+from kit.core import cotangents, expected, forms, forward, make
 from kit.cuda_cases import CASES
 from kit.emulated import SCHEDULES, counting, dtypes, run
 from kit.emulated_cases import OWN, SEGMENT, all_cases, parameters
@@ -94,21 +94,21 @@ def test_operands_are_read_without_bank_conflicts(causal, dtype):
 
 
 # mma instructions a token, D = E = 64, M = 256. A product of M x D (or M x E) takes 8. Causal has
-# four of them, the lower triangle of f kb (5 of 8) and that of local v (1.25 of 2).
+# four of them, the lower triangle of f kb (5 of 8) and that of local v (1.25 of 2). Its gradient
+# has Causal, the sweep that corrects delta, and operands in two parts.
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_tensor_cores_do_no_more_than_counted(dtype):
-    case = CASES["narrow, 256 features"]
-    x = make(case, dtype)
-    x["key"], x["value"], x["query"] = (
-        x[name][:, :SEGMENT] * 0 for name in ("key", "value", "query")
-    )
+    case = replace(CASES["narrow, 256 features"], rows=SEGMENT)
+    x = {**make(case, dtype), **cotangents(case, dtype)}
+    x["key"], x["value"], x["query"] = (x[name] * 0 for name in ("key", "value", "query"))
+    states = {causal: forward(x, causal, run) for causal in (False, True)}
     counts = {}
-    for op in ("Summarize", "Read", "Causal"):
-        state = {} if op != "Read" else forward(x, False, run)
+    for op in ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"):
         with counting() as counters:
-            run(op, {**x, **state})
+            run(op, {**x, **states[op.startswith("Causal")]})
         counts[op] = counters["mma"] / SEGMENT
-    assert counts == {"Summarize": 16, "Read": 16, "Causal": 38.25}
+    forward_counts = {"Summarize": 16, "Read": 16, "Causal": 38.25}
+    assert counts == forward_counts | {"SummarizeGrad": 40, "ReadGrad": 56, "CausalGrad": 247.25}
 
 
 def test_what_the_kernels_do_not_take_is_refused():
