@@ -27,21 +27,29 @@ struct Copy {
   int bytes, valid;
 };
 
-struct Fiber {
-  Place place;
-  unsigned index = 0;  // in the block
-  Warp* warp = nullptr;
-  char* stack = nullptr;
-  bool done = false;
-  const char* waits_at = "the start";
-  std::vector<std::vector<Copy>> groups;  // of cp.async, the oldest first
-  std::vector<Copy> open;                 // not committed yet
+// Where a fiber, or the scheduler, goes on.
+struct Context {
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
 #endif
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  // For AddressSanitizer. The scheduler's stack is learnt from the first switch away from it.
+  const void* stack = nullptr;
+  size_t stack_size = 0;
+  void* fake_stack = nullptr;
+};
+
+struct Fiber {
+  char* stack = nullptr;
+  Place place;
+  unsigned index = 0;  // in the block
+  Warp* warp = nullptr;
+  bool done = false;
+  const char* waits_at = "the start";
+  std::vector<std::vector<Copy>> groups;  // of cp.async, the oldest first
+  std::vector<Copy> open;                 // not committed yet
+  Context context;
 };
 
 struct Warp {
@@ -65,14 +73,7 @@ struct Block {
   uint64_t random = 1;
   const std::function<void()>* body = nullptr;
   std::string error;
-#if defined(__x86_64__)
-  void* main_stack_pointer = nullptr;
-#else
-  ucontext_t main_context;
-#endif
-  void* main_fake_stack = nullptr;
-  const void* main_stack_bottom = nullptr;
-  size_t main_stack_size = 0;
+  Context main;  // of the scheduler
 };
 
 inline constexpr size_t kStackBytes = 512 << 10;

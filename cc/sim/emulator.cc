@@ -39,53 +39,28 @@ __attribute__((naked, noinline)) void Switch(void** /*save*/, void* /*to*/) {
 }
 #endif
 
-void ToScheduler(bool for_ever) {
-  Block& block = *g_block;
-  Fiber& fiber = *block.current;
+// Leaves `from`, for ever or until somebody goes on with it, and goes on with `to`.
+void GoOn(Context& from, Context& to, bool for_ever = false) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber.fake_stack, block.main_stack_bottom,
-                                 block.main_stack_size);
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake_stack, to.stack, to.stack_size);
 #endif
   (void)for_ever;
 #if defined(__x86_64__)
-  Switch(&fiber.stack_pointer, block.main_stack_pointer);
+  Switch(&from.stack_pointer, to.stack_pointer);
 #else
-  swapcontext(&fiber.context, &block.main_context);
+  swapcontext(&from.context, &to.context);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
 
-void ToFiber(Block& block, Fiber& fiber) {
+void ToScheduler(bool for_ever) { GoOn(g_block->current->context, g_block->main, for_ever); }
+
+// `from` is the scheduler, or a fiber that waits.
+void ToFiber(Block& block, Context& from, Fiber& fiber) {
   block.current = &fiber;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block.main_fake_stack, fiber.stack, kStackBytes);
-#endif
-#if defined(__x86_64__)
-  Switch(&block.main_stack_pointer, fiber.stack_pointer);
-#else
-  swapcontext(&block.main_context, &fiber.context);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(block.main_fake_stack, nullptr, nullptr);
-#endif
-}
-
-// From a fiber that waits straight to the next one that can go on.
-void ToOtherFiber(Block& block, Fiber& fiber, Fiber& next) {
-  block.current = &next;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&fiber.fake_stack, next.stack, kStackBytes);
-#endif
-#if defined(__x86_64__)
-  Switch(&fiber.stack_pointer, next.stack_pointer);
-#else
-  swapcontext(&fiber.context, &next.context);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
-#endif
+  GoOn(from, fiber.context);
 }
 
 void FiberMain() {
@@ -94,8 +69,8 @@ void FiberMain() {
   const void* bottom = nullptr;
   size_t size = 0;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  if (block.main_stack_bottom == nullptr)  // the first fiber comes from the scheduler
-    block.main_stack_bottom = bottom, block.main_stack_size = size;
+  if (block.main.stack == nullptr)  // the first fiber comes from the scheduler
+    block.main.stack = bottom, block.main.stack_size = size;
 #endif
   try {
     (*block.body)();
@@ -123,6 +98,9 @@ char* Stack(unsigned index) {
 }
 
 void Prepare(Fiber& fiber) {
+  fiber.context = {};
+  fiber.context.stack = fiber.stack;
+  fiber.context.stack_size = kStackBytes;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack + 4096, kStackBytes - 4096);
 #endif
@@ -134,13 +112,14 @@ void Prepare(Fiber& fiber) {
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(FiberMain);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber.stack_pointer = top;
+  fiber.context.stack_pointer = top;
 #else
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, FiberMain, 0);
+  ucontext_t& context = fiber.context.context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, FiberMain, 0);
 #endif
 }
 
@@ -186,7 +165,7 @@ void Park(const char* where) {
   // A deadlock, or what some thread did wrong ends the block.
   if (block.ready_count == 0 || !block.error.empty()) return ToScheduler(false);
   Fiber& next = *Next(block, TheOptions().order);
-  if (&next != &fiber) ToOtherFiber(block, fiber, next);
+  if (&next != &fiber) ToFiber(block, fiber.context, next);
 }
 
 std::string Deadlock(const Block& block) {
@@ -223,7 +202,8 @@ void RunBlock(Block& block) {
   for (unsigned w = 0; w < count / 32; ++w)
     block.priorities.push_back(order == Order::kReverse ? count / 32 - 1 - w : w);
   if (order == Order::kRandom) ShuffleOrder(block.priorities, &block.random);
-  while (block.ready_count > 0 && block.error.empty()) ToFiber(block, *Next(block, order));
+  while (block.ready_count > 0 && block.error.empty())
+    ToFiber(block, block.main, *Next(block, order));
   if (block.error.empty() && block.live > 0) block.error = Deadlock(block);
   g_block = nullptr;
 }
