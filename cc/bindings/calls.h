@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/params.h"
-#include "core/signature.h"
+#include "core/schema.h"
 
 namespace performer {
 namespace bindings {

@@ -3,12 +3,12 @@
 //
 // Tensors are contiguous. q, k, v, out and their gradients have type `dtype`; everything else
 // (projections, biases, state and gradients of these) has the state type: float64 where dtype is
-// kFloat64, else float32. Letters as in signature.h.
+// kFloat64, else float32. Letters as in schema.h.
 #pragma once
 #include <cstdint>
 
 #include "core/attributes.h"
-#include "core/signature.h"
+#include "core/schema.h"
 
 namespace performer {
 

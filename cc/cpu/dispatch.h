@@ -3,7 +3,7 @@
 #include <string>
 
 #include "core/status.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace performer {
 namespace cpu {

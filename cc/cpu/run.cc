@@ -1,8 +1,8 @@
 #include "cpu/run.h"
 
-#include "cpu/backward.h"
 #include "cpu/dispatch.h"
-#include "cpu/forward.h"
+#include "cpu/driver/backward.h"
+#include "cpu/driver/forward.h"
 
 namespace performer {
 namespace cpu {

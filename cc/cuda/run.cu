@@ -1,4 +1,4 @@
-#include "cuda/kernels.h"
+#include "cuda/host/operators.h"
 #include "cuda/run.h"
 
 namespace performer {

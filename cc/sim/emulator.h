@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the CPU, as ordinary C++: one fiber for each CUDA thread, one block after
 // another, switched only where CUDA threads wait for each other. For tests of machines without a
-// GPU; sim/cuda.h gives kernels the names they need, cuda/ptx.h the instructions.
+// GPU; sim/cuda.h gives kernels the names they need, cuda/device/ptx.h the instructions.
 //
 // What it can find:
 //   - wrong results, under several schedules: shared memory starts as NaN, asynchronous copies

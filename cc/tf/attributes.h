@@ -3,7 +3,7 @@
 #include <string>
 
 #include "core/attributes.h"
-#include "core/signature.h"
+#include "core/schema.h"
 #include "tensorflow/core/framework/types.h"
 #include "tensorflow/core/platform/errors.h"
 

@@ -1,6 +1,6 @@
-// Registration of the operators: arguments, attributes, documentation, shape functions. signature.h
+// Registration of the operators: arguments, attributes, documentation, shape functions. schema.h
 // holds the rules for shapes.
-#include "core/signature.h"
+#include "core/schema.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "bindings/arrays.h"
-#include "cuda/plan.h"
+#include "cuda/host/schedule.h"
 #include "cuda/run.h"
 #include "emulated/planted.h"
 #include "sim/emulator.h"

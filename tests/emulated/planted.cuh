@@ -1,6 +1,6 @@
 // Small kernels with a mistake that can be planted: what the emulator must find.
 #pragma once
-#include "cuda/ptx.h"
+#include "cuda/device/ptx.h"
 
 namespace performer {
 namespace planted {

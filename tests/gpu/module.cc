@@ -1,4 +1,4 @@
-// Python module performer_probes: the wrappers of cuda/ptx.h, one at a time. For tests/gpu.
+// Python module performer_probes: the wrappers of cuda/device/ptx.h, one at a time. For tests/gpu.
 #include <pybind11/numpy.h>
 
 #include "bindings/calls.h"

@@ -1,7 +1,7 @@
-// One small kernel for every wrapper of cuda/ptx.h that holds PTX: what it does to numbers that a
+// One small kernel for every wrapper of cuda/device/ptx.h that holds PTX: what it does to numbers that a
 // test gives. The same source runs on a GPU and under the emulator, where it tests the host twin.
 #pragma once
-#include "cuda/ptx.h"
+#include "cuda/device/ptx.h"
 
 namespace performer {
 namespace probes {

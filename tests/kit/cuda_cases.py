@@ -2,7 +2,7 @@
 
 from kit.core import Case
 
-SEGMENT = 1024  # rows, as the kernels are built for a GPU (cc/cuda/plan.h)
+SEGMENT = 1024  # rows, as the kernels are built for a GPU (cc/cuda/host/schedule.h)
 CASES = {
     "narrow, 256 features": Case(
         batch=1, rows=130, heads=1, groups=1, dim=64, value_dim=64, features=256

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "absl/strings/str_format.h"
-#include "core/signature.h"
+#include "core/schema.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tf/attributes.h"
 #include "tf/xla/custom_call.h"

@@ -1,0 +1,104 @@
+// Drivers of the forward operators.
+#pragma once
+#include "cpu/driver/context.h"
+#include "cpu/driver/pipeline.h"
+
+namespace performer {
+namespace cpu {
+
+template <class Acc>
+class ForwardDriver : public Driver<Acc> {
+ public:
+  using Driver<Acc>::Driver;
+
+  Status Summarize(const SummarizeParams& params) {
+    Buffer<Acc> projection;
+    PERFORMER_RETURN_IF_ERROR(
+        Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(KeySegments(&list));
+    const auto run = [&](const Slice& slice, Acc* partial) {
+      return kernels_.summarize(params, projection.get(), slice,
+                                SummaryPartial<Acc>::At(partial, w_));
+    };
+    const int64_t size = SummaryPartial<Acc>::Size(w_);
+    return ForWaves<Acc>(
+        list, size, Cost(4), parallel_for_, run, [&](int64_t first, int64_t last, Acc* partials) {
+          ForPairs(list, first, last, [&](int64_t begin, int64_t end) {
+            const auto at = [&](int64_t i) {
+              return SummaryPartial<Acc>::At(partials + (i - first) * size, w_);
+            };
+            for (int64_t i = begin + 1; i < end; ++i) kernels_.merge(w_, at(begin), at(i));
+            const Slice& slice = list.slices[begin];
+            const int64_t row = (slice.sequence * dims_.groups + slice.head) * w_.m;
+            kernels_.finish(w_, at(begin), static_cast<Acc*>(params.state.log_mass) + row,
+                            static_cast<Acc*>(params.state.mean) + row * w_.e);
+          });
+        });
+  }
+
+  Status Read(const ReadParams& params) {
+    Buffer<Acc> projection;
+    PERFORMER_RETURN_IF_ERROR(
+        Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(Divide(
+        call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSegmentUnit; }, &list));
+    const bool ok =
+        ForEachItem(list, 0, list.count, Cost(4), parallel_for_, [&](const Slice& slice, int64_t) {
+          return kernels_.read(params, projection.get(), slice);
+        });
+    return ok ? Status() : Status::ResourceExhausted(kNoScratch);
+  }
+
+  Status Causal(const CausalParams& params) {
+    return dims_.keys == 1 && !call_.offsets ? CausalStep(params) : CausalSequences(params);
+  }
+
+ private:
+  Status CausalStep(const CausalParams& params) {
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
+    const bool ok =
+        ForEachItem(list, 0, list.count, Cost(8), parallel_for_,
+                    [&](const Slice& slice, int64_t) { return kernels_.step(params, slice); });
+    return ok ? Status() : Status::ResourceExhausted(kNoScratch);
+  }
+
+  Status CausalSequences(const CausalParams& params) {
+    Buffer<Acc> query_projection, key_projection;
+    PERFORMER_RETURN_IF_ERROR(
+        Pack(params.queries.projection, params.queries.projection_heads, true, &query_projection));
+    PERFORMER_RETURN_IF_ERROR(
+        Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
+    if (CausalPipeline<Acc>::Pays(list, w_, threads_))
+      return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())
+          .Run(list, threads_, Cost(8));
+    const bool ok =
+        ForEachItem(list, 0, list.count, Cost(8), parallel_for_, [&](const Slice& slice, int64_t) {
+          return kernels_.causal(params, query_projection.get(), key_projection.get(), slice);
+        });
+    return ok ? Status() : Status::ResourceExhausted(kNoScratch);
+  }
+
+  using Base = Driver<Acc>;
+  using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::threads_, Base::parallel_for_;
+  using Base::Cost, Base::KeySegments, Base::Pack, Base::WholeSequences;
+
+  // body(begin, end) for the items of every sequence and head among [first, last), in parallel.
+  template <class Body>
+  void ForPairs(const WorkList& list, int64_t first, int64_t last, Body body) const {
+    const int64_t* const ends = list.ends.get();
+    const int64_t begin = std::upper_bound(ends, ends + list.pairs, first) - ends;
+    const int64_t end = std::lower_bound(ends, ends + list.pairs, last) - ends + 1;
+    parallel_for_(end - begin, 2 * w_.m * w_.e + 1, [&](int64_t from, int64_t to) {
+      for (int64_t pair = begin + from; pair < begin + to; ++pair)
+        body(pair == 0 ? 0 : ends[pair - 1], ends[pair]);
+    });
+  }
+};
+
+}  // namespace cpu
+}  // namespace performer

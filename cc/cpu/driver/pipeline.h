@@ -1,0 +1,126 @@
+// Causal attention for fewer sequences and heads than threads. Only the keys of a sequence depend
+// on one another: each chain of keys runs one window of pieces ahead, and all threads share the
+// queries of the window before meanwhile.
+//   step 0: keys of window 0      step 1: keys of window 1, queries of window 0      ...
+// Bits are those of Kernels::causal: the same functions on the same numbers. Memory is two windows
+// for each chain, whatever its length.
+#pragma once
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/driver/work_division.h"
+#include "cpu/kernels/kernels.h"
+
+namespace performer {
+namespace cpu {
+
+// For all windows, which should stay in the last cache on the way from thread to thread. As the
+// work on a piece grows like its size, it also fixes the work of a step, after which threads have
+// to come together.
+inline constexpr int64_t kPipelineBytes = 8 << 20;
+
+template <class Acc>
+class CausalPipeline {
+ public:
+  // True where threads would idle otherwise and a sequence would fill the windows.
+  static bool Pays(const WorkList& list, const Widths& w, const Threads& threads) {
+    return list.count < threads.count && LongestChunks(list) >= Slots(w, 1);
+  }
+
+  CausalPipeline(const CausalParams& params, const Kernels<Acc>& kernels,
+                 const Acc* query_projection, const Acc* key_projection)
+      : params_(params),
+        kernels_(kernels),
+        query_projection_(query_projection),
+        key_projection_(key_projection),
+        w_(MakeWidths<Acc>(params.dims)) {}
+
+  // `cost_per_row`: of a row's key and queries, in nanoseconds.
+  Status Run(const WorkList& list, const Threads& threads, int64_t cost_per_row) {
+    PERFORMER_RETURN_IF_ERROR(Place(list));
+    // The first windows are short: before there is one, only the chains have work.
+    int64_t slots = slots_ / 8 + 1;
+    for (int step = 0; Busy(); step = 1 - step, slots = std::min(2 * slots, slots_)) {
+      for (int64_t c = 0; c < count_; ++c) Window(c, step).slots = slots;
+      // An item is what one thread gets done: the chains are far longer than other work, and nobody
+      // could cut the range evenly beforehand.
+      const int64_t cost = count_ * slots * kCausalChunk * cost_per_row / threads.count + 1;
+      next_chain_ = 0;
+      threads.parallel_for(threads.count, cost, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) Work(step);
+      });
+      if (!ok_) return Status::ResourceExhausted(kNoScratch);
+      for (int64_t c = 0; c < count_; ++c) Clear(Window(c, 1 - step));
+    }
+    return Status();
+  }
+
+ private:
+  static int64_t LongestChunks(const WorkList& list) {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < list.count; ++i)
+      rows = std::max(rows, list.slices[i].end - list.slices[i].begin);
+    return rows / kCausalChunk;
+  }
+  // Pieces of a window.
+  static int64_t Slots(const Widths& w, int64_t chains) {
+    const int64_t size = CausalWindow<Acc>::SlotSize(w) * static_cast<int64_t>(sizeof(Acc));
+    return std::max<int64_t>(kPipelineBytes / (2 * chains * size), 1);
+  }
+  static void Clear(CausalWindow<Acc>& window) { window.count = window.taken = 0; }
+  CausalWindow<Acc>& Window(int64_t chain, int which) const { return windows_[2 * chain + which]; }
+
+  Status Place(const WorkList& list) {
+    count_ = list.count;
+    const int64_t slot = CausalWindow<Acc>::SlotSize(w_), state = SummaryPartial<Acc>::Size(w_);
+    slots_ = Slots(w_, count_);
+    PERFORMER_RETURN_IF_ERROR(Allocate(count_, "chains of keys", &chains_));
+    PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_, "windows", &windows_));
+    PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_, "pieces", &pieces_));
+    PERFORMER_RETURN_IF_ERROR(Allocate(count_ * state, "states of causal attention", &states_));
+    PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_ * slot, "key weights", &memory_));
+    for (int64_t c = 0; c < count_; ++c) {
+      const Slice& slice = list.slices[c];
+      chains_[c] = {slice, slice.begin, false,
+                    SummaryPartial<Acc>::At(states_.get() + c * state, w_)};
+    }
+    for (int64_t i = 0; i < 2 * count_; ++i)
+      windows_[i] = {pieces_.get() + i * slots_, memory_.get() + i * slots_ * slot, slots_, 0, 0};
+    return Status();
+  }
+
+  bool Busy() const {
+    for (int64_t c = 0; c < count_; ++c)
+      if (!chains_[c].done || Window(c, 0).count > 0 || Window(c, 1).count > 0) return true;
+    return false;
+  }
+
+  // One thread's share of a step: chains first, as the next step waits for them.
+  void Work(int step) {
+    for (int64_t c = next_chain_++; c < count_; c = next_chain_++)
+      if (!chains_[c].done &&
+          !kernels_.causal_keys(params_, key_projection_, &chains_[c], &Window(c, step)))
+        ok_ = false;
+    for (int64_t c = 0; c < count_; ++c) {
+      CausalWindow<Acc>& window = Window(c, 1 - step);
+      if (window.count > 0 &&
+          !kernels_.causal_queries(params_, query_projection_, chains_[c].slice.head, &window))
+        ok_ = false;
+    }
+  }
+
+  const CausalParams& params_;
+  const Kernels<Acc>& kernels_;
+  const Acc *query_projection_, *key_projection_;
+  const Widths w_;
+  int64_t count_ = 0, slots_ = 0;  // chains, pieces of a window
+  Buffer<CausalChain<Acc>> chains_;
+  Buffer<CausalWindow<Acc>> windows_;  // [chains][2]
+  Buffer<CausalPiece<Acc>> pieces_;
+  Buffer<Acc> states_, memory_;
+  std::atomic<int64_t> next_chain_{0};
+  std::atomic<bool> ok_{true};
+};
+
+}  // namespace cpu
+}  // namespace performer

@@ -1,0 +1,261 @@
+// The keys of causal attention: a chain that makes the pieces of a sequence one after another, each
+// with the state before it.
+//   kb[m][j] = 2^(b - anchor[m])      sum += kb v      mass += row sums of kb
+// Features of keys are made transposed ([M][C]), so that both f kb and kb v stream rows of B.
+//
+// Why no later key changes a bit of an earlier row: boundaries of chunks are fixed; a chunk is
+// processed in pieces, nearly always one. The anchors of a piece come from the past and from the
+// key of its first row, and a piece ends before any later key that exceeds an anchor by more than
+// kCutBits, so that rows before the cut do the same arithmetic either way. Products end at their
+// row (triangle.h).
+#pragma once
+#include "cpu/kernels/log_features.h"
+#include "cpu/kernels/state.h"
+#include "cpu/kernels/sub_chunks.h"
+
+PERFORMER_ISA_BEGIN
+
+template <class Acc>
+constexpr Acc kCutBits = 43;  // 30 nats above an anchor
+template <class Acc>
+constexpr Acc kRenewMass =
+    static_cast<Acc>(0x1p30);  // an anchor is renewed when the mass relative to it passes this
+
+template <class Acc>
+PERFORMER_INLINE void Copy(const Acc* from, int64_t count, Acc* to) {
+  for (int64_t i = 0; i < count; i += kLanes<Acc>) Store(to + i, Load(from + i));
+}
+
+// The prefix state as sums relative to 2^anchor, in memory of somebody else; an anchor of -inf
+// means nothing yet.
+template <class Acc>
+struct PrefixState {
+  Acc *sum = nullptr, *mass = nullptr, *anchor = nullptr;  // [m][e_pad], [m_pad], [m_pad]
+
+  PrefixState() = default;
+  explicit PrefixState(const SummaryPartial<Acc>& at)
+      : sum(at.sum), mass(at.mass), anchor(at.anchor) {}
+
+  void Set(const LoadedState<Acc>& state, const Widths& w) {
+    state.CopyMean(w, sum);
+    for (int64_t m = 0; m < w.m_pad; ++m) {
+      anchor[m] = m < w.m ? state.log_mass[m] * kLog2e<Acc> : kInf<Acc>;
+      mass[m] = m < w.m && anchor[m] != -kInf<Acc> ? 1 : 0;
+    }
+  }
+  bool Empty(const Widths& w) const {
+    for (int64_t m = 0; m < w.m; ++m)
+      if (anchor[m] != -kInf<Acc>) return false;
+    return true;
+  }
+  void Raise(int64_t m, Acc to, const Widths& w) {
+    const Acc keep = Exp2(anchor[m] - to);  // 0 where the anchor was -inf
+    Acc* row = sum + m * w.e_pad;
+    for (int64_t e = 0; e < w.e_pad; e += kLanes<Acc>) Store(row + e, Load(row + e) * keep);
+    mass[m] *= keep;
+    anchor[m] = to;
+  }
+  void CopyTo(const PrefixState& to, const Widths& w) const {
+    Copy(sum, w.m * w.e_pad, to.sum);
+    Copy(mass, w.m_pad, to.mass);
+    Copy(anchor, w.m_pad, to.anchor);
+  }
+};
+
+// A chunk of keys, and the state before the next piece of it.
+template <class Acc>
+struct KeyScratch {
+  static constexpr int64_t C = kCausalChunk;
+  static_assert(C % kPad<Acc> == 0);
+  Ahead ahead;
+  KeyChunk<Acc> keys;
+  PrefixState<Acc> state;
+  Acc *kt, *b, *piece_mass;  // [d][C], [m][C], [m]
+
+  void Place(Arena& arena, const Widths& w) {
+    keys.Place(arena, w, C);
+    kt = arena.Take<Acc>(w.d_pad * C);
+    b = arena.Take<Acc>(w.m * C);
+    piece_mass = arena.Take<Acc>(w.m);
+  }
+};
+
+// b[m][j] of the chunk's keys; columns from n on, as far as vectors reach, are -inf.
+template <class Acc>
+void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection, const Widths& w,
+                    int64_t n, KeyScratch<Acc>& s) {
+  constexpr int64_t C = KeyScratch<Acc>::C;
+  const int64_t width = RoundUp(n, kLanes<Acc>);
+  for (int64_t j = n; j < RoundUp(n, kPad<Acc>); ++j) {
+    s.keys.offset[j] = -kInf<Acc>;
+    s.keys.skip[j] = 1;
+    for (int64_t d = 0; d < w.d_pad; ++d) s.keys.k[j * w.d_pad + d] = 0;
+  }
+  Transpose(s.keys.k, w.d_pad, RoundUp(width, 4), w.d_pad, s.kt, C);
+  s.ahead.Divide(HookCalls<Acc>(w.m, w.d, width));
+  MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, width, &s.ahead);
+  ApplyMap<Acc>(map, w.m, width, C, s.b, nullptr);
+  for (int64_t m = 0; m < w.m; ++m)
+    for (int64_t j = 0; j < width; j += kLanes<Acc>)
+      Store(s.b + m * C + j, Load(s.b + m * C + j) + Load(s.keys.offset + j));
+}
+
+// Sets the anchors for a piece that begins at an unmasked row, from the past and that row.
+template <class Acc>
+void AnchorPiece(int64_t begin, const Widths& w, KeyScratch<Acc>& s) {
+  const Acc* column = s.b + begin;
+  bool exceeds = false;
+  for (int64_t m = 0; m < w.m; ++m) exceeds |= column[m * s.C] > s.state.anchor[m] + kCutBits<Acc>;
+  if (!exceeds) return;
+  for (int64_t m = 0; m < w.m; ++m)
+    if (column[m * s.C] > s.state.anchor[m]) s.state.Raise(m, column[m * s.C], w);
+}
+
+// The first row in (begin, n) whose key exceeds an anchor by more than kCutBits, or n.
+template <class Acc>
+int64_t PieceEnd(int64_t begin, int64_t n, const Widths& w, const KeyScratch<Acc>& s) {
+  constexpr int64_t C = KeyScratch<Acc>::C, kVecs = C / kLanes<Acc>;
+  IntVec<Acc> exceeds[kVecs] = {};
+  for (int64_t m = 0; m < w.m; ++m) {
+    const Vec<Acc> limit = Splat(s.state.anchor[m] + kCutBits<Acc>);
+    for (int64_t i = 0; i < kVecs && i * kLanes<Acc> < n; ++i)
+      exceeds[i] |= Load(s.b + m * C + i * kLanes<Acc>) > limit;
+  }
+  for (int64_t j = begin + 1; j < n; ++j)
+    if (exceeds[j / kLanes<Acc>][j % kLanes<Acc>]) return j;
+  return n;
+}
+
+// kb [m][C] and its row sums for the columns [first, last); 0 in the others, as far as vectors
+// reach, whatever these keys hold.
+template <class Acc>
+void PieceKeyWeights(int64_t first, int64_t last, const Widths& w, Acc* kb, KeyScratch<Acc>& s) {
+  constexpr int64_t C = KeyScratch<Acc>::C;
+  alignas(kAlignment) Acc column[C];
+  for (int64_t j = 0; j < C; ++j) column[j] = static_cast<Acc>(j);
+  const Acc begin = static_cast<Acc>(first), end = static_cast<Acc>(last);
+  for (int64_t m = 0; m < w.m; ++m) {
+    const Acc anchor = s.state.anchor[m] == -kInf<Acc> ? Acc(0) : s.state.anchor[m];
+    Vec<Acc> sum = {};
+    const Vec<Acc> zero = {};
+    for (int64_t j = 0; j < last; j += kLanes<Acc>) {
+      const IntVec<Acc> inside = (Load(column + j) >= begin) & (Load(column + j) < end);
+      const Vec<Acc> y = inside ? Exp2(Load(s.b + m * C + j) - anchor) : zero;
+      Store(kb + m * C + j, y);
+      sum += y;
+    }
+    s.piece_mass[m] = ReduceAdd<Acc>(sum);
+  }
+}
+
+// next = the state and the keys of a piece; it may lie in the same memory.
+template <class Acc>
+void PieceUpdate(const CausalPiece<Acc>& piece, const Widths& w, KeyScratch<Acc>& s,
+                 PrefixState<Acc>& next) {
+  AddProduct(piece.kb + piece.begin, s.C, 1, piece.v, w.e_pad, piece.rows, s.state.sum, next.sum,
+             w.e_pad, w.m, w.e_pad);
+  for (int64_t m = 0; m < w.m_pad; ++m) {
+    next.anchor[m] = s.state.anchor[m];
+    next.mass[m] = s.state.mass[m];
+    if (m >= w.m) continue;
+    next.mass[m] += s.piece_mass[m];
+    if (next.mass[m] > kRenewMass<Acc>) next.Raise(m, next.anchor[m] + Log2(next.mass[m]), w);
+  }
+}
+
+// The chain of one sequence and key/value head:
+//   while (chain.Next(kb, &piece)) { read the piece; chain.Add(piece, next_state); }
+// It may be left after any piece and continued by another object with the same bits.
+template <class Acc>
+class KeyChain {
+ public:
+  KeyChain(const CausalParams& params, const Acc* projections, const Slice& slice)
+      : params_(params),
+        map_(params),
+        slice_(slice),
+        w_(MakeWidths<Acc>(params.dims)),
+        projection_(PackedProjection<Acc>::At(
+            projections + (params.keys.projection_heads == 1 ? 0 : slice.head) *
+                              PackedProjection<Acc>::Size(w_),
+            w_)) {}
+
+  void Place(Arena& arena) { s_.Place(arena, w_); }
+
+  // Before Next: the next piece begins at tensor row `row`, with the given state before it; at the
+  // slice's first row that becomes the initial state.
+  void Start(int64_t row, SummaryPartial<Acc> state) {
+    row_ = row;
+    s_.state = PrefixState<Acc>(state);
+    if (row == slice_.begin)
+      s_.state.Set(LoadedState<Acc>(params_.initial, params_.dims, slice_.sequence, slice_.head),
+                   w_);
+  }
+
+  // The next piece, its key weights in kb [m][C]; false at the end of the slice. The piece points
+  // into the memory of the state and into rows that the next call replaces.
+  bool Next(Acc* kb, CausalPiece<Acc>* piece) {
+    if (row_ == slice_.end) return false;
+    const int64_t begin = (row_ - slice_.begin) % kCausalChunk;
+    if (begin == 0 || !loaded_) LoadChunk(row_ - begin);
+    const bool masked = s_.keys.skip[begin], blind = masked && s_.state.Empty(w_);
+    int64_t end = begin + 1;
+    if (blind) {
+      while (end < chunk_rows_ && s_.keys.skip[end]) ++end;
+    } else {
+      if (!masked) AnchorPiece(begin, w_, s_);
+      end = PieceEnd(begin, chunk_rows_, w_, s_);
+      PieceKeyWeights(begin, end, w_, kb, s_);
+    }
+    *piece = {row_,
+              begin,
+              end - begin,
+              blind,
+              s_.state.sum,
+              s_.state.mass,
+              s_.state.anchor,
+              kb,
+              s_.keys.v + begin * w_.e_pad};
+    return true;
+  }
+
+  // The state after the piece goes to `memory`, which may be that of the state before it.
+  void Add(const CausalPiece<Acc>& piece, const SummaryPartial<Acc>& memory) {
+    PrefixState<Acc> next(memory);
+    if (!piece.blind) {
+      PieceUpdate(piece, w_, s_, next);
+    } else if (next.sum != s_.state.sum) {
+      s_.state.CopyTo(next, w_);
+    }
+    s_.state = next;
+    row_ += piece.rows;
+  }
+
+  int64_t row() const { return row_; }
+
+  // At the end: the final state.
+  void Finish() const {
+    const int64_t at = (slice_.sequence * params_.dims.groups + slice_.head) * w_.m;
+    WriteState(w_, s_.state.anchor, s_.state.mass, s_.state.sum,
+               static_cast<Acc*>(params_.state.log_mass) + at,
+               static_cast<Acc*>(params_.state.mean) + at * w_.e);
+  }
+
+ private:
+  void LoadChunk(int64_t row) {
+    chunk_rows_ = slice_.end - row < kCausalChunk ? slice_.end - row : kCausalChunk;
+    s_.keys.Load(params_, params_.keys, map_, w_, slice_, row, chunk_rows_, &s_.ahead);
+    KeyLogFeatures(map_, projection_, w_, chunk_rows_, s_);
+    loaded_ = true;
+  }
+
+  const CausalParams& params_;
+  const Map<Acc> map_;
+  const Slice slice_;
+  const Widths w_;
+  const PackedProjection<Acc> projection_;
+  KeyScratch<Acc> s_;
+  int64_t row_ = 0, chunk_rows_ = 0;
+  bool loaded_ = false;
+};
+
+PERFORMER_ISA_END

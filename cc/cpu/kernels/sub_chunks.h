@@ -1,0 +1,55 @@
+// Causal attention in pieces: what the queries of a piece need of the keys and of the past, and
+// windows of pieces that are kept for them. Layouts shared by the driver (pipeline.h) and the
+// kernels of every instruction set (causal.h).
+#pragma once
+#include "core/splits.h"
+#include "cpu/memory/layout.h"
+
+namespace performer {
+namespace cpu {
+
+// Rows of a chunk whose keys are weighed with the same anchors.
+template <class Acc>
+struct CausalPiece {
+  int64_t row, begin, rows;        // first row in the tensor and in its chunk; number of rows
+  bool blind;                      // these rows see no key at all: what follows is not set
+  const Acc *sum, *mass, *anchor;  // the state before: [m][e_pad], [m_pad], [m_pad]
+  const Acc* kb;                   // [m][kCausalChunk], columns as in the chunk; 0 before the piece
+  const Acc* v;                    // [rows][e_pad]
+};
+
+// A chain of keys, one sequence and key/value head, between two windows.
+template <class Acc>
+struct CausalChain {
+  Slice slice;
+  int64_t row;                // where the next piece begins
+  bool done;                  // there is none, and the final state is written
+  SummaryPartial<Acc> state;  // before that row; at slice.begin not set
+};
+
+// Consecutive pieces of a chain, and memory for what they point to.
+template <class Acc>
+struct CausalWindow {
+  CausalPiece<Acc>* pieces;  // [slots]
+  Acc* memory;               // [slots][SlotSize]
+  int64_t slots, count;      // room, and pieces there are
+  int64_t taken;  // of the (piece, query head) items, counted atomically: by whoever takes one
+
+  static PERFORMER_INLINE constexpr int64_t SlotSize(const Widths& w) {
+    return SummaryPartial<Acc>::Size(w) + (w.m + w.e_pad) * kCausalChunk;
+  }
+  struct Slot {
+    SummaryPartial<Acc> state;
+    Acc *kb, *v;
+  };
+  PERFORMER_INLINE Slot At(int64_t i, const Widths& w) const {
+    Acc* base = memory + i * SlotSize(w);
+    Acc* kb = base + SummaryPartial<Acc>::Size(w);
+    return {SummaryPartial<Acc>::At(base, w), kb, kb + w.m * kCausalChunk};
+  }
+  // The next item that nobody has taken; from count * group on there is none.
+  PERFORMER_INLINE int64_t Take() { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); }
+};
+
+}  // namespace cpu
+}  // namespace performer

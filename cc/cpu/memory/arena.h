@@ -1,0 +1,71 @@
+// Scratch memory of one kernel call, from the C allocator; no exceptions.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+
+#include "cpu/isa.h"
+#include "cpu/memory/layout.h"
+
+PERFORMER_ISA_BEGIN
+
+// Hands out aligned pieces of one block. A first pass without a block measures, a second one
+// places:
+//   Arena arena; s.Place(arena, ...); if (!arena.Allocate()) return false; s.Place(arena, ...);
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { std::free(block_); }
+
+  template <class T>
+  T* Take(int64_t count) {
+    char* at = block_ == nullptr ? nullptr : block_ + used_;
+    used_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+    return reinterpret_cast<T*>(at);
+  }
+  bool Allocate() {
+    void* block = nullptr;
+    if (posix_memalign(&block, kAlignment, static_cast<size_t>(used_ > 0 ? used_ : kAlignment)) !=
+        0)
+      return false;
+    block_ = static_cast<char*>(block);
+    used_ = 0;
+    return true;
+  }
+
+ private:
+  char* block_ = nullptr;
+  int64_t used_ = 0;
+};
+
+// An array of plain values that grows.
+template <class T>
+class GrowingArray {
+ public:
+  GrowingArray() = default;
+  GrowingArray(const GrowingArray&) = delete;
+  GrowingArray& operator=(const GrowingArray&) = delete;
+  ~GrowingArray() { std::free(data_); }
+
+  // Room for `count` more; nullptr if there is no memory, and then nothing has changed.
+  T* Append(int64_t count) {
+    if (size_ + count > capacity_) {
+      const int64_t capacity = 2 * capacity_ > size_ + count ? 2 * capacity_ : size_ + count;
+      void* data = std::realloc(data_, static_cast<size_t>(capacity) * sizeof(T));
+      if (data == nullptr) return nullptr;
+      data_ = static_cast<T*>(data);
+      capacity_ = capacity;
+    }
+    size_ += count;
+    return data_ + size_ - count;
+  }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0, capacity_ = 0;
+};
+
+PERFORMER_ISA_END

@@ -1,0 +1,204 @@
+// Rows of tensors to rows of Acc in scratch memory and back. Conversions to bfloat16 and half round
+// to nearest even.
+#pragma once
+#include "core/params.h"
+#include "cpu/memory/layout.h"
+#include "cpu/simd/vector.h"
+
+PERFORMER_ISA_BEGIN
+
+// One head of a tensor [rows, heads, width].
+struct ConstRows {
+  const void* data;
+  DType dtype;
+  int64_t heads, head, width;
+
+  template <class T>
+  PERFORMER_INLINE const T* At(int64_t row) const {
+    return static_cast<const T*>(data) + (row * heads + head) * width;
+  }
+};
+struct MutableRows {
+  void* data;
+  DType dtype;
+  int64_t heads, head, width;
+
+  template <class T>
+  PERFORMER_INLINE T* At(int64_t row) const {
+    return static_cast<T*>(data) + (row * heads + head) * width;
+  }
+};
+
+PERFORMER_INLINE constexpr int64_t SizeOf(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Rows that will be wanted soon. They are fetched a few cache lines at a time, in the course of a
+// product: all at once they would be waited for, as a core has only so many lines on the way.
+class Ahead {
+ public:
+  explicit Ahead(bool backwards = false) : backwards_(backwards) {}
+
+  // Rows [row, row + n). Only a hint: they may lie outside of the tensor.
+  template <class Rows>
+  void Want(const Rows& rows, int64_t row, int64_t n) {
+    if (n == 0 || entries_ == kMost) return;
+    const int64_t width = rows.width * SizeOf(rows.dtype), step = rows.heads * width;
+    const auto at = reinterpret_cast<uintptr_t>(rows.data) +
+                    static_cast<uintptr_t>(row * step + rows.head * width);
+    entry_[entries_++] = {at, step, width, n, 0};
+    lines_ += n * ((width + kAlignment - 1) / kAlignment);
+  }
+  // The rows that come after [row, row + n), as many.
+  void WantNext(const ConstRows& rows, int64_t row, int64_t n) {
+    Want(rows, backwards_ ? row - n : row + n, n);
+  }
+  // Each of `calls` of Before() fetches the same share; none if a product has no terms.
+  PERFORMER_INLINE void Divide(int64_t calls) {
+    share_ = calls == 0 ? 0 : (lines_ + calls - 1) / calls;
+  }
+  PERFORMER_INLINE void Before() {
+    for (int64_t i = 0; i < share_ && entries_ > 0; ++i) {
+      Entry& entry = entry_[entries_ - 1];
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(entry.at + static_cast<uintptr_t>(entry.offset)));
+      --lines_;
+      entry.offset += kAlignment;
+      if (entry.offset < entry.bytes) continue;
+      entry.offset = 0;
+      entry.at += static_cast<uintptr_t>(entry.step);
+      if (--entry.rows == 0) --entries_;
+    }
+  }
+  template <class Tile>
+  PERFORMER_INLINE void After(const Tile&, int64_t, int64_t) {}
+
+ private:
+  struct Entry {
+    uintptr_t at;
+    int64_t step, bytes, rows, offset;
+  };
+  static constexpr int64_t kMost = 4;
+  Entry entry_[kMost];
+  int64_t entries_ = 0, lines_ = 0, share_ = 0;
+  bool backwards_;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+PERFORMER_INLINE uint32_t BitsOf(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+PERFORMER_INLINE float FromBits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+PERFORMER_INLINE float Widen(float x) { return x; }
+PERFORMER_INLINE double Widen(double x) { return x; }
+PERFORMER_INLINE float Widen(BFloat16 x) { return FromBits(static_cast<uint32_t>(x.bits) << 16); }
+PERFORMER_INLINE float Widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  const uint32_t finite =
+      BitsOf(FromBits(rest << 13) * 0x1p112f);  // the product also normalises subnormals
+  return FromBits(sign | (rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : finite));
+}
+
+PERFORMER_INLINE void Narrow(float x, float* to) { *to = x; }
+PERFORMER_INLINE void Narrow(double x, double* to) { *to = x; }
+PERFORMER_INLINE void Narrow(float x, BFloat16* to) {
+  const uint32_t bits = BitsOf(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 64 : rounded);
+}
+PERFORMER_INLINE void Narrow(float x, Half* to) {
+  const uint32_t bits = BitsOf(x), rest = bits & 0x7fffffff;
+  const uint32_t special = rest > 0x7f800000 ? 0x7e00u : 0x7c00u;
+  const uint32_t subnormal =
+      BitsOf(FromBits(rest) + 0.5f) - BitsOf(0.5f);  // the sum rounds at half's last place
+  const uint32_t normal =
+      (rest + 0xc8000fffu + ((rest >> 13) & 1)) >> 13;  // rebias the exponent by 15 - 127, round
+  const uint32_t magnitude = rest >= 0x47800000 ? special : rest < 0x38800000 ? subnormal : normal;
+  to->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000) | magnitude);
+}
+
+template <class T, class Acc>
+PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t n,
+                                    const uint8_t* skip, Acc* to, int64_t stride) {
+  const int64_t step = rows.heads * rows.width;
+  const T* from = rows.template At<T>(row);
+  for (int64_t i = 0; i < n; ++i, from += step, to += stride) {
+    if (skip && skip[i]) {
+      for (int64_t d = 0; d < stride; ++d) to[d] = 0;
+    } else {
+      for (int64_t d = 0; d < rows.width; ++d) to[d] = Widen(from[d]);
+      for (int64_t d = rows.width; d < stride; ++d) to[d] = 0;
+    }
+  }
+}
+
+// to[i][0 : stride] = rows[row + i], zero beyond the width and, whatever the row holds, where
+// skip[i] (skip may be nullptr). The next n rows are wanted.
+template <class Acc>
+void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip, Acc* to,
+              int64_t stride, Ahead* ahead) {
+  ahead->WantNext(rows, row, n);
+  if constexpr (sizeof(Acc) == sizeof(double)) {
+    LoadTypedRows<double>(rows, row, n, skip, to, stride);
+  } else {
+    if (rows.dtype == DType::kFloat32) LoadTypedRows<float>(rows, row, n, skip, to, stride);
+    if (rows.dtype == DType::kBFloat16) LoadTypedRows<BFloat16>(rows, row, n, skip, to, stride);
+    if (rows.dtype == DType::kHalf) LoadTypedRows<Half>(rows, row, n, skip, to, stride);
+  }
+}
+
+template <class T, class Acc>
+PERFORMER_INLINE void StoreTypedRows(const MutableRows& rows, int64_t row, int64_t n,
+                                     const Acc* from, int64_t stride) {
+  const int64_t step = rows.heads * rows.width;
+  T* to = rows.template At<T>(row);
+  for (int64_t i = 0; i < n; ++i, to += step, from += stride)
+    for (int64_t d = 0; d < rows.width; ++d) Narrow(from[d], to + d);
+}
+
+template <class Acc>
+void StoreRows(const MutableRows& rows, int64_t row, int64_t n, const Acc* from, int64_t stride) {
+  if constexpr (sizeof(Acc) == sizeof(double)) {
+    StoreTypedRows<double>(rows, row, n, from, stride);
+  } else {
+    if (rows.dtype == DType::kFloat32) StoreTypedRows<float>(rows, row, n, from, stride);
+    if (rows.dtype == DType::kBFloat16) StoreTypedRows<BFloat16>(rows, row, n, from, stride);
+    if (rows.dtype == DType::kHalf) StoreTypedRows<Half>(rows, row, n, from, stride);
+  }
+}
+
+// The type in which Acc lies in a tensor.
+template <class Acc>
+constexpr DType kOwnType = sizeof(Acc) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+
+// x rounded to dtype.
+template <class Acc>
+PERFORMER_INLINE Acc RoundTo(DType dtype, Acc x) {
+  if constexpr (sizeof(Acc) == sizeof(float)) {
+    if (dtype == DType::kBFloat16) {
+      BFloat16 narrow;
+      Narrow(x, &narrow);
+      return Widen(narrow);
+    }
+    if (dtype == DType::kHalf) {
+      Half narrow;
+      Narrow(x, &narrow);
+      return Widen(narrow);
+    }
+  }
+  return x;
+}
+
+PERFORMER_ISA_END

@@ -1,0 +1,171 @@
+// The one matrix product of all kernels: R rows x NV vectors of accumulators in registers, A
+// broadcast with any strides, B rows contiguous.
+#pragma once
+#include <type_traits>
+
+#include "cpu/simd/vector.h"
+
+PERFORMER_ISA_BEGIN
+
+template <class T, int R, int NV>
+struct Tile {
+  static constexpr int kRows = R, kVecs = NV, kCols = NV * kLanes<T>;
+  Vec<T> v[R][NV];
+
+  PERFORMER_INLINE void Zero() {
+    ForEach([](int, int, Vec<T>& x) { x = Vec<T>{}; });
+  }
+  // v[r][:] += sum_k a[r * row + k * step] * b[k * ldb + :]; In: T, or Pair (two terms each).
+  template <class In>
+  PERFORMER_INLINE void Multiply(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
+                                 int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) Rank1<0, R>(a, row, b);
+  }
+  // The triangular end of a causal product: row r takes k <= r only, so that an earlier row never
+  // touches a later row of b.
+  PERFORMER_INLINE void MultiplyLower(const T* a, int64_t row, const T* b, int64_t ldb) {
+    Triangle<true, 0>(a, row, b, ldb);
+  }
+  // Its mirror image: row r takes k >= r only.
+  PERFORMER_INLINE void MultiplyUpper(const T* a, int64_t row, const T* b, int64_t ldb) {
+    Triangle<false, 0>(a, row, b, ldb);
+  }
+  PERFORMER_INLINE void LoadFrom(const T* from, int64_t stride) {
+    ForEach([&](int r, int j, Vec<T>& x) { x = Load(from + r * stride + j * kLanes<T>); });
+  }
+  PERFORMER_INLINE void StoreTo(T* to, int64_t stride) {
+    ForEach([&](int r, int j, Vec<T> x) { Store(to + r * stride + j * kLanes<T>, x); });
+  }
+  // f(r, j, v[r][j]); an explicit unrolled loop, or GCC keeps the tile in memory.
+  template <class F>
+  PERFORMER_INLINE void ForEach(F f) {
+    PERFORMER_UNROLL
+    for (int r = 0; r < R; ++r) PERFORMER_UNROLL
+    for (int j = 0; j < NV; ++j) f(r, j, v[r][j]);
+  }
+
+ private:
+  template <int kBegin, int kEnd, class In>
+  PERFORMER_INLINE void Rank1(const In* a, int64_t row, const In* b) {
+    decltype(Load(b)) bv[NV];
+    PERFORMER_UNROLL
+    for (int j = 0; j < NV; ++j) bv[j] = Load(b + j * kLanes<T>);
+    PERFORMER_UNROLL
+    for (int r = kBegin; r < kEnd; ++r) {
+      const auto av = Splat(a[r * row]);
+      PERFORMER_UNROLL
+      for (int j = 0; j < NV; ++j) v[r][j] = MultiplyAdd(av, bv[j], v[r][j]);
+    }
+  }
+  template <bool kLower, int k>
+  PERFORMER_INLINE void Triangle(const T* a, int64_t row, const T* b, int64_t ldb) {
+    if constexpr (k < R) {
+      if constexpr (kLower) {
+        Rank1<k, R>(a + k, row, b + k * ldb);
+      } else {
+        Rank1<0, k + 1>(a + k, row, b + k * ldb);
+      }
+      Triangle<kLower, k + 1>(a, row, b, ldb);
+    }
+  }
+};
+
+namespace tile_internal {
+// body(tile, r, c) with a Tile<T, rows, vecs> for run-time rows <= R and vecs <= NV.
+template <class T, int R, int NV, class Body>
+PERFORMER_INLINE void WithRows(int64_t rows, Body body) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      Tile<T, R, NV> tile;
+      body(tile);
+    } else {
+      WithRows<T, R - 1, NV>(rows, body);
+    }
+  }
+}
+template <class T, int NV, class Body>
+PERFORMER_INLINE void RowBlocks(int64_t rows, int64_t c, Body body) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) {
+    Tile<T, kTileRows, NV> tile;
+    body(tile, r, c);
+  }
+  if (r < rows)
+    WithRows<T, kTileRows - 1, NV>(rows - r,
+                                   [&](auto& tile) PERFORMER_TILE_BODY { body(tile, r, c); });
+}
+template <class T, int NV, class Body>
+PERFORMER_INLINE void LastColumns(int64_t vecs, int64_t rows, int64_t c, Body body) {
+  if constexpr (NV > 0) {
+    if (vecs == NV) {
+      RowBlocks<T, NV>(rows, c, body);
+    } else {
+      LastColumns<T, NV - 1>(vecs, rows, c, body);
+    }
+  }
+}
+}  // namespace tile_internal
+
+// body(tile, r, c) for every tile of a rows x cols matrix, column by column of tiles; cols a
+// multiple of the lanes.
+template <class T, class Body>
+PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
+  constexpr int kCols = kTileVecs * kLanes<T>;
+  int64_t c = 0;
+  for (; c + kCols <= cols; c += kCols) tile_internal::RowBlocks<T, kTileVecs>(rows, c, body);
+  if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
+}
+
+// Terms of a sum between two calls of a hook: what it does there does not come in bursts.
+constexpr int64_t kHookStep = 8;
+// How often a product [rows][depth] [depth][cols] calls hook->Before().
+template <class T>
+constexpr int64_t HookCalls(int64_t rows, int64_t depth, int64_t cols) {
+  constexpr int64_t kCols = kTileVecs * kLanes<T>;
+  return (rows + kTileRows - 1) / kTileRows * ((depth + kHookStep - 1) / kHookStep) *
+         ((cols + kCols - 1) / kCols);
+}
+
+// c[rows][cols] = A B, or += with kAdd. A hook, if given, is called on the way, hook->Before(), and
+// with the results of every tile, hook->After(tile, r, c). Products of pairs are multiplied by
+// `scale`. The bits of an entry depend on its row of A and its column of B only, not on where it
+// lies in the matrix.
+template <bool kAdd, class In, class T, class Hook = void>
+PERFORMER_NOINLINE void MatMul(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
+                               int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols,
+                               Hook* hook = nullptr, T scale = 1) {
+  ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
+    T* out = c + r0 * ldc + c0;
+    tile.Zero();
+    if constexpr (std::is_void_v<Hook>) {
+      tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+    } else {
+      for (int64_t k = 0; k < depth; k += kHookStep) {
+        hook->Before();
+        tile.Multiply(a + r0 * row + k * step, row, step, b + k * ldb + c0, ldb,
+                      depth - k < kHookStep ? depth - k : kHookStep);
+      }
+    }
+    if constexpr (!std::is_same_v<In, T>) tile.ForEach([&](int, int, Vec<T>& x) { x *= scale; });
+    if constexpr (kAdd)
+      tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(out + r * ldc + j * kLanes<T>) + x; });
+    if constexpr (!std::is_void_v<Hook>) hook->After(tile, r0, c0);
+    tile.StoreTo(out, ldc);
+  });
+}
+
+// to[rows][cols] = from + A B; `from` may be `to`.
+template <class T>
+PERFORMER_NOINLINE void AddProduct(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
+                                   int64_t depth, const T* from, T* to, int64_t ldto, int64_t rows,
+                                   int64_t cols) {
+  ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
+    const T* add = from + r0 * ldto + c0;
+    tile.Zero();
+    tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+    tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(add + r * ldto + j * kLanes<T>) + x; });
+    tile.StoreTo(to + r0 * ldto + c0, ldto);
+  });
+}
+
+PERFORMER_ISA_END

@@ -1,2 +1,0 @@
-#define PERFORMER_TYPE float
-#include "cuda/causal_instance.cuh"

@@ -1,2 +1,0 @@
-#define PERFORMER_TYPE Half
-#include "cuda/causal_grad_instance.cuh"

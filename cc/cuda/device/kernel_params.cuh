@@ -1,0 +1,76 @@
+// Kernel parameters that several kernels share: what the core's parameters (core/params.h) say, in
+// the form in which a block uses it. Plain data, prepared by the launchers (context.h).
+#pragma once
+#include "core/attributes.h"
+#include "cuda/device/mma_tile.cuh"
+#include "cuda/host/schedule.h"
+
+namespace performer {
+namespace cuda {
+
+// A tensor [rows, heads, width] whose rows (of one head) are copied into tiles.
+template <class T>
+struct RowsOf {
+  T* data = nullptr;
+  int64_t heads = 0;
+  int width = 0;
+  int stride = 0;        // heads * width
+  bool aligned = false;  // rows and base to 16 bytes: copied by cp.async, else number by number
+
+  PERFORMER_DEVICE T* Row(int64_t row, int64_t head) const {
+    return data + row * stride + head * width;
+  }
+};
+
+// The feature map. Log-features are kept in units of `root` (log phi = root * logit), so that the
+// projection needs no factor, which would round it a second time.
+struct Map {
+  FeatureMap kind = FeatureMap::kSoftmax;
+  bool key_norm = false;
+  float root = 1;  // square root of the scale
+  float inverse_root = 1;
+  float epsilon = 0;
+
+  PERFORMER_HOST_DEVICE bool linear() const { return kind == FeatureMap::kSoftmax; }
+  // 2^(unit * logit) is the feature.
+  PERFORMER_DEVICE float unit() const { return root * kLog2e; }
+};
+
+// key_bias [1|B, 1|G, 1|S].
+struct KeyBias {
+  const float* data = nullptr;
+  int64_t batch_step = 0, head_step = 0;  // 0: the same for all
+  int step = 0;                           // along the keys, 0 or 1
+};
+
+// Keys and values.
+template <class T>
+struct KeyParams {
+  RowsOf<const T> key, value;
+  KeyBias bias;
+  bool packed = false;
+};
+
+// Projections in T, padded with zeros to [heads][m_pad][W]; m_pad is a multiple of kLandmarkUnit.
+inline constexpr int kLandmarkUnit = 64;
+template <class T>
+struct Projection {
+  const T* data = nullptr;
+  int64_t heads = 0;
+  PERFORMER_DEVICE const T* At(int64_t head, int64_t m_pad, int width) const {
+    return data + head * m_pad * width;
+  }
+};
+
+// log phi in units of root, from the product x = w . k (kRelu, kElu).
+PERFORMER_DEVICE float MappedLogit(const Map& map, float x) {
+  const float u = map.root * x;
+  const bool relu = map.kind == FeatureMap::kRelu;
+  // In this order NaN stays NaN.
+  const float phi = relu ? (u < 0.f ? 0.f : u) + map.epsilon : 1.f + u;
+  const float log_phi = relu || u > 0.f ? Log2(phi) * kLn2 : u;
+  return log_phi * map.inverse_root;
+}
+
+}  // namespace cuda
+}  // namespace performer

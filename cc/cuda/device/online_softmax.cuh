@@ -1,0 +1,144 @@
+// One step of softmax(rows x columns + bias) @ values for one warp, the shared core of summarize
+// and read (online softmax, as in flash attention, arXiv:2205.14135):
+//
+//              rows           columns (tile [64][W])   values (tile [64][W])   bias of a column
+//   summarize  landmarks w    keys                     values                  -|k|^2/2 + key_bias
+//   read       queries        landmarks w              mean                    log_mass +
+//   feature_bias
+//
+// An exponential is exp2((x - top) * unit): one fused exp2(x * unit - top * unit) would save an
+// addition, but the rounding of top * unit alone overflows for logits beyond 1e9, and finite inputs
+// must give finite outputs.
+#pragma once
+#include "cuda/device/kernel_params.cuh"
+
+namespace performer {
+namespace cuda {
+
+// 16 * kRowTiles rows, W columns of values. rows(a, m, s) loads the A operand of row tile m and
+// summed indices 16 s .. 16 s + 15.
+template <class T, int W, int kRowTiles>
+struct Softmax {
+  float acc[kRowTiles][W / 8][4], top[kRowTiles][2];
+  float sum[kRowTiles][2];  // this lane's share of the row
+
+  PERFORMER_DEVICE void Init() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) top[m][e] = -kInfinity, sum[m][e] = 0.f;
+    }
+  }
+
+  template <class Rows>
+  PERFORMER_DEVICE void Step(Rows rows, const T* columns, const T* values, const float* bias,
+                             const Map& map, int lane) {
+    lane = Opaque(lane);
+    float x[kRowTiles][8][4];
+    Logits(rows, columns, bias, map, lane, x);
+    const float unit = map.unit();
+    bool grew = false;
+    float factor[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float y = top[m][e];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) y = fmaxf(y, fmaxf(x[m][n][2 * e], x[m][n][2 * e + 1]));
+        y = QuadMax(y);
+        grew |= y > top[m][e];
+        factor[m][e] = Exp2((top[m][e] - ZeroIfNone(y)) * unit);
+        top[m][e] = y;
+      }
+    if (__any_sync(kAllLanes, grew))  // skipping a multiplication by 1 changes no bit
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          sum[m][e] *= factor[m][e];
+#pragma unroll
+          for (int n = 0; n < W / 8; ++n) {
+            acc[m][n][2 * e] *= factor[m][e];
+            acc[m][n][2 * e + 1] *= factor[m][e];
+          }
+        }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float base = ZeroIfNone(top[m][e]);
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& y = x[m][n][2 * e + c];
+            y = Exp2((y - base) * unit);
+            sum[m][e] += y;
+          }
+      }
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t a[kRowTiles][kFragment<T>];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) PackA<T>(a[m], x[m][2 * s], x[m][2 * s + 1]);
+#pragma unroll
+      for (int n = 0; n < W / 16; ++n) {
+        uint32_t b[kFragment<T>];
+        LoadBTrans<T, W>(b, values, s * 16, n * 16, lane);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) Mma<T>(acc[m][2 * n], acc[m][2 * n + 1], a[m], b);
+      }
+    }
+  }
+
+  // 1 / sum of a row, 0 where it saw nothing; `total` is the sum itself.
+  PERFORMER_DEVICE float Inverse(int m, int e, float* total) const {
+    *total = QuadSum(sum[m][e]);
+    return *total == 0.f ? 0.f : 1.f / *total;
+  }
+
+ private:
+  template <class Rows>
+  PERFORMER_DEVICE static void Logits(Rows rows, const T* columns, const float* bias,
+                                      const Map& map, int lane, float (&x)[kRowTiles][8][4]) {
+    const int t = lane & 3;
+    const bool linear = map.linear();
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float b0 = linear ? bias[n * 8 + 2 * t] : 0.f;
+      const float b1 = linear ? bias[n * 8 + 2 * t + 1] : 0.f;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+        x[m][n][0] = x[m][n][2] = b0, x[m][n][1] = x[m][n][3] = b1;
+    }
+#pragma unroll
+    for (int s = 0; s < W / 16; ++s) {
+      uint32_t a[kRowTiles][kFragment<T>];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) rows(a[m], m, s);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        uint32_t b[kFragment<T>];
+        LoadB<T, W>(b, columns, n * 16, s * 16, lane);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) Mma<T>(x[m][2 * n], x[m][2 * n + 1], a[m], b);
+      }
+    }
+    if (linear) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          x[m][n][i] = MappedLogit(map, x[m][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+  }
+};
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,2 +1,0 @@
-#define PERFORMER_TYPE BFloat16
-#include "cuda/forward_instance.cuh"

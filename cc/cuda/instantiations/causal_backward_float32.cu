@@ -1,0 +1,2 @@
+#define PERFORMER_TYPE float
+#include "cuda/kernels/causal_backward/instance.cuh"

@@ -1,0 +1,79 @@
+// The gradient of a state, prepared for the sweep over keys: the operand dmean, and
+//   c[m] = dmean . mean - dlog_mass
+// from the operand as it is rounded, so that the two cancel exactly. 0 where nothing was seen. For
+// half both are multiplied by GradStateScale.
+//
+// Grid: one warp for each row of the operand.
+#pragma once
+#include "cuda/kernels/backward/common.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct CenterParams {
+  const float *log_mass = nullptr, *mean = nullptr;            // [count, G, M(, E)]
+  const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // likewise
+  int64_t matrices = 0, features = 0, features_pad = 0;        // matrices: count G
+  int width = 0;
+  T* operand = nullptr;         // [matrices, M_pad, W]
+  float* center = nullptr;      // [matrices, M]
+  float* bias_part = nullptr;   // [matrices, M]: dlog_mass, 0 where nothing was seen
+  const float* peak = nullptr;  // [matrices], of GradPeakKernel; only for half
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(256) CenterKernel(CenterParams<T> p) {
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (number >= p.matrices * p.features_pad) return;
+  const int64_t matrix = number / p.features_pad, landmark = number % p.features_pad;
+  const int64_t row = matrix * p.features + landmark;
+  const bool given = landmark < p.features && p.log_mass[row] != -kInfinity;
+  const float scale = std::is_same_v<T, Half> ? GradStateScale<T>(p.peak[matrix]) : 1.f;
+  float center = 0;
+#pragma unroll
+  for (int i = 0; i < W / 32; ++i) {
+    const int column = lane + 32 * i;
+    const bool here = given && column < p.width;
+    const T x = FromFloat<T>(here ? p.grad_mean[row * p.width + column] * scale : 0.f);
+    p.operand[number * W + column] = x;
+    if (here) center += ToFloat(x) * p.mean[row * p.width + column];
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) center += __shfl_xor_sync(kAllLanes, center, lanes);
+  if (lane != 0 || landmark >= p.features) return;
+  p.center[row] = given ? center - p.grad_log_mass[row] * scale : 0.f;
+  p.bias_part[row] = given ? p.grad_log_mass[row] : 0.f;
+}
+
+// peak[matrix] = the largest |dmean| and |dlog_mass| of it. Grid: one block for each matrix.
+struct GradPeakParams {
+  const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // [matrices, M(, E)]
+  int64_t features = 0, width = 0;
+  float* peak = nullptr;
+};
+
+inline constexpr int kPeakThreads = 256;
+static __global__ void __launch_bounds__(kPeakThreads) GradPeakKernel(GradPeakParams p) {
+  PERFORMER_SHARED_MEMORY(shared);
+  float* const tops = reinterpret_cast<float*>(shared);  // [warps]
+  const int64_t first = blockIdx.x * p.features, size = p.features * p.width;
+  const int tid = threadIdx.x;
+  float top = 0;
+  for (int64_t i = tid; i < p.features; i += kPeakThreads)
+    top = fmaxf(top, fabsf(p.grad_log_mass[first + i]));
+  for (int64_t i = tid; i < size; i += kPeakThreads)
+    top = fmaxf(top, fabsf(p.grad_mean[first * p.width + i]));
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
+  if (tid % 32 == 0) tops[tid / 32] = top;
+  __syncthreads();  // maxima of all warps
+  if (tid != 0) return;
+  for (int i = 0; i < kPeakThreads / 32; ++i) top = fmaxf(top, tops[i]);
+  p.peak[blockIdx.x] = top;
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,264 @@
+// What the sweeps of the gradients share. A block walks tiles of 64 tokens, 32 at a time, with its
+// landmarks as rows of all products; a warp owns 16 kRowTiles of them.
+//
+//   sums over tokens (gradients of the state and of projections)   registers, a warp its own rows
+//   sums over landmarks (gradients of queries, keys, values)       the summed tile
+//   [landmark][token]
+//                                                                  goes through shared memory
+// More landmarks than a block holds are taken a group after the other; gradients of rows are then
+// kept in float32 in memory until the last group.
+#pragma once
+#include "cuda/device/row_pipeline.cuh"
+
+namespace performer {
+namespace cuda {
+
+// kWarps_ 4 or 8: a smaller block where there are few landmarks.
+template <class T, int W, int kWarps_>
+struct SweepLayout {
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
+  // Of a warp: sums over tokens, twice 16 kRowTiles x W, fill half of the registers.
+  static constexpr int kRowTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
+  static constexpr int kLandmarks = 16 * kRowTiles * kWarps;
+  static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
+  static constexpr int kStages = kIs16Bit<T> ? 2 : 1;  // of tiles, as shared memory allows
+  // Sums over landmarks: 16 tokens of a warp and this many columns, kColumns at a time.
+  static constexpr int kWarpColumns = W / (kWarps / 4);
+  static constexpr int kColumns = kWarpColumns < 32 ? kWarpColumns : 32;
+
+  static constexpr int kSize = static_cast<int>(sizeof(T));
+  static constexpr int kLandmarkBytes = kLandmarks * W * kSize;    // an operand [kLandmarks][W]
+  static constexpr int kSummedBytes = kLandmarks * kTile * kSize;  // a tile [kLandmarks][kTile]
+  static constexpr int kTileBytes = kTile * W * kSize;
+};
+template <class T, int W>
+inline constexpr int kSweepWarps = kIs16Bit<T> || W == 64 ? 8 : 4;
+
+// How a thread sees its part of a sweep: rows are landmarks row0 + 16 m + g + 8 e of the block,
+// columns tokens 8 n + 2 t + c of kColumns.
+template <int kRowTiles, int kColumns = 32>
+using SweepTile = float[kRowTiles][kColumns / 8][4];
+
+// x += landmarks (rows) x tokens (kColumns from j0).
+template <class T, int W, int kRowTiles, int kColumns = 32>
+PERFORMER_DEVICE void LandmarkProduct(SweepTile<kRowTiles, kColumns>& x, const T* landmarks,
+                                      int row0, const T* tokens, int j0, int lane) {
+#pragma unroll(kUnroll<T>)
+  for (int s = 0; s < W / 16; ++s) {
+    uint32_t a[kRowTiles][kFragment<T>];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) LoadA<T, W>(a[m], landmarks, row0 + m * 16, s * 16, lane);
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      uint32_t b[kFragment<T>];
+      LoadB<T, W>(b, tokens, j0 + n * 16, s * 16, lane);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) Mma<T>(x[m][2 * n], x[m][2 * n + 1], a[m], b);
+    }
+  }
+}
+
+// acc [16 kRowTiles landmarks][W] += x (kColumns tokens) tokens (rows j0 .. of a tile).
+template <class T, int W, int kRowTiles, int kColumns = 32>
+PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4],
+                                const SweepTile<kRowTiles, kColumns>& x, const T* tokens, int j0,
+                                int lane) {
+#pragma unroll
+  for (int s = 0; s < kColumns / 16; ++s) {
+    uint32_t a[kRowTiles][kFragment<T>];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) PackA<T>(a[m], x[m][2 * s], x[m][2 * s + 1]);
+#pragma unroll
+    for (int n = 0; n < W / 16; ++n) {
+      uint32_t b[kFragment<T>];
+      LoadBTrans<T, W>(b, tokens, j0 + s * 16, n * 16, lane);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) Mma<T>(acc[m][2 * n], acc[m][2 * n + 1], a[m], b);
+    }
+  }
+}
+
+// To a tile [landmark][kWidth tokens].
+template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
+PERFORMER_DEVICE void StoreSummed(T* tile, const SweepTile<kRowTiles, kColumns>& x, int row0,
+                                  int j0, int lane) {
+  lane = Opaque(lane);
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        StorePair(tile + At<T, kWidth>(row0 + m * 16 + g + 8 * e, j0 + n * 8 + 2 * t),
+                  x[m][n][2 * e], x[m][n][2 * e + 1]);
+}
+
+template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
+PERFORMER_DEVICE void LoadSummed(SweepTile<kRowTiles, kColumns>& x, const T* tile, int row0, int j0,
+                                 int lane) {
+  lane = Opaque(lane);
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float2 y =
+            LoadPair(tile + At<T, kWidth>(row0 + m * 16 + g + 8 * e, j0 + n * 8 + 2 * t));
+        x[m][n][2 * e] = y.x;
+        x[m][n][2 * e + 1] = y.y;
+      }
+}
+
+// What an A operand holds of row g + 8 e, added up.
+template <class T>
+PERFORMER_DEVICE float OperandSum(const uint32_t (&a)[kFragment<T>], int e) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kFragment<T>; ++i)
+    if ((i & 1) == e) {
+      if constexpr (kIs16Bit<T>)
+        sum += Low<T>(a[i]) + High<T>(a[i]);
+      else
+        sum += AsFloat(a[i]);
+    }
+  return sum;
+}
+
+// acc (16 tokens from r0, kColumns from c0) += x^T y of tiles x [kLandmarks][kWidth tokens] and
+// y [kLandmarks][W]; with kTotal also total[e] += this lane's share of the sum of x over landmarks.
+template <class T, int W, int kLandmarks, int kColumns, bool kTotal, int kWidth = kTile>
+PERFORMER_DEVICE void SumLandmarks(float (&acc)[kColumns / 8][4], float (&total)[2], const T* x,
+                                   const T* y, int r0, int c0, int lane) {
+  lane = Opaque(lane);
+#pragma unroll 2
+  for (int m = 0; m < kLandmarks; m += 16) {
+    uint32_t a[kFragment<T>];
+    LoadATrans<T, kWidth>(a, x, r0, m, lane);
+    if constexpr (kTotal)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) total[e] += OperandSum<T>(a, e);
+#pragma unroll
+    for (int c = 0; c < kColumns / 16; ++c) {
+      uint32_t b[kFragment<T>];
+      LoadBTrans<T, W>(b, y, m, c0 + c * 16, lane);
+      Mma<T>(acc[2 * c], acc[2 * c + 1], a, b);
+    }
+  }
+}
+
+// total[e] += this lane's share of the sum over landmarks of a tile [kLandmarks][kWidth tokens], of
+// tokens r0 + g + 8 e: of what an operand holds, so that its errors cancel where it meets them.
+template <class T, int kLandmarks, int kWidth = kTile>
+PERFORMER_DEVICE void TotalOfLandmarks(float (&total)[2], const T* tile, int r0, int lane) {
+#pragma unroll 1
+  for (int m = 0; m < kLandmarks; m += 16) {
+    uint32_t a[kFragment<T>];
+    LoadATrans<T, kWidth>(a, tile, r0, m, lane);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) total[e] += OperandSum<T>(a, e);
+  }
+}
+
+// What query row `at` has for a sweep; no weight: a row past the end, or that sees no key.
+PERFORMER_DEVICE void LoadStatistics(float* lse, float* delta, const float* from_lse,
+                                     const float* from_delta, int64_t at, bool valid,
+                                     const Map& map) {
+  const float given = valid ? from_lse[at] : -kInfinity;
+  *lse = given == -kInfinity ? kInfinity : given * map.inverse_root;
+  *delta = valid ? from_delta[at] : 0.f;
+}
+
+// Two numbers of a row's gradient that is a sum of parts (groups of landmarks, pieces of a chunk,
+// query heads), kept at sums[at] in between, by the same thread. Returns whether y is the sum now.
+PERFORMER_DEVICE bool AddPart(float2& y, float* sums, int64_t at, bool first, bool last) {
+  if (first && last) return true;
+  float2* const sum = reinterpret_cast<float2*>(sums + at);
+  if (!first) y.x += sum->x, y.y += sum->y;
+  if (!last) *sum = y;
+  return last;
+}
+
+// d log phi / d (root x) of the product x = w . token.
+PERFORMER_DEVICE float MapSlope(const Map& map, float x) {
+  const float u = map.root * x;
+  if (map.kind == FeatureMap::kRelu) return u > 0.f ? 1.f / (u + map.epsilon) : 0.f;
+  return u > 0.f ? 1.f / (1.f + u) : 1.f;
+}
+
+// Maps that are not linear: ds *= slope. The product is computed once more, where registers are
+// free, instead of being kept.
+template <class T, int W, int kRowTiles, int kColumns = 32>
+PERFORMER_DEVICE void ChainSlope(SweepTile<kRowTiles, kColumns>& ds, const Map& map,
+                                 const T* landmarks, int row0, const T* tokens, int j0, int lane) {
+  SweepTile<kRowTiles, kColumns> x = {};
+  LandmarkProduct<T, W, kRowTiles, kColumns>(x, landmarks, row0, tokens, j0, lane);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[m][n][i] *= MapSlope(map, x[m][n][i]);
+}
+
+// Gradients of logits are operands in T. Half would lose those of small incoming gradients: they
+// are multiplied by this power of two, given the largest of what they are made of; by 1 in other
+// types.
+template <class T>
+PERFORMER_DEVICE float LogitGradientScale(float largest) {
+  if constexpr (!std::is_same_v<T, Half>) return 1.f;
+  // 2^6 / largest, rounded down to a power of two. Not of 0, infinity or NaN.
+  if (!(largest > 0x1p-60f && largest < 0x1p60f)) return 0x1p6f;
+  return AsFloat(AsBits(0x1p6f / largest) & 0x7f800000u);
+}
+// Likewise of the gradient of a state, and of the weights that meet it: products of both and of
+// values of reasonable size fit in half.
+template <class T>
+PERFORMER_DEVICE float GradStateScale(float largest) {
+  return LogitGradientScale<T>(largest) * 0x1p-8f;
+}
+inline constexpr float kWeightScale = 0x1p6f;
+
+// The largest of values[i * stride], i < count; every thread of the block gets it. `shared`: a
+// float for each warp, which nobody else uses before. Ends with a barrier.
+template <int kWarps>
+PERFORMER_DEVICE float BlockMax(const float* values, int64_t stride, int count, float* shared,
+                                int tid) {
+  float top = 0;
+  for (int i = tid; i < count; i += 32 * kWarps) top = fmaxf(top, values[i * stride]);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
+  if (tid % 32 == 0) shared[tid / 32] = top;
+  __syncthreads();  // maxima of all warps
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) top = fmaxf(top, shared[i]);
+  return top;
+}
+
+// Sums over tokens, to rows of partial gradients [.., features][width] in memory.
+template <int W, int kRowTiles>
+PERFORMER_DEVICE void StoreSums(float* to, int width, int features, int first_landmark,
+                                const float (&acc)[kRowTiles][W / 8][4], float factor, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = first_landmark + m * 16 + g + 8 * e;
+      if (row >= features) continue;
+      float* const from = to + static_cast<int64_t>(row) * width;
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = n * 8 + 2 * t + c;
+          if (column < width) from[column] = acc[m][n][2 * e + c] * factor;
+        }
+    }
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,155 @@
+// Causal attention: out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j], in chunks with a
+// running state.
+//
+// Grid: (segments of all sequences, query heads, groups of landmarks). A block walks the chunks of
+// its segment from the state before it, which it keeps in registers; a warp owns 16 kGroups
+// landmarks of the state and, with one partner, 16 query rows of the chunk. For each chunk:
+//   keys     b = w k^T  ->  anchor, kb = exp(b - anchor)  ->  shared memory; state += kb v
+//   queries  f = exp(w q + anchor - top)  ->  local = f kb and num = f state_before, each partner
+//            over half of the landmarks
+//   output   the partners' sums meet in shared memory; out = (num + tril(local) v) / den
+// The state is (anchor, mass, sum): log_mass = anchor + log(mass), mean = sum / mass.
+//
+// Nothing of a later row may change a bit of an earlier one, whatever it holds:
+// - A chunk is processed in pieces, nearly always one. A landmark's anchor for a piece is the
+//   largest of its log_mass before and b of the piece's first key (if that is not masked). A
+//   landmark with neither has none: it weighs nothing in this piece.
+// - A piece ends before a key that exceeds an anchor by more than kMaxGrowth, or that gives
+//   something to a landmark without anchor. Rows before the cut do the same arithmetic either way.
+// - Rows of v meet in a product, and 0 * inf is NaN: a value that is not finite is taken out of the
+//   tile and remembered as poison[e], the first row from which column e is NaN. (A cut before it
+//   would not do: later rows stay in the tile.)
+// - Features need no such care: no product sums over keys before the causal mask, which selects and
+//   does not multiply.
+#pragma once
+#include "cuda/kernels/causal/rows.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T, int W, int kGroups, bool kSmall>
+__global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads, 1)
+    CausalKernel(CausalParams<T> p) {
+  using Block = CausalBlock<T, W, kGroups, kSmall>;
+  using L = CausalLayout<T, W, kGroups, kSmall>;
+  constexpr int C = L::kChunk;
+  PERFORMER_SHARED_MEMORY(shared);
+  const int tid = threadIdx.x;
+  const Item item = Locate(p.segments, blockIdx.x);
+  const int64_t head = blockIdx.y, group = p.group_of(head);
+  const int first_landmark = blockIdx.z * L::kLandmarks;
+  const Block block = {{p, shared}};
+  if (tid == 0) {
+    const int64_t row = item.first_row + item.begin;
+    *block.place() = {
+        p.query.Row(row, head), p.out.Row(row, head),
+        p.feature_bias +
+            QueryHeadIndex(p.feature_bias_heads, head, p.query.heads, group) * p.features,
+        p.key_operands + (p.key_head_step * group + first_landmark) * p.operand_row, row};
+  }
+  KeyStream<T, W, L::kThreads, C> stream(p.keys, p.map, item, group, shared + L::kStream, tid);
+  const int chunks = (stream.place->rows + C - 1) / C;
+  const auto issue = [&](int chunk, int buffer) {
+    const int rows = stream.place->rows - chunk * C;
+    CopyRows<T, W, C, L::kThreads>(block.tile(L::kQuery + buffer * L::kTileBytes),
+                                   block.place()->query, chunk * C, p.query, tid,
+                                   [&](int r) { return r < rows; });
+    stream.Issue(chunk, buffer, block.tile(L::kKey + buffer * L::kTileBytes),
+                 block.tile(L::kValue + buffer * L::kTileBytes), tid);
+  };
+  const T* w = p.projection.At(QueryHeadIndex(p.projection.heads, head, p.query.heads, group),
+                               p.features_pad, W) +
+               static_cast<int64_t>(first_landmark) * W;
+  CopyOperand<T, W, L::kLandmarks, L::kThreads>(
+      block.tile(L::kProjection), w, static_cast<int>(p.features_pad) - first_landmark, tid);
+  for (int column = tid; column < W; column += L::kThreads)
+    reinterpret_cast<int*>(shared + L::kPoison)[column] = INT32_MAX;
+  typename Block::State state;
+  block.Start(state,
+              p.before_each ? blockIdx.x * p.groups + group
+                            : (p.before_count == 1 ? 0 : item.sequence) * p.groups + group,
+              tid / 32, tid % 32);
+  stream.Fetch(0, tid);
+  if constexpr (L::kStages == 2) {
+    stream.Publish(0, tid);
+    __syncthreads();
+    issue(0, 0);
+    stream.Fetch(1, tid);
+  }
+
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int buffer = L::kStages == 2 ? chunk & 1 : 0;
+    const int row = chunk * C, rows = min(C, stream.place->rows - row);
+    const T* queries = block.tile(L::kQuery + buffer * L::kTileBytes);
+    const T* keys = block.tile(L::kKey + buffer * L::kTileBytes);
+    T* values = block.tile(L::kValue + buffer * L::kTileBytes);
+    const float* bias = stream.bias + buffer * C;
+    if constexpr (L::kStages == 1) {
+      stream.Publish(0, tid);
+      __syncthreads();  // [0] nobody reads the last chunk any more
+      issue(chunk, 0);
+      stream.Fetch(chunk + 1, tid);
+    }
+    CpAsyncWait<0>();
+    stream.Arrived(buffer, keys, tid);
+    if constexpr (L::kStages == 2) stream.Publish(buffer ^ 1, tid);
+    __syncthreads();  // [1] the chunk is complete; the other buffers are free
+    if constexpr (L::kStages == 2)
+      if (chunk + 1 < chunks) {
+        issue(chunk + 1, buffer ^ 1);
+        stream.Fetch(chunk + 2, tid);
+      }
+    block.RemoveWild(values, row, tid);  // nobody reads v before [2], or poison before [5]
+
+    int end;
+#pragma unroll 1
+    for (int begin = 0; begin < rows; begin = end) {  // the pieces
+      const int id = Opaque(tid), warp = id / 32, lane = id % 32;
+      // Partners are warps i and kWarps - 1 - i, so that the two warps of a scheduler share out the
+      // triangle: row tiles i and kRowTiles - 1 - i.
+      const int part = warp / L::kRowTiles;
+      const int row0 = (part ? L::kWarps - 1 - warp : warp) * 16;
+      {
+        typename Block::KeyLogits x;
+        float keep[kGroups][2];
+        bool none[kGroups][2];
+        block.Keys(x, keys, bias, begin, warp, lane);
+        const int cut = block.Anchor(x, bias, begin, state, keep, none, lane);
+        int* cuts = reinterpret_cast<int*>(shared + L::kCuts);
+        if (lane == 0) cuts[warp] = cut;
+        __syncthreads();  // [2] cuts are known; what the last piece shared is done with
+        end = C;
+#pragma unroll
+        for (int i = 0; i < L::kWarps; ++i) end = min(end, cuts[i]);
+        if (end < C) Block::HideKeys(x, [&](int j) { return j >= end; }, lane);
+        block.Update(x, values, keep, none, state, warp, lane);
+      }
+      __syncthreads();  // [3] kb, the old state and its anchors are visible
+      typename Block::Sums sums;
+#pragma unroll
+      for (int n = 0; n < Block::kColumns; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.num[n][i] = 0.f;
+#pragma unroll
+      for (int n = 0; n < Block::kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.local[n][i] = 0.f;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums.top[e] = -kInfinity, sums.den[e] = 0.f;
+#pragma unroll 1
+      for (int first = 0; first < L::kLandmarks / 2; first += L::kQueryTile)
+        block.Queries(sums, queries, row0, part * (L::kLandmarks / 2) + first, lane);
+      float mine[Block::kMine][4];
+      block.Meet(sums, mine, warp, part, lane);
+      block.Write(sums, mine, values, row0, part, begin, min(end, rows), row, lane);
+    }
+  }
+  const Item same = Locate(p.segments, blockIdx.x);  // not kept: registers are short
+  const int id = Opaque(tid);
+  if (same.last() && head % (p.query.heads / p.groups) == 0)
+    block.Finish(state, same.sequence * p.groups + group, stream.place->rows, id / 32, id % 32);
+}
+
+}  // namespace cuda
+}  // namespace performer

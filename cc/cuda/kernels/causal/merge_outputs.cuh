@@ -1,0 +1,44 @@
+// Outputs of several groups of landmarks, each normalised by itself, merged in their order:
+//   lse = log sum_z exp(lse_z)      out = sum_z exp(lse_z - lse) out_z
+//
+// Grid: one warp for each row and head.
+#pragma once
+#include "cuda/device/kernel_params.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct MergeOutputsParams {
+  const float* part_out = nullptr;  // [parts][rows, H, W]
+  const float* part_lse = nullptr;  // [parts][rows, H]
+  int64_t parts = 0, rows = 0;
+  RowsOf<T> out;
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(256) MergeOutputsKernel(MergeOutputsParams<T> p) {
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t count = p.rows * p.out.heads;
+  if (number >= count) return;
+  float top = -kInfinity;
+  for (int64_t z = 0; z < p.parts; ++z) top = fmaxf(top, p.part_lse[z * count + number]);
+  const float shift = ZeroIfNone(top);
+  float sum = 0, out[W / 32] = {};
+  for (int64_t z = 0; z < p.parts; ++z) {
+    const float share = expf(p.part_lse[z * count + number] - shift);
+    sum += share;
+#pragma unroll
+    for (int i = 0; i < W / 32; ++i)
+      out[i] += share * p.part_out[(z * count + number) * W + lane + 32 * i];
+  }
+  T* to = p.out.Row(number / p.out.heads, number % p.out.heads);
+#pragma unroll
+  for (int i = 0; i < W / 32; ++i)
+    if (lane + 32 * i < p.out.width)
+      to[lane + 32 * i] = FromFloat<T>(sum == 0.f ? 0.f : out[i] / sum);
+}
+
+}  // namespace cuda
+}  // namespace performer

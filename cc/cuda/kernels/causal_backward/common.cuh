@@ -1,0 +1,305 @@
+// What the two sweeps of the causal gradient share.
+//
+//   A_ij = sum_m exp(a_im + b_mj - lse_i) for j <= i        dA_ij = grad_out_i . v_j - delta_i
+//
+// Rows of all large products are landmarks, 16 of a warp; a block walks the chunks of its segment.
+// More landmarks than a block holds are taken a group after the other (backward/common.cuh).
+//
+// Within a chunk the log-features of a landmark are kept relative to an anchor, the largest of its
+// log_mass before and b of the first key: kb = exp(b - anchor), f = exp(a + anchor - lse) <= 1. As
+// in the forward pass (causal/causal.cuh) a chunk is taken in pieces, nearly always one, that end before a
+// key which exceeds an anchor by more than kMaxGrowth. Here every warp has its own pieces, for its
+// own landmarks: nothing else depends on where they end.
+#pragma once
+#include "cuda/kernels/backward/common.cuh"
+#include "cuda/kernels/causal/layout.cuh"
+
+namespace performer {
+namespace cuda {
+
+// Features relative to an anchor and sums over rows do not fit half's range. They, and what they
+// are multiplied by, are operands in bfloat16 where T is half; only log-features come from products
+// in half.
+template <class T>
+using Ranged = std::conditional_t<std::is_same_v<T, Half>, BFloat16, T>;
+template <class T>
+inline constexpr bool kHasRanged = std::is_same_v<T, Half>;
+
+template <class T>
+inline constexpr int kChunkRows = kIs16Bit<T> ? 64 : 32;
+
+template <int W>
+inline constexpr int kCausalSweepWarps = W == 64 ? 8 : 4;
+
+template <class T, int W, int kWarps_>
+struct CausalSweepLayout {
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
+  static constexpr int kLandmarks = 16 * kWarps;
+  static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
+  static constexpr int kRows = kChunkRows<T>;
+  // Sums over landmarks: 16 tokens of a warp and kWarpColumns, kColumns at a time.
+  static constexpr int kParts = kWarps / (kRows / 16);
+  static constexpr int kWarpColumns = W / kParts;
+  static constexpr int kColumns = kWarpColumns < 32 ? kWarpColumns : 32;
+  // Likewise of a tile of pairs [kRows][kRows]. (Some warps may have nothing to do.)
+  static constexpr int kPairColumns = kRows / kParts < 16 ? 16 : kRows / kParts;
+
+  static constexpr int kSize = static_cast<int>(sizeof(T));
+  static constexpr int kLandmarkBytes = kLandmarks * W * kSize;    // an operand [kLandmarks][W]
+  static constexpr int kSummedBytes = kLandmarks * kRows * kSize;  // a tile [kLandmarks][kRows]
+  static constexpr int kTileBytes = kRows * W * kSize;
+  static constexpr int kPairBytes = kRows * kRows * kSize;
+};
+
+// Nats by which a key may exceed its anchor.
+inline constexpr float kMaxKeyGrowth = 30.f;
+
+// Columns of a chunk: [begin, end) of kRows.
+struct Piece {
+  int begin, end;
+  PERFORMER_DEVICE bool has(int column) const { return column >= begin && column < end; }
+};
+
+// What a warp does with its 16 landmarks, rows g and g + 8 of a thread.
+template <class T, int W>
+struct WarpLandmarks {
+  static constexpr int kRows = kChunkRows<T>;
+  using Keys = float[1][kRows / 8][4];
+
+  const Map& map;
+  float unit;
+
+  // x += rows x tokens (kColumns from j0); rows(a, s, lane) gives the A operand of summed indices
+  // from 16 s on.
+  template <int kColumns, class Rows>
+  PERFORMER_DEVICE static void Product(float (&x)[1][kColumns / 8][4], Rows rows, const T* tokens,
+                                       int j0, int lane) {
+    lane = Opaque(lane);
+#pragma unroll(kUnroll<T>)
+    for (int s = 0; s < W / 16; ++s) {
+      uint32_t a[kFragment<T>];
+      rows(a, s, lane);
+#pragma unroll
+      for (int n = 0; n < kColumns / 16; ++n) {
+        uint32_t b[kFragment<T>];
+        LoadB<T, W>(b, tokens, j0 + n * 16, s * 16, lane);
+        Mma<T>(x[0][2 * n], x[0][2 * n + 1], a, b);
+      }
+    }
+  }
+
+  // x = b of all keys of the chunk; -inf for landmarks that there are not (`given` of the 16).
+  template <class Rows>
+  PERFORMER_DEVICE void KeyLogits(Keys& x, Rows rows, const T* keys, const float* bias, int given,
+                                  int lane) const {
+    const int t = lane % 4;
+    const bool linear = map.linear();
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[0][n][i] = linear ? bias[n * 8 + 2 * t + (i & 1)] : 0.f;
+    Product<kRows>(x, rows, keys, 0, lane);
+    if (!linear)
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          x[0][n][i] = MappedLogit(map, x[0][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+    if (given < 16)
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (lane / 4 + i / 2 * 8 >= given) x[0][n][i] = -kInfinity;
+  }
+
+  // The piece that begins at `begin`, with the anchors of its keys: -inf where a landmark has seen
+  // nothing and sees nothing in this piece. A key that is NaN begins a piece.
+  PERFORMER_DEVICE Piece FindPiece(const Keys& x, const float* bias, int begin,
+                                   const float (&log_mass)[2], float (&anchor)[2], int lane) const {
+    const bool masked = bias[begin] == -kInfinity;
+    const float growth = kMaxKeyGrowth * map.inverse_root;
+    bool over = false;
+    float limit[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float first = x[0][0][2 * e];
+      if (begin > 0)
+#pragma unroll
+        for (int n = 0; n < kRows / 8; ++n) {
+          const float even = x[0][n][2 * e], odd = x[0][n][2 * e + 1];
+          if (n == begin / 8) first = begin & 1 ? odd : even;
+        }
+      first = __shfl_sync(kAllLanes, first, (lane & ~3) | (begin % 8 / 2));
+      anchor[e] = masked ? log_mass[e] : fmaxf(log_mass[e], first);
+      limit[e] = anchor[e] + growth;
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) over |= !(x[0][n][2 * e + c] <= limit[e]);
+    }
+    int end = kRows;
+    if (__any_sync(kAllLanes, over)) {  // rare: where?
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = n * 8 + 2 * (lane % 4) + (i & 1);
+          const float top = i < 2 ? limit[0] : limit[1];
+          if (column > begin && !(x[0][n][i] <= top)) end = min(end, column);
+        }
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2)
+        end = min(end, __shfl_xor_sync(kAllLanes, end, lanes));
+    }
+    return {begin, end};
+  }
+
+  // x = kb of the piece's keys, 0 elsewhere; sum = the sum of each landmark.
+  PERFORMER_DEVICE void WeighKeys(Keys& x, const Piece& piece, const float (&anchor)[2],
+                                  float (&sum)[2], int lane) const {
+    const bool whole = piece.begin == 0 && piece.end == kRows;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float base = ZeroIfNone(anchor[e]);
+      float all = 0;
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& y = x[0][n][2 * e + c];
+          y = Exp2((y - base) * unit);
+          if (!whole && !piece.has(n * 8 + 2 * (lane % 4) + c)) y = 0.f;
+          all += y;
+        }
+      sum[e] = QuadSum(all);
+    }
+  }
+
+  PERFORMER_DEVICE float Factor(float from, float to) const {  // exp(from - to), 0 of nothing
+    return from == -kInfinity ? 0.f : Exp2((from - to) * unit);
+  }
+  // log_mass after a piece's keys.
+  PERFORMER_DEVICE void AddKeys(float (&log_mass)[2], const float (&anchor)[2],
+                                const float (&sum)[2]) const {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float mass = Factor(log_mass[e], anchor[e]) + sum[e];
+      log_mass[e] = mass == 0.f ? -kInfinity : ZeroIfNone(anchor[e]) + Log2(mass) / unit;
+    }
+  }
+
+  // f of kColumns queries from i0, 0 outside the piece; base: anchor and feature bias.
+  template <int kColumns, class Rows>
+  PERFORMER_DEVICE void QueryFeatures(float (&x)[1][kColumns / 8][4], Rows rows, const T* queries,
+                                      const float* lse, int i0, const Piece& piece,
+                                      const float (&base)[2], int lane) const {
+    const int t = lane % 4;
+    const bool linear = map.linear(), whole = piece.begin == 0 && piece.end == kRows;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[0][n][i] = linear ? -lse[i0 + n * 8 + 2 * t + (i & 1)] : 0.f;
+    Product<kColumns>(x, rows, queries, i0, lane);
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = i0 + n * 8 + 2 * t + (i & 1);
+        float& y = x[0][n][i];
+        if (!linear) y = MappedLogit(map, y) - lse[column];
+        y = Exp2((y + base[i / 2]) * unit);
+        if (!whole && !piece.has(column)) y = 0.f;
+      }
+  }
+};
+
+// acc += state (16 landmarks x W, accumulators) x tokens (kColumns from j0). In 16 bits the state
+// is taken as the sum of two operands: what it gives nearly cancels against delta mass.
+template <class R, int W, int kColumns>
+PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float (&state)[W / 8][4],
+                                   const R* tokens, int j0, int lane) {
+  lane = Opaque(lane);
+#pragma unroll
+  for (int s = 0; s < W / 16; ++s) {
+    uint32_t a[kFragment<R>], rest[kFragment<R>];
+    PackA<R>(a, state[2 * s], state[2 * s + 1]);
+    if constexpr (kIs16Bit<R>) PackRest<R>(rest, a, state[2 * s], state[2 * s + 1]);
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      uint32_t b[kFragment<R>];
+      LoadB<R, W>(b, tokens, j0 + n * 16, s * 16, lane);
+      if constexpr (kIs16Bit<R>) Mma<R>(acc[0][2 * n], acc[0][2 * n + 1], rest, b);
+      Mma<R>(acc[0][2 * n], acc[0][2 * n + 1], a, b);
+    }
+  }
+}
+
+// The lower triangle of dA to a tile [i][j], each warp kColumns of 16 rows; to `rest`, if it is not
+// nullptr, what rounding took from it.
+template <class T, int W, int kColumns>
+PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
+                                         const Ranged<T>* grad_out, const Ranged<T>* values,
+                                         const float* delta, int r0, int c0, int lane) {
+  using R = Ranged<T>;
+  constexpr int kRows = kChunkRows<T>;
+  if (c0 >= kRows) return;
+  lane = Opaque(lane);
+  const int g = lane / 4, t = lane % 4;
+  float x[kColumns / 8][4];
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = -delta[r0 + g + i / 2 * 8];
+#pragma unroll(kUnroll<T>)
+  for (int s = 0; s < W / 16; ++s) {
+    uint32_t a[kFragment<R>];
+    LoadA<R, W>(a, grad_out, r0, s * 16, lane);
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      uint32_t b[kFragment<R>];
+      LoadB<R, W>(b, values, c0 + n * 16, s * 16, lane);
+      Mma<R>(x[2 * n], x[2 * n + 1], a, b);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int i = r0 + g + 8 * e, j = c0 + n * 8 + 2 * t;
+      const int at = At<R, kRows>(i, j);
+      const float x0 = j <= i ? x[n][2 * e] : 0.f, x1 = j + 1 <= i ? x[n][2 * e + 1] : 0.f;
+      StorePair(tile + at, x0, x1);
+      if (rest == nullptr) continue;
+      const float2 stored = LoadPair(tile + at);
+      StorePair(rest + at, x0 - stored.x, x1 - stored.y);
+    }
+}
+
+// Half as bfloat16, `to` may be `from`: the rows that this thread copied itself (CopyRows,
+// CopyOperand).
+template <class T, int W, int kRows, int kThreads>
+PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
+  if constexpr (kHasRanged<T>) {
+    constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
+    tid = Opaque(tid);
+#pragma unroll 2
+    for (int row = tid / kChunks; row < kRows; row += kStep) {
+      const int at = At<T, W>(row, tid % kChunks * kChunk<T>);
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; i += 2) {
+        const float2 x = LoadPair(from + at + i);
+        *Pair(to + at + i) = Pack<Ranged<T>>(x.x, x.y);
+      }
+    }
+  }
+}
+
+// log_mass before a chunk is kept for the sweep back, [slots][G][M]: one slot for each chunk of
+// each segment.
+PERFORMER_HOST_DEVICE inline int64_t ChunkSlot(int64_t segment, int64_t tensor_row, int rows) {
+  return tensor_row / rows + segment;
+}
+
+}  // namespace cuda
+}  // namespace performer

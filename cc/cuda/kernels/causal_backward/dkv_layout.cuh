@@ -1,0 +1,155 @@
+// Parameters of the causal key sweep, where its blocks work, its shared memory, and what they end
+// with.
+#pragma once
+#include "cuda/device/shared_sums.cuh"
+#include "cuda/kernels/causal_backward/common.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct CausalKeySweepParams {
+  RowsOf<const T> query, grad_out;
+  KeyParams<T> keys;
+  Projection<T> projection;                  // of keys
+  const uint32_t* query_operands = nullptr;  // of queries, see PackOperandsKernel
+  int64_t query_projections = 0;
+  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
+  int64_t feature_bias_heads = 0;
+  Map map;
+  Items segments;
+  int64_t groups = 0, features = 0, features_pad = 0;
+  // As CausalParams; and the final state [N, G, M].
+  const float *before_log_mass = nullptr, *before_mean = nullptr, *log_mass = nullptr;
+  bool before_each = false;
+  int64_t before_count = 0;
+  const float *lse = nullptr, *delta = nullptr;              // [rows, H]
+  const float* chunk_log_mass = nullptr;                     // of the sweep over queries
+  const float *after_mean = nullptr, *after_mass = nullptr;  // see MergeSuffixKernel
+  RowsOf<T> grad_key, grad_value;
+  float* grad_bias = nullptr;  // [B, G, S] or nullptr
+  int64_t bias_rows = 0;       // S
+  // [rows, G, W], where a gradient is a sum of several parts.
+  float *sum_key = nullptr, *sum_value = nullptr;
+  float* part_projection = nullptr;  // [segments, G, M, D]
+  // Of the initial state, [N, G, M(, E)].
+  float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
+};
+
+// Where a block works; in shared memory, as KeyPlace.
+template <class T>
+struct CausalKeyPlace {
+  const T *query, *grad_out;  // the segment's first row, first head of the group
+  const float *lse, *delta;   // likewise
+  T *grad_key, *grad_value;
+  float *sum_key, *sum_value;
+  float* grad_bias;
+  const float* chunk_log_mass;                       // of the segment's first chunk
+  const T* projection;                               // of the first landmark
+  const float *before, *after;                       // log_mass there, likewise
+  const float *after_mean, *after_mass;              // suffix there, likewise
+  const float* before_mean;                          // likewise
+  float *grad_initial_log_mass, *grad_initial_mean;  // nullptr: not this block
+};
+
+template <class T, int W, int kWarps>
+struct CausalKeySweepLayout : CausalSweepLayout<T, W, kWarps> {
+  using S = CausalSweepLayout<T, W, kWarps>;
+  static constexpr int kRangedProjection = kHasRanged<T> ? S::kLandmarkBytes : 0;
+  static constexpr int kSuffix = kRangedProjection + S::kLandmarkBytes;  // R
+  static constexpr int kKey = kSuffix + S::kLandmarkBytes;
+  static constexpr int kRangedKey = kKey + (kHasRanged<T> ? S::kTileBytes : 0);
+  static constexpr int kValue = kRangedKey + S::kTileBytes;
+  static constexpr int kQuery = kValue + S::kTileBytes;
+  static constexpr int kGradOut = kQuery + S::kTileBytes;
+  static constexpr int kWeights = kGradOut + S::kTileBytes;   // kb
+  static constexpr int kSummed = kWeights + S::kSummedBytes;  // f, then db
+  static constexpr int kPairs = kSummed + S::kSummedBytes;    // dA, then tril(f kb)^T
+  static constexpr int kLse = kPairs + S::kPairBytes;         // float [kRows]
+  static constexpr int kDelta = kLse + S::kRows * 4;          // likewise
+  static constexpr int kHidden = kDelta + S::kRows * 4;       // float [2][kRows]
+  static constexpr int kCounts = kHidden + 2 * S::kRows * 4;  // int [kWarps]
+  static constexpr int kStream = kCounts + S::kWarps * 4;
+  static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
+  static constexpr int kKept =
+      (kPlace + static_cast<int>(sizeof(CausalKeyPlace<T>)) + 15) / 16 * 16;
+  // dw waits there where there is room for it.
+  static constexpr int kKeptBytes = KeptSums<W, S::kThreads, true>::kBytes;
+  static constexpr bool kKeeps = kKept + kKeptBytes <= S::kMostBytes;
+  using Kept = KeptSums<W, S::kThreads, kKeeps>;
+  static constexpr int kBytes = kKept + (kKeeps ? kKeptBytes : 0);
+  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= S::kMostBytes);
+};
+
+// The place of block (segment, group).
+template <class T, int W>
+PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalKeySweepParams<T>& p,
+                                                      int64_t segment, int64_t group) {
+  constexpr int C = kChunkRows<T>;
+  const Item item = Locate(p.segments, segment);
+  const int64_t heads = p.query.heads, groups = p.groups, features = p.features;
+  const int64_t head = group * (heads / groups), width = p.keys.value.width;
+  const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
+  const int64_t here = row0 * groups + group;
+  const int64_t before =
+      (p.before_each ? segment : (p.before_count == 1 ? 0 : item.sequence)) * groups + group;
+  const int64_t after = segment * groups + group, state = item.sequence * groups + group;
+  const int64_t batch = p.keys.packed ? 0 : item.sequence;
+  const int64_t bias =
+      (batch * groups + group) * p.bias_rows + (p.keys.packed ? item.first_row : 0) + item.begin;
+  const bool first = item.index == 0;
+  return {
+      p.query.Row(row0, head),
+      p.grad_out.Row(row0, head),
+      p.lse + at,
+      p.delta + at,
+      p.grad_key.Row(row0, group),
+      p.grad_value.Row(row0, group),
+      p.sum_key == nullptr ? nullptr : p.sum_key + here * W,
+      p.sum_value == nullptr ? nullptr : p.sum_value + here * W,
+      p.grad_bias == nullptr ? nullptr : p.grad_bias + bias,
+      p.chunk_log_mass + (ChunkSlot(segment, row0, C) * groups + group) * features,
+      p.projection.At(p.projection.heads == 1 ? 0 : group, p.features_pad, W),
+      p.before_log_mass + before * features,
+      item.last() ? p.log_mass + state * features : p.before_log_mass + (after + groups) * features,
+      p.after_mean + after * features * width,
+      p.after_mass + after * features,
+      p.before_mean + before * features * width,
+      first ? p.grad_initial_log_mass + state * features : nullptr,
+      first ? p.grad_initial_mean + state * features * width : nullptr};
+}
+
+// The suffix before the sequence's first row is the gradient of its initial state: of a warp's
+// landmarks from row0 on.
+template <class T, int W>
+PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
+                                           const WarpLandmarks<T, W>& own, int row0, int features,
+                                           int width, const float (&sum)[W / 8][4],
+                                           const float (&mass)[2], const float (&reach)[2],
+                                           int lane) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int landmark = row0 + lane / 4 + 8 * e;
+    const bool is_given = landmark < features;
+    const float log_mass = is_given ? place.before[landmark] * own.map.inverse_root : -kInfinity;
+    const float keep = own.Factor(log_mass, reach[e]);
+    float dot = 0;
+#pragma unroll
+    for (int n = 0; n < W / 8; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int column = n * 8 + 2 * (lane % 4) + c;
+        if (!is_given || column >= width) continue;
+        const int64_t at = static_cast<int64_t>(landmark) * width + column;
+        const float y = keep == 0.f ? 0.f : sum[n][2 * e + c] * keep;
+        place.grad_initial_mean[at] = y;
+        if (keep != 0.f) dot += y * place.before_mean[at];
+      }
+    dot = QuadSum(dot);
+    if (is_given && lane % 4 == 0)
+      place.grad_initial_log_mass[landmark] = keep == 0.f ? 0.f : dot - mass[e] * keep;
+  }
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,216 @@
+// What later rows ask of earlier keys, the counterpart of a state for gradients. At a boundary
+// between rows with log_mass of what lies before it:
+//   R[m] = sum over later rows i of exp(a[i, m] + log_mass[m] - lse_i) grad_out_i
+//   r[m] = the same of delta_i
+// A key before the boundary gets exp(b - log_mass) (R . v - r) in its log weight, and
+// exp(b - log_mass) R in its value. The gradient of the final state is the suffix after the last
+// row; that before the first row is the gradient of the initial state. Every factor is <= 1.
+//
+// As states are summed over segments and merged, suffixes are: SuffixKernel gives what the rows of
+// one segment add, relative to the state before it, and MergeSuffixKernel adds them up from behind.
+#pragma once
+#include "cuda/kernels/backward/common.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct SuffixParams {
+  RowsOf<const T> query, grad_out;
+  Projection<T> projection;
+  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
+  int64_t feature_bias_heads = 0;
+  const float* before_log_mass = nullptr;  // [segments, G, M]
+  Map map;
+  Items segments;
+  int64_t groups = 0, features = 0, features_pad = 0;
+  const float *lse = nullptr, *delta = nullptr;      // [rows, H]
+  float *part_mean = nullptr, *part_mass = nullptr;  // R [segments, H, M, E], r [segments, H, M]
+};
+
+template <class T, int W>
+struct SuffixLayout : SweepLayout<T, W, 4> {
+  using S = SweepLayout<T, W, 4>;
+  static constexpr int kStages = 2;
+  static constexpr int kQuery = S::kLandmarkBytes;  // after the projection
+  static constexpr int kGradOut = kQuery + kStages * S::kTileBytes;
+  static constexpr int kLse = kGradOut + kStages * S::kTileBytes;  // float [2][kTile]
+  static constexpr int kDelta = kLse + 2 * kTile * 4;              // likewise
+  static constexpr int kBytes = kDelta + 2 * kTile * 4;
+  static_assert(kBytes <= S::kMostBytes);
+};
+
+// Grid: (segments of all sequences, query heads, groups of landmarks). The first segment of a
+// sequence is left out: nothing lies before it but the initial state.
+template <class T, int W>
+__global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
+  using L = SuffixLayout<T, W>;
+  constexpr int kRowTiles = L::kRowTiles, kThreads = L::kThreads;
+  PERFORMER_SHARED_MEMORY(shared);
+  T* const projection = reinterpret_cast<T*>(shared);
+  float* const lse = reinterpret_cast<float*>(shared + L::kLse);
+  float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
+  const int tid = threadIdx.x, row_landmark = tid / 32 * 16 * kRowTiles;
+  const Item item = Locate(p.segments, blockIdx.x);
+  if (item.index == 0) return;
+  const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
+  const int64_t row0 = item.first_row + item.begin;
+  const int rows = static_cast<int>(item.end - item.begin);
+  const int tiles = static_cast<int>(CeilDiv(rows, kTile));
+  const int first_landmark = blockIdx.z * L::kLandmarks, features = static_cast<int>(p.features);
+  const bool linear = p.map.linear();
+  const float unit = p.map.unit();
+
+  const auto issue = [&](int tile, int buffer) {
+    const int first = tile * kTile;
+    const auto valid = [&](int r) { return first + r < rows; };
+    CopyRows<T, W, kTile, kThreads>(reinterpret_cast<T*>(shared + L::kQuery) + buffer * kTile * W,
+                                    p.query.Row(row0, head), first, p.query, tid, valid);
+    CopyRows<T, W, kTile, kThreads>(reinterpret_cast<T*>(shared + L::kGradOut) + buffer * kTile * W,
+                                    p.grad_out.Row(row0, head), first, p.grad_out, tid, valid);
+    CpAsyncCommit();
+    if (tid < kTile)
+      LoadStatistics(lse + buffer * kTile + tid, delta + buffer * kTile + tid, p.lse, p.delta,
+                     (row0 + first + tid) * heads + head, valid(tid), p.map);
+  };
+  {
+    const T* w =
+        p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W);
+    CopyOperand<T, W, L::kLandmarks, kThreads>(
+        projection, w + static_cast<int64_t>(first_landmark) * W,
+        static_cast<int>(p.features_pad) - first_landmark, tid);
+  }
+  issue(0, 0);
+  float sum[kRowTiles][W / 8][4] = {}, mass[kRowTiles][2] = {}, row_bias[kRowTiles][2];
+  {
+    const float* feature_bias =
+        p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * features;
+    const float* log_mass = p.before_log_mass + (blockIdx.x * p.groups + group) * features;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int landmark = first_landmark + row_landmark + m * 16 + tid % 32 / 4 + 8 * e;
+        row_bias[m][e] = landmark < features
+                             ? (log_mass[landmark] + feature_bias[landmark]) * p.map.inverse_root
+                             : -kInfinity;
+      }
+  }
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int buffer = tile & 1;
+    const T* const queries = reinterpret_cast<T*>(shared + L::kQuery) + buffer * kTile * W;
+    const T* const grad_out = reinterpret_cast<T*>(shared + L::kGradOut) + buffer * kTile * W;
+    CpAsyncWait<0>();
+    __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
+    if (tile + 1 < tiles) issue(tile + 1, buffer ^ 1);
+#pragma unroll 1
+    for (int j0 = 0; j0 < kTile; j0 += 32) {
+      const int lane = Opaque(tid % 32), t = lane % 4;
+      SweepTile<kRowTiles> x;
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m)
+            x[m][n][i] = linear ? -lse[buffer * kTile + j0 + n * 8 + 2 * t + (i & 1)] : 0.f;
+      LandmarkProduct<T, W, kRowTiles>(x, projection, row_landmark, queries, j0, lane);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int j = buffer * kTile + j0 + n * 8 + 2 * t + (i & 1);
+            float& y = x[m][n][i];
+            if (!linear) y = MappedLogit(p.map, y) - lse[j];
+            y = Exp2((y + row_bias[m][i / 2]) * unit);
+            mass[m][i / 2] += y * delta[j];
+          }
+      SumTokens<T, W, kRowTiles>(sum, x, grad_out, j0, lane);
+    }
+  }
+  const int lane = tid % 32;
+  const int64_t part = blockIdx.x * heads + head;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int landmark = first_landmark + row_landmark + m * 16 + lane / 4 + 8 * e;
+      const float total = QuadSum(mass[m][e]);
+      if (lane % 4 == 0 && landmark < features) p.part_mass[part * features + landmark] = total;
+    }
+  StoreSums<W, kRowTiles>(p.part_mean + part * features * p.grad_out.width, p.grad_out.width,
+                          features, first_landmark + row_landmark, sum, 1.f, lane);
+}
+
+struct MergeSuffixParams {
+  Items segments;
+  int64_t heads = 0, groups = 0, features = 0;
+  int width = 0;
+  const float *part_mean = nullptr, *part_mass = nullptr;      // of SuffixKernel
+  const float* before_log_mass = nullptr;                      // [segments, G, M]
+  const float *log_mass = nullptr, *mean = nullptr;            // final state [N, G, M(, E)]
+  const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // its gradient, likewise
+  // Suffix after each segment, relative to the state there: [segments, G, M(, E)].
+  float *after_mean = nullptr, *after_mass = nullptr;
+  // Gradient of the initial state [N, G, M(, E)]: written here for sequences without rows.
+  float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
+};
+
+// One warp for each sequence, key/value head and landmark.
+static __global__ void __launch_bounds__(256) MergeSuffixKernel(MergeSuffixParams p) {
+  constexpr int kColumns = 4;  // of a lane: E <= 128
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int64_t per_sequence = p.groups * p.features;
+  if (number >= p.segments.sequences * per_sequence) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t sequence = number / per_sequence, landmark = number % per_sequence;
+  const int64_t group = landmark / p.features, each = p.heads / p.groups;
+  const int64_t first = FirstItem(p.segments, sequence), count = ItemsOf(p.segments, sequence);
+
+  float log_mass = p.log_mass[number], sum[kColumns] = {}, mass = 0;
+  if (log_mass != -kInfinity) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int column = lane + 32 * i;
+      if (column >= p.width) continue;
+      sum[i] = p.grad_mean[number * p.width + column];
+      mass += sum[i] * p.mean[number * p.width + column];
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) mass += __shfl_xor_sync(kAllLanes, mass, lanes);
+    mass -= p.grad_log_mass[number];
+  }
+  for (int64_t segment = first + count - 1; segment >= first; --segment) {
+    const int64_t row = segment * per_sequence + landmark;
+    if (lane == 0) p.after_mass[row] = mass;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      if (lane + 32 * i < p.width) p.after_mean[row * p.width + lane + 32 * i] = sum[i];
+    if (segment == first) break;
+    const float before = p.before_log_mass[row];
+    const float keep = before == -kInfinity ? 0.f : expf(before - log_mass);
+    log_mass = before;
+    mass = keep == 0.f ? 0.f : mass * keep;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sum[i] = keep == 0.f ? 0.f : sum[i] * keep;
+    for (int64_t head = group * each; head < (group + 1) * each; ++head) {
+      const int64_t part = (segment * p.heads + head) * p.features + landmark % p.features;
+      mass += p.part_mass[part];
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i)
+        if (lane + 32 * i < p.width) sum[i] += p.part_mean[part * p.width + lane + 32 * i];
+    }
+  }
+  if (count > 0) return;
+  const bool any = log_mass != -kInfinity;
+  if (lane == 0) p.grad_initial_log_mass[number] = any ? p.grad_log_mass[number] : 0.f;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i)
+    if (lane + 32 * i < p.width) p.grad_initial_mean[number * p.width + lane + 32 * i] = sum[i];
+}
+
+}  // namespace cuda
+}  // namespace performer

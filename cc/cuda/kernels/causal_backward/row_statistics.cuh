@@ -1,0 +1,52 @@
+// Of each query row, what its causal gradient needs besides the prefix states, from the outputs of
+// the forward pass before they are rounded:
+//   lse = log sum_m exp(a + log_mass of the row)      delta = grad_out . out
+//
+// Grid: one warp for each row and head.
+#pragma once
+#include "cuda/device/kernel_params.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct CausalStatisticsParams {
+  const float* part_out = nullptr;  // [parts][rows, H, W], see causal/merge_outputs.cuh
+  const float* part_lse = nullptr;  // [parts][rows, H]
+  int64_t parts = 0, rows = 0;
+  RowsOf<const T> grad_out;
+  float *lse = nullptr, *delta = nullptr;  // [rows, H]
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsParams<T> p) {
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t count = p.rows * p.grad_out.heads;
+  if (number >= count) return;
+  float top = -kInfinity;
+  for (int64_t z = 0; z < p.parts; ++z) top = fmaxf(top, p.part_lse[z * count + number]);
+  const float shift = ZeroIfNone(top);
+  const T* grad_out = p.grad_out.Row(number / p.grad_out.heads, number % p.grad_out.heads);
+  float sum = 0, delta = 0;
+  for (int64_t z = 0; z < p.parts; ++z) {
+    const float share = expf(p.part_lse[z * count + number] - shift);
+    float dot = 0;
+#pragma unroll
+    for (int i = 0; i < W / 32; ++i) {
+      const int column = lane + 32 * i;
+      if (column < p.grad_out.width)
+        dot += p.part_out[(z * count + number) * W + column] * ToFloat(grad_out[column]);
+    }
+    sum += share;
+    delta += share == 0.f ? 0.f : share * dot;
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(kAllLanes, delta, lanes);
+  if (lane != 0) return;
+  p.lse[number] = sum == 0.f ? -kInfinity : shift + logf(sum);
+  p.delta[number] = sum == 0.f ? 0.f : delta / sum;
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,90 @@
+// States of segments, merged in their order: to one state for each sequence, or (causal) to the
+// state before each segment.
+//
+// Grid: one warp for each sequence, head and landmark.
+#pragma once
+#include "cuda/device/kernel_params.cuh"
+
+namespace performer {
+namespace cuda {
+
+struct MergeParams {
+  Items segments;
+  int64_t groups = 0, features = 0;
+  int width = 0;
+  float* part_log_mass = nullptr;  // [segments, G, M]
+  float* part_mean = nullptr;      // [segments, G, M, E]
+  // The state that a sequence begins with, [count, G, M(, E)]; count 0: none.
+  const float* initial_log_mass = nullptr;
+  const float* initial_mean = nullptr;
+  int64_t initial_count = 0;
+  // [N, G, M(, E)], or nullptr: instead, the parts become the states before their segments, and the
+  // last segment's is not read.
+  float* log_mass = nullptr;
+  float* mean = nullptr;
+  bool only_empty = false;  // only sequences without rows are written: theirs is the initial state
+};
+
+inline constexpr int kMergeColumns = 4;  // of a lane: E <= 128
+
+// (log_mass, mean) merged with another one, mean by this lane's columns.
+PERFORMER_DEVICE void MergeState(float& log_mass, float (&mean)[kMergeColumns],
+                                 float other_log_mass, const float (&other)[kMergeColumns]) {
+  const float top = fmaxf(log_mass, other_log_mass), base = ZeroIfNone(top);
+  const float mine = expf(log_mass - base), theirs = expf(other_log_mass - base);
+  const float sum = mine + theirs;
+  if (sum == 0.f) return;  // both are empty
+#pragma unroll
+  for (int i = 0; i < kMergeColumns; ++i)
+    mean[i] = (mine == 0.f ? 0.f : mine / sum * mean[i]) +
+              (theirs == 0.f ? 0.f : theirs / sum * other[i]);
+  log_mass = base + logf(sum);
+}
+
+static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int64_t per_sequence = p.groups * p.features;
+  if (number >= p.segments.sequences * per_sequence) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t sequence = number / per_sequence, landmark = number % per_sequence;
+  const int64_t first = FirstItem(p.segments, sequence), count = ItemsOf(p.segments, sequence);
+  if (p.only_empty && count > 0) return;
+
+  const auto load = [&](const float* log_masses, const float* means, int64_t row, float& log_mass,
+                        float (&mean)[kMergeColumns]) {
+    log_mass = log_masses[row];
+#pragma unroll
+    for (int i = 0; i < kMergeColumns; ++i) {
+      const int column = lane + 32 * i;
+      mean[i] = column < p.width && log_mass != -kInfinity ? means[row * p.width + column] : 0.f;
+    }
+  };
+  const auto store = [&](float* log_masses, float* means, int64_t row, float log_mass,
+                         const float (&mean)[kMergeColumns]) {
+    if (lane == 0) log_masses[row] = log_mass;
+#pragma unroll
+    for (int i = 0; i < kMergeColumns; ++i)
+      if (lane + 32 * i < p.width) means[row * p.width + lane + 32 * i] = mean[i];
+  };
+
+  float log_mass = -kInfinity, mean[kMergeColumns] = {};
+  if (p.initial_count > 0)
+    load(p.initial_log_mass, p.initial_mean,
+         (p.initial_count == 1 ? 0 : sequence) * per_sequence + landmark, log_mass, mean);
+  const bool before = p.log_mass == nullptr;
+  for (int64_t segment = first; segment < first + count; ++segment) {
+    const int64_t row = segment * per_sequence + landmark;
+    float part_log_mass = -kInfinity, part[kMergeColumns] = {};
+    if (!before || segment + 1 < first + count)
+      load(p.part_log_mass, p.part_mean, row, part_log_mass, part);
+    if (before) {
+      __syncwarp();  // lane 0 writes the log_mass that all lanes have read
+      store(p.part_log_mass, p.part_mean, row, log_mass, mean);
+    }
+    MergeState(log_mass, mean, part_log_mass, part);
+  }
+  if (!before) store(p.log_mass, p.mean, sequence * per_sequence + landmark, log_mass, mean);
+}
+
+}  // namespace cuda
+}  // namespace performer

@@ -1,0 +1,63 @@
+// Operands in T, padded, from float32: projections and means of a state.
+#pragma once
+#include "cuda/device/kernel_params.cuh"
+
+namespace performer {
+namespace cuda {
+
+struct PackParams {
+  const float* from = nullptr;  // [matrices][rows][width]
+  const float* log_mass =
+      nullptr;         // [matrices][rows] or nullptr: rows of -inf are written as zeros
+  void* to = nullptr;  // T [matrices][rows_pad][W], zeros in the padding
+  int64_t matrices = 0, rows = 0, rows_pad = 0;
+  int width = 0;
+};
+
+// One warp for each row of the result: numbers are rounded once.
+template <class T, int W>
+__global__ void __launch_bounds__(256) PackKernel(PackParams p) {
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (number >= p.matrices * p.rows_pad) return;
+  const int64_t matrix = number / p.rows_pad, row = number % p.rows_pad;
+  const int64_t source = matrix * p.rows + row;
+  const bool given = row < p.rows && (p.log_mass == nullptr || p.log_mass[source] != -kInfinity);
+  T* to = static_cast<T*>(p.to) + number * W;
+  for (int column = threadIdx.x % 32; column < W; column += 32)
+    to[column] = FromFloat<T>(given && column < p.width ? p.from[source * p.width + column] : 0.f);
+}
+
+// The same numbers as A operands (mma_tile.cuh), each lane's registers side by side, so that a warp
+// loads an operand from global memory at once:
+//   uint32 [matrices][rows_pad / 16][W / 16][32 lanes][kFragment]
+// One thread for each register.
+template <class T, int W>
+__global__ void __launch_bounds__(256) PackOperandsKernel(PackParams p) {
+  constexpr int kRegisters = kFragment<T>;
+  int64_t rest = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t number = rest;
+  const int i = static_cast<int>(rest % kRegisters);
+  rest /= kRegisters;
+  const int lane = static_cast<int>(rest % 32);
+  rest /= 32;
+  const int step = static_cast<int>(rest % (W / 16));
+  rest /= W / 16;
+  const int64_t tiles = p.rows_pad / 16;
+  if (rest >= p.matrices * tiles) return;
+  const int64_t matrix = rest / tiles, row = rest % tiles * 16 + lane / 4 + 8 * (i & 1);
+  const auto at = [&](int column) {
+    return row < p.rows && column < p.width ? p.from[(matrix * p.rows + row) * p.width + column]
+                                            : 0.f;
+  };
+  uint32_t bits;
+  if constexpr (kIs16Bit<T>) {
+    const int column = step * 16 + 2 * (lane & 3) + 8 * (i >> 1);
+    bits = Pack<T>(at(column), at(column + 1));
+  } else {
+    bits = AsBits(at(step * 16 + 2 * (lane & 3) + (i >> 1 & 1) + 8 * (i >> 2)));
+  }
+  static_cast<uint32_t*>(p.to)[number] = bits;
+}
+
+}  // namespace cuda
+}  // namespace performer

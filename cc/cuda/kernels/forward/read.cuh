@@ -1,0 +1,146 @@
+// Bidirectional attention, second half: queries read the landmarks.
+//   out[i] = softmax_m(a[i, :] + log_mass) mean
+//
+// Grid: (row tiles of all sequences, query heads). A block holds its queries and walks the
+// landmarks in tiles of 64: w and mean, double buffered.
+#pragma once
+#include "cuda/device/online_softmax.cuh"
+#include "cuda/device/row_pipeline.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct ReadParams {
+  RowsOf<const T> query;
+  Projection<T> projection;
+  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
+  int64_t feature_bias_heads = 0;
+  const T* mean = nullptr;          // [count, G, M_pad, W]: the operand
+  const float* log_mass = nullptr;  // [count, G, M]
+  int64_t state_count = 0;          // N, or 1
+  Map map;
+  Items tiles;
+  int64_t groups = 0, features = 0, features_pad = 0;
+  RowsOf<T> out;
+};
+
+// Where a block works; in shared memory, because registers are short.
+template <class T>
+struct ReadPlace {
+  const T *projection, *mean;            // of the head, from the first landmark on
+  const float *log_mass, *feature_bias;  // likewise
+  T* out;                                // the first row
+  int rows;
+};
+
+template <class T, int W>
+struct ReadTraits {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kRowTiles = kIs16Bit<T> ? 2 : 1;
+  static constexpr int kRows = 16 * kRowTiles * kWarps;
+  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // the queries' operands
+
+  // Shared memory, in bytes.
+  static constexpr int kTileBytes = kTile * W * sizeof(T);
+  static constexpr int kProjection = kRows * W * static_cast<int>(sizeof(T));
+  static constexpr int kMean = kProjection + 2 * kTileBytes;
+  static constexpr int kBias = kMean + 2 * kTileBytes;
+  static constexpr int kPlace = kBias + 2 * kTile * 4;
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(ReadPlace<T>));
+  static_assert(kBytes <= MostSharedBytes(W, kWarps));
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
+  using Traits = ReadTraits<T, W>;
+  constexpr int kThreads = Traits::kThreads, kRowTiles = Traits::kRowTiles;
+  PERFORMER_SHARED_MEMORY(shared);
+  T* const queries = reinterpret_cast<T*>(shared);                           // [kRows][W]
+  T* const projection = reinterpret_cast<T*>(shared + Traits::kProjection);  // [2] tiles
+  T* const mean = reinterpret_cast<T*>(shared + Traits::kMean);              // [2] tiles
+  float* const bias = reinterpret_cast<float*>(shared + Traits::kBias);      // [2][kTile]
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  ReadPlace<T>* const place = reinterpret_cast<ReadPlace<T>*>(shared + Traits::kPlace);
+  {
+    const Item item = Locate(p.tiles, blockIdx.x);
+    const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
+    const int64_t row = item.first_row + item.begin;
+    const int rows = static_cast<int>(item.end - item.begin);
+    if (tid == 0) {
+      const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
+      *place = {
+          p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad,
+                          W),
+          p.mean + state * p.features_pad * W,
+          p.log_mass + state * p.features,
+          p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
+          p.out.Row(row, head),
+          rows};
+    }
+    CopyRows<T, W, Traits::kRows, kThreads>(queries, p.query.Row(row, head), 0, p.query, tid,
+                                            [&](int r) { return r < rows; });
+  }
+  __syncthreads();  // the place is known
+  const auto issue = [&](int first, int buffer) {
+    CopyOperand<T, W, kTile, kThreads>(projection + buffer * kTile * W,
+                                       place->projection + first * W, kTile, tid);
+    CopyOperand<T, W, kTile, kThreads>(mean + buffer * kTile * W, place->mean + first * W, kTile,
+                                       tid);
+    CpAsyncCommit();
+    const int m = first + tid;
+    if (tid < kTile)
+      bias[buffer * kTile + tid] =
+          m < p.features ? (place->log_mass[m] + place->feature_bias[m]) * p.map.inverse_root
+                         : -kInfinity;
+  };
+  issue(0, 0);
+  uint32_t q[kRowTiles][W / 16][kFragment<T>];
+  const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
+    if constexpr (Traits::kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < kFragment<T>; ++i) a[i] = q[m][s][i];
+    } else {
+      LoadA<T, W>(a, queries, (warp * kRowTiles + m) * 16, s * 16, lane);
+    }
+  };
+  Softmax<T, W, kRowTiles> softmax;
+  softmax.Init();
+  const int features = static_cast<int>(p.features_pad);
+#pragma unroll 1
+  for (int first = 0; first < features; first += kTile) {
+    const int buffer = first / kTile & 1;
+    CpAsyncWait<0>();
+    __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
+    if (first + kTile < features) issue(first + kTile, buffer ^ 1);
+    if constexpr (Traits::kInRegisters) {
+      if (first == 0)
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int s = 0; s < W / 16; ++s)
+            LoadA<T, W>(q[m][s], queries, (warp * kRowTiles + m) * 16, s * 16, lane);
+    }
+    softmax.Step(rows, projection + buffer * kTile * W, mean + buffer * kTile * W,
+                 bias + buffer * kTile, p.map, lane);
+  }
+
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum;
+      const float inverse = softmax.Inverse(m, e, &sum);
+      const int row = (warp * kRowTiles + m) * 16 + g + 8 * e;
+      if (row >= place->rows) continue;
+      T* to = place->out + static_cast<int64_t>(row) * p.out.stride;
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n)
+        StoreColumns(to, n * 8 + 2 * t, p.out.width, p.out.aligned,
+                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e] * inverse,
+                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e + 1] * inverse);
+    }
+}
+
+}  // namespace cuda
+}  // namespace performer

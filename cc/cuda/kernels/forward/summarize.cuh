@@ -1,0 +1,136 @@
+// Bidirectional attention, first half: keys and values to a state of M landmarks.
+//   log_mass[m] = log sum_j exp(b[m, j])      mean[m] = softmax_j(b[m, :]) v
+//
+// Grid: (segments of all sequences, key/value heads, groups of landmarks). A block walks the keys
+// of its segment in tiles of 64 with its landmarks as rows of the softmax; segments are merged in
+// order (forward/merge_states.cuh).
+#pragma once
+#include "cuda/device/online_softmax.cuh"
+#include "cuda/device/row_pipeline.cuh"
+
+namespace performer {
+namespace cuda {
+
+template <class T>
+struct SummarizeParams {
+  KeyParams<T> keys;
+  Projection<T> projection;
+  Map map;
+  Items segments;
+  bool skip_last = false;  // the last segment of a sequence is not wanted
+  int64_t groups = 0, features = 0, features_pad = 0;
+  float* log_mass = nullptr;  // [segments, G, M]
+  float* mean = nullptr;      // [segments, G, M, E]
+};
+
+template <class T, int W>
+struct SummarizeTraits {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kRowTiles =
+      kIs16Bit<T> ? 2 : 1;  // registers: float32 operands are twice as large
+  static constexpr int kLandmarks = 16 * kRowTiles * kWarps;
+  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // the landmarks' operands
+  static_assert(kLandmarks % kLandmarkUnit == 0);
+
+  // Shared memory, in bytes.
+  static constexpr int kTileBytes = kTile * W * sizeof(T);
+  static constexpr int kKeys = kInRegisters ? 0 : kLandmarks * W * static_cast<int>(sizeof(T));
+  static constexpr int kValues = kKeys + 2 * kTileBytes;
+  static constexpr int kStream = kValues + 2 * kTileBytes;
+  static constexpr int kBytes = kStream + KeyStream<T, W, kThreads>::kSharedBytes;
+  static_assert(kBytes <= MostSharedBytes(W, kWarps));
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) {
+  using Traits = SummarizeTraits<T, W>;
+  constexpr int kThreads = Traits::kThreads, kRowTiles = Traits::kRowTiles;
+  PERFORMER_SHARED_MEMORY(shared);
+  T* const landmarks = reinterpret_cast<T*>(shared);  // [kLandmarks][W], unless kept in registers
+  T* const keys = reinterpret_cast<T*>(shared + Traits::kKeys);      // [2] tiles
+  T* const values = reinterpret_cast<T*>(shared + Traits::kValues);  // [2] tiles
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const Item item = Locate(p.segments, blockIdx.x);
+  if (p.skip_last && item.last()) return;
+  const int64_t head = blockIdx.y;
+  const int first_landmark = blockIdx.z * Traits::kLandmarks;
+  KeyStream<T, W, kThreads> stream(p.keys, p.map, item, head, shared + Traits::kStream, tid);
+  const int tiles = static_cast<int>(CeilDiv(item.end - item.begin, kTile));
+
+  const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
+               static_cast<int64_t>(first_landmark) * W;
+  // Rows past features_pad (of the last group) are read from the group before: never written.
+  const int rows_here = static_cast<int>(p.features_pad) - first_landmark;
+  uint32_t w_registers[kRowTiles][W / 16][kFragment<T>];
+  if constexpr (Traits::kInRegisters) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int s = 0; s < W / 16; ++s)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = (warp * kRowTiles + m) * 16 + g + 8 * (i & 1);
+          w_registers[m][s][i] =
+              *Pair(w + (row < rows_here ? row : 0) * W + s * 16 + 2 * t + 8 * (i >> 1));
+        }
+  } else {
+    CopyOperand<T, W, Traits::kLandmarks, kThreads>(landmarks, w, rows_here, tid);
+  }
+  const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
+    if constexpr (Traits::kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < kFragment<T>; ++i) a[i] = w_registers[m][s][i];
+    } else {
+      LoadA<T, W>(a, landmarks, (warp * kRowTiles + m) * 16, s * 16, lane);
+    }
+  };
+
+  Softmax<T, W, kRowTiles> state;
+  state.Init();
+  stream.Fetch(0, tid);
+  stream.Publish(0, tid);
+  __syncthreads();  // the masks of the first tile are visible
+  stream.Issue(0, 0, keys, values, tid);
+  stream.Fetch(1, tid);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int buffer = tile & 1, other = buffer ^ 1;
+    T* const tile_keys = keys + buffer * kTile * W;
+    CpAsyncWait<0>();
+    stream.Arrived(buffer, tile_keys, tid);
+    stream.Publish(other, tid);
+    __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
+    if (tile + 1 < tiles) {
+      stream.Issue(tile + 1, other, keys + other * kTile * W, values + other * kTile * W, tid);
+      stream.Fetch(tile + 2, tid);
+    }
+    state.Step(rows, tile_keys, values + buffer * kTile * W, stream.bias + buffer * kTile, p.map,
+               lane);
+  }
+
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum;
+      const float inverse = state.Inverse(m, e, &sum);
+      const int landmark = first_landmark + (warp * kRowTiles + m) * 16 + g + 8 * e;
+      if (landmark >= p.features) continue;
+      const int64_t row =
+          (static_cast<int64_t>(blockIdx.x) * p.groups + head) * p.features + landmark;
+      if (t == 0)
+        p.log_mass[row] = inverse == 0.f ? -kInfinity : state.top[m][e] * p.map.root + logf(sum);
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = n * 8 + 2 * t + c;
+          if (column < p.keys.value.width)
+            p.mean[row * p.keys.value.width + column] =
+                inverse == 0.f ? 0.f : state.acc[m][n][2 * e + c] * inverse;
+        }
+    }
+}
+
+}  // namespace cuda
+}  // namespace performer
