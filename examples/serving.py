@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from performer import PerformerDecoder, StreamingSequential, library
+from performer import PerformerDecoder, StreamingSequential, loader
 
 SERVER = """
 import sys
@@ -62,7 +62,7 @@ def main():
         export(model, folder)
         given, result = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(given, tokens)
-        arguments = [str(library.status().path), folder, str(given), str(result)]
+        arguments = [str(loader.status().path), folder, str(given), str(result)]
         subprocess.run([sys.executable, "-c", SERVER, *arguments], check=True, cwd=folder)
         difference = float(np.abs(np.load(result) - whole).max())
     print(f"served token by token: the same as the full pass within {difference:.1e}")

@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 import performer
-from performer import callbacks, diagnostics
+from performer import callbacks
+from performer.features import diagnostics
 
 X = np.random.default_rng(0).normal(0, 0.7, (8, 6, 8)).astype("float32")
 

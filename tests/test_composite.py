@@ -7,7 +7,7 @@ import tensorflow as tf
 from kit.compare import assert_close, assert_finite, assert_same_bits
 from kit.operators import MAPS, E, attend, forms, random_inputs, random_state, tensors
 from performer import reference
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 SHAPES = {
     "one projection, one bias": {"projections": (1, 1), "bias": (1, 1, 1)},

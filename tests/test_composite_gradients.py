@@ -7,7 +7,7 @@ import tensorflow as tf
 from kit.compare import assert_close, assert_finite
 from kit.operators import MAPS, E, M, attend, forms, random_inputs, random_state, tensors
 from performer import reference
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 
 def with_gradients(inputs, state, cotangents, causal, offsets=None, **attributes):

@@ -8,7 +8,7 @@ import pytest
 from kit.compare import assert_close
 from kit.core import DTYPES, _core, expected, forward, isas, make, run
 from kit.core_cases import cases, parameters
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 
 @cache

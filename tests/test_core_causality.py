@@ -6,7 +6,7 @@ import pytest
 from kit.compare import assert_close, assert_same_bits
 from kit.core import Case, cotangents, expected, isas, make, run
 from kit.poison import POISONS, poisoned
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 PLAIN = Case(batch=1, rows=135, heads=4, groups=2, dim=16, features=10, value_dim=5, bias="1GS")
 MAPS = [{}, {"feature_map": "relu"}, {"feature_map": "elu"}]

@@ -18,7 +18,7 @@ from kit.core import (
     shortened,
 )
 from kit.core_cases import CASES, ELU, RELU, TOKENS, cases, parameters
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 
 @cache

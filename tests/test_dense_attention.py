@@ -6,8 +6,8 @@ import tensorflow as tf
 
 from kit import compare
 from performer import favor_attention, orthogonal_projection
-from performer.dense import _exact_log_products, _log_products, dense_attention
-from performer.tolerances import tolerances
+from performer.composition.dense import _exact_log_products, _log_products, dense_attention
+from performer.features.tolerances import tolerances
 
 
 def inputs(*, std=1.0, dtype="float32", length=6, keys=5, heads=4, groups=2):

@@ -7,8 +7,9 @@ import tensorflow as tf
 
 import performer
 from kit import compare
-from performer import composite, feature_maps, library
-from performer.feature_maps import FeatureMap
+from performer import composition, loader
+from performer.features import feature_maps
+from performer.features.feature_maps import FeatureMap
 
 X = np.random.default_rng(0).normal(0, 0.5, (2, 6, 8)).astype("float32")
 
@@ -151,11 +152,11 @@ def test_a_function_of_its_own_is_a_map_of_two_kernels():
 
 
 def test_names_and_objects_run_compiled_and_functions_composed(monkeypatch):
-    if library.ops() is None:
+    if loader.ops() is None:
         pytest.skip("there is no compiled library here")
     called = []
-    real = composite.summarize
-    monkeypatch.setattr(composite, "summarize", lambda **k: called.append(1) or real(**k))
+    real = composition.summarize
+    monkeypatch.setattr(composition, "summarize", lambda **k: called.append(1) or real(**k))
     for feature_map, runs in (("relu", 0), (Hyperbolic(), 0), (Softplus(), 1)):
         layer_with(feature_map)(X, X)
         assert len(called) == runs

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import performer
 from kit.keras_versions import known
-from performer.layers.axes import fold, resolve_axes, unfold
+from performer.layers._axes import fold, resolve_axes, unfold
 from performer.networks import linear_attention
 
 

@@ -192,9 +192,9 @@ assert "performer" not in sys.modules
 
 
 def test_an_exported_model_needs_the_compiled_file_only(trained, saved, data):
-    if performer.library.status().state != "loaded":
+    if performer.loader.status().state != "loaded":
         pytest.skip("there is no compiled library here")
-    library = shutil.copy(performer.library.status().path, saved / "attention.so")
+    library = shutil.copy(performer.loader.status().path, saved / "attention.so")
     command = [sys.executable, "-I", "-c", SERVER, library, str(saved)]
     result = subprocess.run(command, cwd=saved, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

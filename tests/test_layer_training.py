@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import performer
 from kit.keras_versions import known
-from performer.layers.projection import RandomProjection
+from performer.layers._projection import RandomProjection
 
 
 def normal(*shape, seed=0, std=1.0):

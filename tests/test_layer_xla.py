@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import performer
 from kit.xla import needs_xla
-from performer import library
+from performer import loader
 
 X = np.random.default_rng(0).normal(size=(6, 9, 8)).astype("float32")
 Y = X[..., :1]
@@ -66,7 +66,7 @@ def test_compiled_training_is_the_training_without(tmp_path):
 @needs_xla
 @pytest.mark.parametrize("loaded", [True, False])
 def test_auto_compiles_where_there_is_a_gpu_and_the_part_for_xla(loaded, monkeypatch):
-    monkeypatch.setattr(library, "supports_jit", lambda: loaded)
+    monkeypatch.setattr(loader, "supports_jit", lambda: loaded)
     inputs = keras.Input((9, 8))
     model = keras.Model(inputs, attention()(inputs, inputs))
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")

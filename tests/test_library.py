@@ -50,11 +50,11 @@ for case, (folder, code) in cases.items():
 """
 
 LOAD = """
-from performer import library
-found = library.status()
+from performer import loader
+found = loader.status()
 out.update(state=found.state, message=found.message, path=str(found.path))
-out["same"] = library.ops() is library.ops()
-out["none"] = library.ops() is None
+out["same"] = loader.ops() is loader.ops()
+out["none"] = loader.ops() is None
 """
 
 ATTEND = """
@@ -65,9 +65,9 @@ out["finite"] = bool(np.isfinite(y).all())
 """
 
 XLA = """
-from performer import library
-found = library.xla_status()
-out.update(xla_state=found.state, xla_message=found.message, jit=library.supports_jit())
+from performer import loader
+found = loader.xla_status()
+out.update(xla_state=found.state, xla_message=found.message, jit=loader.supports_jit())
 """
 
 COMPILE = """
@@ -93,8 +93,8 @@ tf.load_op_library(str(folder / "_xla.so"))
 REQUIRE = """
 import os
 os.environ["PERFORMER_REQUIRE_LIBRARY"] = "1"
-from performer import library
-library.ops()
+from performer import loader
+loader.ops()
 """
 
 DISABLE = 'import os; os.environ["PERFORMER_DISABLE_LIBRARY"] = "1"' + LOAD
@@ -102,8 +102,8 @@ DISABLE = 'import os; os.environ["PERFORMER_DISABLE_LIBRARY"] = "1"' + LOAD
 SECOND_COPY = (
     """
 import importlib.util
-from performer import library
-first = library.ops()
+from performer import loader
+first = loader.ops()
 spec = importlib.util.spec_from_file_location("second", sys.argv[1])
 second = importlib.util.module_from_spec(spec)
 sys.modules["second"] = second
@@ -294,6 +294,6 @@ def test_any_order_of_imports(copy, order):
 
 
 def test_a_file_that_cannot_be_read_is_a_fault_not_an_error(tmp_path):
-    from performer import library
+    from performer import loader
 
-    assert library._damage(tmp_path) == "it cannot be read (Is a directory)"
+    assert loader._damage(tmp_path) == "it cannot be read (Is a directory)"

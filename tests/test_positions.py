@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import performer
 from kit.compare import assert_close, assert_same_bits
-from performer.layers.rotary import positions_in_runs
+from performer.layers.rotary_embedding import positions_in_runs
 
 
 def normal(*shape, seed=0, dtype="float32"):

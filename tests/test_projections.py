@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from kit.compare import assert_close, assert_same_bits
-from performer.projections import orthogonal_projection
+from performer.features.projections import orthogonal_projection
 
 SHAPES = [(1, 1), (5, 1), (3, 8), (8, 8), (9, 8), (25, 8), (64, 16), (200, 64)]
 shapes = pytest.mark.parametrize(("rows", "dim"), SHAPES, ids=[f"M={m}, D={d}" for m, d in SHAPES])

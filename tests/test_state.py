@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from kit.compare import assert_close, assert_finite, assert_same_bits
 from performer import reference
-from performer.state import AttentionState, empty_state, merge, read, summarize
+from performer.ops.state import AttentionState, empty_state, merge, read, summarize
 
 SHAPE = (2, 2, 3)  # N, G, M
 VALUE_DIM = 2

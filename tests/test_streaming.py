@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import performer
 from kit.compare import assert_close, assert_same_bits
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 BOUND = tolerances("float32", causal=True)
 

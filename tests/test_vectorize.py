@@ -9,7 +9,8 @@ import tensorflow as tf
 from kit.compare import assert_close, assert_same_bits
 from kit.operators import forms
 from kit.raw_ops import needs_library
-from performer import favor_attention, vectorize
+from performer import favor_attention
+from performer.ops import vectorize
 
 pytestmark = needs_library
 N, H, G, D, M = 3, 4, 2, 8, 12

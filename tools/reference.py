@@ -20,7 +20,7 @@ import pdoc
 import performer
 
 # `performer` brings the modules that it names in `__all__`; these are used by their own names.
-MODULES = ("performer", "performer.library", "performer.projections", "performer.tolerances")
+MODULES = ("performer", "performer.loader", "performer.projections", "performer.tolerances")
 
 
 def main(folder: str) -> None:

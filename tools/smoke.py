@@ -7,14 +7,14 @@ import sys
 import numpy as np
 
 import performer
-from performer import library
+from performer import loader
 
 
 def main() -> int:
     """Returns 0 where the op runs and is right."""
-    found = library.status()
+    found = loader.status()
     print(f"performer {performer.__version__}, TensorFlow {found.running}, ops {found.state}")
-    if library.ops() is None:
+    if loader.ops() is None:
         return 1
     if not gpu_kernels_are_there():
         return 1
@@ -27,12 +27,12 @@ def main() -> int:
     for causal, want in zip((False, True), plain, strict=True):
         got = performer.favor_attention(query, key, value, projection[0], causal=causal)
         worst = max(worst, float(np.max(np.abs(got - want))))
-        if library.xla_status().state == "loaded":
+        if loader.xla_status().state == "loaded":
             same = np.array_equal(compiled(query, key, value, projection[0], causal), got)
             print(f"compiled by XLA: {'the same bits' if same else 'OTHER BITS'}")
             worst = worst if same else np.inf
         else:
-            print(library.xla_status().message)
+            print(loader.xla_status().message)
     print(f"largest difference from the composition: {worst:.1e}")
     return 0 if worst < 1e-4 else 1
 
@@ -61,7 +61,7 @@ def composition(query, key, value, projection):
     """Returns bidirectional and causal attention, [B, L, H, E] each, in plain TensorFlow."""
     import tensorflow as tf
 
-    from performer import composite
+    from performer import composition
 
     query, key, value, projection = map(tf.constant, (query, key, value, projection))
     heads, features = query.shape[2], projection.shape[1]
@@ -69,9 +69,9 @@ def composition(query, key, value, projection):
     key_side["key_bias"] = tf.zeros((1, 1, 1))
     query_side = {"query": query, "query_projection": projection}
     query_side["feature_bias"] = tf.zeros((1, features))
-    log_mass, mean = composite.summarize(**key_side)
-    both = composite.read(**query_side, log_mass=log_mass, mean=mean)
-    causal = composite.causal(
+    log_mass, mean = composition.summarize(**key_side)
+    both = composition.read(**query_side, log_mass=log_mass, mean=mean)
+    causal = composition.causal(
         **query_side,
         **key_side,
         initial_log_mass=tf.fill((1, heads, features), -np.inf),

@@ -11,16 +11,19 @@ Example:
     '0.1.0'
 """
 
+import sys as _sys
 from importlib.util import find_spec as _find_spec
 
 __version__ = "0.1.0"
 
 if _find_spec("tensorflow") is not None:
-    from performer import library
+    from performer import loader
 
-    library.ops()  # First, so that a library made for another TensorFlow is reported at once.
+    loader.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
-    from performer import callbacks, convert, diagnostics, feature_maps
+    from performer import callbacks, convert
+    from performer.features import diagnostics, feature_maps, projections, tolerances
+    from performer.features.projections import orthogonal_projection
     from performer.generation import generate
     from performer.layers import (
         Performer,
@@ -30,10 +33,16 @@ if _find_spec("tensorflow") is not None:
         RotaryEmbedding,
         TokenAndPositionEmbedding,
     )
-    from performer.models import StreamingSequential
-    from performer.ops import favor_attention
-    from performer.projections import orthogonal_projection
-    from performer.state import AttentionState, empty_state, merge, read, summarize
+    from performer.layers.streaming_sequential import StreamingSequential
+    from performer.ops import (
+        AttentionState,
+        empty_state,
+        favor_attention,
+        merge,
+        read,
+        state,
+        summarize,
+    )
 
     __all__ = [
         "AttentionState",
@@ -56,3 +65,15 @@ if _find_spec("tensorflow") is not None:
         "read",
         "summarize",
     ]
+
+    # Public modules that stand in a folder of their own, by the names under which they are known.
+    for _name, _module in {
+        "diagnostics": diagnostics,
+        "feature_maps": feature_maps,
+        "library": loader,
+        "projections": projections,
+        "state": state,
+        "tolerances": tolerances,
+    }.items():
+        _sys.modules[f"{__name__}.{_name}"] = _module
+    library = loader

@@ -9,11 +9,11 @@ import inspect
 import keras
 import tensorflow as tf
 
-from performer.diagnostics import approximation_error
+from performer.features.diagnostics import approximation_error
 from performer.layers import Performer
-from performer.layers.arguments import check_size
-from performer.layers.axes import fold
-from performer.layers.streaming import position_of
+from performer.layers._arguments import check_size
+from performer.layers._axes import fold
+from performer.layers._streaming import position_of
 
 _SCALAR = 1  # DATA_CLASS_SCALAR of TensorFlow's summary.proto
 

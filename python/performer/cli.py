@@ -62,17 +62,17 @@ def _info():
     import tensorflow as tf
 
     import performer
-    from performer import library
+    from performer import loader
 
-    found = library.status()
+    found = loader.status()
     print(f"performer {performer.__version__}")
     print(f"python {platform.python_version()}, {platform.platform()}")
     print(f"tensorflow {tf.__version__}, keras {keras.__version__}, numpy {numpy.__version__}")
     print(f"compiled ops: {found.state}, built for TensorFlow {found.built_for or '-'}")
     if found.message:
         print(f"  {found.message}")
-    elif library.xla_status().message:
-        print(f"compiled part for XLA: {library.xla_status().message}")
+    elif loader.xla_status().message:
+        print(f"compiled part for XLA: {loader.xla_status().message}")
     try:
         core = importlib.import_module("performer._core")
     except ImportError as error:

@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import tensorflow as tf
 
-from performer.layers.arguments import check_seed, check_size, default_seed
+from performer.layers._arguments import check_seed, check_size, default_seed
 
 _HIGHEST = float(np.finfo(np.float32).max)
 _CHUNK = 512  # tokens of a prompt that the model reads in one call

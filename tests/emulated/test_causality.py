@@ -8,7 +8,7 @@ from kit.core import Case, expected, make
 from kit.emulated import dtypes, run
 from kit.emulated_cases import SEGMENT
 from kit.poison import POISONS, poisoned
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 PLAIN = Case(batch=1, rows=135, heads=2, groups=1, dim=16, features=40, value_dim=5, bias="1GS")
 WIDE = Case(batch=1, rows=70, heads=1, groups=1, dim=72, features=136, value_dim=72, bias="11S")

@@ -11,7 +11,7 @@ from kit.cuda_cases import CASES
 from kit.emulated import SCHEDULES, counting, dtypes, run
 from kit.emulated_cases import OWN, SEGMENT, all_cases, parameters
 from kit.kernel_checks import check_batch_row_alone, check_results
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters())

@@ -10,7 +10,7 @@ from kit.cuda_cases import CASES
 from kit.gpu import dtypes, needs_gpu, run
 from kit.kernel_checks import check_batch_row_alone, check_gradients, check_results
 from kit.poison import POISONS, poisoned
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 pytestmark = needs_gpu
 

@@ -17,15 +17,15 @@ from kit.compare import assert_close, assert_same_bits
 from kit.core import cotangents, forms, make
 from kit.core_cases import cases
 from kit.cuda_cases import CASES
-from performer import favor_attention, library, orthogonal_projection
+from performer import favor_attention, loader, orthogonal_projection
+from performer.features.tolerances import tolerances
 from performer.layers import Performer
-from performer.tolerances import tolerances
 
 
 def why_not() -> str:
     """Why TensorFlow cannot run the kernels here, or ""."""
-    if library.ops() is None:
-        return f"the ops are not loaded: {library.status().message}"
+    if loader.ops() is None:
+        return f"the ops are not loaded: {loader.status().message}"
     if not tf.config.list_physical_devices("GPU"):
         return f"TensorFlow {tf.__version__} sees no GPU"
     if not raw_ops.has_gpu_kernel("Summarize"):

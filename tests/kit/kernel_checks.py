@@ -9,7 +9,7 @@ from functools import cache
 
 from kit.compare import assert_close, assert_same_bits
 from kit.core import Case, backward, cotangents, expected, expected_gradients, forward, make
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 
 @cache

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from performer import composite, logspace
+from performer import composition
+from performer.composition import logsumexp
 
 D, E, M = 4, 3, 6
 MAPS = {
@@ -83,10 +84,10 @@ def attend(inputs, state, causal, offsets=None, **attributes):
                 tf.zeros([1, groups, features, inputs["value"].shape[-1]], dtype),
             )
         initial = {"initial_log_mass": state[0], "initial_mean": state[1]}
-        return composite.causal(**query_side, **key_side, **initial, **packing, **attributes)
-    log_mass, mean = composite.summarize(**key_side, **packing, **attributes)
+        return composition.causal(**query_side, **key_side, **initial, **packing, **attributes)
+    log_mass, mean = composition.summarize(**key_side, **packing, **attributes)
     attributes = {name: x for name, x in attributes.items() if name != "key_norm"}
     if state is not None:
-        log_mass, mean = logspace.merge(*state, log_mass, mean)
-    out = composite.read(**query_side, log_mass=log_mass, mean=mean, **packing, **attributes)
+        log_mass, mean = logsumexp.merge(*state, log_mass, mean)
+    out = composition.read(**query_side, log_mass=log_mass, mean=mean, **packing, **attributes)
     return out, log_mass, mean

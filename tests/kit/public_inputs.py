@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from performer.state import AttentionState
+from performer.ops.state import AttentionState
 
 B, L, H, G, D, E, M = 2, 9, 4, 2, 4, 3, 6
 

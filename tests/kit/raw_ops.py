@@ -8,19 +8,19 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.framework import kernels, op_def_registry
 
-from performer import composite, library
-from performer import gradients as gradients  # registers the gradients of the operators
+from performer import composition, loader
+from performer.ops import gradients as gradients  # registers the gradients of the operators
 
 OPS = ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad")
 FORWARD = OPS[:3]
 needs_library = pytest.mark.skipif(
-    library.ops() is None, reason="the compiled operators are not installed"
+    loader.ops() is None, reason="the compiled operators are not installed"
 )
 
 
 def function(op: str):
     """The Python wrapper of `Performer>{op}`."""
-    return getattr(library.ops(), "performer_" + re.sub(r"(?<!^)(?=[A-Z])", "_", op).lower())
+    return getattr(loader.ops(), "performer_" + re.sub(r"(?<!^)(?=[A-Z])", "_", op).lower())
 
 
 def arguments(op: str, x: dict) -> dict:
@@ -77,7 +77,7 @@ def composed(op: str, x: dict, **attributes) -> dict:
     """The same by the plain composition (forward operators)."""
     if op == "Read":
         attributes.pop("key_norm", None)
-    return _named(op, getattr(composite, op.lower())(**arguments(op, x), **attributes))
+    return _named(op, getattr(composition, op.lower())(**arguments(op, x), **attributes))
 
 
 def has_gpu_kernel(op: str) -> bool:

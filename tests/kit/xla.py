@@ -2,9 +2,9 @@
 
 import pytest
 
-from performer import library
+from performer import loader
 
 needs_xla = pytest.mark.skipif(
-    library.xla_status().state != "loaded",
-    reason=library.xla_status().message or "the part for XLA is loaded",
+    loader.xla_status().state != "loaded",
+    reason=loader.xla_status().message or "the part for XLA is loaded",
 )

@@ -7,7 +7,7 @@ import numpy as np
 from performer.bench.cases import Case
 from performer.bench.expected import distance_from_favor, expected
 from performer.bench.sides import SIDES
-from performer.tolerances import tolerances
+from performer.features.tolerances import tolerances
 
 LENGTH = 256  # of the check: four chunks of the causal forms, and the reference can afford it
 

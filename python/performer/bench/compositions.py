@@ -18,7 +18,7 @@ EPSILON = 1e-4
 def lean(query, key, value, projection, causal):
     """The leanest form: one maximum for each feature, no epsilon, no masks.
 
-    The compiled operators compute the same estimator. (`performer.composite` does too, with masks,
+    The compiled operators compute the same estimator. (`performer.composition` does too, with
     groups and states, and a causal form that no spread of keys can overflow; here nothing is done
     that the benchmark's inputs do not need.)
     """

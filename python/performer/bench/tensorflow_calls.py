@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from performer import library, ops
+from performer import loader, ops
 from performer.bench import compositions
 from performer.bench.cases import Case
 from performer.bench.sides import SIDES
@@ -24,7 +24,7 @@ def prepare(threads: int) -> None:
 
 def missing(side: str) -> str:
     """Why a side cannot take part, or ""."""
-    if side == "performer" and library.ops() is None:
+    if side == "performer" and loader.ops() is None:
         return "the compiled operators are missing"
     return ""
 

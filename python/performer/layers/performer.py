@@ -6,8 +6,8 @@ import inspect
 import keras
 import tensorflow as tf
 
-from performer import library
-from performer.layers.arguments import (
+from performer import loader
+from performer.layers._arguments import (
     DENSE_LIMIT,
     Options,
     check_rate,
@@ -16,14 +16,14 @@ from performer.layers.arguments import (
     default_seed,
     split_list,
 )
-from performer.layers.attention import attend
-from performer.layers.axes import resolve_axes
-from performer.layers.dense import attend_densely, score_shape
-from performer.layers.heads import GroupedHeads
-from performer.layers.masks import mask_of
-from performer.layers.projection import HasProjection, RandomProjection
-from performer.layers.streaming import HasState, advanced, check_call, position_of, with_tensors
-from performer.layers.visibility import Visibility
+from performer.layers._attention import attend
+from performer.layers._axes import resolve_axes
+from performer.layers._dense import attend_densely, score_shape
+from performer.layers._heads import GroupedHeads
+from performer.layers._masks import mask_of
+from performer.layers._projection import HasProjection, RandomProjection
+from performer.layers._streaming import HasState, advanced, check_call, position_of, with_tensors
+from performer.layers._visibility import Visibility
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
 ADDED_CALL_ARGUMENTS = ("segment_ids", "prefix_mask", "initial_state", "return_state")
@@ -190,7 +190,7 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         self._rotary_embedding = rotary_embedding
         self._requested_flash_attention = flash_attention
         if options.linear:
-            self.supports_jit = library.supports_jit()
+            self.supports_jit = loader.supports_jit()
             # `__call__` converts the inputs: Keras would also cast masks and states.
             self._convert_input_args = False
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from performer import feature_maps
-from performer.layers.arguments import Options
+from performer.features import feature_maps
+from performer.layers._arguments import Options
 
 # Joined to the layer's seed, so that projections share no random stream with dropout.
 _STREAM = 0x46_41_56_4F_52

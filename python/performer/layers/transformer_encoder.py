@@ -2,8 +2,8 @@
 
 import keras
 
-from performer.layers.block import Block
-from performer.layers.masks import mask_of
+from performer.layers._block import Block
+from performer.layers._masks import mask_of
 
 
 @keras.saving.register_keras_serializable(package="performer")

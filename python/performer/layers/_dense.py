@@ -4,11 +4,11 @@ import math
 
 import tensorflow as tf
 
-from performer.dense import dense_attention
-from performer.layers import masks
-from performer.layers.attention import dropped_keys, hide_masked_queries, key_mask
-from performer.layers.axes import fold, unfold
-from performer.packing import run_starts
+from performer.composition.dense import dense_attention
+from performer.composition.packed_blocks import run_starts
+from performer.layers import _masks
+from performer.layers._attention import dropped_keys, hide_masked_queries, key_mask
+from performer.layers._axes import fold, unfold
 from performer.shapes import dims
 
 
@@ -45,7 +45,7 @@ def attend_densely(query, key, value, features, visibility, *, axes, limit, drop
     )
     output = hide_masked_queries(output, visibility, query, axes)
     if visibility.query_mask is not None:
-        exists = masks.fold_mask("query_mask", visibility.query_mask, query, axes)
+        exists = _masks.fold_mask("query_mask", visibility.query_mask, query, axes)
         scores = tf.where(exists[:, tf.newaxis, :, tf.newaxis], scores, tf.zeros_like(scores))
     sizes, key_sizes = dims(query), dims(key)
     others = [size for axis, size in enumerate(sizes[1:-2], 1) if axis not in axes]
@@ -104,11 +104,11 @@ def _pairs(visibility, query, key, length, keys, axes):
     if visibility.use_causal_mask:
         seen = tf.range(keys) <= tf.range(length)[:, tf.newaxis]
         if visibility.prefix_mask is not None:
-            prefix = masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
+            prefix = _masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
             seen |= prefix[:, tf.newaxis, tf.newaxis]
         pairs.append(seen)
     if visibility.segment_ids is not None:
-        ids = masks.fold_ids("segment_ids", visibility.segment_ids, key, axes)
+        ids = _masks.fold_ids("segment_ids", visibility.segment_ids, key, axes)
         run = tf.cumsum(tf.cast(run_starts(ids), tf.int32), 1)
         pairs.append(tf.equal(run[:, tf.newaxis, :, tf.newaxis], run[:, tf.newaxis, tf.newaxis]))
     if visibility.is_general(len(axes)):
@@ -116,7 +116,7 @@ def _pairs(visibility, query, key, length, keys, axes):
     if not pairs:
         return None
     pairs = [x[(tf.newaxis,) * (4 - len(x.shape))] for x in pairs]
-    return masks.combine(pairs)
+    return _masks.combine(pairs)
 
 
 def _fold_pairs(mask, query, key, axes):

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import composite, library
+from performer import composition, loader
 
 _SHARED = ("feature_map", "scale", "feature_epsilon", "packed")
 _FORMS = {
     # operator: (composition, differentiable inputs, saved outputs, attributes)
     "Summarize": (
-        composite.summarize,
+        composition.summarize,
         ("key", "value", "key_projection", "key_bias"),
         ("log_mass", "mean"),
         (*_SHARED, "key_norm"),
     ),
     "Read": (
-        composite.read,
+        composition.read,
         ("query", "query_projection", "feature_bias", "log_mass", "mean"),
         ("out",),
         _SHARED,
     ),
     "Causal": (
-        composite.causal,
+        composition.causal,
         (
             "query",
             "key",
@@ -71,7 +71,7 @@ def _first_order(form: str):
         arguments.update(
             zip((f"grad_{name}" for name in outputs), _dense(incoming, op.outputs), strict=True)
         )
-        grad_op = getattr(library.ops(), f"performer_{form.lower()}_grad")
+        grad_op = getattr(loader.ops(), f"performer_{form.lower()}_grad")
         return [*grad_op(**arguments, **_attributes(op, attributes)), None]
 
     return gradient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from performer.layers.axes import resolve_axes
+from performer.layers._axes import resolve_axes
 
 
 @dataclasses.dataclass(frozen=True)

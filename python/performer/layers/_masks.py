@@ -6,7 +6,7 @@ of the queries acts on the output. Both come here in the layout of projected inp
 
 import tensorflow as tf
 
-from performer.layers.axes import fold
+from performer.layers._axes import fold
 from performer.shapes import dims
 
 

@@ -4,11 +4,11 @@ import keras
 import tensorflow as tf
 
 from performer.checks import accumulator
-from performer.layers import masks
-from performer.layers.axes import fold, unfold
+from performer.layers import _masks
+from performer.layers._axes import fold, unfold
 from performer.ops import favor_attention
+from performer.ops.state import merge, read, summarize
 from performer.shapes import dims
-from performer.state import merge, read, summarize
 
 
 def attend(
@@ -49,8 +49,8 @@ def attend(
         length = dims(folded_query)[1]
         if keys is None and not _same_length(folded_query, folded_key):
             keys = tf.ones(dims(folded_key)[:2], tf.bool)
-        folded_key, folded_value = (masks.resize(x, length) for x in (folded_key, folded_value))
-        keys = None if keys is None else masks.resize(keys, length)
+        folded_key, folded_value = (_masks.resize(x, length) for x in (folded_key, folded_value))
+        keys = None if keys is None else _masks.resize(keys, length)
     bias = features.feature_map.key_bias(folded_key)
     if dropout is not None:
         none = tf.zeros([], accumulator(folded_key.dtype))
@@ -58,7 +58,7 @@ def attend(
         bias = dropped if bias is None else dropped + _by_head(tf.cast(bias, none.dtype))
     if visibility.prefix_mask is not None:
         # The prefix is the past of every row, its own rows included; causal order is for the rest.
-        prefix = masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
+        prefix = _masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
         seen, later = prefix, ~prefix
         if keys is not None:
             seen, later = seen & keys, later & keys
@@ -74,7 +74,7 @@ def attend(
         keys = later
     segments = visibility.segment_ids
     if segments is not None:
-        segments = masks.fold_ids("segment_ids", segments, key, axes)
+        segments = _masks.fold_ids("segment_ids", segments, key, axes)
     output = favor_attention(
         folded_query,
         folded_key,
@@ -120,7 +120,7 @@ def hide_masked_queries(output, visibility, query, axes):
     """Folded attention `[B', L, H, E]`, 0 where `query_mask` says that there is no query."""
     if visibility.query_mask is None:
         return output
-    exists = masks.fold_mask("query_mask", visibility.query_mask, query, axes)
+    exists = _masks.fold_mask("query_mask", visibility.query_mask, query, axes)
     return tf.where(exists[:, :, tf.newaxis, tf.newaxis], output, tf.zeros_like(output))
 
 
@@ -128,9 +128,13 @@ def key_mask(visibility, key, axes):
     """Bool `[B', S]` of what `visibility` says about whole keys, or None if it says nothing."""
     named = {"value_mask": visibility.value_mask, "key_mask": visibility.key_mask}
     if visibility.attention_mask is not None and not visibility.is_general(len(axes)):
-        named["attention_mask"] = masks.keys_of_attention_mask(visibility.attention_mask, axes)
-    return masks.combine(
-        [masks.fold_mask(name, mask, key, axes) for name, mask in named.items() if mask is not None]
+        named["attention_mask"] = _masks.keys_of_attention_mask(visibility.attention_mask, axes)
+    return _masks.combine(
+        [
+            _masks.fold_mask(name, mask, key, axes)
+            for name, mask in named.items()
+            if mask is not None
+        ]
     )
 
 

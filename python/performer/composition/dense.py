@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import checks, logspace
-from performer.log_features import key_features, query_features
+from performer import checks
+from performer.composition import logsumexp
+from performer.composition.log_features import key_features, query_features
 from performer.shapes import dims
 
 # Smallest sum of products that float64 still holds to full precision, as a logarithm, and how near
@@ -85,8 +86,8 @@ def dense_attention(
             tf.math.is_finite(value), -1
         )
         numbers = tf.transpose(numbers, [0, 2, 1])
-        poisoned = ~numbers & (bias > logspace.NONE)
-        bias = tf.where(numbers, bias, logspace.NONE)
+        poisoned = ~numbers & (bias > logsumexp.NONE)
+        bias = tf.where(numbers, bias, logsumexp.NONE)
 
         shared = (attributes["feature_map"], attributes["scale"])
         epsilon = attributes["feature_epsilon"]
@@ -101,8 +102,8 @@ def dense_attention(
 
         def softmax(log_weights, visible):
             visible = tf.broadcast_to(visible, tf.shape(log_weights))
-            seen = tf.where(visible, log_weights, tf.constant(logspace.NONE, tf.float64))
-            terms, _, total, _ = logspace.scaled_exp(seen, -1)
+            seen = tf.where(visible, log_weights, tf.constant(logsumexp.NONE, tf.float64))
+            terms, _, total, _ = logsumexp.scaled_exp(seen, -1)
             nan = tf.reduce_any(visible & poisoned[:, :, None, None], -1, keepdims=True)
             weights = tf.where(nan, tf.constant(float("nan"), tf.float64), terms / total)
             return tf.cast(weights, values.dtype)
@@ -140,9 +141,9 @@ def _log_products(a, b, visible):
     product = tf.matmul(tf.exp(raised - top), tf.exp(b - shift), transpose_b=True)
     inside = tf.math.log(tf.maximum(product, tf.exp(tf.constant(_SMALLEST, tf.float64))))
     small = product < tf.exp(tf.constant(_SMALLEST, tf.float64))
-    inside = tf.where(small, tf.constant(logspace.NONE, tf.float64), inside)
-    some = tf.reduce_any(visible & tf.reduce_any(b > logspace.NONE, -1)[..., None, :], -1)
-    best = tf.reduce_max(tf.where(visible, inside, logspace.NONE), -1)
+    inside = tf.where(small, tf.constant(logsumexp.NONE, tf.float64), inside)
+    some = tf.reduce_any(visible & tf.reduce_any(b > logsumexp.NONE, -1)[..., None, :], -1)
+    best = tf.reduce_max(tf.where(visible, inside, logsumexp.NONE), -1)
     lost = tf.reduce_any(some & (best < _TOO_SMALL))
     return tf.cond(lost, lambda: _exact_log_products(a, b), lambda: inside + top)
 
@@ -150,7 +151,7 @@ def _log_products(a, b, visible):
 def _largest(x, axis):
     """Largest entry along `axis`, which stays; 0 where that is -inf. Constant for the gradient."""
     top = tf.stop_gradient(tf.reduce_max(x, axis, keepdims=True))
-    return tf.where(tf.equal(top, logspace.NONE), tf.zeros([], x.dtype), top)
+    return tf.where(tf.equal(top, logsumexp.NONE), tf.zeros([], x.dtype), top)
 
 
 @tf.custom_gradient
@@ -164,14 +165,14 @@ def _exact_log_products(a, b):
         return features[0][..., :, None] + features[1][..., None, :]
 
     def add(total, features):
-        return logspace.logsumexp(tf.stack([total, log_terms(features)]), 0)
+        return logsumexp.logsumexp(tf.stack([total, log_terms(features)]), 0)
 
     features = (by_feature(a), by_feature(b))
     nothing = log_terms((features[0][0], features[1][0]))
-    total = tf.foldl(add, features, tf.fill(tf.shape(nothing), tf.cast(logspace.NONE, a.dtype)))
+    total = tf.foldl(add, features, tf.fill(tf.shape(nothing), tf.cast(logsumexp.NONE, a.dtype)))
 
     def gradient(incoming):
-        empty = tf.equal(total, logspace.NONE)
+        empty = tf.equal(total, logsumexp.NONE)
 
         def of_feature(features):
             share = tf.exp(log_terms(features) - tf.where(empty, tf.zeros([], a.dtype), total))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import logspace
+from performer.composition import logsumexp
 from performer.shapes import dims
 
 
@@ -57,7 +57,7 @@ def _log_features(x, projection, feature_map, scale, feature_epsilon, norm):
         return u - scale / 2 * tf.reduce_sum(x * x, -1, keepdims=True) if norm else u
     if feature_map == "relu":
         phi = tf.nn.relu(u) + feature_epsilon
-        return logspace.log_or_none(phi, tf.equal(phi, 0))
+        return logsumexp.log_or_none(phi, tf.equal(phi, 0))
     if feature_map == "elu":
         return tf.where(u > 0, tf.math.log1p(tf.nn.relu(u)), u)
     return feature_map(u)
@@ -104,11 +104,11 @@ def key_features(key, value, projection, key_bias, feature_map, scale, key_norm,
     Returns:
         b U[B, G, S, M], -inf where masked, and the values U[B, G, S, E], 0 where masked.
     """
-    masked = tf.equal(key_bias, logspace.NONE)[..., None]
+    masked = tf.equal(key_bias, logsumexp.NONE)[..., None]
     zero = tf.zeros([], projection.dtype)
     projection = _rounded(projection, key.dtype)
     key, value = (tf.transpose(tf.cast(x, projection.dtype), [0, 2, 1, 3]) for x in (key, value))
     key, value = tf.where(masked, zero, key), tf.where(masked, zero, value)
     features = _log_features(key, projection, feature_map, scale, feature_epsilon, norm=key_norm)
     features += tf.where(masked, zero, key_bias[..., None])
-    return tf.where(masked, tf.constant(logspace.NONE, features.dtype), features), value
+    return tf.where(masked, tf.constant(logsumexp.NONE, features.dtype), features), value

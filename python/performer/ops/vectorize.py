@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import library
+from performer import loader
 from performer.shapes import dims
 
 OPERATORS = {
@@ -98,7 +98,7 @@ def _run(op, count, inputs):
         for attribute in op.op_def.attr
         if attribute.type != "type"
     }
-    results = getattr(library.ops(), OPERATORS[op.type])(**folded, **attributes)
+    results = getattr(loader.ops(), OPERATORS[op.type])(**folded, **attributes)
     results = results if isinstance(results, tuple) else (results,)
 
     def stacked_output(name, x):

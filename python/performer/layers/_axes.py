@@ -60,7 +60,7 @@ def fold(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     Example:
 
     >>> import tensorflow as tf
-    >>> from performer.layers.axes import fold
+    >>> from performer.layers._axes import fold
     >>> fold(tf.zeros([2, 5, 3, 4, 8, 16]), (2, 3)).shape
     TensorShape([10, 12, 8, 16])
     """

@@ -6,9 +6,9 @@ import keras
 import tensorflow as tf
 
 from performer.checks import accumulator
-from performer.layers.block import Block
-from performer.layers.masks import mask_of
-from performer.layers.rotary import positions_in_runs
+from performer.layers._block import Block
+from performer.layers._masks import mask_of
+from performer.layers.rotary_embedding import positions_in_runs
 
 
 @keras.saving.register_keras_serializable(package="performer")

@@ -5,7 +5,7 @@ import zlib
 import keras
 import tensorflow as tf
 
-from performer.layers.arguments import clone_initializer
+from performer.layers._arguments import clone_initializer
 from performer.layers.performer import Performer
 
 _OF_THE_BLOCK = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import composite, library
-from performer import gradients as gradients  # registers the gradients of the operators,
-from performer import vectorize as vectorize  # and how loops over them are vectorized
+from performer import composition, loader
+from performer.ops import gradients as gradients  # registers the gradients of the operators,
+from performer.ops import vectorize as vectorize  # and how loops over them are vectorized
 
 
 def run(operator: str, offsets, **inputs):
@@ -23,9 +23,9 @@ def run(operator: str, offsets, **inputs):
     Returns:
         The operator's outputs.
     """
-    compiled = None if callable(inputs["feature_map"]) else library.ops()
+    compiled = None if callable(inputs["feature_map"]) else loader.ops()
     function = (
-        getattr(compiled, f"performer_{operator}") if compiled else getattr(composite, operator)
+        getattr(compiled, f"performer_{operator}") if compiled else getattr(composition, operator)
     )
     packed = offsets is not None
     if not packed:

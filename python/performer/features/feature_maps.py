@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 from performer.checks import FEATURE_MAPS
-from performer.projections import orthogonal_projection
+from performer.features.projections import orthogonal_projection
 
 
 @keras.saving.register_keras_serializable(package="performer")

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import checks, packing
+from performer import checks
+from performer.composition import packed_blocks
 from performer.counters import as_draw, same_draw
-from performer.dispatch import run
+from performer.ops.dispatch import run
+from performer.ops.state import AttentionState, checked_state, empty_state, merge, read, summarize
 from performer.shapes import dims
-from performer.state import (
-    AttentionState,
-    checked_state,
-    empty_state,
-    merge,
-    read,
-    summarize,
-)
 
 __all__ = ["AttentionState", "empty_state", "favor_attention", "merge", "read", "summarize"]
 
@@ -159,7 +153,7 @@ def favor_attention(
         most = checks.max_segments(max_segments, segment_ids)
         offsets, batch_shape = None, tf.shape(query)
         if segment_ids is not None:
-            offsets = packing.segment_offsets(_segments(segment_ids, query, key), most)
+            offsets = packed_blocks.segment_offsets(_segments(segment_ids, query, key), most)
             bias = tf.broadcast_to(bias, [batch_shape[0], tf.shape(bias)[1], batch_shape[1]])
             bias = tf.transpose(_laid_end_to_end(tf.transpose(bias, [0, 2, 1])), [0, 2, 1])
             query, key, value = (_laid_end_to_end(x) for x in (query, key, value))

@@ -7,13 +7,13 @@ import tensorflow as tf
 
 from performer.checks import accumulator
 from performer.counters import as_position
-from performer.layers.arguments import Options
-from performer.layers.attention import read_state, summarize_keys
-from performer.layers.axes import resolve_axes
-from performer.layers.masks import mask_of
-from performer.layers.rotary import rotate
-from performer.layers.visibility import Visibility
-from performer.state import AttentionState, empty_state
+from performer.layers._arguments import Options
+from performer.layers._attention import read_state, summarize_keys
+from performer.layers._axes import resolve_axes
+from performer.layers._masks import mask_of
+from performer.layers._visibility import Visibility
+from performer.layers.rotary_embedding import rotate
+from performer.ops.state import AttentionState, empty_state
 
 
 class HasState:

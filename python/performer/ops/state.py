@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from performer import checks, logspace
+from performer import checks
+from performer.composition import logsumexp
 from performer.counters import as_draw, as_position, same_draw
-from performer.dispatch import run
+from performer.ops.dispatch import run
 
 
 class AttentionState(NamedTuple):
@@ -31,7 +32,7 @@ class AttentionState(NamedTuple):
     Example:
 
     >>> import numpy as np
-    >>> from performer.state import AttentionState
+    >>> from performer.ops.state import AttentionState
     >>> nothing = AttentionState(np.full([1, 2, 8], -np.inf), np.zeros([1, 2, 8, 4]), draw=0)
     >>> sorted(nothing._asdict())
     ['draw', 'log_mass', 'mean', 'position']
@@ -86,7 +87,7 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
     draw = same_draw(first.draw, second.draw, "merged states")
     with tf.name_scope("merge"):
         return AttentionState(
-            *logspace.merge(first.log_mass, first.mean, second.log_mass, second.mean),
+            *logsumexp.merge(first.log_mass, first.mean, second.log_mass, second.mean),
             draw,
             tf.maximum(first.position, second.position),
         )
@@ -125,7 +126,7 @@ def empty_state(batch, heads, features, value_dim, dtype=tf.float32, draw=0) -> 
         if known is not None and known < least:
             raise ValueError(f"{name} must be at least {least}, got {known}")
     return AttentionState(
-        tf.fill([batch, heads, features], tf.constant(logspace.NONE, dtype)),
+        tf.fill([batch, heads, features], tf.constant(logsumexp.NONE, dtype)),
         tf.zeros([batch, heads, features, value_dim], dtype),
         as_draw(draw),
         tf.zeros([], tf.int64),

@@ -16,12 +16,12 @@ bit: `landmarks`.
 Example:
 
 >>> import tensorflow as tf
->>> from performer import composite
+>>> from performer import composition
 >>> x, w = tf.random.normal([1, 5, 2, 4]), tf.random.normal([1, 16, 4])
 >>> no_bias, no_mask = tf.zeros([1, 16]), tf.zeros([1, 1, 1])
->>> state = composite.summarize(key=x, value=x, key_projection=w, key_bias=no_mask)
+>>> state = composition.summarize(key=x, value=x, key_projection=w, key_bias=no_mask)
 >>> query_side = {"query": x, "query_projection": w, "feature_bias": no_bias}
->>> composite.read(**query_side, log_mass=state[0], mean=state[1]).shape
+>>> composition.read(**query_side, log_mass=state[0], mean=state[1]).shape
 TensorShape([1, 5, 2, 4])
 """
 
@@ -29,30 +29,30 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import logspace, packing
-from performer.landmarks import (
+from performer.composition import logsumexp, packed_blocks
+from performer.composition.chunked import (
     attend_causally,
     attend_causally_in_pieces,
     attend_to_state,
     chunk_rows,
     state_of_keys,
 )
-from performer.log_features import key_features, query_features
+from performer.composition.log_features import key_features, query_features
 from performer.shapes import dims
 
 
 def _pieces(offsets, rows):
     """How packed sequences are cut, and the number N of them."""
-    return packing.pieces(offsets, rows, chunk_rows(rows)), tf.size(offsets) - 1
+    return packed_blocks.pieces(offsets, rows, chunk_rows(rows)), tf.size(offsets) - 1
 
 
 def _cut_keys(key, value, key_bias, where):
     """key, value [1, S, G, ...] and key_bias [1, 1|G, 1|S] in pieces; -inf where no key is."""
     key_bias = tf.broadcast_to(key_bias, [1, dims(key_bias)[1], dims(key)[1]])
-    key_bias = tf.transpose(packing.cut(tf.transpose(key_bias, [0, 2, 1]), where), [0, 2, 1])
+    key_bias = tf.transpose(packed_blocks.cut(tf.transpose(key_bias, [0, 2, 1]), where), [0, 2, 1])
     there = (where.rows < tf.cast(dims(key)[1], where.rows.dtype))[:, None, :]
-    key_bias = tf.where(there, key_bias, tf.constant(logspace.NONE, key_bias.dtype))
-    return packing.cut(key, where), packing.cut(value, where), key_bias
+    key_bias = tf.where(there, key_bias, tf.constant(logsumexp.NONE, key_bias.dtype))
+    return packed_blocks.cut(key, where), packed_blocks.cut(value, where), key_bias
 
 
 def _to_heads(out, dtype):
@@ -98,7 +98,7 @@ def summarize(
             )
         )
         if packed:
-            log_mass, mean = logspace.merge_by(log_mass, mean, where.sequence, sequences)
+            log_mass, mean = logsumexp.merge_by(log_mass, mean, where.sequence, sequences)
         return log_mass, mean
 
 
@@ -132,8 +132,8 @@ def read(
         dtype = query.dtype
         if packed:
             where, _ = _pieces(offsets, dims(query)[1])
-            query = packing.cut(query, where)
-            log_mass, mean = (packing.take(x, where.sequence) for x in (log_mass, mean))
+            query = packed_blocks.cut(query, where)
+            log_mass, mean = (packed_blocks.take(x, where.sequence) for x in (log_mass, mean))
         groups = dims(log_mass)[1]
         a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
@@ -143,7 +143,7 @@ def read(
             tf.reshape(a, [batch, groups, rows * repeats, features]), log_mass, mean
         )
         out = _to_heads(tf.reshape(out, [batch, groups, rows, repeats, dims(mean)[-1]]), dtype)
-        return packing.lay(out, where) if packed else out
+        return packed_blocks.lay(out, where) if packed else out
 
 
 @tf.autograph.experimental.do_not_convert
@@ -182,7 +182,7 @@ def causal(
         if packed:
             where, sequences = _pieces(offsets, dims(query)[1])
             key, value, key_bias = _cut_keys(key, value, key_bias, where)
-            query = packing.cut(query, where)
+            query = packed_blocks.cut(query, where)
         groups = dims(key)[2]
         a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
@@ -194,7 +194,12 @@ def causal(
             out, log_mass, mean = attend_causally(a, b, v, *initial)
             return _to_heads(out, dtype), log_mass, mean
         log_mass, mean = (tf.broadcast_to(x, [sequences, *dims(x)[1:]]) for x in initial)
-        starts = packing.take(log_mass, where.sequence), packing.take(mean, where.sequence)
+        starts = (
+            packed_blocks.take(log_mass, where.sequence),
+            packed_blocks.take(mean, where.sequence),
+        )
         out, *after = attend_causally_in_pieces(a, b, v, *starts, where.first)
-        ends = [packing.last_of(x, y, where) for x, y in zip(after, (log_mass, mean), strict=True)]
-        return packing.lay(_to_heads(out, dtype), where), *ends
+        ends = [
+            packed_blocks.last_of(x, y, where) for x, y in zip(after, (log_mass, mean), strict=True)
+        ]
+        return packed_blocks.lay(_to_heads(out, dtype), where), *ends

@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from performer.layers.arguments import check_size, clone_initializer
+from performer.layers._arguments import check_size, clone_initializer
 
 
 @keras.saving.register_keras_serializable(package="performer")

@@ -16,7 +16,7 @@ import operator
 
 import tensorflow as tf
 
-from performer import logspace
+from performer.composition import logsumexp
 from performer.shapes import dims
 
 _CHUNK = 64  # rows between two states of the causal scan, a power of two
@@ -33,17 +33,17 @@ def chunk_rows(length) -> int:
 
 def state_of_keys(b: tf.Tensor, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """b [X, S, M] and v [X, S, E] to log_mass [X, M] and mean [X, M, E]."""
-    return logspace.average(tf.linalg.matrix_transpose(b), v)
+    return logsumexp.average(tf.linalg.matrix_transpose(b), v)
 
 
 def attend_to_state(a: tf.Tensor, log_mass: tf.Tensor, mean: tf.Tensor):
     """a [X, L, M] and a state to the log weight of what is seen [X, L], its average [X, L, E]."""
-    return logspace.average(a + log_mass[..., None, :], mean)
+    return logsumexp.average(a + log_mass[..., None, :], mean)
 
 
 def _attend_to_keys(a, b, v):
     """As `attend_to_state`, weight by weight: a [X, L, M], b [X, S, M], v [X, S, E]."""
-    return logspace.average(logspace.logsumexp(a[..., :, None, :] + b[..., None, :, :], -1), v)
+    return logsumexp.average(logsumexp.logsumexp(a[..., :, None, :] + b[..., None, :, :], -1), v)
 
 
 def _within(a, b, v, size):
@@ -60,7 +60,7 @@ def _within(a, b, v, size):
     def join(first, second):  # and back
         return tf.reshape(tf.stack([first, second], 2), [groups, rows, *dims(first)[3:]])
 
-    weight = logspace.logsumexp(a + b[:, :, None], -1)  # each row sees its own key,
+    weight = logsumexp.logsumexp(a + b[:, :, None], -1)  # each row sees its own key,
     out = tf.repeat(v[:, :, None], repeats, 2)
     block = 1
     while block < size:  # and the rows of every second block see the block before
@@ -74,7 +74,7 @@ def _within(a, b, v, size):
         more_weight = tf.reshape(more_weight, [*outer, block, repeats])
         more = tf.reshape(more, [*outer, block, repeats, dims(v)[-1]])
         (weight, seen_weight), (out, seen) = halves(weight, block), halves(out, block)
-        seen_weight, seen = logspace.merge(seen_weight, seen, more_weight, more)
+        seen_weight, seen = logsumexp.merge(seen_weight, seen, more_weight, more)
         weight, out = join(weight, seen_weight), join(out, seen)
         block *= 2
     return weight, out
@@ -94,7 +94,7 @@ def _carried(ends, initial, starts=None, first=None):
         (log_mass, mean), *begun = new
         for start, begins in [begun] if begun else []:
             past = [tf.where(begins, x, y) for x, y in zip(start, past, strict=True)]
-        return logspace.merge(past[0], past[1], log_mass, mean)
+        return logsumexp.merge(past[0], past[1], log_mass, mean)
 
     chunks: list = [tuple(ends)] if starts is None else [tuple(ends), tuple(starts), first]
     count = ends[0].shape[0]
@@ -122,7 +122,7 @@ def _attend_in_chunks(a, b, v, log_mass, mean):
     past_weight = tf.reshape(past_weight, [chunks, size, repeats])
     past = tf.reshape(past, [chunks, size, repeats, dims(v)[-1]])
     weight, out = _within(a, b, v, size)
-    return logspace.merge(weight, out, past_weight, past)[1]
+    return logsumexp.merge(weight, out, past_weight, past)[1]
 
 
 def _swapped(x):
@@ -159,7 +159,7 @@ def attend_causally(a, b, v, log_mass, mean):
     def chunks_last(x):  # and back
         return tf.reshape(_swapped(x), [chunks * heads, *dims(x)[2:]])
 
-    a, b, v = in_chunks(a, 0), in_chunks(b, logspace.NONE), in_chunks(v, 0)
+    a, b, v = in_chunks(a, 0), in_chunks(b, logsumexp.NONE), in_chunks(v, 0)
     initial = [tf.broadcast_to(x, [batch, *dims(x)[1:]]) for x in (log_mass, mean)]
     initial = [tf.reshape(x, [heads, *dims(x)[2:]]) for x in initial]
     after = _carried([chunks_first(x) for x in state_of_keys(b, v)], initial)

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from performer import feature_maps
+from performer.features import feature_maps
 
 METHODS = ("linear", "quadratic")
 SCALINGS = (0, 1)

@@ -6,9 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from performer.layers.axes import fold, unfold
-from performer.layers.masks import fold_ids
-from performer.packing import run_starts
+from performer.composition.packed_blocks import run_starts
+from performer.layers._axes import fold, unfold
+from performer.layers._masks import fold_ids
 
 
 @keras.saving.register_keras_serializable(package="performer")
