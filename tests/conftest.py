@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,8 +36,14 @@ def _seed():
 def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no process is left alone with one at the end."""
     long = (
-        *("test_xla", "test_examples", "test_library", "test_generation", "test_convert"),
-        *("test_layer_xla", "test_blocks", "test_readme", "test_demo", "test_bad_input"),
+        *("xla/test_operators", "docs/test_examples", "building/test_loader", "test_generation"),
+        *("test_convert", "xla/test_layers", "layers/test_blocks", "docs/test_pages", "test_demo"),
+        "ops/test_bad_input",
     )
     place = {name: i for i, name in enumerate(long)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(long)))
+    root = Path(__file__).parent
+
+    def order(item):
+        return place.get(item.path.relative_to(root).with_suffix("").as_posix(), len(long))
+
+    items.sort(key=order)

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import performer
-from kit.keras_versions import known
 from performer import convert
+from support.keras_versions import known
 
 X = np.random.default_rng(0).normal(size=(2, 7, 8)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(2, 5, 8)).astype("float32")

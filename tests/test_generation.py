@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kit.compare import assert_close, assert_same_bits
 from performer import (
     PerformerDecoder,
     RotaryEmbedding,
@@ -17,6 +16,7 @@ from performer import (
     generate,
 )
 from performer.generation import _sample
+from support.compare import assert_close, assert_same_bits
 
 V = 20
 

@@ -1,4 +1,4 @@
-"""Tests of the CUDA kernels without a GPU. tests/emulate.sh builds what they need and runs them."""
+"""Tests of the CUDA kernels without a GPU; tests/building/emulate.sh builds and runs them."""
 
 import importlib.util
 

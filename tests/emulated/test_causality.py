@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from kit.compare import assert_close, assert_same_bits
-from kit.core import Case, expected, make
-from kit.emulated import dtypes, run
-from kit.emulated_cases import SEGMENT
-from kit.poison import POISONS, poisoned
 from performer.features.tolerances import tolerances
+from support.compare import assert_close, assert_same_bits
+from support.core import Case, expected, make
+from support.emulated import dtypes, run
+from support.emulated_cases import SEGMENT
+from support.poison import POISONS, poisoned
 
 PLAIN = Case(batch=1, rows=135, heads=2, groups=1, dim=16, features=40, value_dim=5, bias="1GS")
 WIDE = Case(batch=1, rows=70, heads=1, groups=1, dim=72, features=136, value_dim=72, bias="11S")

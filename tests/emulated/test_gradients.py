@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from kit.compare import assert_same_bits
-from kit.core import backward, cotangents, forms, forward, make
-from kit.core_cases import TOKENS
-from kit.cuda_cases import CASES, PIECES
-from kit.emulated import SCHEDULES, counting, dtypes, run, run_in_small_blocks
-from kit.emulated_cases import all_cases, parameters
-from kit.kernel_checks import check_gradients
+from support.compare import assert_same_bits
+from support.core import backward, cotangents, forms, forward, make
+from support.core_cases import TOKENS
+from support.cuda_cases import CASES, PIECES
+from support.emulated import SCHEDULES, counting, dtypes, run, run_in_small_blocks
+from support.emulated_cases import all_cases, parameters
+from support.kernel_checks import check_gradients
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kit.compare import assert_close, assert_same_bits
-from kit.core import cotangents, expected, forms, forward, make
-from kit.cuda_cases import CASES
-from kit.emulated import SCHEDULES, counting, dtypes, run
-from kit.emulated_cases import OWN, SEGMENT, all_cases, parameters
-from kit.kernel_checks import check_batch_row_alone, check_results
 from performer.features.tolerances import tolerances
+from support.compare import assert_close, assert_same_bits
+from support.core import cotangents, expected, forms, forward, make
+from support.cuda_cases import CASES
+from support.emulated import SCHEDULES, counting, dtypes, run
+from support.emulated_cases import OWN, SEGMENT, all_cases, parameters
+from support.kernel_checks import check_batch_row_alone, check_results
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters())

@@ -3,11 +3,11 @@ with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import pytest
 
-from kit.core import backward, cotangents, make
-from kit.core_cases import NARROW, TOKENS
-from kit.emulated import dtypes, emulated, run
-from kit.emulated_calls import CALLS, OPS, call, inputs
-from kit.emulated_cases import all_cases
+from support.core import backward, cotangents, make
+from support.core_cases import NARROW, TOKENS
+from support.emulated import dtypes, emulated, run
+from support.emulated_calls import CALLS, OPS, call, inputs
+from support.emulated_cases import all_cases
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -3,11 +3,11 @@ smaller blocks, wider ones mostly not."""
 
 import pytest
 
-from kit.core import forms, make
-from kit.cuda_cases import CASES
-from kit.emulated import dtypes, run_in_small_blocks
-from kit.emulated_cases import OWN
-from kit.kernel_checks import check_gradients, check_results
+from support.core import forms, make
+from support.cuda_cases import CASES
+from support.emulated import dtypes, run_in_small_blocks
+from support.emulated_cases import OWN
+from support.kernel_checks import check_gradients, check_results
 
 NARROW = [
     "narrow, 256 features",

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from kit.compare import assert_close, assert_finite
-from kit.core import Case, forms, forward, make
-from kit.emulated import dtypes, run
+from support.compare import assert_close, assert_finite
+from support.core import Case, forms, forward, make
+from support.emulated import dtypes, run
 
 CASE = Case(batch=1, rows=70, heads=1, groups=1, dim=16, value_dim=8, features=24, bias="11S")
 

@@ -1,9 +1,9 @@
 """Small calls of every operator on the GPU, for compute-sanitizer: outputs are not looked at."""
 
-from kit.core import cotangents, make
-from kit.cuda_cases import CASES
-from kit.gpu import DTYPES, has_small_blocks, to_torch
 from performer.bench import torch_kernels
+from support.core import cotangents, make
+from support.cuda_cases import CASES
+from support.gpu import DTYPES, has_small_blocks, to_torch
 
 NAMES = (
     "narrow, 128 features, entry std 3",

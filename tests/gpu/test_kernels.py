@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from kit.compare import assert_close, assert_same_bits
-from kit.core import backward, cotangents, expected, forms, forward, make
-from kit.core_cases import cases
-from kit.cuda_cases import CASES
-from kit.gpu import dtypes, needs_gpu, run
-from kit.kernel_checks import check_batch_row_alone, check_gradients, check_results
-from kit.poison import POISONS, poisoned
 from performer.features.tolerances import tolerances
+from support.compare import assert_close, assert_same_bits
+from support.core import backward, cotangents, expected, forms, forward, make
+from support.core_cases import cases
+from support.cuda_cases import CASES
+from support.gpu import dtypes, needs_gpu, run
+from support.kernel_checks import check_batch_row_alone, check_gradients, check_results
+from support.poison import POISONS, poisoned
 
 pytestmark = needs_gpu
 

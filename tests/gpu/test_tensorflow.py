@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kit import raw_ops
-from kit.compare import assert_close, assert_same_bits
-from kit.core import cotangents, forms, make
-from kit.core_cases import cases
-from kit.cuda_cases import CASES
 from performer import favor_attention, loader, orthogonal_projection
 from performer.features.tolerances import tolerances
 from performer.layers import Performer
+from support import raw_ops
+from support.compare import assert_close, assert_same_bits
+from support.core import cotangents, forms, make
+from support.core_cases import cases
+from support.cuda_cases import CASES
 
 
 def why_not() -> str:

@@ -1,0 +1,148 @@
+"""Gradients of the compiled core against the analytic gradients of the reference."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from performer.features.tolerances import tolerances
+from support.compare import assert_close, assert_finite
+from support.core import (
+    backward,
+    cotangents,
+    expected_gradients,
+    forms,
+    forward,
+    isas,
+    make,
+    run,
+    shortened,
+)
+from support.core_cases import CASES, ELU, RELU, TOKENS, cases, parameters
+
+
+@cache
+def wanted(causal, name, dtype):
+    case = cases(causal)[name]
+    return expected_gradients(make(case, dtype), cotangents(case, dtype), causal, **case.options)
+
+
+@isas
+@pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))
+def test_gradients_are_those_of_the_reference(causal, name, dtype, isa):
+    case, bound = cases(causal)[name], tolerances(dtype, causal=causal).gradient_rms
+    x = make(case, dtype)
+    grads = backward(x, cotangents(case, dtype), causal, isa=isa, **case.options)
+    for argument, grad in wanted(causal, name, dtype).items():
+        assert grads[argument].dtype == x[argument].dtype, argument
+        assert_close(grads[argument], grad, rms=bound, what=argument)
+
+
+SMALL = shortened(CASES["an initial state for each, 500 rows"], rows=60, heads=6)
+
+
+@isas
+@pytest.mark.parametrize("attributes", [(), (RELU,), (ELU,)], ids=["softmax", "relu", "elu"])
+def test_read_has_the_gradient_of_any_state(isa, attributes):
+    x, incoming = make(SMALL, "float64"), cotangents(SMALL, "float64")
+    options = dict(attributes)
+    x.update(log_mass=x["initial_log_mass"], mean=x["initial_mean"])
+    out = run("Read", x, isa=isa, **options)
+    grads = run("ReadGrad", {**x, **out, **incoming}, isa=isa, **options)
+    no_keys = {**x, "key": x["key"][:, :0], "value": x["value"][:, :0]}
+    no_keys["key_bias"] = x["key_bias"][..., :0]
+    del no_keys["log_mass"], no_keys["mean"]
+    no_state_grad = {name: np.zeros_like(grad) for name, grad in incoming.items()}
+    exact = expected_gradients(
+        no_keys,
+        {**no_state_grad, "grad_out": incoming["grad_out"]},
+        causal=False,
+        state=True,
+        **options,
+    )
+    for name in ("query", "query_projection", "feature_bias"):
+        assert_close(grads[f"grad_{name}"], exact[name], relative=1e-10, what=name)
+    for name in ("log_mass", "mean"):
+        assert_close(grads[f"grad_{name}"], exact[f"initial_{name}"], relative=1e-10, what=name)
+
+
+@isas
+@pytest.mark.parametrize("attributes", [(), (RELU,), (ELU,)], ids=["softmax", "relu", "elu"])
+def test_summarize_has_the_gradient_of_any_cotangent(isa, attributes):
+    x, incoming = make(SMALL, "float64"), cotangents(SMALL, "float64")
+    options = dict(attributes)
+    state = run("Summarize", x, isa=isa, **options)
+    grads = run("SummarizeGrad", {**x, **state, **incoming}, isa=isa, **options)
+    no_queries = {**x, "query": x["query"][:, :0]}
+    incoming["grad_out"] = incoming["grad_out"][:, :0]
+    exact = expected_gradients(no_queries, incoming, causal=False, **options)
+    for name in ("key", "value", "key_projection", "key_bias"):
+        assert_close(grads[f"grad_{name}"], exact[name], relative=1e-10, what=name)
+
+
+@forms
+@pytest.mark.parametrize("attributes", [(), (RELU,), (ELU,)], ids=["softmax", "relu", "elu"])
+def test_gradients_are_finite_differences_of_the_core_itself(causal, attributes):
+    """<gradient, direction> against the core's own results, one direction for each input."""
+    case = shortened(SMALL, rows=50, attributes=attributes)
+    x, incoming = make(case, "float64"), cotangents(case, "float64")
+    grads = backward(x, incoming, causal, **case.options)
+    rng = np.random.default_rng(3)
+
+    def loss(inputs):
+        results = forward(inputs, causal, **case.options)
+        return sum(np.sum(results[name] * incoming[f"grad_{name}"]) for name in results)
+
+    for name, grad in grads.items():
+        direction = rng.normal(size=x[name].shape)
+        direction[~np.isfinite(x[name])] = 0
+        step = 1e-6
+        ends = []
+        for sign in (1, -1):
+            moved = np.where(direction == 0, x[name], x[name] + sign * step * direction)
+            ends.append(loss({**x, name: moved}))
+        numeric = (ends[0] - ends[1]) / (2 * step)
+        assert abs(np.sum(grad * direction) - numeric) <= 1e-6 * max(1, abs(numeric)), name
+
+
+@isas
+@forms
+@pytest.mark.parametrize("masked", ["holes", "left", "row"])
+def test_masked_keys_have_gradient_exactly_zero(causal, masked, isa):
+    case = shortened(
+        CASES["less than a chunk, holes, a projection for each head"], rows=70, masked=masked
+    )
+    x = make(case)
+    hidden = np.isneginf(x["key_bias"])
+    grads = backward(x, cotangents(case), causal, isa=isa)
+    for name, grad in grads.items():
+        assert_finite(grad, what=name)
+    assert not grads["key_bias"][hidden].any()
+    rows = hidden.transpose(0, 2, 1)
+    assert not grads["key"][rows].any()
+    assert not grads["value"][rows].any()
+
+
+@isas
+@forms
+def test_queries_that_see_nothing_give_and_get_exactly_zero(causal, isa):
+    case = shortened(CASES["all keys of a batch row masked"], masked="row")
+    x, incoming = make(case), cotangents(case)
+    assert not forward(x, causal, isa=isa)["out"][-1].any()
+    incoming["grad_log_mass"][:], incoming["grad_mean"][:] = 0, 0
+    grads = backward(x, incoming, causal, isa=isa)
+    for name in ("query", "key", "value", "key_bias"):
+        assert not grads[name][-1].any(), name
+
+
+@isas
+@forms
+def test_every_gradient_is_written_where_there_is_nothing_to_sum(causal, isa):
+    for name in ("no rows", "no batch", "packed, no sequence with rows"):
+        case = CASES[name]
+        incoming = cotangents(case)
+        incoming["grad_log_mass"][:], incoming["grad_mean"][:] = 0, 0
+        x = make(case)
+        for name, grad in backward(x, incoming, causal, isa=isa, **case.options).items():
+            assert grad.shape == x[name].shape
+            assert not grad.any(), name

@@ -1,0 +1,51 @@
+"""The examples run, are short, and do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name, **options):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(**options)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_is_run_here(path):
+    assert len(path.read_text().splitlines()) <= 80
+    assert f'run("{path.stem}"' in Path(__file__).read_text()
+
+
+def test_text_classification_is_better_than_chance():
+    assert run("text_classification") > 0.6
+
+
+def test_a_language_model_learns_and_streams():
+    bits, difference = run("causal_language_model")
+    assert bits < 4.5  # 8 before training; 4.8 with the frequencies of bytes alone
+    assert difference < 1e-3
+
+
+def test_images_are_told_apart():
+    assert run("image_attention") > 0.8
+
+
+def test_cross_attention_reads_a_state():
+    before, after, difference = run("cross_attention")
+    assert after < before - 1
+    assert difference < 1e-3
+
+
+def test_packed_sequences_are_those_alone():
+    padded, packed, difference = run("packed_sequences")
+    assert packed < 0.1 < 0.5 < padded
+    assert difference < 1e-4
+
+
+def test_a_served_model_streams_without_the_package():
+    assert run("serving") < 1e-4

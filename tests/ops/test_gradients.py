@@ -1,0 +1,179 @@
+"""Gradients of the operators: finite differences, orders two and three, float32's share."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from performer import reference
+from support.core import Case, cotangents, forms, make
+from support.raw_ops import FORWARD, call, composed, definition, needs_library
+
+pytestmark = needs_library
+
+SMALL = Case(
+    batch=1,
+    rows=4,
+    heads=2,
+    groups=1,
+    dim=2,
+    value_dim=2,
+    features=3,
+    query_projections=2,
+    feature_biases=1,
+    bias="B1S",
+    state=1,
+)
+MAPS = {
+    "softmax": {},
+    "softmax, no norm": {"key_norm": False, "scale": 0.3},
+    "relu": {"feature_map": "relu", "feature_epsilon": 0.1},
+    "elu": {"feature_map": "elu"},
+}
+maps = pytest.mark.parametrize("attributes", MAPS.values(), ids=MAPS)
+
+
+def point(op):
+    """All float64 inputs of an operator, those that are differentiable first by name."""
+    x = make(SMALL, "float64", seed=3)
+    x["log_mass"], x["mean"] = x["initial_log_mass"], x["initial_mean"]
+    names = [arg.name for arg in definition(op).input_arg if arg.name != "offsets"]
+    return x, names
+
+
+@maps
+@pytest.mark.parametrize("op", FORWARD)
+def test_gradients_are_finite_differences(op, attributes):
+    x, names = point(op)
+    weights = dict(cotangents(SMALL, "float64").items())
+
+    def scalar_of(name):
+        def loss(value):
+            results = call(op, {**x, name: value}, **attributes)
+            return sum(tf.reduce_sum(r * weights[f"grad_{n}"]) for n, r in results.items())
+
+        return loss
+
+    for name in names:
+        analytic, numeric = tf.test.compute_gradient(scalar_of(name), [x[name]], delta=1e-5)
+        scale = max(1.0, np.abs(numeric[0]).max())
+        assert np.abs(analytic[0] - numeric[0]).max() <= 1e-6 * scale, name
+
+
+@maps
+@pytest.mark.parametrize("op", FORWARD)
+def test_second_order_is_that_of_the_composition(op, attributes):
+    x, names = point(op)
+    rng = np.random.default_rng(8)
+    weights = cotangents(SMALL, "float64")
+    directions = {name: tf.constant(rng.normal(size=x[name].shape)) for name in names}
+
+    def second(operator):
+        values = {name: tf.constant(x[name]) for name in names}
+        with tf.GradientTape() as outer:
+            outer.watch(values)
+            with tf.GradientTape() as inner:
+                inner.watch(values)
+                results = operator(op, {**x, **values}, **attributes)
+                loss = sum(tf.reduce_sum(r**2 * weights[f"grad_{n}"]) for n, r in results.items())
+            first = inner.gradient(loss, values)
+            product = sum(tf.reduce_sum(first[n] * directions[n]) for n in names)
+        return outer.gradient(product, values)
+
+    got, wanted = second(call), second(composed)
+    for name in names:
+        scale = max(1.0, np.abs(wanted[name]).max())
+        assert np.abs(got[name] - wanted[name]).max() <= 1e-9 * scale, name
+
+
+@pytest.mark.parametrize("op", FORWARD)
+def test_second_order_is_finite_differences_of_the_first(op):
+    x, names = point(op)
+    rng = np.random.default_rng(9)
+    weights = cotangents(SMALL, "float64")
+    direction, other = ({n: rng.normal(size=x[n].shape) for n in names} for _ in range(2))
+
+    def first(values):
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            results = call(op, {**x, **values})
+            loss = sum(tf.reduce_sum(r**2 * weights[f"grad_{n}"]) for n, r in results.items())
+        return tape.gradient(loss, values)
+
+    values = {name: tf.constant(x[name]) for name in names}
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        product = sum(tf.reduce_sum(g * other[n]) for n, g in first(values).items())
+    second = tape.gradient(product, values)
+    analytic = sum(float(tf.reduce_sum(second[n] * direction[n])) for n in names)
+    step = 1e-5
+    ends = [
+        first({n: tf.constant(x[n] + sign * step * direction[n]) for n in names})
+        for sign in (1, -1)
+    ]
+    numeric = sum(float(tf.reduce_sum((ends[0][n] - ends[1][n]) * other[n])) for n in names)
+    numeric /= 2 * step
+    assert abs(analytic - numeric) <= 1e-6 * max(1.0, abs(numeric))
+
+
+@pytest.mark.parametrize("op", FORWARD)
+def test_third_order_is_finite_differences_of_the_second(op):
+    x, names = point(op)
+    rng = np.random.default_rng(10)
+    weights = cotangents(SMALL, "float64")
+    direction = {n: tf.constant(rng.normal(size=x[n].shape)) for n in names}
+
+    def derivatives(t):
+        """The second and the third along `direction`, at `x` + t `direction`."""
+        t = tf.constant(t, tf.float64)
+        with tf.GradientTape() as third:
+            third.watch(t)
+            with tf.GradientTape() as second:
+                second.watch(t)
+                with tf.GradientTape() as first:
+                    first.watch(t)
+                    values = {n: tf.constant(x[n]) + t * direction[n] for n in names}
+                    results = call(op, {**x, **values})
+                    loss = sum(
+                        tf.reduce_sum(r**2 * weights[f"grad_{n}"]) for n, r in results.items()
+                    )
+                slope = first.gradient(loss, t)
+            curvature = second.gradient(slope, t)
+        return float(curvature), float(third.gradient(curvature, t))
+
+    step = 1e-4
+    numeric = (derivatives(step)[0] - derivatives(-step)[0]) / (2 * step)
+    assert abs(derivatives(0.0)[1] - numeric) <= 1e-5 * max(1.0, abs(numeric))
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+@forms
+@pytest.mark.parametrize("std", [0.5, 1.0, 3.0, 5.0])
+def test_float32_errors_are_at_most_twice_those_of_the_composition(causal, std):
+    case = Case(batch=1, rows=384, heads=4, groups=2, dim=64, value_dim=32, features=64, std=std)
+    x = make(case, seed=5)
+    incoming = cotangents(case, seed=6)["grad_out"]
+    names = ("query", "key", "value", "query_projection", "key_projection", "feature_bias")
+
+    def attend(operator):
+        values = {name: tf.constant(x[name]) for name in names}
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            inputs = {**x, **values}
+            if causal:
+                out = operator("Causal", inputs)["out"]
+            else:
+                out = operator("Read", {**inputs, **operator("Summarize", inputs)})["out"]
+        return {"out": out, **tape.gradient(out, values, incoming)}
+
+    plain = {name: x[name] for name in (*names, "key_bias")}
+    exact = {
+        "out": reference.attention(**plain, causal=causal)[0],
+        **reference.attention_gradients(**plain, grad_out=incoming, causal=causal),
+    }
+    ours, theirs = attend(call), attend(composed)
+    for name in ("out", *names):
+        error, allowed = (rms(np.asarray(r[name]) - exact[name]) for r in (ours, theirs))
+        assert error <= 2 * allowed, f"{name}: rms {error:.3g}, composition {allowed:.3g}"

@@ -1,0 +1,155 @@
+"""Cases of the core tests: every size, option and shape of each argument, by hand in few rows."""
+
+from support.core import Case
+
+RELU, ELU = ("feature_map", "relu"), ("feature_map", "elu")
+CASES = {
+    "one of everything": Case(
+        batch=1, rows=1, heads=1, groups=1, dim=1, value_dim=1, features=1, bias="B1S"
+    ),
+    "less than a chunk, holes, a projection for each head": Case(
+        rows=31,
+        heads=4,
+        dim=3,
+        query_projections=4,
+        key_projections=2,
+        feature_biases=4,
+        bias="BGS",
+        masked="holes",
+    ),
+    "a chunk, left padding": Case(
+        rows=32, heads=4, groups=1, features=64, value_dim=64, bias="B1S", masked="left"
+    ),
+    "a chunk and a row, relu, a projection for each group": Case(
+        heads=4,
+        query_projections=2,
+        key_projections=2,
+        feature_biases=2,
+        bias="BG1",
+        attributes=(RELU,),
+    ),
+    "two causal chunks and 31 rows, entry std 3": Case(
+        batch=1,
+        rows=95,
+        dim=64,
+        features=64,
+        value_dim=64,
+        bias="11S",
+        masked="holes",
+        std=3.0,
+    ),
+    "sizes that fill no vector, elu": Case(
+        rows=97,
+        heads=3,
+        groups=1,
+        dim=72,
+        features=130,
+        bias="B11",
+        attributes=(ELU, ("scale", 0.02)),
+    ),
+    "an initial state for all, no norm": Case(
+        batch=3,
+        rows=70,
+        dim=3,
+        features=64,
+        value_dim=3,
+        state=1,
+        attributes=(("key_norm", False), ("scale", 0.3)),
+    ),
+    "an initial state for each, 500 rows": Case(
+        rows=500,
+        heads=3,
+        groups=3,
+        dim=64,
+        features=10,
+        query_projections=3,
+        key_projections=1,
+        state=2,
+        bias="B1S",
+        masked="left",
+    ),
+    "1000 rows": Case(
+        batch=1, rows=1000, heads=1, groups=1, dim=16, features=64, value_dim=16, std=0.5
+    ),
+    "packed, with empty sequences": Case(
+        batch=1,
+        rows=131,
+        heads=4,
+        offsets=(0, 0, 40, 40, 41, 73, 131, 131),
+        state=7,
+        query_projections=1,
+        key_projections=2,
+        bias="1GS",
+        masked="holes",
+    ),
+    "packed, one state for all, relu": Case(
+        batch=1, rows=97, offsets=(0, 96, 97), state=1, bias="11S", attributes=(RELU,)
+    ),
+    "packed, no sequence with rows": Case(batch=1, rows=0, offsets=(0, 0, 0), state=2),
+    "no rows": Case(rows=0, state=2, bias="B1S"),
+    "no batch": Case(batch=0, bias="B1S"),
+    "no value dim": Case(value_dim=0, rows=40, state=1),
+    "all keys of a batch row masked": Case(rows=40, bias="B1S", masked="row"),
+    "relu without epsilon": Case(
+        rows=50, dim=3, attributes=(RELU, ("feature_epsilon", 0.0), ("scale", 0.5))
+    ),
+}
+BIDIRECTIONAL = {
+    "several segments of keys": Case(
+        batch=1, rows=2000, queries=50, heads=2, groups=1, dim=3, value_dim=3, bias="11S"
+    ),
+    "no keys": Case(rows=0, queries=7),
+    "no queries": Case(rows=40, queries=0),
+    "more queries than keys": Case(rows=5, queries=100, bias="BGS", masked="holes"),
+}
+# Of a single key the gradient of the query is 0, which no relative bound can judge.
+TOKENS = {
+    "one token, grouped heads, a state for each, holes": Case(
+        batch=4,
+        rows=1,
+        heads=6,
+        groups=2,
+        dim=3,
+        features=130,
+        value_dim=72,
+        query_projections=6,
+        key_projections=2,
+        feature_biases=6,
+        state=4,
+        bias="BGS",
+        masked="holes",
+    ),
+    "one token, relu, no state": Case(
+        batch=3, rows=1, groups=1, bias="B1S", masked="row", attributes=(RELU,)
+    ),
+    "one token, elu, one state for all": Case(
+        batch=3, rows=1, dim=64, features=64, value_dim=64, state=1, attributes=(ELU,)
+    ),
+}
+NARROW = [
+    "one token, grouped heads, a state for each, holes",
+    "less than a chunk, holes, a projection for each head",
+    "two causal chunks and 31 rows, entry std 3",
+    "an initial state for all, no norm",
+    "packed, with empty sequences",
+]
+
+
+def cases(causal: bool) -> dict[str, Case]:
+    """By name; each form has some of its own."""
+    return {**CASES, **(TOKENS if causal else BIDIRECTIONAL)}
+
+
+def parameters(leave_out=()):
+    """(causal, name, dtype) of every case that is worth its time."""
+    return [
+        (causal, name, dtype)
+        for causal in (False, True)
+        for name in cases(causal)
+        if name not in leave_out
+        for dtype in (
+            ["float32", "float64", "bfloat16", "float16"]
+            if name in NARROW
+            else ["float32", "float64"]
+        )
+    ]

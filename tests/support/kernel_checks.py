@@ -1,0 +1,55 @@
+"""What every run of the CUDA kernels must keep, on a GPU and under emulation.
+
+`run` is `support.gpu.run` or `support.emulated.run`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from performer.features.tolerances import tolerances
+from support.compare import assert_close, assert_same_bits
+from support.core import Case, backward, cotangents, expected, expected_gradients, forward, make
+
+
+@cache
+def wanted(case: Case, causal: bool, dtype: str) -> dict:
+    """out, log_mass, mean in float64."""
+    return expected(make(case, dtype), causal, **case.options)
+
+
+@cache
+def wanted_gradients(case: Case, causal: bool, dtype: str) -> dict:
+    """Gradients by input name, in float64."""
+    x, incoming = make(case, dtype), cotangents(case, dtype)
+    return expected_gradients(x, incoming, causal, **case.options)
+
+
+def check_results(run, case: Case, causal: bool, dtype: str) -> None:
+    """They are those of the reference."""
+    bound = tolerances(dtype, causal=causal)
+    results = forward(make(case, dtype), causal, run, **case.options)
+    for output, x in wanted(case, causal, dtype).items():
+        worst = bound.worst if output == "out" else None
+        assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
+
+
+def check_gradients(run, case: Case, causal: bool, dtype: str, times: float = 1) -> None:
+    """They are the analytic ones of the reference, in the type of their input.
+
+    `times`: of the promised bound, for cases that it does not cover.
+    """
+    bound, x = times * tolerances(dtype, causal=causal).gradient_rms, make(case, dtype)
+    grads = backward(x, cotangents(case, dtype), causal, run, **case.options)
+    for argument, grad in wanted_gradients(case, causal, dtype).items():
+        assert grads[argument].dtype == x[argument].dtype, argument
+        assert_close(grads[argument], grad, rms=bound, what=argument)
+
+
+def check_batch_row_alone(run, case: Case, causal: bool, dtype: str) -> None:
+    """A batch row has the bits that it has alone."""
+    x = make(case, dtype)
+    together = forward(x, causal, run, **case.options)
+    alone = {n: a[1:] if len(a) == case.batch and a.ndim > 1 else a for n, a in x.items()}
+    for output, result in forward(alone, causal, run, **case.options).items():
+        assert_same_bits(result, together[output][1:], what=output)
