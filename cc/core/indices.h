@@ -20,10 +20,10 @@ PERFORMER_HOST_DEVICE PERFORMER_INLINE constexpr int64_t RoundUp(int64_t n, int6
   return CeilDiv(n, unit) * unit;
 }
 
-// Rows of a segment in a sequence of `rows`: the smallest multiple of `unit`, and not 0, that gives
-// at most `most` segments.
-PERFORMER_HOST_DEVICE PERFORMER_INLINE constexpr int64_t RowsPerSegment(int64_t rows, int64_t unit,
-                                                                        int64_t most) {
+// Rows of a split in a sequence of `rows`: the smallest multiple of `unit`, and not 0, that gives
+// at most `most` splits.
+PERFORMER_HOST_DEVICE PERFORMER_INLINE constexpr int64_t RowsPerSplit(int64_t rows, int64_t unit,
+                                                                      int64_t most) {
   const int64_t units = CeilDiv(rows, unit * most);
   return unit * (units > 0 ? units : 1);
 }

@@ -1,4 +1,4 @@
-// How the rows of a call are cut: chunks that a kernel handles at a time, segments that are work
+// How the rows of a call are cut: chunks that a kernel handles at a time, splits that are work
 // items of their own.
 //
 // Both depend on the lengths only, never on the batch size, the number of heads or threads: results
@@ -19,16 +19,16 @@ inline constexpr int64_t kCausalChunk =
     48;  // also the width of the triangle that is computed pairwise
 inline constexpr int64_t kCausalGradChunk = 48;
 
-// Segments of a sequence are summed apart and merged in order.
-// A multiple of every chunk that runs over segments; powers of two are cut into nearly equal ones.
-inline constexpr int64_t kSegmentUnit = 1056;
-inline constexpr int64_t kMaxSegments = 16;  // bounds the memory of partial results
-static_assert(kSegmentUnit % kSummarizeChunk == 0 && kSegmentUnit % kReadChunk == 0 &&
-              kSegmentUnit % kGradChunk == 0);
+// Splits of a sequence are summed apart and merged in order.
+// A multiple of every chunk that runs over splits; powers of two are cut into nearly equal ones.
+inline constexpr int64_t kSplitUnit = 1056;
+inline constexpr int64_t kMaxSplits = 16;  // bounds the memory of partial results
+static_assert(kSplitUnit % kSummarizeChunk == 0 && kSplitUnit % kReadChunk == 0 &&
+              kSplitUnit % kGradChunk == 0);
 
-// Rows of a segment in a sequence of `rows`.
-inline constexpr int64_t SegmentRows(int64_t rows) {
-  return RowsPerSegment(rows, kSegmentUnit, kMaxSegments);
+// Rows of a split in a sequence of `rows`.
+inline constexpr int64_t SplitRows(int64_t rows) {
+  return RowsPerSplit(rows, kSplitUnit, kMaxSplits);
 }
 
 }  // namespace performer

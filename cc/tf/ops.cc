@@ -83,7 +83,7 @@ REGISTER_OP("Performer>Summarize")
     .Output("mean: U")
     .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kSummarize>)
     .Doc(R"doc(
-Summarizes keys and values into the state of M landmarks, the first half of linear attention.
+Summarizes keys and values into the state of M features, the first half of linear attention.
 
 With b[m, j] the log-feature m of key j plus key_bias[j]: log_mass[m] = logsumexp_j b[m, j], mean[m] = softmax_j(b[m, :]) value.
 

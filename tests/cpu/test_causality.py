@@ -70,7 +70,7 @@ def test_chunks_that_start_with_masked_keys_are_causal(isa, masked):
 
 
 def jumps(case, dtype="float32"):
-    """Inputs whose keys grow by 40 nats now and then, and fall back: pieces are cut there."""
+    """Inputs whose keys grow by 40 nats now and then, and fall back: sub-chunks are cut there."""
     x = make(case, dtype)
     rng = np.random.default_rng(4)
     x["key_bias"][:] = np.where(rng.random(x["key_bias"].shape) < 0.06, 40.0, 0.0)
@@ -93,7 +93,7 @@ def test_keys_that_outgrow_the_past_are_cut_and_right(isa, dtype):
 
 @isas
 @pytest.mark.parametrize("t", range(90, 112, 3))
-def test_pieces_are_cut_without_looking_ahead(isa, t):
+def test_sub_chunks_are_cut_without_looking_ahead(isa, t):
     x, incoming = jumps(PLAIN), cotangents(PLAIN)
     for poison in ("noise", "NaN", "growing"):
         changed = poisoned(x, poison, t, "float32")

@@ -11,7 +11,7 @@ from support.core import Case, backward, cotangents, forms, forward, isas, make,
 ROWS = ("out", "query", "key", "value", "key_bias")  # results that a batch row has for itself
 PLAIN = Case(
     batch=5,
-    rows=530,  # more than a segment of keys
+    rows=530,  # more than a split of keys
     heads=6,
     groups=3,
     query_projections=6,
@@ -22,7 +22,7 @@ PLAIN = Case(
     state=5,
 )
 PACKED = shortened(PLAIN, batch=1, offsets=(0, 0, 100, 101, 530), state=1, bias="1GS", masked="")
-# Fewer sequences and heads than threads, and far more pieces than two windows of them hold.
+# Fewer sequences and heads than threads, and far more sub-chunks than two windows of them hold.
 FEW = Case(
     batch=1,
     rows=4850,
@@ -39,7 +39,7 @@ FEW = Case(
 
 
 def few(case=FEW, dtype="float32"):
-    """Inputs with keys that outweigh all before by far: chunks of several pieces, one of so many
+    """Inputs with keys that outweigh all before by far: chunks of several sub_chunks, one of so many
     that they fill more than a window."""
     x = make(case, dtype)
     heavier = np.zeros(case.rows)

@@ -34,7 +34,7 @@ def part(x, rows):
 
 @isas
 @pytest.mark.parametrize("rows", [1, 40])
-def test_the_mean_of_a_landmark_that_saw_nothing_may_hold_anything(rows, isa):
+def test_the_mean_of_a_feature_that_saw_nothing_may_hold_anything(rows, isa):
     x = make(shortened(PLAIN, rows=rows, bias="111", state=1))
     x["initial_log_mass"][..., ::2] = -np.inf
     x["initial_mean"][..., ::2, :] = 0

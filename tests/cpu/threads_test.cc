@@ -40,7 +40,7 @@ struct Sizes {
   int64_t batch, heads, groups, rows, width, features;
 };
 constexpr Sizes kMany = {2, 4, 2, 1100, 16, 24};
-// Fewer sequences and heads than threads, which have to share the pieces of one.
+// Fewer sequences and heads than threads, which have to share the sub-chunks of one.
 constexpr Sizes kFew = {1, 2, 1, 4000, 16, 512};
 
 // The outputs of one operator, one after another, or nothing if it failed.

@@ -142,7 +142,7 @@ PYBIND11_MODULE(performer_emulated, module) {
   module.def("planted", performer::Planted, arg("kernel"), arg("x"), arg("bug"), arg("blocks") = 2,
              arg("threads") = 64, arg("order") = "random", arg("seed") = 1,
              "A kernel of planted.cuh, with its bug or without; returns its output.");
-  module.attr("segment_rows") = cuda::kSegmentUnit;
+  module.attr("split_rows") = cuda::kSplitUnit;
   module.attr("small_shared_bytes") = cuda::kSmallSharedBytes;
   module.attr("detects_races") = sim::DetectsRaces();
 #if defined(__SANITIZE_ADDRESS__)

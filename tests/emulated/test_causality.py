@@ -7,7 +7,7 @@ from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
 from support.core import Case, expected, make
 from support.emulated import dtypes, run
-from support.emulated_cases import SEGMENT
+from support.emulated_cases import SPLIT
 from support.poison import POISONS, poisoned
 
 PLAIN = Case(batch=1, rows=135, heads=2, groups=1, dim=16, features=40, value_dim=5, bias="1GS")
@@ -46,7 +46,7 @@ def test_wide_heads_and_groups_of_features_are_causal_too(dtype):
 
 
 def jumps(dtype):
-    """Keys that grow by 40 nats now and then, and fall back: pieces are cut there."""
+    """Keys that grow by 40 nats now and then, and fall back: sub-chunks are cut there."""
     x = make(PLAIN, dtype)
     rng = np.random.default_rng(4)
     x["key_bias"][:] = np.where(rng.random(x["key_bias"].shape) < 0.06, 40.0, 0.0)
@@ -66,7 +66,7 @@ def test_keys_that_outgrow_the_past_are_cut_and_right(dtype):
 
 
 @dtypes
-def test_pieces_are_cut_without_looking_ahead(dtype):
+def test_sub_chunks_are_cut_without_looking_ahead(dtype):
     x, before = jumps(dtype), None
     for t, poison in ((61, "NaN"), (91, "growing"), (96, "noise"), (101, "NaN"), (110, "growing")):
         before, _ = assert_past_unchanged(PLAIN, dtype, poison, t, before, x)
@@ -114,18 +114,18 @@ def test_a_nan_in_a_key_shows_from_its_row_on_in_its_group(dtype, name):
 
 
 @dtypes
-def test_a_later_segment_changes_no_bit_of_an_earlier_one(dtype):
-    case = Case(batch=1, rows=SEGMENT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10)
+def test_a_later_split_changes_no_bit_of_an_earlier_one(dtype):
+    case = Case(batch=1, rows=SPLIT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10)
     x = make(case, dtype)
-    before, after = assert_past_unchanged(case, dtype, "NaN", SEGMENT + 6, x=x)
-    assert np.isnan(after["out"][:, SEGMENT + 6 :].astype(np.float32)).all()
-    early = poisoned(x, "NaN", SEGMENT - 24, dtype, ["value"])
-    assert np.isnan(run("Causal", early)["out"][:, SEGMENT - 24 :].astype(np.float32)).all()
+    before, after = assert_past_unchanged(case, dtype, "NaN", SPLIT + 6, x=x)
+    assert np.isnan(after["out"][:, SPLIT + 6 :].astype(np.float32)).all()
+    early = poisoned(x, "NaN", SPLIT - 24, dtype, ["value"])
+    assert np.isnan(run("Causal", early)["out"][:, SPLIT - 24 :].astype(np.float32)).all()
     assert before["out"].shape == after["out"].shape
 
 
 def test_features_that_nobody_has_seen_weigh_nothing():
-    """Some landmarks have mass from the start, others from their first key on."""
+    """Some features have mass from the start, others from their first key on."""
     x = make(Case(batch=1, rows=70, heads=1, groups=1, features=32, bias="11S", state=1))
     x["initial_log_mass"][..., ::2] = -np.inf
     x["initial_mean"][:, :, ::2] = np.nan

@@ -6,7 +6,7 @@ import pytest
 from support.compare import assert_same_bits
 from support.core import backward, cotangents, forms, forward, make
 from support.core_cases import TOKENS
-from support.cuda_cases import CASES, PIECES
+from support.cuda_cases import CASES, SUB_CHUNKS
 from support.emulated import SCHEDULES, counting, dtypes, run, run_in_small_blocks
 from support.emulated_cases import all_cases, parameters
 from support.kernel_checks import check_gradients
@@ -21,7 +21,7 @@ def test_gradients_are_those_of_the_reference(causal, name, dtype):
 @dtypes
 @pytest.mark.parametrize("run", [run, run_in_small_blocks])
 def test_entries_of_std_8_keep_the_promise_in_float32_and_twice_it_in_16_bits(causal, dtype, run):
-    check_gradients(run, PIECES, causal, dtype, times=1 if dtype == "float32" else 2)
+    check_gradients(run, SUB_CHUNKS, causal, dtype, times=1 if dtype == "float32" else 2)
 
 
 @forms

@@ -10,7 +10,7 @@ from support.compare import assert_close, assert_same_bits
 from support.core import cotangents, expected, forms, forward, make
 from support.cuda_cases import CASES
 from support.emulated import SCHEDULES, counting, dtypes, run
-from support.emulated_cases import OWN, SEGMENT, all_cases, parameters
+from support.emulated_cases import OWN, SPLIT, all_cases, parameters
 from support.kernel_checks import check_batch_row_alone, check_results
 
 
@@ -52,7 +52,7 @@ def test_a_batch_row_has_the_bits_it_has_alone(causal, dtype):
 @forms
 @dtypes
 def test_a_packed_sequence_has_the_bits_it_has_alone(causal, dtype):
-    case = OWN["packed, segments of some sequences"]
+    case = OWN["packed, splits of some sequences"]
     x, state = make(case, dtype), 1
     packed = forward(x, causal, run, packed=True)
     begin, end = case.offsets[state : state + 2]
@@ -98,7 +98,7 @@ def test_operands_are_read_without_bank_conflicts(causal, dtype):
 # has Causal, the sweep that corrects delta, and operands in two parts.
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_tensor_cores_do_no_more_than_counted(dtype):
-    case = replace(CASES["narrow, 256 features"], rows=SEGMENT)
+    case = replace(CASES["narrow, 256 features"], rows=SPLIT)
     x = {**make(case, dtype), **cotangents(case, dtype)}
     x["key"], x["value"], x["query"] = (x[name] * 0 for name in ("key", "value", "query"))
     states = {causal: forward(x, causal, run) for causal in (False, True)}
@@ -106,7 +106,7 @@ def test_the_tensor_cores_do_no_more_than_counted(dtype):
     for op in ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"):
         with counting() as counters:
             run(op, {**x, **states[op.startswith("Causal")]})
-        counts[op] = counters["mma"] / SEGMENT
+        counts[op] = counters["mma"] / SPLIT
     forward_counts = {"Summarize": 16, "Read": 16, "Causal": 38.25}
     assert counts == forward_counts | {"SummarizeGrad": 40, "ReadGrad": 56, "CausalGrad": 247.25}
 
@@ -123,7 +123,7 @@ def test_what_the_kernels_do_not_take_is_refused():
 
 @pytest.mark.parametrize("op", ["Summarize", "Read", "Causal"])
 def test_a_gpu_without_memory_is_an_error(op):
-    case = replace(OWN["two segments, the first one ends in masked keys"], batch=1, heads=1)
+    case = replace(OWN["two splits, the first one ends in masked keys"], batch=1, heads=1)
     x = make(case, "bfloat16")
     x.update(forward(x, False, run))
     needed = 0

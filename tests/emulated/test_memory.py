@@ -17,7 +17,7 @@ def test_kernels_keep_to_their_memory(op, name):
     call(name, op, inputs(name, op))
 
 
-@pytest.mark.parametrize("name", ["narrow half", "narrow float32", "pieces of chunks"])
+@pytest.mark.parametrize("name", ["narrow half", "narrow float32", "sub-chunks of chunks"])
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_of_small_blocks_keep_to_their_memory(op, name):
     emulated.reset_races()

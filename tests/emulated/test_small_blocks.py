@@ -14,7 +14,7 @@ NARROW = [
     "narrow, 128 features, entry std 3",
     "520 features",
     "three heads a group, 300 features",
-    "packed, segments of some sequences",
+    "packed, splits of some sequences",
 ]
 WIDE = CASES["wide, two groups of features"]
 every_case = pytest.mark.parametrize("name", NARROW)

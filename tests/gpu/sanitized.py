@@ -9,7 +9,7 @@ NAMES = (
     "narrow, 128 features, entry std 3",
     "wide, two groups of features",
     "values wider than keys, rows that are not aligned",
-    "packed, segments of some sequences",
+    "packed, splits of some sequences",
 )
 
 

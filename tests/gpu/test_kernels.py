@@ -76,7 +76,7 @@ def test_the_future_changes_no_bit_of_the_past(dtype, poison):
 
 @dtypes
 def test_long_sequences_are_split_and_merged(dtype):
-    case = CASES["packed, segments of some sequences"]
+    case = CASES["packed, splits of some sequences"]
     x = make(case, dtype)
     for causal in (False, True):
         results = forward(x, causal, run, packed=True)
@@ -89,7 +89,7 @@ def test_memory_that_is_not_there_is_an_error_and_the_next_call_works():
     from performer import _core
     from performer.bench import torch_kernels
 
-    case = CASES["two segments, the first one ends in masked keys"]
+    case = CASES["two splits, the first one ends in masked keys"]
     x = make(case, "bfloat16")
     with pytest.raises(MemoryError, match="out of GPU memory"):
         _core.run_on_gpu(

@@ -95,7 +95,7 @@ CASES = {
     ),
 }
 BIDIRECTIONAL = {
-    "several segments of keys": Case(
+    "several splits of keys": Case(
         batch=1, rows=2000, queries=50, heads=2, groups=1, dim=3, value_dim=3, bias="11S"
     ),
     "no keys": Case(rows=0, queries=7),

@@ -1,8 +1,8 @@
-"""Cases for what only the CUDA kernels can get wrong: their tile, chunk and segment sizes."""
+"""Cases for what only the CUDA kernels can get wrong: their tile, chunk and split sizes."""
 
 from support.core import Case
 
-SEGMENT = 1024  # rows, as the kernels are built for a GPU (cc/cuda/host/schedule.h)
+SPLIT = 1024  # rows, as the kernels are built for a GPU (cc/cuda/host/schedule.h)
 CASES = {
     "narrow, 256 features": Case(
         batch=1, rows=130, heads=1, groups=1, dim=64, value_dim=64, features=256
@@ -38,15 +38,15 @@ CASES = {
 
 # Keys that exceed all before by more than a chunk takes at once. Beyond what accuracy is promised
 # for.
-PIECES = Case(batch=1, rows=70, heads=1, groups=1, dim=64, value_dim=64, features=72, std=8.0)
+SUB_CHUNKS = Case(batch=1, rows=70, heads=1, groups=1, dim=64, value_dim=64, features=72, std=8.0)
 
 
-def segment_cases(segment: int = SEGMENT) -> dict[str, Case]:
-    """Cases that are divided into segments of that many rows."""
+def split_cases(split: int = SPLIT) -> dict[str, Case]:
+    """Cases that are divided into splits of that many rows."""
     return {
-        "two segments, the first one ends in masked keys": Case(
+        "two splits, the first one ends in masked keys": Case(
             batch=2,
-            rows=segment + 76,
+            rows=split + 76,
             heads=2,
             groups=1,
             dim=16,
@@ -54,18 +54,18 @@ def segment_cases(segment: int = SEGMENT) -> dict[str, Case]:
             bias="B1S",
             masked="left",
         ),
-        "packed, segments of some sequences": Case(
+        "packed, splits of some sequences": Case(
             batch=1,
-            rows=2 * segment + 152,
+            rows=2 * split + 152,
             heads=3,
             groups=1,
             dim=16,
             value_dim=8,
-            offsets=(0, 3, segment + 76, segment + 76, 2 * segment + 152),
+            offsets=(0, 3, split + 76, split + 76, 2 * split + 152),
             state=4,
             bias="11S",
         ),
     }
 
 
-CASES.update(segment_cases())
+CASES.update(split_cases())

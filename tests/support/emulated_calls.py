@@ -1,5 +1,5 @@
 """One small call of every kernel in every form that has code of its own: several tiles and chunks,
-segments, grouped heads, both widths, 16-bit and float32."""
+splits, grouped heads, both widths, 16-bit and float32."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import cache
 
 from support.core import Case, cotangents, forward, make
 from support.core_cases import ELU, RELU
-from support.cuda_cases import CASES, PIECES
+from support.cuda_cases import CASES, SUB_CHUNKS
 from support.emulated import run
-from support.emulated_cases import SEGMENT
+from support.emulated_cases import SPLIT
 
 OPS = ["Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"]
-SEGMENTS = Case(
-    batch=1, rows=SEGMENT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S"
+SPLITS = Case(
+    batch=1, rows=SPLIT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S"
 )
 NARROW, WIDE = CASES["narrow, 256 features"], CASES["wide, two groups of features"]
 CALLS = {
@@ -26,8 +26,8 @@ CALLS = {
     "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
     "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
     "grouped heads": (replace(NARROW, rows=70, heads=2, features=40), "bfloat16"),
-    "pieces of chunks": (PIECES, "bfloat16"),
-    "segments": (SEGMENTS, "bfloat16"),
+    "sub-chunks of chunks": (SUB_CHUNKS, "bfloat16"),
+    "splits": (SPLITS, "bfloat16"),
 }
 
 

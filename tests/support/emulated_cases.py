@@ -1,4 +1,4 @@
-"""The cases of the core and of the CUDA kernels, as the emulator runs them: a segment is shorter
+"""The cases of the core and of the CUDA kernels, as the emulator runs them: a split is shorter
 there, and so may be what crosses several."""
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from support.core import Case
 from support.core_cases import NARROW, cases
-from support.cuda_cases import CASES, segment_cases
+from support.cuda_cases import CASES, split_cases
 from support.emulated import DTYPES, emulated
 
-SEGMENT = emulated.segment_rows
-OWN = {**CASES, **segment_cases(SEGMENT)}
-MOST_ROWS = 2 * SEGMENT + 70
+SPLIT = emulated.split_rows
+OWN = {**CASES, **split_cases(SPLIT)}
+MOST_ROWS = 2 * SPLIT + 70
 
 
 def _short(case: Case) -> Case:

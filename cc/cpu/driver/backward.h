@@ -20,7 +20,7 @@ class BackwardDriver : public Driver<Acc> {
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(total.Start(params.keys.projection_heads, w_.m, w_.d, w_.d_pad));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(KeySegments(&list));
+    PERFORMER_RETURN_IF_ERROR(KeySplits(&list));
     const auto run = [&](const Slice& slice, Acc* partial) {
       return kernels_.summarize_grad(params, projection.get(), slice, key_bias.get(), partial);
     };
@@ -46,7 +46,7 @@ class BackwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(total.Start(params.queries.projection_heads, w_.m, w_.d, w_.d_pad));
     PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, w_.m, 1, 1));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(Divide(call_, dims_.heads, dims_.queries, false, SegmentRows, &list));
+    PERFORMER_RETURN_IF_ERROR(Divide(call_, dims_.heads, dims_.queries, false, SplitRows, &list));
     std::fill_n(static_cast<Acc*>(params.grad_state.log_mass),
                 dims_.sequences * dims_.groups * w_.m, Acc(0));
     std::fill_n(static_cast<Acc*>(params.grad_state.mean),
@@ -134,9 +134,9 @@ class BackwardDriver : public Driver<Acc> {
  private:
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::parallel_for_;
-  using Base::Cost, Base::KeySegments, Base::Pack, Base::WholeSequences, Base::RootScale;
+  using Base::Cost, Base::KeySplits, Base::Pack, Base::WholeSequences, Base::RootScale;
 
-  // fold(row) for every row (landmark) of the totals, in parallel.
+  // fold(row) for every row (feature) of the totals, in parallel.
   template <class Fold>
   void FoldRows(const Totals<Acc>& total, Fold fold) const {
     parallel_for_(total.rows(), 2 * (w_.d + w_.e), [&](int64_t begin, int64_t end) {
@@ -144,7 +144,7 @@ class BackwardDriver : public Driver<Acc> {
     });
   }
 
-  // Adds one landmark of a partial gradient of the state.
+  // Adds one feature of a partial gradient of the state.
   void AddState(int64_t sequence, int64_t group, int64_t m, const Acc* log_mass, const Acc* mean,
                 const MutableState& to) const {
     const int64_t at = (sequence * dims_.groups + group) * w_.m + m;

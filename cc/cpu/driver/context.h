@@ -31,8 +31,8 @@ class Driver {
     return factor * w_.m * std::max(w_.d, w_.e) / kAssumedPerNanosecond + 1;
   }
 
-  Status KeySegments(WorkList* list) const {
-    return Divide(call_, dims_.groups, dims_.keys, true, SegmentRows, list);
+  Status KeySplits(WorkList* list) const {
+    return Divide(call_, dims_.groups, dims_.keys, true, SplitRows, list);
   }
   Status WholeSequences(WorkList* list) const {
     return Divide(

@@ -16,7 +16,7 @@ class ForwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(KeySegments(&list));
+    PERFORMER_RETURN_IF_ERROR(KeySplits(&list));
     const auto run = [&](const Slice& slice, Acc* partial) {
       return kernels_.summarize(params, projection.get(), slice,
                                 SummaryPartial<Acc>::At(partial, w_));
@@ -43,7 +43,7 @@ class ForwardDriver : public Driver<Acc> {
         Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(Divide(
-        call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSegmentUnit; }, &list));
+        call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSplitUnit; }, &list));
     const bool ok =
         ForEachItem(list, 0, list.count, Cost(4), parallel_for_, [&](const Slice& slice, int64_t) {
           return kernels_.read(params, projection.get(), slice);
@@ -85,7 +85,7 @@ class ForwardDriver : public Driver<Acc> {
 
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::threads_, Base::parallel_for_;
-  using Base::Cost, Base::KeySegments, Base::Pack, Base::WholeSequences;
+  using Base::Cost, Base::KeySplits, Base::Pack, Base::WholeSequences;
 
   // body(begin, end) for the items of every sequence and head among [first, last), in parallel.
   template <class Body>

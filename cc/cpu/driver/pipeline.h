@@ -1,5 +1,5 @@
 // Causal attention for fewer sequences and heads than threads. Only the keys of a sequence depend
-// on one another: each chain of keys runs one window of pieces ahead, and all threads share the
+// on one another: each chain of keys runs one window of sub-chunks ahead, and all threads share the
 // queries of the window before meanwhile.
 //   step 0: keys of window 0      step 1: keys of window 1, queries of window 0      ...
 // Bits are those of Kernels::causal: the same functions on the same numbers. Memory is two windows
@@ -15,7 +15,7 @@ namespace performer {
 namespace cpu {
 
 // For all windows, which should stay in the last cache on the way from thread to thread. As the
-// work on a piece grows like its size, it also fixes the work of a step, after which threads have
+// work on a sub-chunk grows like its size, it also fixes the work of a step, after which threads have
 // to come together.
 inline constexpr int64_t kPipelineBytes = 8 << 20;
 
@@ -62,7 +62,7 @@ class CausalPipeline {
       rows = std::max(rows, list.slices[i].end - list.slices[i].begin);
     return rows / kCausalChunk;
   }
-  // Pieces of a window.
+  // Sub-chunks of a window.
   static int64_t Slots(const Widths& w, int64_t chains) {
     const int64_t size = CausalWindow<Acc>::SlotSize(w) * static_cast<int64_t>(sizeof(Acc));
     return std::max<int64_t>(kPipelineBytes / (2 * chains * size), 1);
@@ -76,7 +76,7 @@ class CausalPipeline {
     slots_ = Slots(w_, count_);
     PERFORMER_RETURN_IF_ERROR(Allocate(count_, "chains of keys", &chains_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_, "windows", &windows_));
-    PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_, "pieces", &pieces_));
+    PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_, "sub-chunks", &sub_chunks_));
     PERFORMER_RETURN_IF_ERROR(Allocate(count_ * state, "states of causal attention", &states_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_ * slot, "key weights", &memory_));
     for (int64_t c = 0; c < count_; ++c) {
@@ -85,7 +85,8 @@ class CausalPipeline {
                     SummaryPartial<Acc>::At(states_.get() + c * state, w_)};
     }
     for (int64_t i = 0; i < 2 * count_; ++i)
-      windows_[i] = {pieces_.get() + i * slots_, memory_.get() + i * slots_ * slot, slots_, 0, 0};
+      windows_[i] = {sub_chunks_.get() + i * slots_, memory_.get() + i * slots_ * slot, slots_, 0,
+                     0};
     return Status();
   }
 
@@ -113,10 +114,10 @@ class CausalPipeline {
   const Kernels<Acc>& kernels_;
   const Acc *query_projection_, *key_projection_;
   const Widths w_;
-  int64_t count_ = 0, slots_ = 0;  // chains, pieces of a window
+  int64_t count_ = 0, slots_ = 0;  // chains, sub-chunks of a window
   Buffer<CausalChain<Acc>> chains_;
   Buffer<CausalWindow<Acc>> windows_;  // [chains][2]
-  Buffer<CausalPiece<Acc>> pieces_;
+  Buffer<CausalSubChunk<Acc>> sub_chunks_;
   Buffer<Acc> states_, memory_;
   std::atomic<int64_t> next_chain_{0};
   std::atomic<bool> ok_{true};

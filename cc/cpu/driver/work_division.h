@@ -116,7 +116,7 @@ template <class Acc, class Body, class Fold>
 Status ForWaves(const WorkList& list, int64_t size, int64_t cost_per_row,
                 const ParallelFor& parallel_for, Body body, Fold fold) {
   const int64_t fit = kWaveBytes / (size * static_cast<int64_t>(sizeof(Acc)));
-  const int64_t most = std::min(std::max(fit, kMaxSegments), list.count);
+  const int64_t most = std::min(std::max(fit, kMaxSplits), list.count);
   Buffer<Acc> partials;
   PERFORMER_RETURN_IF_ERROR(Allocate(most * size, "partial results", &partials));
   for (int64_t pair = 0; pair < list.pairs;) {

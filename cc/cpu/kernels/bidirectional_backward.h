@@ -207,7 +207,7 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Sli
     const bool nothing = m >= w.m || state.log_mass[m] == -kInf<Acc>;
     s.anchor[m] =
         nothing ? kInf<Acc>
-                : state.log_mass[m] * kLog2e<Acc>;  // weights of a landmark that saw nothing are 0
+                : state.log_mass[m] * kLog2e<Acc>;  // weights of a feature that saw nothing are 0
     Acc column = nothing ? Acc(0) : -grad.log_mass[m];
     for (int64_t e = 0; e < w.e_pad && m < w.m; ++e) {
       const Acc x = e < w.e && !nothing ? grad.mean[m * w.e + e] : Acc(0);

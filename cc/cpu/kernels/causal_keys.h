@@ -1,11 +1,11 @@
-// The keys of causal attention: a chain that makes the pieces of a sequence one after another, each
+// The keys of causal attention: a chain that makes the sub-chunks of a sequence one after another, each
 // with the state before it.
 //   kb[m][j] = 2^(b - anchor[m])      sum += kb v      mass += row sums of kb
 // Features of keys are made transposed ([M][C]), so that both f kb and kb v stream rows of B.
 //
 // Why no later key changes a bit of an earlier row: boundaries of chunks are fixed; a chunk is
-// processed in pieces, nearly always one. The anchors of a piece come from the past and from the
-// key of its first row, and a piece ends before any later key that exceeds an anchor by more than
+// processed in sub-chunks, nearly always one. The anchors of a sub-chunk come from the past and from the
+// key of its first row, and a sub-chunk ends before any later key that exceeds an anchor by more than
 // kCutBits, so that rows before the cut do the same arithmetic either way. Products end at their
 // row (triangle.h).
 #pragma once
@@ -62,7 +62,7 @@ struct PrefixState {
   }
 };
 
-// A chunk of keys, and the state before the next piece of it.
+// A chunk of keys, and the state before the next sub-chunk of it.
 template <class Acc>
 struct KeyScratch {
   static constexpr int64_t C = kCausalChunk;
@@ -70,13 +70,13 @@ struct KeyScratch {
   Ahead ahead;
   KeyChunk<Acc> keys;
   PrefixState<Acc> state;
-  Acc *kt, *b, *piece_mass;  // [d][C], [m][C], [m]
+  Acc *kt, *b, *sub_chunk_mass;  // [d][C], [m][C], [m]
 
   void Place(Arena& arena, const Widths& w) {
     keys.Place(arena, w, C);
     kt = arena.Take<Acc>(w.d_pad * C);
     b = arena.Take<Acc>(w.m * C);
-    piece_mass = arena.Take<Acc>(w.m);
+    sub_chunk_mass = arena.Take<Acc>(w.m);
   }
 };
 
@@ -100,9 +100,9 @@ void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection
       Store(s.b + m * C + j, Load(s.b + m * C + j) + Load(s.keys.offset + j));
 }
 
-// Sets the anchors for a piece that begins at an unmasked row, from the past and that row.
+// Sets the anchors for a sub-chunk that begins at an unmasked row, from the past and that row.
 template <class Acc>
-void AnchorPiece(int64_t begin, const Widths& w, KeyScratch<Acc>& s) {
+void AnchorSubChunk(int64_t begin, const Widths& w, KeyScratch<Acc>& s) {
   const Acc* column = s.b + begin;
   bool exceeds = false;
   for (int64_t m = 0; m < w.m; ++m) exceeds |= column[m * s.C] > s.state.anchor[m] + kCutBits<Acc>;
@@ -113,7 +113,7 @@ void AnchorPiece(int64_t begin, const Widths& w, KeyScratch<Acc>& s) {
 
 // The first row in (begin, n) whose key exceeds an anchor by more than kCutBits, or n.
 template <class Acc>
-int64_t PieceEnd(int64_t begin, int64_t n, const Widths& w, const KeyScratch<Acc>& s) {
+int64_t SubChunkEnd(int64_t begin, int64_t n, const Widths& w, const KeyScratch<Acc>& s) {
   constexpr int64_t C = KeyScratch<Acc>::C, kVecs = C / kLanes<Acc>;
   IntVec<Acc> exceeds[kVecs] = {};
   for (int64_t m = 0; m < w.m; ++m) {
@@ -129,7 +129,7 @@ int64_t PieceEnd(int64_t begin, int64_t n, const Widths& w, const KeyScratch<Acc
 // kb [m][C] and its row sums for the columns [first, last); 0 in the others, as far as vectors
 // reach, whatever these keys hold.
 template <class Acc>
-void PieceKeyWeights(int64_t first, int64_t last, const Widths& w, Acc* kb, KeyScratch<Acc>& s) {
+void SubChunkKeyWeights(int64_t first, int64_t last, const Widths& w, Acc* kb, KeyScratch<Acc>& s) {
   constexpr int64_t C = KeyScratch<Acc>::C;
   alignas(kAlignment) Acc column[C];
   for (int64_t j = 0; j < C; ++j) column[j] = static_cast<Acc>(j);
@@ -144,28 +144,28 @@ void PieceKeyWeights(int64_t first, int64_t last, const Widths& w, Acc* kb, KeyS
       Store(kb + m * C + j, y);
       sum += y;
     }
-    s.piece_mass[m] = ReduceAdd<Acc>(sum);
+    s.sub_chunk_mass[m] = ReduceAdd<Acc>(sum);
   }
 }
 
-// next = the state and the keys of a piece; it may lie in the same memory.
+// next = the state and the keys of a sub-chunk; it may lie in the same memory.
 template <class Acc>
-void PieceUpdate(const CausalPiece<Acc>& piece, const Widths& w, KeyScratch<Acc>& s,
-                 PrefixState<Acc>& next) {
-  AddProduct(piece.kb + piece.begin, s.C, 1, piece.v, w.e_pad, piece.rows, s.state.sum, next.sum,
-             w.e_pad, w.m, w.e_pad);
+void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Widths& w, KeyScratch<Acc>& s,
+                    PrefixState<Acc>& next) {
+  AddProduct(sub_chunk.kb + sub_chunk.begin, s.C, 1, sub_chunk.v, w.e_pad, sub_chunk.rows,
+             s.state.sum, next.sum, w.e_pad, w.m, w.e_pad);
   for (int64_t m = 0; m < w.m_pad; ++m) {
     next.anchor[m] = s.state.anchor[m];
     next.mass[m] = s.state.mass[m];
     if (m >= w.m) continue;
-    next.mass[m] += s.piece_mass[m];
+    next.mass[m] += s.sub_chunk_mass[m];
     if (next.mass[m] > kRenewMass<Acc>) next.Raise(m, next.anchor[m] + Log2(next.mass[m]), w);
   }
 }
 
 // The chain of one sequence and key/value head:
-//   while (chain.Next(kb, &piece)) { read the piece; chain.Add(piece, next_state); }
-// It may be left after any piece and continued by another object with the same bits.
+//   while (chain.Next(kb, &sub-chunk)) { read the sub-chunk; chain.Add(sub-chunk, next_state); }
+// It may be left after any sub-chunk and continued by another object with the same bits.
 template <class Acc>
 class KeyChain {
  public:
@@ -181,7 +181,7 @@ class KeyChain {
 
   void Place(Arena& arena) { s_.Place(arena, w_); }
 
-  // Before Next: the next piece begins at tensor row `row`, with the given state before it; at the
+  // Before Next: the next sub-chunk begins at tensor row `row`, with the given state before it; at the
   // slice's first row that becomes the initial state.
   void Start(int64_t row, SummaryPartial<Acc> state) {
     row_ = row;
@@ -191,9 +191,9 @@ class KeyChain {
                    w_);
   }
 
-  // The next piece, its key weights in kb [m][C]; false at the end of the slice. The piece points
+  // The next sub-chunk, its key weights in kb [m][C]; false at the end of the slice. The sub-chunk points
   // into the memory of the state and into rows that the next call replaces.
-  bool Next(Acc* kb, CausalPiece<Acc>* piece) {
+  bool Next(Acc* kb, CausalSubChunk<Acc>* sub_chunk) {
     if (row_ == slice_.end) return false;
     const int64_t begin = (row_ - slice_.begin) % kCausalChunk;
     if (begin == 0 || !loaded_) LoadChunk(row_ - begin);
@@ -202,32 +202,32 @@ class KeyChain {
     if (blind) {
       while (end < chunk_rows_ && s_.keys.skip[end]) ++end;
     } else {
-      if (!masked) AnchorPiece(begin, w_, s_);
-      end = PieceEnd(begin, chunk_rows_, w_, s_);
-      PieceKeyWeights(begin, end, w_, kb, s_);
+      if (!masked) AnchorSubChunk(begin, w_, s_);
+      end = SubChunkEnd(begin, chunk_rows_, w_, s_);
+      SubChunkKeyWeights(begin, end, w_, kb, s_);
     }
-    *piece = {row_,
-              begin,
-              end - begin,
-              blind,
-              s_.state.sum,
-              s_.state.mass,
-              s_.state.anchor,
-              kb,
-              s_.keys.v + begin * w_.e_pad};
+    *sub_chunk = {row_,
+                  begin,
+                  end - begin,
+                  blind,
+                  s_.state.sum,
+                  s_.state.mass,
+                  s_.state.anchor,
+                  kb,
+                  s_.keys.v + begin * w_.e_pad};
     return true;
   }
 
-  // The state after the piece goes to `memory`, which may be that of the state before it.
-  void Add(const CausalPiece<Acc>& piece, const SummaryPartial<Acc>& memory) {
+  // The state after the sub-chunk goes to `memory`, which may be that of the state before it.
+  void Add(const CausalSubChunk<Acc>& sub_chunk, const SummaryPartial<Acc>& memory) {
     PrefixState<Acc> next(memory);
-    if (!piece.blind) {
-      PieceUpdate(piece, w_, s_, next);
+    if (!sub_chunk.blind) {
+      SubChunkUpdate(sub_chunk, w_, s_, next);
     } else if (next.sum != s_.state.sum) {
       s_.state.CopyTo(next, w_);
     }
     s_.state = next;
-    row_ += piece.rows;
+    row_ += sub_chunk.rows;
   }
 
   int64_t row() const { return row_; }

@@ -37,9 +37,9 @@ struct Kernels {
   bool (*causal)(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
                  Slice slice);
 
-  // The same in parts, on several threads. causal_keys: the next pieces of the chain into `window`,
+  // The same in parts, on several threads. causal_keys: the next sub-chunks of the chain into `window`,
   // window->slots of them or all that are left, and then the final state. causal_queries: out of
-  // the items of `window` (a piece and one of the query heads of key/value head `group`) that no
+  // the items of `window` (a sub-chunk and one of the query heads of key/value head `group`) that no
   // other call takes meanwhile.
   bool (*causal_keys)(const CausalParams& params, const Acc* key_projection,
                       CausalChain<Acc>* chain, CausalWindow<Acc>* window);

@@ -1,4 +1,4 @@
-// Bidirectional attention, second half: queries read the landmarks.
+// Bidirectional attention, second half: queries read the features.
 //   out[i] = softmax_m(a[i, :] + log_mass) mean
 #pragma once
 #include "core/splits.h"

@@ -1,5 +1,5 @@
-// Causal attention in pieces: what the queries of a piece need of the keys and of the past, and
-// windows of pieces that are kept for them. Layouts shared by the driver (pipeline.h) and the
+// Causal attention in sub-chunks: what the queries of a sub-chunk need of the keys and of the past, and
+// windows of sub-chunks that are kept for them. Layouts shared by the driver (pipeline.h) and the
 // kernels of every instruction set (causal.h).
 #pragma once
 #include "core/splits.h"
@@ -10,30 +10,30 @@ namespace cpu {
 
 // Rows of a chunk whose keys are weighed with the same anchors.
 template <class Acc>
-struct CausalPiece {
+struct CausalSubChunk {
   int64_t row, begin, rows;        // first row in the tensor and in its chunk; number of rows
   bool blind;                      // these rows see no key at all: what follows is not set
   const Acc *sum, *mass, *anchor;  // the state before: [m][e_pad], [m_pad], [m_pad]
-  const Acc* kb;                   // [m][kCausalChunk], columns as in the chunk; 0 before the piece
-  const Acc* v;                    // [rows][e_pad]
+  const Acc* kb;  // [m][kCausalChunk], columns as in the chunk; 0 before the sub-chunk
+  const Acc* v;   // [rows][e_pad]
 };
 
 // A chain of keys, one sequence and key/value head, between two windows.
 template <class Acc>
 struct CausalChain {
   Slice slice;
-  int64_t row;                // where the next piece begins
+  int64_t row;                // where the next sub-chunk begins
   bool done;                  // there is none, and the final state is written
   SummaryPartial<Acc> state;  // before that row; at slice.begin not set
 };
 
-// Consecutive pieces of a chain, and memory for what they point to.
+// Consecutive sub-chunks of a chain, and memory for what they point to.
 template <class Acc>
 struct CausalWindow {
-  CausalPiece<Acc>* pieces;  // [slots]
-  Acc* memory;               // [slots][SlotSize]
-  int64_t slots, count;      // room, and pieces there are
-  int64_t taken;  // of the (piece, query head) items, counted atomically: by whoever takes one
+  CausalSubChunk<Acc>* sub_chunks;  // [slots]
+  Acc* memory;                      // [slots][SlotSize]
+  int64_t slots, count;             // room, and sub-chunks there are
+  int64_t taken;  // of the (sub-chunk, query head) items, counted atomically: by whoever takes one
 
   static PERFORMER_INLINE constexpr int64_t SlotSize(const Widths& w) {
     return SummaryPartial<Acc>::Size(w) + (w.m + w.e_pad) * kCausalChunk;

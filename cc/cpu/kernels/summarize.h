@@ -1,4 +1,4 @@
-// Bidirectional attention, first half: keys and values to a state of M landmarks.
+// Bidirectional attention, first half: keys and values to a state of M features.
 //   log_mass[m] = log sum_j exp(b[m, j])      mean[m] = softmax_j(b[m, :]) v
 // Per chunk of keys: log-features into a buffer in L2, their maximum raises the anchors,
 // exponentials, then sum += f^T v.

@@ -8,7 +8,7 @@
 
 PERFORMER_ISA_BEGIN
 
-// Hands out aligned pieces of one block. A first pass without a block measures, a second one
+// Hands out aligned sub-chunks of one block. A first pass without a block measures, a second one
 // places:
 //   Arena arena; s.Place(arena, ...); if (!arena.Allocate()) return false; s.Place(arena, ...);
 class Arena {

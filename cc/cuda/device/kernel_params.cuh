@@ -51,8 +51,8 @@ struct KeyParams {
   bool packed = false;
 };
 
-// Projections in T, padded with zeros to [heads][m_pad][W]; m_pad is a multiple of kLandmarkUnit.
-inline constexpr int kLandmarkUnit = 64;
+// Projections in T, padded with zeros to [heads][m_pad][W]; m_pad is a multiple of kFeatureUnit.
+inline constexpr int kFeatureUnit = 64;
 template <class T>
 struct Projection {
   const T* data = nullptr;

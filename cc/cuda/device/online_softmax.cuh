@@ -2,8 +2,8 @@
 // and read (online softmax, as in flash attention, arXiv:2205.14135):
 //
 //              rows           columns (tile [64][W])   values (tile [64][W])   bias of a column
-//   summarize  landmarks w    keys                     values                  -|k|^2/2 + key_bias
-//   read       queries        landmarks w              mean                    log_mass +
+//   summarize  features w    keys                     values                  -|k|^2/2 + key_bias
+//   read       queries        features w              mean                    log_mass +
 //   feature_bias
 //
 // An exponential is exp2((x - top) * unit): one fused exp2(x * unit - top * unit) would save an

@@ -5,7 +5,7 @@
 namespace performer {
 namespace cuda {
 
-// Sums of a warp's 16 landmarks x W. In shared memory (kShared) each thread has places of its own,
+// Sums of a warp's 16 features x W. In shared memory (kShared) each thread has places of its own,
 // so that no barrier is needed; else they are registers.
 template <int W, int kThreads, bool kShared>
 class KeptSums {
@@ -21,7 +21,7 @@ class KeptSums {
 
   // += x (kColumns tokens) tokens, as SumTokens.
   template <class T, int kColumns>
-  PERFORMER_DEVICE void Add(const SweepTile<1, kColumns>& x, const T* tokens, int lane) {
+  PERFORMER_DEVICE void Add(const BackwardTile<1, kColumns>& x, const T* tokens, int lane) {
     lane = Opaque(lane);
     uint32_t a[kColumns / 16][kFragment<T>];
 #pragma unroll

@@ -60,7 +60,7 @@ class Operands {
         dims_(call.dims),
         launcher_(device),
         map_(MakeMap(call)),
-        features_pad_(RoundUp(call.dims.features, kLandmarkUnit)) {}
+        features_pad_(RoundUp(call.dims.features, kFeatureUnit)) {}
 
  protected:
   bool packed() const { return call_.offsets != nullptr; }

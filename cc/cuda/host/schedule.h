@@ -17,29 +17,29 @@ inline constexpr int MostSharedBytes(int width, int warps) {
   return width <= 64 && warps <= 4 ? kSmallSharedBytes : kMostSharedBytes;
 }
 
-// Segments of a sequence are summed apart and merged in order. Each costs a state in memory (M E
+// Splits of a sequence are summed apart and merged in order. Each costs a state in memory (M E
 // floats) and, in the causal forms, the work of summing its keys twice; each is a block's work.
 // (The emulator's tests are built with shorter ones: they cross more of them in less time.)
-#ifndef PERFORMER_SEGMENT_ROWS
-#define PERFORMER_SEGMENT_ROWS 1024
+#ifndef PERFORMER_SPLIT_ROWS
+#define PERFORMER_SPLIT_ROWS 1024
 #endif
-inline constexpr int64_t kSegmentUnit = PERFORMER_SEGMENT_ROWS;
-inline constexpr int64_t kMaxSegments = 32;
+inline constexpr int64_t kSplitUnit = PERFORMER_SPLIT_ROWS;
+inline constexpr int64_t kMaxSplits = 32;
 
-// Rows of a segment in a sequence of `rows`.
-PERFORMER_HOST_DEVICE inline constexpr int64_t SegmentRows(int64_t rows) {
-  return RowsPerSegment(rows, kSegmentUnit, kMaxSegments);
+// Rows of a split in a sequence of `rows`.
+PERFORMER_HOST_DEVICE inline constexpr int64_t SplitRows(int64_t rows) {
+  return RowsPerSplit(rows, kSplitUnit, kMaxSplits);
 }
 
 // What a kernel's blocks run over along the rows of all sequences.
-inline constexpr int64_t kSegments = 0;  // SegmentRows of each sequence's length
+inline constexpr int64_t kSplits = 0;  // SplitRows of each sequence's length
 
-// Items of `unit` rows (or segments) that cover the rows of each sequence, in order. Plain data: a
+// Items of `unit` rows (or splits) that cover the rows of each sequence, in order. Plain data: a
 // kernel parameter.
 struct Items {
   int64_t sequences = 0;
   int64_t rows = 0;  // of each sequence, if not packed
-  int64_t unit = kSegments;
+  int64_t unit = kSplits;
   const int64_t* offsets = nullptr;  // [N + 1] packed sequences; device memory
   const int64_t* first = nullptr;    // [N + 1] first item of each sequence; with offsets
 };
@@ -54,7 +54,7 @@ struct Item {
 };
 
 PERFORMER_HOST_DEVICE inline int64_t ItemRows(const Items& items, int64_t rows) {
-  return items.unit == kSegments ? SegmentRows(rows) : items.unit;
+  return items.unit == kSplits ? SplitRows(rows) : items.unit;
 }
 
 PERFORMER_HOST_DEVICE inline Item Locate(const Items& items, int64_t number) {

@@ -1,17 +1,17 @@
-// Gradient of causal attention in two sweeps over the pieces of causal.h; per row and head one
+// Gradient of causal attention in two sweeps over the sub-chunks of causal.h; per row and head one
 // normaliser is kept, never L x M.
 //
-// Forward sweep, with the prefix state (sum, mass) before the piece and cum[i] = mass + sum_{j <=
+// Forward scan, with the prefix state (sum, mass) before the sub-chunk and cum[i] = mass + sum_{j <=
 // i} kb[j]:
 //   f = 2^(a + anchor - shift)   den = sum_m f cum   y = dout / den   P = tril(y v^T)
 //   g = y sum^T + P kb           delta = sum_m f g   da = f (g - delta / den cum)
 //   dq = da w                    dw += da^T q        lse = shift + log2 den, kept with delta
-// Reverse sweep, with the suffix state R = sum over later rows of f dout, r = the same of f delta,
+// Reverse scan, with the reverse state R = sum over later rows of f dout, r = the same of f delta,
 // relative to the anchors, which never fall along the sequence: going back, every factor 2^(anchor
 // - later anchor) is <= 1. f = 2^(a + anchor - lse) is normalised here.
 //   db = kb (v R^T - r + triu(v dout^T - delta) f)      dv = kb R + triu(kb f^T) dout
 //   dk = db w - scale k sum_m db    dw += db^T k        then R += f^T dout, r += f^T delta
-// The final state's gradient is the first suffix state; the initial state is a key that every row
+// The final state's gradient is the first reverse state; the initial state is a key that every row
 // sees.
 #pragma once
 #include "cpu/kernels/bidirectional_backward.h"
@@ -24,18 +24,18 @@ struct CausalGradScratch {
   static constexpr int64_t C = kCausalGradChunk, kPairStride = C + kPad<Acc>;
   static_assert(C % kPad<Acc> == 0);
   KeyChunk<Acc> keys;
-  // Keys of the piece: log-features, weights, running sums of weights, slopes.
+  // Keys of the sub-chunk: log-features, weights, running sums of weights, slopes.
   Acc *b, *kb, *cum, *key_slope;  // [C][m_stride]
   // Queries of the piece.
   Acc *q, *y, *f, *g, *query_slope, *dq, *dk, *dv;
   Acc *transposed, *f_transposed;  // [e_pad][C], [m_pad][C]
   Acc *pair, *weights;             // [C][kPairStride]
   Acc *tops, *shift, *den, *row_sum, *bias;
-  // Prefix sums^T in the forward sweep [m_panels][e_pad][kPanel]; in the reverse sweep R^T, as
-  // panels of `suffix`.
-  Acc *panels, *suffix;  // suffix: R [m][e_pad]
+  // Prefix sums^T in the forward scan [m_panels][e_pad][kPanel]; in the reverse scan R^T, as
+  // panels of `reverse state`.
+  Acc *panels, *reverse_state;  // reverse state: R [m][e_pad]
   Acc *mass, *anchor, *saved,
-      *initial_mean;  // mass: r in the reverse sweep; saved: r before the piece
+      *initial_mean;  // mass: r in the reverse scan; saved: r before the sub-chunk
 
   void Place(Arena& arena, const Map<Acc>& map, const Widths& w) {
     keys.Place(arena, w, C);
@@ -50,13 +50,13 @@ struct CausalGradScratch {
     tops = arena.Take<Acc>(C * kLanes<Acc>);
     for (Acc** column : {&shift, &den, &row_sum}) *column = arena.Take<Acc>(C);
     panels = arena.Take<Acc>(w.m_panels * kPanel * w.e_pad);
-    for (Acc** state : {&suffix, &initial_mean}) *state = arena.Take<Acc>(w.m * w.e_pad);
+    for (Acc** state : {&reverse_state, &initial_mean}) *state = arena.Take<Acc>(w.m * w.e_pad);
     for (Acc** row : {&bias, &mass, &anchor, &saved}) *row = arena.Take<Acc>(w.m_pad);
   }
 };
 
-// A piece of the forward sweep, and the set of anchors it used.
-struct GradPiece {
+// A sub-chunk of the forward scan, and the set of anchors it used.
+struct GradSubChunk {
   int64_t row, chunk_begin, rows, anchors;
 };
 
@@ -91,8 +91,8 @@ class CausalGradient {
     delta_ = lse_ + rows * GroupSize(dims_);
     for (int64_t i = 0; i < CausalGradPartial<Acc>::Size(w_, GroupSize(dims_)); ++i)
       partial_.log_mass[i] = 0;
-    if (!ForwardSweep()) return false;
-    ReverseSweep();
+    if (!ForwardScan()) return false;
+    ReverseScan();
     return true;
   }
 
@@ -130,14 +130,14 @@ class CausalGradient {
       if (s_.anchor[m] != -kInf<Acc>) return false;
     return true;
   }
-  // kb and cum for the rows of the piece, which then begin at row 0 of these buffers.
-  void WeighKeys(const GradPiece& piece) {
-    const int64_t first = piece.chunk_begin * w_.m_stride;
+  // kb and cum for the rows of the sub-chunk, which then begin at row 0 of these buffers.
+  void WeighKeys(const GradSubChunk& sub_chunk) {
+    const int64_t first = sub_chunk.chunk_begin * w_.m_stride;
     for (int64_t m = 0; m < w_.m_pad; m += kLanes<Acc>) {
       const Vec<Acc> given = Load(s_.anchor + m), zero = {};
       const Vec<Acc> anchor = given == -kInf<Acc> ? zero : given;
       Vec<Acc> sum = Load(s_.mass + m);
-      for (int64_t j = 0; j < piece.rows; ++j) {
+      for (int64_t j = 0; j < sub_chunk.rows; ++j) {
         const Vec<Acc> x = Exp2(Load(s_.b + first + j * w_.m_stride + m) - anchor);
         sum += x;
         Store(s_.kb + j * w_.m_stride + m, x);
@@ -146,16 +146,16 @@ class CausalGradient {
     }
   }
 
-  const Acc* PieceValues(const GradPiece& piece) const {
-    return s_.keys.v + piece.chunk_begin * w_.e_pad;
+  const Acc* SubChunkValues(const GradSubChunk& sub_chunk) const {
+    return s_.keys.v + sub_chunk.chunk_begin * w_.e_pad;
   }
 
-  void LoadQueries(const GradPiece& piece, int64_t i) {
+  void LoadQueries(const GradSubChunk& sub_chunk, int64_t i) {
     const int64_t head = FirstHead() + i;
-    LoadRows<Acc>({params_.queries.query, params_.dtype, dims_.heads, head, w_.d}, piece.row,
-                  piece.rows, nullptr, s_.q, w_.d_pad, &ahead_);
-    LoadRows<Acc>({params_.grad_out, params_.dtype, dims_.heads, head, w_.e}, piece.row, piece.rows,
-                  nullptr, s_.y, w_.e_pad, &ahead_);
+    LoadRows<Acc>({params_.queries.query, params_.dtype, dims_.heads, head, w_.d}, sub_chunk.row,
+                  sub_chunk.rows, nullptr, s_.q, w_.d_pad, &ahead_);
+    LoadRows<Acc>({params_.grad_out, params_.dtype, dims_.heads, head, w_.e}, sub_chunk.row,
+                  sub_chunk.rows, nullptr, s_.y, w_.e_pad, &ahead_);
   }
 
   // to[cols][C] = from[n][cols]^T, zero in the columns from n on.
@@ -171,20 +171,20 @@ class CausalGradient {
   bool SaveAnchors();
   int64_t AnchorSets() const;
   void StartPrefix();
-  bool ForwardSweep();
+  bool ForwardScan();
   void ZeroRows(int64_t row);
   void RaisePrefix(const Acc* b);
-  void ForwardQueries(const GradPiece& piece, int64_t i);
-  void PrefixProducts(const GradPiece& piece);
-  void LogitGradient(const GradPiece& piece, int64_t i);
-  bool UpdatePrefix(const GradPiece& piece);
+  void ForwardQueries(const GradSubChunk& sub_chunk, int64_t i);
+  void PrefixProducts(const GradSubChunk& sub_chunk);
+  void LogitGradient(const GradSubChunk& sub_chunk, int64_t i);
+  bool UpdatePrefix(const GradSubChunk& sub_chunk);
 
   // reverse_scan.h
-  void StartSuffix();
-  void MoveSuffix(const Acc* anchors);
-  void ReverseSweep();
-  void ReversePiece(const GradPiece& given);
-  void ReverseQueries(const GradPiece& piece, int64_t i);
+  void StartReverseState();
+  void MoveReverseState(const Acc* anchors);
+  void ReverseScan();
+  void ReverseSubChunk(const GradSubChunk& given);
+  void ReverseQueries(const GradSubChunk& sub_chunk, int64_t i);
 
   const CausalGradParams& params_;
   const Dims& dims_;
@@ -198,7 +198,7 @@ class CausalGradient {
   const LoadedState<Acc> initial_;
   Scratch s_;
   Ahead ahead_;
-  GrowingArray<GradPiece> pieces_;
+  GrowingArray<GradSubChunk> sub_chunks_;
   GrowingArray<Acc> anchors_;  // sets of m_pad, a new one only when an anchor changed
   GrowingArray<Acc> rows_;
   Acc *lse_ = nullptr, *delta_ = nullptr;  // [heads of the group][rows] each, base 2 and natural

@@ -1,11 +1,11 @@
-// Forward sweep of the gradient of causal attention; the formulas are in causal_backward.h.
+// Forward scan of the gradient of causal attention; the formulas are in causal_backward.h.
 #pragma once
 #include "cpu/kernels/causal_backward/causal_backward.h"
 #include "cpu/simd/triangle.h"
 
 PERFORMER_ISA_BEGIN
 
-// Column m of the panels, the prefix sum of landmark m, times keep.
+// Column m of the panels, the prefix sum of feature m, times keep.
 template <class Acc>
 void CausalGradient<Acc>::ScalePrefix(int64_t m, Acc keep) {
   Acc* column = s_.panels + m / kPanel * kPanel * w_.e_pad + m % kPanel;
@@ -38,7 +38,7 @@ void CausalGradient<Acc>::StartPrefix() {
 }
 
 template <class Acc>
-bool CausalGradient<Acc>::ForwardSweep() {
+bool CausalGradient<Acc>::ForwardScan() {
   StartPrefix();
   if (!SaveAnchors()) return false;
   for (int64_t row = slice_.begin; row < slice_.end; row += C) {
@@ -55,12 +55,12 @@ bool CausalGradient<Acc>::ForwardSweep() {
         if (!SaveAnchors()) return false;
       }
       while (end < n && !Exceeds(end)) ++end;
-      GradPiece* piece = pieces_.Append(1);
-      if (piece == nullptr) return false;
-      *piece = {row + begin, begin, end - begin, AnchorSets() - 1};
-      WeighKeys(*piece);
-      for (int64_t i = 0; i < GroupSize(dims_); ++i) ForwardQueries(*piece, i);
-      if (UpdatePrefix(*piece) && !SaveAnchors()) return false;
+      GradSubChunk* sub_chunk = sub_chunks_.Append(1);
+      if (sub_chunk == nullptr) return false;
+      *sub_chunk = {row + begin, begin, end - begin, AnchorSets() - 1};
+      WeighKeys(*sub_chunk);
+      for (int64_t i = 0; i < GroupSize(dims_); ++i) ForwardQueries(*sub_chunk, i);
+      if (UpdatePrefix(*sub_chunk) && !SaveAnchors()) return false;
     }
   }
   return true;
@@ -89,10 +89,10 @@ void CausalGradient<Acc>::RaisePrefix(const Acc* b) {
 }
 
 template <class Acc>
-void CausalGradient<Acc>::ForwardQueries(const GradPiece& piece, int64_t i) {
+void CausalGradient<Acc>::ForwardQueries(const GradSubChunk& sub_chunk, int64_t i) {
   const QueryHead<Acc> head = Head(i);
-  const int64_t n = piece.rows;
-  LoadQueries(piece, i);
+  const int64_t n = sub_chunk.rows;
+  LoadQueries(sub_chunk, i);
   SetBias(s_.anchor, 1.0, head.feature_bias, w_, s_.bias);
   QueryLogFeatures(map_, {s_.q, w_.d_pad, 1}, n, head.projection, w_, s_.bias, s_.f, s_.query_slope,
                    s_.tops, &ahead_);
@@ -100,22 +100,22 @@ void CausalGradient<Acc>::ForwardQueries(const GradPiece& piece, int64_t i) {
   for (int64_t r = 0; r < n; ++r)
     s_.den[r] = Dot(s_.f + r * w_.m_stride, s_.cum + r * w_.m_stride, w_.m_pad);
   ScaleRows(n, w_.e_pad, s_.den, s_.y);
-  PrefixProducts(piece);
-  LogitGradient(piece, i);
+  PrefixProducts(sub_chunk);
+  LogitGradient(sub_chunk, i);
   ChainSlope(map_, n, w_, s_.query_slope, s_.g);
   MatMul<false>(s_.g, w_.m_stride, 1, head.projection.rows.at, w_.d_pad, w_.m, s_.dq, w_.d_pad, n,
                 w_.d_pad);
   StoreRows<Acc>({params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, w_.d},
-                 piece.row, n, s_.dq, w_.d_pad);
+                 sub_chunk.row, n, s_.dq, w_.d_pad);
   MatMul<true>(s_.g, 1, w_.m_stride, s_.q, w_.d_pad, n,
                partial_.query_projection + i * w_.m * w_.d_pad, w_.d_pad, w_.m, w_.d_pad);
 }
 
 // g = y sum^T + tril(y v^T) kb.
 template <class Acc>
-void CausalGradient<Acc>::PrefixProducts(const GradPiece& piece) {
-  const int64_t n = piece.rows;
-  TransposeRows(PieceValues(piece), w_.e_pad, n, w_.e_pad, s_.transposed);
+void CausalGradient<Acc>::PrefixProducts(const GradSubChunk& sub_chunk) {
+  const int64_t n = sub_chunk.rows;
+  TransposeRows(SubChunkValues(sub_chunk), w_.e_pad, n, w_.e_pad, s_.transposed);
   LowerProduct(s_.y, w_.e_pad, s_.transposed, C, w_.e_pad, n, 0, s_.pair, kPairStride);
   for (int64_t m = 0; m < w_.m_pad; m += kPanel) {
     const int64_t cols = w_.m_pad - m < kPanel ? w_.m_pad - m : kPanel;
@@ -126,11 +126,11 @@ void CausalGradient<Acc>::PrefixProducts(const GradPiece& piece) {
 
 // g = da; keeps lse and delta of each row.
 template <class Acc>
-void CausalGradient<Acc>::LogitGradient(const GradPiece& piece, int64_t i) {
-  Acc* lse = OfHead(lse_, i, piece.row);
-  Acc* delta = OfHead(delta_, i, piece.row);
+void CausalGradient<Acc>::LogitGradient(const GradSubChunk& sub_chunk, int64_t i) {
+  Acc* lse = OfHead(lse_, i, sub_chunk.row);
+  Acc* delta = OfHead(delta_, i, sub_chunk.row);
   Acc* feature_bias = partial_.feature_bias + i * w_.m_pad;
-  for (int64_t r = 0; r < piece.rows; ++r) {
+  for (int64_t r = 0; r < sub_chunk.rows; ++r) {
     const Acc *f = s_.f + r * w_.m_stride, *cum = s_.cum + r * w_.m_stride;
     Acc* g = s_.g + r * w_.m_stride;
     delta[r] = Dot(f, g, w_.m_pad);
@@ -144,16 +144,16 @@ void CausalGradient<Acc>::LogitGradient(const GradPiece& piece, int64_t i) {
   }
 }
 
-// Adds the keys of the piece to the prefix; true if an anchor changed.
+// Adds the keys of the sub-chunk to the prefix; true if an anchor changed.
 template <class Acc>
-bool CausalGradient<Acc>::UpdatePrefix(const GradPiece& piece) {
+bool CausalGradient<Acc>::UpdatePrefix(const GradSubChunk& sub_chunk) {
   for (int64_t m = 0; m < w_.m_pad; m += kPanel) {
     const int64_t cols = w_.m_pad - m < kPanel ? w_.m_pad - m : kPanel;
-    MatMul<true>(PieceValues(piece), 1, w_.e_pad, s_.kb + m, w_.m_stride, piece.rows,
+    MatMul<true>(SubChunkValues(sub_chunk), 1, w_.e_pad, s_.kb + m, w_.m_stride, sub_chunk.rows,
                  s_.panels + m * w_.e_pad, kPanel, w_.e_pad, cols);
   }
   bool renewed = false;
-  const Acc* mass = s_.cum + (piece.rows - 1) * w_.m_stride;
+  const Acc* mass = s_.cum + (sub_chunk.rows - 1) * w_.m_stride;
   for (int64_t m = 0; m < w_.m; ++m) {
     s_.mass[m] = mass[m];
     if (!(s_.mass[m] > kRenewMass<Acc>)) continue;

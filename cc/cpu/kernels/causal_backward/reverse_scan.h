@@ -1,13 +1,13 @@
-// Reverse sweep of the gradient of causal attention; the formulas are in causal_backward.h.
+// Reverse scan of the gradient of causal attention; the formulas are in causal_backward.h.
 #pragma once
 #include "cpu/kernels/causal_backward/causal_backward.h"
 #include "cpu/simd/triangle.h"
 
 PERFORMER_ISA_BEGIN
 
-// The gradient of the final state as suffix state, relative to the last anchors.
+// The gradient of the final state as reverse state, relative to the last anchors.
 template <class Acc>
-void CausalGradient<Acc>::StartSuffix() {
+void CausalGradient<Acc>::StartReverseState() {
   const LoadedState<Acc> grad(params_.grad_state, dims_, slice_.sequence, slice_.head);
   for (int64_t m = 0; m < w_.m; ++m) {
     const Acc inverse = Inverse(s_.mass[m]);
@@ -15,7 +15,7 @@ void CausalGradient<Acc>::StartSuffix() {
     Acc r = -grad.log_mass[m] * inverse;
     for (int64_t e = 0; e < w_.e_pad; ++e) {
       const Acc x = e < w_.e && inverse != 0 ? grad.mean[m * w_.e + e] * inverse : Acc(0);
-      s_.suffix[m * w_.e_pad + e] = x;
+      s_.reverse_state[m * w_.e_pad + e] = x;
       if (e < w_.e && inverse != 0) r += x * (sum[e * kPanel] * inverse);
     }
     s_.mass[m] = inverse == 0 ? Acc(0) : r;
@@ -23,34 +23,34 @@ void CausalGradient<Acc>::StartSuffix() {
   for (int64_t m = w_.m; m < w_.m_pad; ++m) s_.mass[m] = 0;
 }
 
-// Makes the suffix state relative to other, earlier anchors.
+// Makes the reverse state relative to other, earlier anchors.
 template <class Acc>
-void CausalGradient<Acc>::MoveSuffix(const Acc* anchors) {
+void CausalGradient<Acc>::MoveReverseState(const Acc* anchors) {
   for (int64_t m = 0; m < w_.m; ++m) {
     if (anchors[m] == s_.anchor[m]) continue;
     const Acc keep = Exp2(anchors[m] - s_.anchor[m]);
-    for (int64_t e = 0; e < w_.e_pad; ++e) s_.suffix[m * w_.e_pad + e] *= keep;
+    for (int64_t e = 0; e < w_.e_pad; ++e) s_.reverse_state[m * w_.e_pad + e] *= keep;
     s_.mass[m] *= keep;
     s_.anchor[m] = anchors[m];
   }
 }
 
 template <class Acc>
-void CausalGradient<Acc>::ReverseSweep() {
+void CausalGradient<Acc>::ReverseScan() {
   ahead_ = Ahead(true);
-  StartSuffix();
-  for (int64_t p = pieces_.size() - 1; p >= 0; --p) {
-    const GradPiece piece = pieces_[p];
-    MoveSuffix(&anchors_[piece.anchors * w_.m_pad]);
-    ReversePiece(piece);
+  StartReverseState();
+  for (int64_t p = sub_chunks_.size() - 1; p >= 0; --p) {
+    const GradSubChunk sub_chunk = sub_chunks_[p];
+    MoveReverseState(&anchors_[sub_chunk.anchors * w_.m_pad]);
+    ReverseSubChunk(sub_chunk);
   }
-  MoveSuffix(&anchors_[0]);
+  MoveReverseState(&anchors_[0]);
   for (int64_t m = 0; m < w_.m; ++m) {
     if (s_.anchor[m] == -kInf<Acc>) continue;  // an empty initial state: gradient 0
     Acc* mean = partial_.mean + m * w_.e_pad;
     Acc sum = -s_.mass[m];
     for (int64_t e = 0; e < w_.e_pad; ++e) {
-      mean[e] = s_.suffix[m * w_.e_pad + e];
+      mean[e] = s_.reverse_state[m * w_.e_pad + e];
       sum += mean[e] * s_.initial_mean[m * w_.e_pad + e];
     }
     partial_.log_mass[m] = sum;
@@ -58,33 +58,35 @@ void CausalGradient<Acc>::ReverseSweep() {
 }
 
 template <class Acc>
-void CausalGradient<Acc>::ReversePiece(const GradPiece& given) {
-  const GradPiece piece = {given.row, 0, given.rows, given.anchors};  // here the chunk is the piece
-  const int64_t n = piece.rows;
-  LoadKeys(piece.row, n);
-  WeighKeys(piece);
-  TransposeToPanels(s_.suffix, w_.m, w_.e_pad, w_.e_pad, s_.panels);
+void CausalGradient<Acc>::ReverseSubChunk(const GradSubChunk& given) {
+  const GradSubChunk sub_chunk = {given.row, 0, given.rows,
+                                  given.anchors};  // here the chunk is the sub-chunk
+  const int64_t n = sub_chunk.rows;
+  LoadKeys(sub_chunk.row, n);
+  WeighKeys(sub_chunk);
+  TransposeToPanels(s_.reverse_state, w_.m, w_.e_pad, w_.e_pad, s_.panels);
   for (int64_t m = 0; m < w_.m_pad; ++m) s_.saved[m] = s_.mass[m];
-  MatMul<false>(s_.kb, w_.m_stride, 1, s_.suffix, w_.e_pad, w_.m, s_.dv, w_.e_pad, n, w_.e_pad);
+  MatMul<false>(s_.kb, w_.m_stride, 1, s_.reverse_state, w_.e_pad, w_.m, s_.dv, w_.e_pad, n,
+                w_.e_pad);
   MatMulPanels(s_.keys.v, w_.e_pad, n, s_.panels, w_.e_pad, w_, s_.b,
                &ahead_);  // g of the keys, in the buffer of the log-features
-  for (int64_t i = 0; i < GroupSize(dims_); ++i) ReverseQueries(piece, i);
+  for (int64_t i = 0; i < GroupSize(dims_); ++i) ReverseQueries(sub_chunk, i);
   KeyLogitGradient(n, w_, s_.keys.skip, s_.saved, s_.kb, s_.b, s_.row_sum);
   ChainSlope(map_, n, w_, s_.key_slope, s_.b);
   MatMul<false>(s_.b, w_.m_stride, 1, key_projection_.rows, w_.d_pad, w_.m, s_.dk, w_.d_pad, n,
                 w_.d_pad);
-  StoreKeyGradients(key_rows_, map_, w_, s_.keys, s_.row_sum, piece.row, n, s_.dk, s_.dv);
+  StoreKeyGradients(key_rows_, map_, w_, s_.keys, s_.row_sum, sub_chunk.row, n, s_.dk, s_.dv);
   MatMul<true>(s_.b, 1, w_.m_stride, s_.keys.k, w_.d_pad, n, partial_.key_projection, w_.d_pad,
                w_.m, w_.d_pad);
 }
 
-// The queries of one head: adds to the keys' g and dv, then to the suffix state.
+// The queries of one head: adds to the keys' g and dv, then to the reverse state.
 template <class Acc>
-void CausalGradient<Acc>::ReverseQueries(const GradPiece& piece, int64_t i) {
-  const int64_t n = piece.rows;
+void CausalGradient<Acc>::ReverseQueries(const GradSubChunk& sub_chunk, int64_t i) {
+  const int64_t n = sub_chunk.rows;
   const QueryHead<Acc> head = Head(i);
-  const Acc *lse = OfHead(lse_, i, piece.row), *delta = OfHead(delta_, i, piece.row);
-  LoadQueries(piece, i);
+  const Acc *lse = OfHead(lse_, i, sub_chunk.row), *delta = OfHead(delta_, i, sub_chunk.row);
+  LoadQueries(sub_chunk, i);
   LogFeatures<Acc>(map_, s_.q, n, head.projection.panels, w_, s_.f, nullptr, &ahead_);
   SetBias(s_.anchor, 1.0, head.feature_bias, w_, s_.bias);
   for (int64_t r = 0; r < n; ++r) {
@@ -108,7 +110,7 @@ void CausalGradient<Acc>::ReverseQueries(const GradPiece& piece, int64_t i) {
   UpperProduct(s_.kb, w_.m_stride, s_.f_transposed, C, w_.m, n, s_.weights, kPairStride);
   AddSuffixProduct(s_.pair, kPairStride, s_.f, w_.m_stride, s_.b, w_.m_stride, n, w_.m_pad);
   AddSuffixProduct(s_.weights, kPairStride, s_.y, w_.e_pad, s_.dv, w_.e_pad, n, w_.e_pad);
-  MatMul<true>(s_.f, 1, w_.m_stride, s_.y, w_.e_pad, n, s_.suffix, w_.e_pad, w_.m, w_.e_pad);
+  MatMul<true>(s_.f, 1, w_.m_stride, s_.y, w_.e_pad, n, s_.reverse_state, w_.e_pad, w_.m, w_.e_pad);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t m = 0; m < w_.m_pad; m += kLanes<Acc>)
       Store(s_.mass + m, Load(s_.mass + m) + delta[r] * Load(s_.f + r * w_.m_stride + m));

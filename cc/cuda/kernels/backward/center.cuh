@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(256) CenterKernel(CenterParams<T> p) {
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (number >= p.matrices * p.features_pad) return;
-  const int64_t matrix = number / p.features_pad, landmark = number % p.features_pad;
-  const int64_t row = matrix * p.features + landmark;
-  const bool given = landmark < p.features && p.log_mass[row] != -kInfinity;
+  const int64_t matrix = number / p.features_pad, feature = number % p.features_pad;
+  const int64_t row = matrix * p.features + feature;
+  const bool given = feature < p.features && p.log_mass[row] != -kInfinity;
   const float scale = std::is_same_v<T, Half> ? GradStateScale<T>(p.peak[matrix]) : 1.f;
   float center = 0;
 #pragma unroll
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) CenterKernel(CenterParams<T> p) {
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) center += __shfl_xor_sync(kAllLanes, center, lanes);
-  if (lane != 0 || landmark >= p.features) return;
+  if (lane != 0 || feature >= p.features) return;
   p.center[row] = given ? center - p.grad_log_mass[row] * scale : 0.f;
   p.bias_part[row] = given ? p.grad_log_mass[row] : 0.f;
 }

@@ -1,11 +1,11 @@
 // What the sweeps of the gradients share. A block walks tiles of 64 tokens, 32 at a time, with its
-// landmarks as rows of all products; a warp owns 16 kRowTiles of them.
+// features as rows of all products; a warp owns 16 kRowTiles of them.
 //
 //   sums over tokens (gradients of the state and of projections)   registers, a warp its own rows
-//   sums over landmarks (gradients of queries, keys, values)       the summed tile
-//   [landmark][token]
+//   sums over features (gradients of queries, keys, values)       the summed tile
+//   [feature][token]
 //                                                                  goes through shared memory
-// More landmarks than a block holds are taken a group after the other; gradients of rows are then
+// More features than a block holds are taken a group after the other; gradients of rows are then
 // kept in float32 in memory until the last group.
 #pragma once
 #include "cuda/device/row_pipeline.cuh"
@@ -13,41 +13,41 @@
 namespace performer {
 namespace cuda {
 
-// kWarps_ 4 or 8: a smaller block where there are few landmarks.
+// kWarps_ 4 or 8: a smaller block where there are few features.
 template <class T, int W, int kWarps_>
-struct SweepLayout {
+struct BackwardLayout {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   // Of a warp: sums over tokens, twice 16 kRowTiles x W, fill half of the registers.
   static constexpr int kRowTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
-  static constexpr int kLandmarks = 16 * kRowTiles * kWarps;
+  static constexpr int kFeatures = 16 * kRowTiles * kWarps;
   static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
   static constexpr int kStages = kIs16Bit<T> ? 2 : 1;  // of tiles, as shared memory allows
-  // Sums over landmarks: 16 tokens of a warp and this many columns, kColumns at a time.
+  // Sums over features: 16 tokens of a warp and this many columns, kColumns at a time.
   static constexpr int kWarpColumns = W / (kWarps / 4);
   static constexpr int kColumns = kWarpColumns < 32 ? kWarpColumns : 32;
 
   static constexpr int kSize = static_cast<int>(sizeof(T));
-  static constexpr int kLandmarkBytes = kLandmarks * W * kSize;    // an operand [kLandmarks][W]
-  static constexpr int kSummedBytes = kLandmarks * kTile * kSize;  // a tile [kLandmarks][kTile]
+  static constexpr int kFeatureBytes = kFeatures * W * kSize;     // an operand [kFeatures][W]
+  static constexpr int kSummedBytes = kFeatures * kTile * kSize;  // a tile [kFeatures][kTile]
   static constexpr int kTileBytes = kTile * W * kSize;
 };
 template <class T, int W>
-inline constexpr int kSweepWarps = kIs16Bit<T> || W == 64 ? 8 : 4;
+inline constexpr int kBackwardWarps = kIs16Bit<T> || W == 64 ? 8 : 4;
 
-// How a thread sees its part of a sweep: rows are landmarks row0 + 16 m + g + 8 e of the block,
+// How a thread sees its part of a sweep: rows are features row0 + 16 m + g + 8 e of the block,
 // columns tokens 8 n + 2 t + c of kColumns.
 template <int kRowTiles, int kColumns = 32>
-using SweepTile = float[kRowTiles][kColumns / 8][4];
+using BackwardTile = float[kRowTiles][kColumns / 8][4];
 
-// x += landmarks (rows) x tokens (kColumns from j0).
+// x += features (rows) x tokens (kColumns from j0).
 template <class T, int W, int kRowTiles, int kColumns = 32>
-PERFORMER_DEVICE void LandmarkProduct(SweepTile<kRowTiles, kColumns>& x, const T* landmarks,
-                                      int row0, const T* tokens, int j0, int lane) {
+PERFORMER_DEVICE void FeatureProduct(BackwardTile<kRowTiles, kColumns>& x, const T* features,
+                                     int row0, const T* tokens, int j0, int lane) {
 #pragma unroll(kUnroll<T>)
   for (int s = 0; s < W / 16; ++s) {
     uint32_t a[kRowTiles][kFragment<T>];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) LoadA<T, W>(a[m], landmarks, row0 + m * 16, s * 16, lane);
+    for (int m = 0; m < kRowTiles; ++m) LoadA<T, W>(a[m], features, row0 + m * 16, s * 16, lane);
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
       uint32_t b[kFragment<T>];
@@ -58,10 +58,10 @@ PERFORMER_DEVICE void LandmarkProduct(SweepTile<kRowTiles, kColumns>& x, const T
   }
 }
 
-// acc [16 kRowTiles landmarks][W] += x (kColumns tokens) tokens (rows j0 .. of a tile).
+// acc [16 kRowTiles features][W] += x (kColumns tokens) tokens (rows j0 .. of a tile).
 template <class T, int W, int kRowTiles, int kColumns = 32>
 PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4],
-                                const SweepTile<kRowTiles, kColumns>& x, const T* tokens, int j0,
+                                const BackwardTile<kRowTiles, kColumns>& x, const T* tokens, int j0,
                                 int lane) {
 #pragma unroll
   for (int s = 0; s < kColumns / 16; ++s) {
@@ -78,9 +78,9 @@ PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4],
   }
 }
 
-// To a tile [landmark][kWidth tokens].
+// To a tile [feature][kWidth tokens].
 template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
-PERFORMER_DEVICE void StoreSummed(T* tile, const SweepTile<kRowTiles, kColumns>& x, int row0,
+PERFORMER_DEVICE void StoreSummed(T* tile, const BackwardTile<kRowTiles, kColumns>& x, int row0,
                                   int j0, int lane) {
   lane = Opaque(lane);
   const int g = lane / 4, t = lane % 4;
@@ -95,8 +95,8 @@ PERFORMER_DEVICE void StoreSummed(T* tile, const SweepTile<kRowTiles, kColumns>&
 }
 
 template <class T, int kRowTiles, int kColumns = 32, int kWidth = kTile>
-PERFORMER_DEVICE void LoadSummed(SweepTile<kRowTiles, kColumns>& x, const T* tile, int row0, int j0,
-                                 int lane) {
+PERFORMER_DEVICE void LoadSummed(BackwardTile<kRowTiles, kColumns>& x, const T* tile, int row0,
+                                 int j0, int lane) {
   lane = Opaque(lane);
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -127,14 +127,14 @@ PERFORMER_DEVICE float OperandSum(const uint32_t (&a)[kFragment<T>], int e) {
   return sum;
 }
 
-// acc (16 tokens from r0, kColumns from c0) += x^T y of tiles x [kLandmarks][kWidth tokens] and
-// y [kLandmarks][W]; with kTotal also total[e] += this lane's share of the sum of x over landmarks.
-template <class T, int W, int kLandmarks, int kColumns, bool kTotal, int kWidth = kTile>
-PERFORMER_DEVICE void SumLandmarks(float (&acc)[kColumns / 8][4], float (&total)[2], const T* x,
-                                   const T* y, int r0, int c0, int lane) {
+// acc (16 tokens from r0, kColumns from c0) += x^T y of tiles x [kFeatures][kWidth tokens] and
+// y [kFeatures][W]; with kTotal also total[e] += this lane's share of the sum of x over features.
+template <class T, int W, int kFeatures, int kColumns, bool kTotal, int kWidth = kTile>
+PERFORMER_DEVICE void SumFeatures(float (&acc)[kColumns / 8][4], float (&total)[2], const T* x,
+                                  const T* y, int r0, int c0, int lane) {
   lane = Opaque(lane);
 #pragma unroll 2
-  for (int m = 0; m < kLandmarks; m += 16) {
+  for (int m = 0; m < kFeatures; m += 16) {
     uint32_t a[kFragment<T>];
     LoadATrans<T, kWidth>(a, x, r0, m, lane);
     if constexpr (kTotal)
@@ -149,12 +149,12 @@ PERFORMER_DEVICE void SumLandmarks(float (&acc)[kColumns / 8][4], float (&total)
   }
 }
 
-// total[e] += this lane's share of the sum over landmarks of a tile [kLandmarks][kWidth tokens], of
+// total[e] += this lane's share of the sum over features of a tile [kFeatures][kWidth tokens], of
 // tokens r0 + g + 8 e: of what an operand holds, so that its errors cancel where it meets them.
-template <class T, int kLandmarks, int kWidth = kTile>
-PERFORMER_DEVICE void TotalOfLandmarks(float (&total)[2], const T* tile, int r0, int lane) {
+template <class T, int kFeatures, int kWidth = kTile>
+PERFORMER_DEVICE void TotalOfFeatures(float (&total)[2], const T* tile, int r0, int lane) {
 #pragma unroll 1
-  for (int m = 0; m < kLandmarks; m += 16) {
+  for (int m = 0; m < kFeatures; m += 16) {
     uint32_t a[kFragment<T>];
     LoadATrans<T, kWidth>(a, tile, r0, m, lane);
 #pragma unroll
@@ -171,7 +171,7 @@ PERFORMER_DEVICE void LoadStatistics(float* lse, float* delta, const float* from
   *delta = valid ? from_delta[at] : 0.f;
 }
 
-// Two numbers of a row's gradient that is a sum of parts (groups of landmarks, pieces of a chunk,
+// Two numbers of a row's gradient that is a sum of parts (groups of features, sub-chunks of a chunk,
 // query heads), kept at sums[at] in between, by the same thread. Returns whether y is the sum now.
 PERFORMER_DEVICE bool AddPart(float2& y, float* sums, int64_t at, bool first, bool last) {
   if (first && last) return true;
@@ -191,10 +191,10 @@ PERFORMER_DEVICE float MapSlope(const Map& map, float x) {
 // Maps that are not linear: ds *= slope. The product is computed once more, where registers are
 // free, instead of being kept.
 template <class T, int W, int kRowTiles, int kColumns = 32>
-PERFORMER_DEVICE void ChainSlope(SweepTile<kRowTiles, kColumns>& ds, const Map& map,
-                                 const T* landmarks, int row0, const T* tokens, int j0, int lane) {
-  SweepTile<kRowTiles, kColumns> x = {};
-  LandmarkProduct<T, W, kRowTiles, kColumns>(x, landmarks, row0, tokens, j0, lane);
+PERFORMER_DEVICE void ChainSlope(BackwardTile<kRowTiles, kColumns>& ds, const Map& map,
+                                 const T* features, int row0, const T* tokens, int j0, int lane) {
+  BackwardTile<kRowTiles, kColumns> x = {};
+  FeatureProduct<T, W, kRowTiles, kColumns>(x, features, row0, tokens, j0, lane);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -240,14 +240,14 @@ PERFORMER_DEVICE float BlockMax(const float* values, int64_t stride, int count, 
 
 // Sums over tokens, to rows of partial gradients [.., features][width] in memory.
 template <int W, int kRowTiles>
-PERFORMER_DEVICE void StoreSums(float* to, int width, int features, int first_landmark,
+PERFORMER_DEVICE void StoreSums(float* to, int width, int features, int first_feature,
                                 const float (&acc)[kRowTiles][W / 8][4], float factor, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = first_landmark + m * 16 + g + 8 * e;
+      const int row = first_feature + m * 16 + g + 8 * e;
       if (row >= features) continue;
       float* const from = to + static_cast<int64_t>(row) * width;
 #pragma unroll

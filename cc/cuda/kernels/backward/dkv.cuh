@@ -1,11 +1,11 @@
-// Gradient of Summarize, with the center c = dmean . mean - dlog_mass of each landmark
+// Gradient of Summarize, with the center c = dmean . mean - dlog_mass of each feature
 // (backward/center.cuh):
 //   P[m, j] = exp(b - log_mass)      dS = P (dmean . v_j - c)
 //   over tokens      dw = root (dS slope) k
-//   over landmarks   dv = P^T dmean      dbias_j = sum_m dS
+//   over features   dv = P^T dmean      dbias_j = sum_m dS
 //                    dk = root (dS slope)^T w - scale k sum_m dS
 //
-// Grid: (segments of all sequences, key/value heads). Masked keys get exactly 0.
+// Grid: (splits of all sequences, key/value heads). Masked keys get exactly 0.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 
@@ -13,7 +13,7 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct KeySweepParams {
+struct DkvParams {
   KeyParams<T> keys;
   Projection<T> projection;
   const float* log_mass = nullptr;  // [count, G, M]
@@ -22,21 +22,21 @@ struct KeySweepParams {
   const float* peak = nullptr;      // [count, G]: see GradStateScale
   int64_t state_count = 0;
   Map map;
-  Items segments;
+  Items splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   RowsOf<T> grad_key, grad_value;
   float* grad_bias = nullptr;  // [B, G, S] or nullptr
   int64_t bias_rows = 0;       // S
   float *sum_key = nullptr,
-        *sum_value = nullptr;        // [rows, G, W], if a block cannot hold all landmarks
-  float* part_projection = nullptr;  // [segments, G, M, D]
+        *sum_value = nullptr;        // [rows, G, W], if a block cannot hold all features
+  float* part_projection = nullptr;  // [splits, G, M, D]
 };
 
 template <class T, int W, int kWarps>
-struct KeySweepLayout : SweepLayout<T, W, kWarps> {
-  using S = SweepLayout<T, W, kWarps>;
-  static constexpr int kGradMean = S::kLandmarkBytes;                  // after the projection
-  static constexpr int kWeights = kGradMean + S::kLandmarkBytes;       // P
+struct DkvLayout : BackwardLayout<T, W, kWarps> {
+  using S = BackwardLayout<T, W, kWarps>;
+  static constexpr int kGradMean = S::kFeatureBytes;                   // after the projection
+  static constexpr int kWeights = kGradMean + S::kFeatureBytes;        // P
   static constexpr int kSummed = kWeights + S::kSummedBytes;           // dS
   static constexpr int kKey = kSummed + S::kSummedBytes;               // [kStages] tiles
   static constexpr int kValue = kKey + S::kStages * S::kTileBytes;     // likewise
@@ -47,8 +47,8 @@ struct KeySweepLayout : SweepLayout<T, W, kWarps> {
 };
 
 template <class T, int W, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<T> p) {
-  using L = KeySweepLayout<T, W, kWarps>;
+__global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
+  using L = DkvLayout<T, W, kWarps>;
   constexpr int kRowTiles = L::kRowTiles, kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
   T* const projection = reinterpret_cast<T*>(shared);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
   T* const summed = reinterpret_cast<T*>(shared + L::kSummed);
   float* const hidden = reinterpret_cast<float*>(shared + L::kHidden);  // key_bias of the tile
   const int tid = threadIdx.x;
-  const Item item = Locate(p.segments, blockIdx.x);
+  const Item item = Locate(p.splits, blockIdx.x);
   const int64_t head = blockIdx.y;
   const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + head;
   const int64_t row0 = item.first_row + item.begin;
@@ -76,16 +76,16 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
 
   const int features = static_cast<int>(p.features);
 #pragma unroll 1
-  for (int first_landmark = 0; first_landmark < features; first_landmark += L::kLandmarks) {
-    const bool is_first = first_landmark == 0, is_last = first_landmark + L::kLandmarks >= features;
-    const int row_landmark = tid / 32 * 16 * kRowTiles;
-    __syncthreads();  // nobody reads the last landmarks and keys any more
+  for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {
+    const bool is_first = first_feature == 0, is_last = first_feature + L::kFeatures >= features;
+    const int row_feature = tid / 32 * 16 * kRowTiles;
+    __syncthreads();  // nobody reads the last features and keys any more
     {
       const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W);
-      const int left = static_cast<int>(p.features_pad) - first_landmark;
-      CopyOperand<T, W, L::kLandmarks, kThreads>(projection, w + first_landmark * W, left, tid);
-      CopyOperand<T, W, L::kLandmarks, kThreads>(
-          grad_mean, p.grad_mean + (state * p.features_pad + first_landmark) * W, left, tid);
+      const int left = static_cast<int>(p.features_pad) - first_feature;
+      CopyOperand<T, W, L::kFeatures, kThreads>(projection, w + first_feature * W, left, tid);
+      CopyOperand<T, W, L::kFeatures, kThreads>(
+          grad_mean, p.grad_mean + (state * p.features_pad + first_feature) * W, left, tid);
       CpAsyncCommit();
     }
     stream.Fetch(0, tid);
@@ -101,16 +101,16 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int landmark = first_landmark + row_landmark + m * 16 + tid % 32 / 4 + 8 * e;
-        const int64_t at = state * features + landmark;
-        const float log_mass = landmark < features ? p.log_mass[at] : -kInfinity;
-        // A landmark that saw nothing weighs nothing.
+        const int feature = first_feature + row_feature + m * 16 + tid % 32 / 4 + 8 * e;
+        const int64_t at = state * features + feature;
+        const float log_mass = feature < features ? p.log_mass[at] : -kInfinity;
+        // A feature that saw nothing weighs nothing.
         row_bias[m][e] = -kInfinity;
         if (log_mass != -kInfinity) {
           row_bias[m][e] = -log_mass * p.map.inverse_root;
           if constexpr (std::is_same_v<T, Half>) row_bias[m][e] += log2f(weight_scale) / unit;
         }
-        center[m][e] = landmark < features ? p.center[at] : 0.f;
+        center[m][e] = feature < features ? p.center[at] : 0.f;
       }
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
 #pragma unroll 1
       for (int j0 = 0; j0 < kTile; j0 += 32) {
         const int lane = Opaque(tid % 32), t = lane % 4;
-        SweepTile<kRowTiles> x, ds;
+        BackwardTile<kRowTiles> x, ds;
 #pragma unroll
         for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m) x[m][n][i] = start, ds[m][n][i] = -center[m][i / 2];
           }
-        LandmarkProduct<T, W, kRowTiles>(x, projection, row_landmark, keys, j0, lane);
-        LandmarkProduct<T, W, kRowTiles>(ds, grad_mean, row_landmark, values, j0, lane);
+        FeatureProduct<T, W, kRowTiles>(x, projection, row_feature, keys, j0, lane);
+        FeatureProduct<T, W, kRowTiles>(ds, grad_mean, row_feature, values, j0, lane);
         if (!linear)
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
@@ -166,22 +166,22 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
               y = Exp2((y + row_bias[m][i / 2]) * unit);
               d *= y;
             }
-        StoreSummed<T, kRowTiles>(weights, x, row_landmark, j0, lane);
-        StoreSummed<T, kRowTiles>(summed, ds, row_landmark, j0, lane);
+        StoreSummed<T, kRowTiles>(weights, x, row_feature, j0, lane);
+        StoreSummed<T, kRowTiles>(summed, ds, row_feature, j0, lane);
         if (linear) SumTokens<T, W, kRowTiles>(sum_projection, ds, keys, j0, lane);
       }
       __syncthreads();  // [2] P and dS are visible
       const int id = Opaque(tid), lane = id % 32, warp = id / 32, r0 = warp % 4 * 16;
-      float total[2] = {};  // of dS over landmarks, of the rounded operand: errors cancel in dk
+      float total[2] = {};  // of dS over features, of the rounded operand: errors cancel in dk
       if (!linear) {
-        TotalOfLandmarks<T, L::kLandmarks>(total, summed, r0, lane);
+        TotalOfFeatures<T, L::kFeatures>(total, summed, r0, lane);
         __syncthreads();  // [3] dS may be overwritten
 #pragma unroll 1
         for (int j0 = 0; j0 < kTile; j0 += 32) {
-          SweepTile<kRowTiles> ds;
-          LoadSummed<T, kRowTiles>(ds, summed, row_landmark, j0, lane);
-          ChainSlope<T, W, kRowTiles>(ds, p.map, projection, row_landmark, keys, j0, lane);
-          StoreSummed<T, kRowTiles>(summed, ds, row_landmark, j0, lane);
+          BackwardTile<kRowTiles> ds;
+          LoadSummed<T, kRowTiles>(ds, summed, row_feature, j0, lane);
+          ChainSlope<T, W, kRowTiles>(ds, p.map, projection, row_feature, keys, j0, lane);
+          StoreSummed<T, kRowTiles>(summed, ds, row_feature, j0, lane);
           SumTokens<T, W, kRowTiles>(sum_projection, ds, keys, j0, lane);
         }
         __syncthreads();  // [4] dS slope is visible
@@ -190,14 +190,14 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
       for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
         const int c0 = warp / 4 * L::kWarpColumns + i;
         float dv[L::kColumns / 8][4] = {}, dk[L::kColumns / 8][4] = {}, unused[2];
-        SumLandmarks<T, W, L::kLandmarks, L::kColumns, false>(dv, unused, weights, grad_mean, r0,
-                                                              c0, lane);
+        SumFeatures<T, W, L::kFeatures, L::kColumns, false>(dv, unused, weights, grad_mean, r0, c0,
+                                                            lane);
         if (linear && i == 0)
-          SumLandmarks<T, W, L::kLandmarks, L::kColumns, true>(dk, total, summed, projection, r0,
-                                                               c0, lane);
+          SumFeatures<T, W, L::kFeatures, L::kColumns, true>(dk, total, summed, projection, r0, c0,
+                                                             lane);
         else
-          SumLandmarks<T, W, L::kLandmarks, L::kColumns, false>(dk, unused, summed, projection, r0,
-                                                                c0, lane);
+          SumFeatures<T, W, L::kFeatures, L::kColumns, false>(dk, unused, summed, projection, r0,
+                                                              c0, lane);
         if (i == 0) total[0] = QuadSum(total[0]) / scale, total[1] = QuadSum(total[1]) / scale;
         const float factor = p.map.root / scale;
 #pragma unroll
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
             float2 x = {dk[n][2 * e] * factor, dk[n][2 * e + 1] * factor};
             float2 y = {dv[n][2 * e] / scale, dv[n][2 * e + 1] / scale};
             if (p.map.key_norm) x.x -= norm * k.x, x.y -= norm * k.y;
-            if (!(is_first && is_last)) {  // of this thread alone, over the groups of landmarks
+            if (!(is_first && is_last)) {  // of this thread alone, over the groups of features
               float2* sum_key = reinterpret_cast<float2*>(p.sum_key + at * W + column);
               float2* sum_value = reinterpret_cast<float2*>(p.sum_value + at * W + column);
               if (!is_first) {
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) KeySweepKernel(KeySweepParams<
 
     StoreSums<W, kRowTiles>(
         p.part_projection + (blockIdx.x * p.groups + head) * features * p.keys.key.width,
-        p.keys.key.width, features, first_landmark + row_landmark, sum_projection,
-        p.map.root / scale, tid % 32);
+        p.keys.key.width, features, first_feature + row_feature, sum_projection, p.map.root / scale,
+        tid % 32);
   }
 }
 

@@ -1,10 +1,10 @@
 // Gradient of Read. With the statistics of each row (backward/row_statistics.cuh):
 //   P[m, i] = exp(a + log_mass - lse_i)      dS = P (mean . grad_out_i - delta_i)
 //   over tokens      dmean = P grad_out      dlog_mass = dS 1      dw = root (dS slope) q
-//   over landmarks   dq = root (dS slope)^T w
+//   over features   dq = root (dS slope)^T w
 //
-// Grid: (segments of all sequences, query heads). Sums over tokens are partial results of a
-// segment and head, for backward/sum_partials.cuh.
+// Grid: (splits of all sequences, query heads). Sums over tokens are partial results of a
+// split and head, for backward/sum_partials.cuh.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 
@@ -12,7 +12,7 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct QuerySweepParams {
+struct DqParams {
   RowsOf<const T> query, grad_out;
   Projection<T> projection;
   const float* feature_bias = nullptr;  // [feature_bias_heads, M]
@@ -21,46 +21,46 @@ struct QuerySweepParams {
   const float* log_mass = nullptr;  // [count, G, M]
   int64_t state_count = 0;
   Map map;
-  Items segments;
+  Items splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   const float *lse = nullptr, *delta = nullptr, *peak = nullptr;  // [rows, H]
   RowsOf<T> grad_query;
-  float* sum_query = nullptr;  // [rows, H, W], if a block cannot hold all landmarks
-  // [segments, H, M(, D or E)]
+  float* sum_query = nullptr;  // [rows, H, W], if a block cannot hold all features
+  // [splits, H, M(, D or E)]
   float *part_log_mass = nullptr, *part_mean = nullptr, *part_projection = nullptr;
 };
 
 // Where a block works; in shared memory, as KeyPlace.
 template <class T>
-struct QuerySweepPlace {
-  const T *query, *grad_out;  // the segment's first row
+struct DqPlace {
+  const T *query, *grad_out;  // the split's first row
   const float *lse, *delta;   // likewise
   T* grad_query;
   float* sum_query;
-  const T *projection, *mean;            // of the first landmark
+  const T *projection, *mean;            // of the first feature
   const float *log_mass, *feature_bias;  // likewise
   int rows;
 };
 
 template <class T, int W, int kWarps>
-struct QuerySweepLayout : SweepLayout<T, W, kWarps> {
-  using S = SweepLayout<T, W, kWarps>;
-  static constexpr int kMean = S::kLandmarkBytes;                       // after the projection
-  static constexpr int kSummed = kMean + S::kLandmarkBytes;             // dS
+struct DqLayout : BackwardLayout<T, W, kWarps> {
+  using S = BackwardLayout<T, W, kWarps>;
+  static constexpr int kMean = S::kFeatureBytes;                        // after the projection
+  static constexpr int kSummed = kMean + S::kFeatureBytes;              // dS
   static constexpr int kQuery = kSummed + S::kSummedBytes;              // [kStages] tiles
   static constexpr int kGradOut = kQuery + S::kStages * S::kTileBytes;  // likewise
   static constexpr int kLse = kGradOut + S::kStages * S::kTileBytes;    // float [2][kTile]
   static constexpr int kDelta = kLse + 2 * kTile * 4;                   // likewise
   static constexpr int kBlockMax = kDelta + 2 * kTile * 4;
-  static constexpr int kRowBias = kBlockMax + S::kWarps * 4;  // float [kLandmarks]
-  static constexpr int kPlace = kRowBias + S::kLandmarks * 4;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(QuerySweepPlace<T>));
+  static constexpr int kRowBias = kBlockMax + S::kWarps * 4;  // float [kFeatures]
+  static constexpr int kPlace = kRowBias + S::kFeatures * 4;
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(DqPlace<T>));
   static_assert(kBytes <= S::kMostBytes);
 };
 
 template <class T, int W, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepParams<T> p) {
-  using L = QuerySweepLayout<T, W, kWarps>;
+__global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
+  using L = DqLayout<T, W, kWarps>;
   constexpr int kRowTiles = L::kRowTiles, kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
   T* const projection = reinterpret_cast<T*>(shared);
@@ -68,16 +68,16 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
   T* const summed = reinterpret_cast<T*>(shared + L::kSummed);
   float* const lse = reinterpret_cast<float*>(shared + L::kLse);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
-  const auto* place = reinterpret_cast<const QuerySweepPlace<T>*>(shared + L::kPlace);
+  const auto* place = reinterpret_cast<const DqPlace<T>*>(shared + L::kPlace);
   float* const row_bias = reinterpret_cast<float*>(shared + L::kRowBias);
   const int tid = threadIdx.x;
   const int heads = static_cast<int>(p.query.heads);
   if (tid == 0) {
-    const Item item = Locate(p.segments, blockIdx.x);
+    const Item item = Locate(p.splits, blockIdx.x);
     const int64_t head = blockIdx.y, group = head / (heads / p.groups);
     const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
     const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
-    *const_cast<QuerySweepPlace<T>*>(place) = {
+    *const_cast<DqPlace<T>*>(place) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
         p.lse + at,
@@ -115,25 +115,24 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
 
   const int features = static_cast<int>(p.features);
 #pragma unroll 1
-  for (int first_landmark = 0; first_landmark < features; first_landmark += L::kLandmarks) {
-    const bool is_first = first_landmark == 0, is_last = first_landmark + L::kLandmarks >= features;
-    const int row_landmark = tid / 32 * 16 * kRowTiles;
-    __syncthreads();  // nobody reads the last landmarks any more
+  for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {
+    const bool is_first = first_feature == 0, is_last = first_feature + L::kFeatures >= features;
+    const int row_feature = tid / 32 * 16 * kRowTiles;
+    __syncthreads();  // nobody reads the last features any more
     {
-      const int left = static_cast<int>(p.features_pad) - first_landmark;
-      CopyOperand<T, W, L::kLandmarks, kThreads>(projection, place->projection + first_landmark * W,
-                                                 left, tid);
-      CopyOperand<T, W, L::kLandmarks, kThreads>(mean, place->mean + first_landmark * W, left, tid);
+      const int left = static_cast<int>(p.features_pad) - first_feature;
+      CopyOperand<T, W, L::kFeatures, kThreads>(projection, place->projection + first_feature * W,
+                                                left, tid);
+      CopyOperand<T, W, L::kFeatures, kThreads>(mean, place->mean + first_feature * W, left, tid);
     }
     if (L::kStages == 2) issue(0, 0);
     float sum_mean[kRowTiles][W / 8][4] = {}, sum_projection[kRowTiles][W / 8][4] = {};
     float sum_log_mass[kRowTiles][2] = {};
-    for (int i = tid; i < L::kLandmarks; i += kThreads) {  // visible at [1]
-      const int landmark = first_landmark + i;
-      row_bias[i] =
-          landmark < features
-              ? (place->log_mass[landmark] + place->feature_bias[landmark]) * p.map.inverse_root
-              : -kInfinity;
+    for (int i = tid; i < L::kFeatures; i += kThreads) {  // visible at [1]
+      const int feature = first_feature + i;
+      row_bias[i] = feature < features ? (place->log_mass[feature] + place->feature_bias[feature]) *
+                                             p.map.inverse_root
+                                       : -kInfinity;
     }
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
 #pragma unroll 1
       for (int j0 = 0; j0 < kTile; j0 += 32) {
         const int lane = Opaque(tid % 32), t = lane % 4;
-        SweepTile<kRowTiles> x, ds;
+        BackwardTile<kRowTiles> x, ds;
 #pragma unroll
         for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -157,8 +156,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m) x[m][n][i] = start, ds[m][n][i] = center;
           }
-        LandmarkProduct<T, W, kRowTiles>(x, projection, row_landmark, queries, j0, lane);
-        LandmarkProduct<T, W, kRowTiles>(ds, mean, row_landmark, grad_out, j0, lane);
+        FeatureProduct<T, W, kRowTiles>(x, projection, row_feature, queries, j0, lane);
+        FeatureProduct<T, W, kRowTiles>(ds, mean, row_feature, grad_out, j0, lane);
         if (!linear)
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
@@ -172,7 +171,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float own = row_bias[row_landmark + m * 16 + lane / 4 + i / 2 * 8];
+            const float own = row_bias[row_feature + m * 16 + lane / 4 + i / 2 * 8];
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
               float &y = x[m][n][i], &d = ds[m][n][i];
@@ -184,8 +183,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
           }
         SumTokens<T, W, kRowTiles>(sum_mean, x, grad_out, j0, Opaque(lane));
         if (!linear)
-          ChainSlope<T, W, kRowTiles>(ds, p.map, projection, row_landmark, queries, j0, lane);
-        StoreSummed<T, kRowTiles>(summed, ds, row_landmark, j0, lane);
+          ChainSlope<T, W, kRowTiles>(ds, p.map, projection, row_feature, queries, j0, lane);
+        StoreSummed<T, kRowTiles>(summed, ds, row_feature, j0, lane);
         SumTokens<T, W, kRowTiles>(sum_projection, ds, queries, j0, Opaque(lane));
       }
       __syncthreads();  // [2] dS is visible
@@ -194,8 +193,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
       for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
         const int c0 = warp / 4 * L::kWarpColumns + i;
         float dq[L::kColumns / 8][4] = {}, unused[2];
-        SumLandmarks<T, W, L::kLandmarks, L::kColumns, false>(dq, unused, summed, projection, r0,
-                                                              c0, lane);
+        SumFeatures<T, W, L::kFeatures, L::kColumns, false>(dq, unused, summed, projection, r0, c0,
+                                                            lane);
         const float factor = p.map.root / scale;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -221,14 +220,14 @@ __global__ void __launch_bounds__(32 * kWarps, 1) QuerySweepKernel(QuerySweepPar
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int landmark = first_landmark + row_landmark + m * 16 + lane / 4 + 8 * e;
+        const int feature = first_feature + row_feature + m * 16 + lane / 4 + 8 * e;
         const float sum = QuadSum(sum_log_mass[m][e]) * factor;
-        if (lane % 4 == 0 && landmark < features) p.part_log_mass[part * features + landmark] = sum;
+        if (lane % 4 == 0 && feature < features) p.part_log_mass[part * features + feature] = sum;
       }
     StoreSums<W, kRowTiles>(p.part_mean + part * features * p.grad_out.width, p.grad_out.width,
-                            features, first_landmark + row_landmark, sum_mean, 1.f, lane);
+                            features, first_feature + row_feature, sum_mean, 1.f, lane);
     StoreSums<W, kRowTiles>(p.part_projection + part * features * p.query.width, p.query.width,
-                            features, first_landmark + row_landmark, sum_projection,
+                            features, first_feature + row_feature, sum_projection,
                             p.map.root * factor, lane);
   }
 }

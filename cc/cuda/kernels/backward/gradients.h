@@ -18,7 +18,7 @@ class Gradients : public Forward<T, W> {
   using Operands<T>::map_;
   static constexpr int kThreads = 256;
 
-  // run(std::integral_constant<int, warps>): a sweep has blocks of 4 warps where their landmarks,
+  // run(std::integral_constant<int, warps>): a sweep has blocks of 4 warps where their features,
   // `few`, are all, or where the GPU has no room for more; else of kMost.
   template <int kMost, class Run>
   Status ForWarps(int64_t few, Run run) const {
@@ -58,10 +58,10 @@ class Gradients : public Forward<T, W> {
     return Sum(1, parts, count * size, from, static_cast<float*>(to));
   }
 
-  // Partial results [segments, heads, size] to [N, groups, size].
-  Status SumState(const Division& segments, int64_t heads, int64_t groups, int64_t size,
+  // Partial results [splits, heads, size] to [N, groups, size].
+  Status SumState(const Division& splits, int64_t heads, int64_t groups, int64_t size,
                   const float* from, void* to) const {
-    const SumStateParams p = {from, static_cast<float*>(to), segments.items, heads, groups, size};
+    const SumStateParams p = {from, static_cast<float*>(to), splits.items, heads, groups, size};
     return launcher_.Launch("sum states", SumStateKernel,
                             {CeilDiv(dims_.sequences * groups * size, kThreads)}, kThreads, 0, p);
   }

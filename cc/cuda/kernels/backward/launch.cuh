@@ -17,10 +17,10 @@ class BidirectionalGrad : public Gradients<T, W> {
   Status Read(const performer::ReadGradParams& call) const {
     const int64_t features = dims_.features, heads = dims_.heads;
     const int64_t rows = dims_.batch * dims_.queries;
-    Division tiles, segments;
+    Division tiles, splits;
     PERFORMER_RETURN_IF_ERROR(
         this->Divide(dims_.queries, RowStatisticsLayout<T, W>::kRows, &tiles));
-    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.queries, kSegments, &segments));
+    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.queries, kSplits, &splits));
 
     RowStatisticsParams<T> r;
     PERFORMER_RETURN_IF_ERROR(this->template PackProjection<W>(
@@ -46,7 +46,7 @@ class BidirectionalGrad : public Gradients<T, W> {
                                                {tiles.count, heads}, Statistics::kThreads,
                                                Statistics::kBytes, r));
 
-    QuerySweepParams<T> p;
+    DqParams<T> p;
     p.query = r.query;
     p.grad_out = r.grad_out;
     p.projection = r.projection;
@@ -56,7 +56,7 @@ class BidirectionalGrad : public Gradients<T, W> {
     p.log_mass = r.log_mass;
     p.state_count = r.state_count;
     p.map = map_;
-    p.segments = segments.items;
+    p.splits = splits.items;
     p.groups = dims_.groups;
     p.features = features;
     p.features_pad = this->features_pad_;
@@ -64,38 +64,38 @@ class BidirectionalGrad : public Gradients<T, W> {
     p.delta = r.delta;
     p.peak = r.peak;
     p.grad_query = OutputRows<T>(call.grad_queries.query, heads, dims_.key_dim);
-    const int64_t parts = segments.count * heads * features;
+    const int64_t parts = splits.count * heads * features;
     PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(parts, "partial gradients", &p.part_log_mass));
     PERFORMER_RETURN_IF_ERROR(
         launcher_.Allocate(parts * dims_.value_dim, "partial gradients", &p.part_mean));
     PERFORMER_RETURN_IF_ERROR(
         launcher_.Allocate(parts * dims_.key_dim, "partial gradients", &p.part_projection));
     PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(kFew, [&](auto warps) {
-      using Layout = QuerySweepLayout<T, W, decltype(warps)::value>;
-      if (features > Layout::kLandmarks)
+      using Layout = DqLayout<T, W, decltype(warps)::value>;
+      if (features > Layout::kFeatures)
         PERFORMER_RETURN_IF_ERROR(
             launcher_.Allocate(rows * heads * W, "sums of gradients", &p.sum_query));
-      return launcher_.Launch("query gradient", QuerySweepKernel<T, W, decltype(warps)::value>,
-                              {segments.count, heads}, Layout::kThreads, Layout::kBytes, p);
+      return launcher_.Launch("query gradient", DqKernel<T, W, decltype(warps)::value>,
+                              {splits.count, heads}, Layout::kThreads, Layout::kBytes, p);
     }));
 
-    PERFORMER_RETURN_IF_ERROR(this->SumState(segments, heads, dims_.groups, features,
-                                             p.part_log_mass, call.grad_state.log_mass));
-    PERFORMER_RETURN_IF_ERROR(this->SumState(segments, heads, dims_.groups,
+    PERFORMER_RETURN_IF_ERROR(this->SumState(splits, heads, dims_.groups, features, p.part_log_mass,
+                                             call.grad_state.log_mass));
+    PERFORMER_RETURN_IF_ERROR(this->SumState(splits, heads, dims_.groups,
                                              features * dims_.value_dim, p.part_mean,
                                              call.grad_state.mean));
-    PERFORMER_RETURN_IF_ERROR(this->SumHeads(segments.count, heads, call.queries.projection_heads,
+    PERFORMER_RETURN_IF_ERROR(this->SumHeads(splits.count, heads, call.queries.projection_heads,
                                              features * dims_.key_dim, p.part_projection,
                                              call.grad_queries.projection));
-    return this->SumHeads(segments.count, heads, call.queries.feature_bias_heads, features,
+    return this->SumHeads(splits.count, heads, call.queries.feature_bias_heads, features,
                           p.part_log_mass, call.grad_queries.feature_bias);
   }
 
   Status Summarize(const performer::SummarizeGradParams& call) const {
     const int64_t features = dims_.features, groups = dims_.groups;
     const int64_t rows = dims_.batch * dims_.keys, matrices = call.state.count * groups;
-    Division segments;
-    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSegments, &segments));
+    Division splits;
+    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSplits, &splits));
 
     CenterParams<T> c;
     c.log_mass = static_cast<const float*>(call.state.log_mass);
@@ -122,7 +122,7 @@ class BidirectionalGrad : public Gradients<T, W> {
         launcher_.Launch("centers", CenterKernel<T, W>,
                          {CeilDiv(matrices * this->features_pad_ * 32, kThreads)}, kThreads, 0, c));
 
-    KeySweepParams<T> p;
+    DkvParams<T> p;
     PERFORMER_RETURN_IF_ERROR(this->template PackProjection<W>(
         call.keys.projection, call.keys.projection_heads, &p.projection));
     p.peak = peak;
@@ -132,7 +132,7 @@ class BidirectionalGrad : public Gradients<T, W> {
     p.grad_mean = c.operand;
     p.state_count = call.state.count;
     p.map = map_;
-    p.segments = segments.items;
+    p.splits = splits.items;
     p.groups = groups;
     p.features = features;
     p.features_pad = this->features_pad_;
@@ -140,17 +140,17 @@ class BidirectionalGrad : public Gradients<T, W> {
     p.grad_value = OutputRows<T>(call.grad_keys.value, groups, dims_.value_dim);
     PERFORMER_RETURN_IF_ERROR(this->AllocateBias(call.keys, call.grad_keys.bias, &p.grad_bias));
     p.bias_rows = dims_.keys;
-    PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(segments.count * groups * features * dims_.key_dim,
+    PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(splits.count * groups * features * dims_.key_dim,
                                                  "partial gradients", &p.part_projection));
     PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(kFew, [&](auto warps) {
-      using Layout = KeySweepLayout<T, W, decltype(warps)::value>;
-      if (features > Layout::kLandmarks)
+      using Layout = DkvLayout<T, W, decltype(warps)::value>;
+      if (features > Layout::kFeatures)
         for (float** to : {&p.sum_key, &p.sum_value})
           PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(rows * groups * W, "sums of gradients", to));
-      return launcher_.Launch("key gradient", KeySweepKernel<T, W, decltype(warps)::value>,
-                              {segments.count, groups}, Layout::kThreads, Layout::kBytes, p);
+      return launcher_.Launch("key gradient", DkvKernel<T, W, decltype(warps)::value>,
+                              {splits.count, groups}, Layout::kThreads, Layout::kBytes, p);
     }));
-    PERFORMER_RETURN_IF_ERROR(this->SumHeads(segments.count, groups, call.keys.projection_heads,
+    PERFORMER_RETURN_IF_ERROR(this->SumHeads(splits.count, groups, call.keys.projection_heads,
                                              features * dims_.key_dim, p.part_projection,
                                              call.grad_keys.projection));
     return this->SumBias(call.keys, p.grad_bias, c.bias_part, call.grad_keys.bias);
@@ -161,8 +161,8 @@ class BidirectionalGrad : public Gradients<T, W> {
   using Operands<T>::launcher_;
   using Operands<T>::map_;
   using Gradients<T, W>::kThreads;
-  static constexpr int kWarps = kSweepWarps<T, W>;
-  static constexpr int kFew = SweepLayout<T, W, 4>::kLandmarks;
+  static constexpr int kWarps = kBackwardWarps<T, W>;
+  static constexpr int kFew = BackwardLayout<T, W, 4>::kFeatures;
 };
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// Of each query row, what its gradient needs besides the landmarks (bidirectional):
+// Of each query row, what its gradient needs besides the features (bidirectional):
 //   lse = log sum_m exp(a + log_mass)     delta = sum_m softmax_m (mean . grad_out) = grad_out .
 //   out
 // delta is taken from the features, not from the rounded output: in bfloat16 that would be the

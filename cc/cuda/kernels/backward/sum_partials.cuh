@@ -28,25 +28,25 @@ static __global__ void __launch_bounds__(256) SumKernel(SumParams p) {
   p.to[number] = sum;
 }
 
-// Gradient of a state: partial results [segments, H, size], summed over the segments of a sequence
+// Gradient of a state: partial results [splits, H, size], summed over the splits of a sequence
 // and the query heads of a key/value head, to [N, G, size]. One thread for each result.
 struct SumStateParams {
   const float* from = nullptr;
   float* to = nullptr;
-  Items segments;
+  Items splits;
   int64_t heads = 0, groups = 0, size = 0;
 };
 
 static __global__ void __launch_bounds__(256) SumStateKernel(SumStateParams p) {
   const int64_t number = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (number >= p.segments.sequences * p.groups * p.size) return;
+  if (number >= p.splits.sequences * p.groups * p.size) return;
   const int64_t i = number % p.size, group = number / p.size % p.groups;
   const int64_t sequence = number / p.size / p.groups, each = p.heads / p.groups;
-  const int64_t first = FirstItem(p.segments, sequence), count = ItemsOf(p.segments, sequence);
+  const int64_t first = FirstItem(p.splits, sequence), count = ItemsOf(p.splits, sequence);
   float sum = 0;
-  for (int64_t segment = first; segment < first + count; ++segment)
+  for (int64_t split = first; split < first + count; ++split)
     for (int64_t head = group * each; head < (group + 1) * each; ++head)
-      sum += p.from[(segment * p.heads + head) * p.size + i];
+      sum += p.from[(split * p.heads + head) * p.size + i];
   p.to[number] = sum;
 }
 

@@ -1,21 +1,21 @@
 // Causal attention: out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j], in chunks with a
 // running state.
 //
-// Grid: (segments of all sequences, query heads, groups of landmarks). A block walks the chunks of
-// its segment from the state before it, which it keeps in registers; a warp owns 16 kGroups
-// landmarks of the state and, with one partner, 16 query rows of the chunk. For each chunk:
+// Grid: (splits of all sequences, query heads, groups of features). A block walks the chunks of
+// its split from the state before it, which it keeps in registers; a warp owns 16 kGroups
+// features of the state and, with one partner, 16 query rows of the chunk. For each chunk:
 //   keys     b = w k^T  ->  anchor, kb = exp(b - anchor)  ->  shared memory; state += kb v
 //   queries  f = exp(w q + anchor - top)  ->  local = f kb and num = f state_before, each partner
-//            over half of the landmarks
+//            over half of the features
 //   output   the partners' sums meet in shared memory; out = (num + tril(local) v) / den
 // The state is (anchor, mass, sum): log_mass = anchor + log(mass), mean = sum / mass.
 //
 // Nothing of a later row may change a bit of an earlier one, whatever it holds:
-// - A chunk is processed in pieces, nearly always one. A landmark's anchor for a piece is the
-//   largest of its log_mass before and b of the piece's first key (if that is not masked). A
-//   landmark with neither has none: it weighs nothing in this piece.
-// - A piece ends before a key that exceeds an anchor by more than kMaxGrowth, or that gives
-//   something to a landmark without anchor. Rows before the cut do the same arithmetic either way.
+// - A chunk is processed in sub-chunks, nearly always one. A feature's anchor for a sub-chunk is the
+//   largest of its log_mass before and b of the sub-chunk's first key (if that is not masked). A
+//   feature with neither has none: it weighs nothing in this piece.
+// - A sub-chunk ends before a key that exceeds an anchor by more than kMaxGrowth, or that gives
+//   something to a feature without anchor. Rows before the cut do the same arithmetic either way.
 // - Rows of v meet in a product, and 0 * inf is NaN: a value that is not finite is taken out of the
 //   tile and remembered as poison[e], the first row from which column e is NaN. (A cut before it
 //   would not do: later rows stay in the tile.)
@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
   constexpr int C = L::kChunk;
   PERFORMER_SHARED_MEMORY(shared);
   const int tid = threadIdx.x;
-  const Item item = Locate(p.segments, blockIdx.x);
+  const Item item = Locate(p.splits, blockIdx.x);
   const int64_t head = blockIdx.y, group = p.group_of(head);
-  const int first_landmark = blockIdx.z * L::kLandmarks;
+  const int first_feature = blockIdx.z * L::kFeatures;
   const Block block = {{p, shared}};
   if (tid == 0) {
     const int64_t row = item.first_row + item.begin;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
         p.query.Row(row, head), p.out.Row(row, head),
         p.feature_bias +
             QueryHeadIndex(p.feature_bias_heads, head, p.query.heads, group) * p.features,
-        p.key_operands + (p.key_head_step * group + first_landmark) * p.operand_row, row};
+        p.key_operands + (p.key_head_step * group + first_feature) * p.operand_row, row};
   }
   KeyStream<T, W, L::kThreads, C> stream(p.keys, p.map, item, group, shared + L::kStream, tid);
   const int chunks = (stream.place->rows + C - 1) / C;
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
   };
   const T* w = p.projection.At(QueryHeadIndex(p.projection.heads, head, p.query.heads, group),
                                p.features_pad, W) +
-               static_cast<int64_t>(first_landmark) * W;
-  CopyOperand<T, W, L::kLandmarks, L::kThreads>(
-      block.tile(L::kProjection), w, static_cast<int>(p.features_pad) - first_landmark, tid);
+               static_cast<int64_t>(first_feature) * W;
+  CopyOperand<T, W, L::kFeatures, L::kThreads>(
+      block.tile(L::kProjection), w, static_cast<int>(p.features_pad) - first_feature, tid);
   for (int column = tid; column < W; column += L::kThreads)
     reinterpret_cast<int*>(shared + L::kPoison)[column] = INT32_MAX;
   typename Block::State state;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
 
     int end;
 #pragma unroll 1
-    for (int begin = 0; begin < rows; begin = end) {  // the pieces
+    for (int begin = 0; begin < rows; begin = end) {  // the sub-chunks
       const int id = Opaque(tid), warp = id / 32, lane = id % 32;
       // Partners are warps i and kWarps - 1 - i, so that the two warps of a scheduler share out the
       // triangle: row tiles i and kRowTiles - 1 - i.
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
         const int cut = block.Anchor(x, bias, begin, state, keep, none, lane);
         int* cuts = reinterpret_cast<int*>(shared + L::kCuts);
         if (lane == 0) cuts[warp] = cut;
-        __syncthreads();  // [2] cuts are known; what the last piece shared is done with
+        __syncthreads();  // [2] cuts are known; what the last sub-chunk shared is done with
         end = C;
 #pragma unroll
         for (int i = 0; i < L::kWarps; ++i) end = min(end, cuts[i]);
@@ -138,14 +138,14 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
 #pragma unroll
       for (int e = 0; e < 2; ++e) sums.top[e] = -kInfinity, sums.den[e] = 0.f;
 #pragma unroll 1
-      for (int first = 0; first < L::kLandmarks / 2; first += L::kQueryTile)
-        block.Queries(sums, queries, row0, part * (L::kLandmarks / 2) + first, lane);
+      for (int first = 0; first < L::kFeatures / 2; first += L::kQueryTile)
+        block.Queries(sums, queries, row0, part * (L::kFeatures / 2) + first, lane);
       float mine[Block::kMine][4];
       block.Meet(sums, mine, warp, part, lane);
       block.Write(sums, mine, values, row0, part, begin, min(end, rows), row, lane);
     }
   }
-  const Item same = Locate(p.segments, blockIdx.x);  // not kept: registers are short
+  const Item same = Locate(p.splits, blockIdx.x);  // not kept: registers are short
   const int id = Opaque(tid);
   if (same.last() && head % (p.query.heads / p.groups) == 0)
     block.Finish(state, same.sequence * p.groups + group, stream.place->rows, id / 32, id % 32);

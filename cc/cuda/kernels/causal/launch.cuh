@@ -1,5 +1,5 @@
-// Launcher of Causal. Where a sequence has several segments: their states (summarize), the state
-// before each (merge), then all segments side by side.
+// Launcher of Causal. Where a sequence has several splits: their states (summarize), the state
+// before each (merge), then all splits side by side.
 #pragma once
 #include "cuda/kernels/causal/causal.cuh"
 #include "cuda/kernels/causal/merge_outputs.cuh"
@@ -8,11 +8,11 @@
 namespace performer {
 namespace cuda {
 
-// What the gradient needs of the forward pass: normalised outputs of each group of landmarks, not
-// merged yet, the states that segments begin with (as CausalParams), and what it has packed.
+// What the gradient needs of the forward pass: normalised outputs of each group of features, not
+// merged yet, the states that splits begin with (as CausalParams), and what it has packed.
 template <class T>
 struct CausalParts {
-  Division segments;
+  Division splits;
   Projection<T> projection;                // of queries
   const uint32_t* key_operands = nullptr;  // of keys
   const float* out = nullptr;              // [count][rows, H, W]
@@ -30,11 +30,11 @@ class Causal : public Forward<T, W> {
 
   // With `parts`, these instead of call.out.
   Status Run(const performer::CausalParams& call, CausalParts<T>* parts = nullptr) const {
-    Division segments;
-    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSegments, &segments));
+    Division splits;
+    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSplits, &splits));
     CausalParams<T> p;
-    PERFORMER_RETURN_IF_ERROR(StatesBefore(call, segments, &p));
-    PERFORMER_RETURN_IF_ERROR(FinalStatesOfEmptySequences(call, segments));
+    PERFORMER_RETURN_IF_ERROR(StatesBefore(call, splits, &p));
+    PERFORMER_RETURN_IF_ERROR(FinalStatesOfEmptySequences(call, splits));
     PERFORMER_RETURN_IF_ERROR(this->template PackProjection<W>(
         call.queries.projection, call.queries.projection_heads, &p.projection));
     PERFORMER_RETURN_IF_ERROR(this->template PackOperands<W>(
@@ -46,7 +46,7 @@ class Causal : public Forward<T, W> {
     p.feature_bias = static_cast<const float*>(call.queries.feature_bias);
     p.feature_bias_heads = call.queries.feature_bias_heads;
     p.map = map_;
-    p.segments = segments.items;
+    p.splits = splits.items;
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.features_pad = this->features_pad_;
@@ -54,7 +54,7 @@ class Causal : public Forward<T, W> {
     p.log_mass = static_cast<float*>(call.state.log_mass);
     p.mean = static_cast<float*>(call.state.mean);
     if (parts != nullptr) {
-      parts->segments = segments;
+      parts->splits = splits;
       parts->projection = p.projection;
       parts->key_operands = p.key_operands;
       parts->before_log_mass = p.before_log_mass;
@@ -63,11 +63,11 @@ class Causal : public Forward<T, W> {
       parts->before_count = p.before_count;
     }
     if constexpr (W == 64)
-      if (launcher_.HasSmallBlocks()) return Launch<1, true>(segments, p, parts);
+      if (launcher_.HasSmallBlocks()) return Launch<1, true>(splits, p, parts);
     if constexpr (kIs16Bit<T> && W == 64)
-      if (dims_.features > CausalLayout<T, W, 1, false>::kLandmarks)
-        return Launch<2, false>(segments, p, parts);
-    return Launch<1, false>(segments, p, parts);
+      if (dims_.features > CausalLayout<T, W, 1, false>::kFeatures)
+        return Launch<2, false>(splits, p, parts);
+    return Launch<1, false>(splits, p, parts);
   }
 
  private:
@@ -75,14 +75,14 @@ class Causal : public Forward<T, W> {
   using Operands<T>::launcher_;
   using Operands<T>::map_;
 
-  Status StatesBefore(const performer::CausalParams& call, const Division& segments,
+  Status StatesBefore(const performer::CausalParams& call, const Division& splits,
                       CausalParams<T>* p) const {
     p->before_log_mass = static_cast<const float*>(call.initial.log_mass);
     p->before_mean = static_cast<const float*>(call.initial.mean);
     p->before_count = call.initial.count;
-    if (segments.most <= 1) return Status();
+    if (splits.most <= 1) return Status();
     MergeParams merge;
-    PERFORMER_RETURN_IF_ERROR(this->SummarizeSegments(call.keys, segments, true, &merge));
+    PERFORMER_RETURN_IF_ERROR(this->SummarizeSplits(call.keys, splits, true, &merge));
     merge.initial_log_mass = p->before_log_mass;
     merge.initial_mean = p->before_mean;
     merge.initial_count = p->before_count;
@@ -94,10 +94,10 @@ class Causal : public Forward<T, W> {
   }
 
   Status FinalStatesOfEmptySequences(const performer::CausalParams& call,
-                                     const Division& segments) const {
-    if (!segments.some_empty) return Status();
+                                     const Division& splits) const {
+    if (!splits.some_empty) return Status();
     MergeParams merge;
-    merge.segments = segments.items;
+    merge.splits = splits.items;
     merge.groups = dims_.groups;
     merge.features = dims_.features;
     merge.width = static_cast<int>(dims_.value_dim);
@@ -111,9 +111,9 @@ class Causal : public Forward<T, W> {
   }
 
   template <int kGroups, bool kSmall>
-  Status Launch(const Division& segments, CausalParams<T> p, CausalParts<T>* parts) const {
+  Status Launch(const Division& splits, CausalParams<T> p, CausalParts<T>* parts) const {
     using Layout = CausalLayout<T, W, kGroups, kSmall>;
-    const Grid grid = {segments.count, dims_.heads, CeilDiv(dims_.features, Layout::kLandmarks)};
+    const Grid grid = {splits.count, dims_.heads, CeilDiv(dims_.features, Layout::kFeatures)};
     const int64_t rows = dims_.batch * dims_.queries;
     MergeOutputsParams<T> merge;
     if (grid.z > 1 || parts != nullptr) {

@@ -1,4 +1,4 @@
-// Parameters of the causal kernel and its division of landmarks, rows and shared memory.
+// Parameters of the causal kernel and its division of features, rows and shared memory.
 #pragma once
 #include "cuda/device/row_pipeline.cuh"
 
@@ -8,10 +8,10 @@ namespace cuda {
 // Where a block of the causal kernel works; in shared memory, as KeyPlace.
 template <class T>
 struct CausalPlace {
-  const T* query;             // the segment's first row
+  const T* query;             // the split's first row
   T* out;                     // likewise
   const float* feature_bias;  // [M] of the query head
-  const uint32_t* operands;   // of the key head, from the block's first landmark on
+  const uint32_t* operands;   // of the key head, from the block's first feature on
   int64_t row;                // of the tensor
 };
 
@@ -22,13 +22,13 @@ struct CausalParams {
   Projection<T> projection;                // of queries
   const uint32_t* key_operands = nullptr;  // of keys, see PackOperandsKernel
   int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
-  int64_t operand_row = 0;                 // registers of one landmark
+  int64_t operand_row = 0;                 // registers of one feature
   const float* feature_bias = nullptr;     // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
   Map map;
-  Items segments;
+  Items splits;
   int64_t groups = 0, features = 0, features_pad = 0;
-  // The state before each segment [segments, G, M(, E)] if before_each, else before each sequence
+  // The state before each split [splits, G, M(, E)] if before_each, else before each sequence
   // [before_count, G, M(, E)].
   const float* before_log_mass = nullptr;
   const float* before_mean = nullptr;
@@ -39,7 +39,7 @@ struct CausalParams {
   float* mean = nullptr;      // [N, G, M, E]
   // log sum_m exp(a + log_mass of the row), [rows, H], or nullptr.
   float* lse = nullptr;
-  // With several groups of landmarks: outputs of each group, [groups][rows, H, W], instead of out;
+  // With several groups of features: outputs of each group, [groups][rows, H, W], instead of out;
   // and as many lse.
   float* part_out = nullptr;
   int64_t part_size = 0, part_lse = 0;  // of one group
@@ -47,18 +47,18 @@ struct CausalParams {
   PERFORMER_DEVICE int64_t group_of(int64_t head) const { return head / (query.heads / groups); }
 };
 
-// kGroups: landmarks of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.
+// kGroups: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.
 template <class T, int W, int kGroups, bool kSmall>
 struct CausalLayout {
   // A wide float32 state fills the registers of few.
   static constexpr int kWarps = !kIs16Bit<T> && (W > 64 || kSmall) ? 4 : 8, kThreads = 32 * kWarps;
   static constexpr int kChunk = 8 * kWarps;  // rows
-  static constexpr int kLandmarks = 16 * kWarps * kGroups;
+  static constexpr int kFeatures = 16 * kWarps * kGroups;
   static constexpr int kRowTiles = kChunk / 16;
   static_assert(kWarps == 2 * kRowTiles, "two warps for each 16 queries");
-  // Landmarks that queries read at once: their features and the sums of wide heads share registers.
+  // Features that queries read at once: their features and the sums of wide heads share registers.
   static constexpr int kMostAtOnce = W > 64 ? 32 : 64;
-  static constexpr int kQueryTile = kLandmarks / 2 < kMostAtOnce ? kLandmarks / 2 : kMostAtOnce;
+  static constexpr int kQueryTile = kFeatures / 2 < kMostAtOnce ? kFeatures / 2 : kMostAtOnce;
   // Of tiles: the next chunk is copied while one is worked on. One where two would not fit.
   static constexpr int kStages = kIs16Bit<T> && W == 64 && !kSmall ? 2 : 1;
   // Nats by which a key may exceed its anchor. exp(30) * 64 keys leaves room for values up to 1e24
@@ -68,21 +68,21 @@ struct CausalLayout {
   // Shared memory, in bytes.
   static constexpr int kSize = static_cast<int>(sizeof(T));
   static constexpr int kTileBytes = kChunk * W * kSize;
-  static constexpr int kProjection = 0;                                   // [kLandmarks][W]
-  static constexpr int kQuery = kProjection + kLandmarks * W * kSize;     // [kStages] tiles
-  static constexpr int kKey = kQuery + kStages * kTileBytes;              // likewise
-  static constexpr int kValue = kKey + kStages * kTileBytes;              // likewise
-  static constexpr int kWeights = kValue + kStages * kTileBytes;          // kb [kLandmarks][kChunk]
-  static constexpr int kBefore = kWeights + kLandmarks * kChunk * kSize;  // [kLandmarks][W]
+  static constexpr int kProjection = 0;                                  // [kFeatures][W]
+  static constexpr int kQuery = kProjection + kFeatures * W * kSize;     // [kStages] tiles
+  static constexpr int kKey = kQuery + kStages * kTileBytes;             // likewise
+  static constexpr int kValue = kKey + kStages * kTileBytes;             // likewise
+  static constexpr int kWeights = kValue + kStages * kTileBytes;         // kb [kFeatures][kChunk]
+  static constexpr int kBefore = kWeights + kFeatures * kChunk * kSize;  // [kFeatures][W]
   // Where partners' sums meet, after kb and the state before are done with: local, half of num, top
   // and den of each thread.
   static constexpr int kMeet = kWeights;
   static constexpr int kMeetFloats = kChunk / 2 + W / 4 + 4;
-  static constexpr int kShared = kLandmarks * (kChunk + W) * kSize;
+  static constexpr int kShared = kFeatures * (kChunk + W) * kSize;
   static constexpr int kMeetBytes = kThreads * kMeetFloats * 4;
   static constexpr int kAnchor = kWeights + (kShared > kMeetBytes ? kShared : kMeetBytes);
-  static constexpr int kMass = kAnchor + kLandmarks * 4;  // float [kLandmarks] each
-  static constexpr int kStream = kMass + kLandmarks * 4;
+  static constexpr int kMass = kAnchor + kFeatures * 4;  // float [kFeatures] each
+  static constexpr int kStream = kMass + kFeatures * 4;
   static constexpr int kPoison = kStream + KeyStream<T, W, kThreads, kChunk>::kSharedBytes;
   static constexpr int kCuts = kPoison + W * 4;  // int [kWarps]
   static constexpr int kPlace = kCuts + kWarps * 4;

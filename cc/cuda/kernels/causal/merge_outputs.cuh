@@ -1,4 +1,4 @@
-// Outputs of several groups of landmarks, each normalised by itself, merged in their order:
+// Outputs of several groups of features, each normalised by itself, merged in their order:
 //   lse = log sum_z exp(lse_z)      out = sum_z exp(lse_z - lse) out_z
 //
 // Grid: one warp for each row and head.

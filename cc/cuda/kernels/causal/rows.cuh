@@ -11,14 +11,14 @@ struct CausalBlock : CausalState<T, W, kGroups, kSmall> {
   using L = typename Base::L;
   using Base::C, Base::kKeyTiles, Base::kColumns;
   using Base::p, Base::shared, Base::floats, Base::place, Base::tile;
-  static constexpr int kQueryTiles = L::kQueryTile / 8;  // of landmarks, in columns of 8
+  static constexpr int kQueryTiles = L::kQueryTile / 8;  // of features, in columns of 8
 
-  // Sums of 16 queries over some of the landmarks, relative to exp(top).
+  // Sums of 16 queries over some of the features, relative to exp(top).
   struct Sums {
     float num[kColumns][4], local[kKeyTiles][4], top[2], den[2];
   };
 
-  // Over kQueryTile landmarks from `first`, one step of online softmax.
+  // Over kQueryTile features from `first`, one step of online softmax.
   PERFORMER_DEVICE void Queries(Sums& sums, const T* queries, int row0, int first, int lane) const {
     const int t = lane % 4;
     const float *anchor = floats(L::kAnchor) + first, *mass = floats(L::kMass) + first;
@@ -91,7 +91,7 @@ struct CausalBlock : CausalState<T, W, kGroups, kSmall> {
     }
   }
 
-  // The sums of the partners, each over its half of the landmarks, become those over all; of num
+  // The sums of the partners, each over its half of the features, become those over all; of num
   // only the half of the columns that this warp will write, in `mine`.
   static constexpr int kMine = kColumns / 2;
   PERFORMER_DEVICE void Meet(Sums& sums, float (&mine)[kMine][4], int warp, int part,
@@ -125,7 +125,7 @@ struct CausalBlock : CausalState<T, W, kGroups, kSmall> {
       const float a = Exp2((sums.top[e] - shift) * p.map.unit()),
                   b = Exp2((their_top - shift) * p.map.unit());
       sums.top[e] = top;
-      // In the order of the landmarks, whichever partner adds.
+      // In the order of the features, whichever partner adds.
       const auto both = [&](float x, float y) { return part ? b * y + a * x : a * x + b * y; };
       sums.den[e] = both(sums.den[e], from[(kEach - 2 + e) * 32]);
 #pragma unroll
@@ -142,7 +142,7 @@ struct CausalBlock : CausalState<T, W, kGroups, kSmall> {
   }
 
   // The causal mask (a selection), local v, division; rows [begin, end) of the chunk are written,
-  // which begins at row `row` of the segment.
+  // which begins at row `row` of the split.
   PERFORMER_DEVICE void Write(Sums& sums, float (&mine)[kMine][4], const T* values, int row0,
                               int part, int begin, int end, int row, int lane) const {
     const int g = lane / 4, t = lane % 4;
@@ -156,7 +156,7 @@ struct CausalBlock : CausalState<T, W, kGroups, kSmall> {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = sums.local[n][2 * e + c];
-          x = n * 8 + 2 * t + c <= row0 + g + 8 * e ? x : 0.f;  // kb is 0 outside the piece
+          x = n * 8 + 2 * t + c <= row0 + g + 8 * e ? x : 0.f;  // kb is 0 outside the sub-chunk
           local += x;
         }
       den[e] = QuadSum(sums.den[e] + local);

@@ -15,13 +15,13 @@ struct CausalState {
   const CausalParams<T>& p;
   unsigned char* shared;
 
-  // The state of a thread's landmarks: rows g and g + 8 of each 16.
+  // The state of a thread's features: rows g and g + 8 of each 16.
   struct State {
     float sum[kGroups][kColumns][4], anchor[kGroups][2], mass[kGroups][2];
   };
   using KeyLogits = float[kGroups][kKeyTiles][4];
 
-  PERFORMER_DEVICE int first_landmark() const { return blockIdx.z * L::kLandmarks; }
+  PERFORMER_DEVICE int first_feature() const { return blockIdx.z * L::kFeatures; }
   // kMaxGrowth in units of root.
   PERFORMER_DEVICE float growth() const { return L::kMaxGrowth * p.map.inverse_root; }
 
@@ -32,7 +32,7 @@ struct CausalState {
   PERFORMER_DEVICE CausalPlace<T>* place() const {
     return reinterpret_cast<CausalPlace<T>*>(shared + L::kPlace);
   }
-  PERFORMER_DEVICE int landmark(int group, int warp) const {  // in the block, first of 16
+  PERFORMER_DEVICE int feature(int group, int warp) const {  // in the block, first of 16
     return (group * L::kWarps + warp) * 16;
   }
 
@@ -42,7 +42,7 @@ struct CausalState {
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = first_landmark() + landmark(m, warp) + g + 8 * e;
+        const int row = first_feature() + feature(m, warp) + g + 8 * e;
         const int64_t at = index * p.features + row;
         const float log_mass = row < p.features ? p.before_log_mass[at] : -kInfinity;
         const bool any = log_mass != -kInfinity;
@@ -67,7 +67,7 @@ struct CausalState {
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = first_landmark() + landmark(m, warp) + g + 8 * e;
+        const int row = first_feature() + feature(m, warp) + g + 8 * e;
         if (row >= p.features) continue;
         const int64_t at = index * p.features + row;
         const float mass = state.mass[m][e], inverse = mass == 0.f ? 0.f : 1.f / mass;
@@ -86,7 +86,7 @@ struct CausalState {
       }
   }
 
-  // x = b of the warp's landmarks and the keys of a tile, -inf before `begin`.
+  // x = b of the warp's features and the keys of a tile, -inf before `begin`.
   PERFORMER_DEVICE void Keys(KeyLogits& x, const T* keys, const float* bias, int begin, int warp,
                              int lane) const {
     const int t = lane % 4;
@@ -105,9 +105,8 @@ struct CausalState {
       uint32_t a[kGroups][kFragment<T>];
 #pragma unroll
       for (int m = 0; m < kGroups; ++m) {
-        // Past the last landmarks: those of the first ones, whose logits are replaced below.
-        const int row =
-            first_landmark() + landmark(m, warp) < p.features_pad ? landmark(m, warp) : 0;
+        // Past the last features: those of the first ones, whose logits are replaced below.
+        const int row = first_feature() + feature(m, warp) < p.features_pad ? feature(m, warp) : 0;
         LoadOperand<T>(a[m], operands + (row / 16 * (W / 16) + s) * 32 * kFragment<T>, lane);
       }
 #pragma unroll
@@ -127,14 +126,14 @@ struct CausalState {
           for (int i = 0; i < 4; ++i)
             x[m][n][i] = MappedLogit(p.map, x[m][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
     if (begin > 0) HideKeys(x, [&](int j) { return j < begin; }, lane);
-    if (first_landmark() + L::kLandmarks > p.features)
+    if (first_feature() + L::kFeatures > p.features)
 #pragma unroll
       for (int m = 0; m < kGroups; ++m)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (first_landmark() + landmark(m, warp) + lane / 4 + 8 * (i / 2) >= p.features)
+            if (first_feature() + feature(m, warp) + lane / 4 + 8 * (i / 2) >= p.features)
               x[m][n][i] = -kInfinity;
   }
 
@@ -149,13 +148,13 @@ struct CausalState {
           for (int m = 0; m < kGroups; ++m) x[m][n][i] = -kInfinity;
   }
 
-  // The anchors of a piece that begins at column `begin`; `keep` is what the old state is
-  // multiplied by. Returns the first column whose key the piece may not hold, as far as this warp's
-  // landmarks say.
+  // The anchors of a sub-chunk that begins at column `begin`; `keep` is what the old state is
+  // multiplied by. Returns the first column whose key the sub-chunk may not hold, as far as this warp's
+  // features say.
   PERFORMER_DEVICE int Anchor(const KeyLogits& x, const float* bias, int begin, State& state,
                               float (&keep)[kGroups][2], bool (&none)[kGroups][2], int lane) const {
     const bool masked = bias[begin] == -kInfinity;
-    float over = -kInfinity;  // how much a key exceeds what its landmark allows
+    float over = -kInfinity;  // how much a key exceeds what its feature allows
 #pragma unroll
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
@@ -210,12 +209,12 @@ struct CausalState {
     const int g = lane / 4, t = lane % 4;
     T* const weights = tile(L::kWeights);
     T* const before = tile(L::kBefore);
-    const float* feature_bias = place()->feature_bias + first_landmark();
+    const float* feature_bias = place()->feature_bias + first_feature();
 #pragma unroll
     for (int m = 0; m < kGroups; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = landmark(m, warp) + g + 8 * e, feature = first_landmark() + row;
+        const int row = feature(m, warp) + g + 8 * e, feature = first_feature() + row;
         const float old = state.mass[m][e] * keep[m][e];
         float added = 0;
         if (t == 0) {

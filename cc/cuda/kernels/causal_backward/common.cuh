@@ -2,14 +2,14 @@
 //
 //   A_ij = sum_m exp(a_im + b_mj - lse_i) for j <= i        dA_ij = grad_out_i . v_j - delta_i
 //
-// Rows of all large products are landmarks, 16 of a warp; a block walks the chunks of its segment.
-// More landmarks than a block holds are taken a group after the other (backward/common.cuh).
+// Rows of all large products are features, 16 of a warp; a block walks the chunks of its split.
+// More features than a block holds are taken a group after the other (backward/common.cuh).
 //
-// Within a chunk the log-features of a landmark are kept relative to an anchor, the largest of its
+// Within a chunk the log-features of a feature are kept relative to an anchor, the largest of its
 // log_mass before and b of the first key: kb = exp(b - anchor), f = exp(a + anchor - lse) <= 1. As
-// in the forward pass (causal/causal.cuh) a chunk is taken in pieces, nearly always one, that end before a
-// key which exceeds an anchor by more than kMaxGrowth. Here every warp has its own pieces, for its
-// own landmarks: nothing else depends on where they end.
+// in the forward pass (causal/causal.cuh) a chunk is taken in sub-chunks, nearly always one, that end before a
+// key which exceeds an anchor by more than kMaxGrowth. Here every warp has its own sub-chunks, for its
+// own features: nothing else depends on where they end.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 #include "cuda/kernels/causal/layout.cuh"
@@ -29,15 +29,15 @@ template <class T>
 inline constexpr int kChunkRows = kIs16Bit<T> ? 64 : 32;
 
 template <int W>
-inline constexpr int kCausalSweepWarps = W == 64 ? 8 : 4;
+inline constexpr int kCausalBackwardWarps = W == 64 ? 8 : 4;
 
 template <class T, int W, int kWarps_>
-struct CausalSweepLayout {
+struct CausalBackwardLayout {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
-  static constexpr int kLandmarks = 16 * kWarps;
+  static constexpr int kFeatures = 16 * kWarps;
   static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
   static constexpr int kRows = kChunkRows<T>;
-  // Sums over landmarks: 16 tokens of a warp and kWarpColumns, kColumns at a time.
+  // Sums over features: 16 tokens of a warp and kWarpColumns, kColumns at a time.
   static constexpr int kParts = kWarps / (kRows / 16);
   static constexpr int kWarpColumns = W / kParts;
   static constexpr int kColumns = kWarpColumns < 32 ? kWarpColumns : 32;
@@ -45,8 +45,8 @@ struct CausalSweepLayout {
   static constexpr int kPairColumns = kRows / kParts < 16 ? 16 : kRows / kParts;
 
   static constexpr int kSize = static_cast<int>(sizeof(T));
-  static constexpr int kLandmarkBytes = kLandmarks * W * kSize;    // an operand [kLandmarks][W]
-  static constexpr int kSummedBytes = kLandmarks * kRows * kSize;  // a tile [kLandmarks][kRows]
+  static constexpr int kFeatureBytes = kFeatures * W * kSize;     // an operand [kFeatures][W]
+  static constexpr int kSummedBytes = kFeatures * kRows * kSize;  // a tile [kFeatures][kRows]
   static constexpr int kTileBytes = kRows * W * kSize;
   static constexpr int kPairBytes = kRows * kRows * kSize;
 };
@@ -55,14 +55,14 @@ struct CausalSweepLayout {
 inline constexpr float kMaxKeyGrowth = 30.f;
 
 // Columns of a chunk: [begin, end) of kRows.
-struct Piece {
+struct SubChunk {
   int begin, end;
   PERFORMER_DEVICE bool has(int column) const { return column >= begin && column < end; }
 };
 
-// What a warp does with its 16 landmarks, rows g and g + 8 of a thread.
+// What a warp does with its 16 features, rows g and g + 8 of a thread.
 template <class T, int W>
-struct WarpLandmarks {
+struct WarpFeatures {
   static constexpr int kRows = kChunkRows<T>;
   using Keys = float[1][kRows / 8][4];
 
@@ -88,7 +88,7 @@ struct WarpLandmarks {
     }
   }
 
-  // x = b of all keys of the chunk; -inf for landmarks that there are not (`given` of the 16).
+  // x = b of all keys of the chunk; -inf for features that there are not (`given` of the 16).
   template <class Rows>
   PERFORMER_DEVICE void KeyLogits(Keys& x, Rows rows, const T* keys, const float* bias, int given,
                                   int lane) const {
@@ -113,10 +113,11 @@ struct WarpLandmarks {
           if (lane / 4 + i / 2 * 8 >= given) x[0][n][i] = -kInfinity;
   }
 
-  // The piece that begins at `begin`, with the anchors of its keys: -inf where a landmark has seen
+  // The sub-chunk that begins at `begin`, with the anchors of its keys: -inf where a feature has seen
   // nothing and sees nothing in this piece. A key that is NaN begins a piece.
-  PERFORMER_DEVICE Piece FindPiece(const Keys& x, const float* bias, int begin,
-                                   const float (&log_mass)[2], float (&anchor)[2], int lane) const {
+  PERFORMER_DEVICE SubChunk FindSubChunk(const Keys& x, const float* bias, int begin,
+                                         const float (&log_mass)[2], float (&anchor)[2],
+                                         int lane) const {
     const bool masked = bias[begin] == -kInfinity;
     const float growth = kMaxKeyGrowth * map.inverse_root;
     bool over = false;
@@ -155,10 +156,10 @@ struct WarpLandmarks {
     return {begin, end};
   }
 
-  // x = kb of the piece's keys, 0 elsewhere; sum = the sum of each landmark.
-  PERFORMER_DEVICE void WeighKeys(Keys& x, const Piece& piece, const float (&anchor)[2],
+  // x = kb of the sub-chunk's keys, 0 elsewhere; sum = the sum of each feature.
+  PERFORMER_DEVICE void WeighKeys(Keys& x, const SubChunk& sub_chunk, const float (&anchor)[2],
                                   float (&sum)[2], int lane) const {
-    const bool whole = piece.begin == 0 && piece.end == kRows;
+    const bool whole = sub_chunk.begin == 0 && sub_chunk.end == kRows;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float base = ZeroIfNone(anchor[e]);
@@ -169,7 +170,7 @@ struct WarpLandmarks {
         for (int c = 0; c < 2; ++c) {
           float& y = x[0][n][2 * e + c];
           y = Exp2((y - base) * unit);
-          if (!whole && !piece.has(n * 8 + 2 * (lane % 4) + c)) y = 0.f;
+          if (!whole && !sub_chunk.has(n * 8 + 2 * (lane % 4) + c)) y = 0.f;
           all += y;
         }
       sum[e] = QuadSum(all);
@@ -179,7 +180,7 @@ struct WarpLandmarks {
   PERFORMER_DEVICE float Factor(float from, float to) const {  // exp(from - to), 0 of nothing
     return from == -kInfinity ? 0.f : Exp2((from - to) * unit);
   }
-  // log_mass after a piece's keys.
+  // log_mass after a sub-chunk's keys.
   PERFORMER_DEVICE void AddKeys(float (&log_mass)[2], const float (&anchor)[2],
                                 const float (&sum)[2]) const {
 #pragma unroll
@@ -189,13 +190,13 @@ struct WarpLandmarks {
     }
   }
 
-  // f of kColumns queries from i0, 0 outside the piece; base: anchor and feature bias.
+  // f of kColumns queries from i0, 0 outside the sub-chunk; base: anchor and feature bias.
   template <int kColumns, class Rows>
   PERFORMER_DEVICE void QueryFeatures(float (&x)[1][kColumns / 8][4], Rows rows, const T* queries,
-                                      const float* lse, int i0, const Piece& piece,
+                                      const float* lse, int i0, const SubChunk& sub_chunk,
                                       const float (&base)[2], int lane) const {
     const int t = lane % 4;
-    const bool linear = map.linear(), whole = piece.begin == 0 && piece.end == kRows;
+    const bool linear = map.linear(), whole = sub_chunk.begin == 0 && sub_chunk.end == kRows;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
@@ -209,12 +210,12 @@ struct WarpLandmarks {
         float& y = x[0][n][i];
         if (!linear) y = MappedLogit(map, y) - lse[column];
         y = Exp2((y + base[i / 2]) * unit);
-        if (!whole && !piece.has(column)) y = 0.f;
+        if (!whole && !sub_chunk.has(column)) y = 0.f;
       }
   }
 };
 
-// acc += state (16 landmarks x W, accumulators) x tokens (kColumns from j0). In 16 bits the state
+// acc += state (16 features x W, accumulators) x tokens (kColumns from j0). In 16 bits the state
 // is taken as the sum of two operands: what it gives nearly cancels against delta mass.
 template <class R, int W, int kColumns>
 PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float (&state)[W / 8][4],
@@ -296,9 +297,9 @@ PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
 }
 
 // log_mass before a chunk is kept for the sweep back, [slots][G][M]: one slot for each chunk of
-// each segment.
-PERFORMER_HOST_DEVICE inline int64_t ChunkSlot(int64_t segment, int64_t tensor_row, int rows) {
-  return tensor_row / rows + segment;
+// each split.
+PERFORMER_HOST_DEVICE inline int64_t ChunkSlot(int64_t split, int64_t tensor_row, int rows) {
+  return tensor_row / rows + split;
 }
 
 }  // namespace cuda

@@ -1,7 +1,7 @@
 // The gradient of a key_bias that is common to all keys of a sequence. Moved together with the
-// initial state it moves the final state and changes no output; so it is, summed over landmarks,
+// initial state it moves the final state and changes no output; so it is, summed over features,
 //   dlog_mass (final) - dlog_mass (initial)
-// and 0 if it masks all keys. One thread for each landmark.
+// and 0 if it masks all keys. One thread for each feature.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 

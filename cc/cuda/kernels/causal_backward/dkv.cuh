@@ -1,13 +1,13 @@
-// Gradient of causal attention, sweep back: with the suffix (R, r) of causal_backward/reverse_state.cuh relative to the
+// Gradient of causal attention, sweep back: with the reverse state (R, r) of causal_backward/reverse_state.cuh relative to the
 // anchors, which never fall along the sequence, so that every factor on the way back is <= 1,
 //   db = kb (R . v - r + f tril(dA))
 //   over tokens      dw = root (db slope) k      R += f grad_out      r += f delta
-//   over landmarks   dv = kb^T R + tril(f kb)^T grad_out      dbias_j = sum_m db
+//   over features   dv = kb^T R + tril(f kb)^T grad_out      dbias_j = sum_m db
 //                    dk = root (db slope)^T w - scale k sum_m db
 // f, dA and what is made of them: for each query head of the key/value head in turn.
 //
-// Grid: (segments of all sequences, key/value heads). Masked keys get exactly 0. The block of a
-// sequence's first segment ends with the gradient of its initial state.
+// Grid: (splits of all sequences, key/value heads). Masked keys get exactly 0. The block of a
+// sequence's first split ends with the gradient of its initial state.
 #pragma once
 #include "cuda/kernels/causal_backward/dkv_layout.cuh"
 
@@ -15,15 +15,15 @@ namespace performer {
 namespace cuda {
 
 template <class T, int W, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKeySweepParams<T> p) {
-  using L = CausalKeySweepLayout<T, W, kWarps>;
+__global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParams<T> p) {
+  using L = CausalDkvLayout<T, W, kWarps>;
   using R = Ranged<T>;
-  using Warp = WarpLandmarks<T, W>;
+  using Warp = WarpFeatures<T, W>;
   constexpr int C = L::kRows, kThreads = L::kThreads, kStep = 32;  // queries at a time
   PERFORMER_SHARED_MEMORY(shared);
   T* const projection = reinterpret_cast<T*>(shared);
   R* const ranged_projection = reinterpret_cast<R*>(shared + L::kRangedProjection);
-  R* const suffix = reinterpret_cast<R*>(shared + L::kSuffix);
+  R* const reverse_state = reinterpret_cast<R*>(shared + L::kReverseState);
   T* const keys = reinterpret_cast<T*>(shared + L::kKey);
   R* const ranged_keys = reinterpret_cast<R*>(shared + L::kRangedKey);
   T* const given_values = reinterpret_cast<T*>(shared + L::kValue);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
 
   if (tid == 0)
     *const_cast<CausalKeyPlace<T>*>(place) = MakeCausalKeyPlace<T, W>(p, blockIdx.x, blockIdx.y);
-  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, Locate(p.segments, blockIdx.x), blockIdx.y,
+  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, Locate(p.splits, blockIdx.x), blockIdx.y,
                                       shared + L::kStream, tid);
   const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
 
@@ -64,31 +64,31 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
   };
 
 #pragma unroll 1
-  for (int first_landmark = 0; first_landmark < features; first_landmark += L::kLandmarks) {
-    const bool first_group = first_landmark == 0;
-    const bool last_group = first_landmark + L::kLandmarks >= features;
-    __syncthreads();  // nobody reads the last landmarks and keys any more
-    CopyOperand<T, W, L::kLandmarks, kThreads>(projection, place->projection + first_landmark * W,
-                                               static_cast<int>(p.features_pad) - first_landmark,
-                                               tid);
+  for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {
+    const bool first_group = first_feature == 0;
+    const bool last_group = first_feature + L::kFeatures >= features;
+    __syncthreads();  // nobody reads the last features and keys any more
+    CopyOperand<T, W, L::kFeatures, kThreads>(projection, place->projection + first_feature * W,
+                                              static_cast<int>(p.features_pad) - first_feature,
+                                              tid);
     CpAsyncCommit();
     if constexpr (kHasRanged<T>) {
       CpAsyncWait<0>();
-      MakeRanged<T, W, L::kLandmarks, kThreads>(ranged_projection, projection, tid);
+      MakeRanged<T, W, L::kFeatures, kThreads>(ranged_projection, projection, tid);
     }
     stream.Fetch(chunks - 1, tid);
 
-    // The suffix, relative to exp(reach).
+    // The reverse state, relative to exp(reach).
     float sum[1][W / 8][4], mass[2], reach[2];
     typename L::Kept sum_projection(shared + L::kKept, tid);
     {
       const int lane = tid % 32, g = lane / 4, t = lane % 4, width = p.keys.value.width;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int landmark = first_landmark + tid / 32 * 16 + g + 8 * e;
-        const bool given = landmark < features;
-        reach[e] = given ? place->after[landmark] * p.map.inverse_root : -kInfinity;
-        mass[e] = given ? place->after_mass[landmark] : 0.f;
+        const int feature = first_feature + tid / 32 * 16 + g + 8 * e;
+        const bool given = feature < features;
+        reach[e] = given ? place->after[feature] * p.map.inverse_root : -kInfinity;
+        mass[e] = given ? place->after_mass[feature] : 0.f;
 #pragma unroll
         for (int n = 0; n < W / 8; ++n)
 #pragma unroll
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
             const int column = n * 8 + 2 * t + c;
             sum[0][n][2 * e + c] =
                 given && column < width
-                    ? place->after_mean[static_cast<int64_t>(landmark) * width + column]
+                    ? place->after_mean[static_cast<int64_t>(feature) * width + column]
                     : 0.f;
           }
       }
@@ -120,25 +120,25 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
       __syncthreads();  // [1] the chunk is complete
       const int id = Opaque(tid), lane = id % 32, warp = id / 32, row0 = warp * 16;
       const int r0 = warp % (C / 16) * 16, part = warp / (C / 16);
-      const int given = features - first_landmark - row0;
+      const int given = features - first_feature - row0;
 
-      // Piece `wanted` of this warp, or the last one if that comes first; returns which.
+      // Sub-chunk `wanted` of this warp, or the last one if that comes first; returns which.
       typename Warp::Keys x;
-      Piece piece;
+      SubChunk sub_chunk;
       float anchor[2];
       const auto find = [&](int wanted) {
         float log_mass[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int landmark = lane / 4 + 8 * e;
+          const int feature = lane / 4 + 8 * e;
           log_mass[e] =
-              landmark < given
+              feature < given
                   ? place->chunk_log_mass[static_cast<int64_t>(chunk) * groups * features +
-                                          first_landmark + row0 + landmark] *
+                                          first_feature + row0 + feature] *
                         p.map.inverse_root
                   : -kInfinity;
         }
-        piece = {0, 0};
+        sub_chunk = {0, 0};
 #pragma unroll 1
         for (int number = 0;; ++number) {
           own.KeyLogits(
@@ -147,25 +147,25 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
                 LoadA<T, W>(a, projection, row0, s * 16, lane);
               },
               keys, stream.bias, given, lane);
-          piece = own.FindPiece(x, stream.bias, piece.end, log_mass, anchor, lane);
-          if (number == wanted || piece.end == C) return number;
+          sub_chunk = own.FindSubChunk(x, stream.bias, sub_chunk.end, log_mass, anchor, lane);
+          if (number == wanted || sub_chunk.end == C) return number;
           float added[2];
-          own.WeighKeys(x, piece, anchor, added, lane);
+          own.WeighKeys(x, sub_chunk, anchor, added, lane);
           own.AddKeys(log_mass, anchor, added);
         }
       };
-      // The last piece comes first. Passes are as many as the warp with most pieces has.
-      int last_piece = 0, passes = 1;
+      // The last sub-chunk comes first. Passes are as many as the warp with most sub-chunks has.
+      int last_sub_chunk = 0, passes = 1;
 #pragma unroll 1
       for (int pass = 0; pass < passes; ++pass) {
-        if (pass <= last_piece) {
-          const int number = find(pass == 0 ? C : last_piece - pass);
+        if (pass <= last_sub_chunk) {
+          const int number = find(pass == 0 ? C : last_sub_chunk - pass);
           if (pass == 0) {
-            last_piece = number;
+            last_sub_chunk = number;
             if (lane == 0) counts[warp] = number + 1;
           }
         } else {  // there is none left
-          piece = {0, 0};
+          sub_chunk = {0, 0};
           anchor[0] = reach[0], anchor[1] = reach[1];
         }
         float db[1][C / 8][4], added[2];
@@ -180,10 +180,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
             float &y0 = sum[0][n][2 * e], &y1 = sum[0][n][2 * e + 1];
             y0 *= keep;
             y1 *= keep;
-            StorePair(suffix + At<R, W>(row0 + at / 4 + 8 * e, n * 8 + 2 * (at % 4)), y0, y1);
+            StorePair(reverse_state + At<R, W>(row0 + at / 4 + 8 * e, n * 8 + 2 * (at % 4)), y0,
+                      y1);
           }
         }
-        own.WeighKeys(x, piece, anchor, added, lane);
+        own.WeighKeys(x, sub_chunk, anchor, added, lane);
         StoreSummed<R, 1, C, C>(weights, x, row0, 0, lane);
 #pragma unroll
         for (int n = 0; n < C / 8; ++n)
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
           StorePairGradients<T, W, L::kPairColumns>(pairs, static_cast<R*>(nullptr), grad_out,
                                                     values, delta, r0, part * L::kPairColumns,
                                                     lane);
-          __syncthreads();  // [4] R, kb, dA and numbers of pieces are visible
+          __syncthreads();  // [4] R, kb, dA and numbers of sub-chunks are visible
           if (pass == 0 && head == 0)
 #pragma unroll
             for (int i = 0; i < L::kWarps; ++i) passes = max(passes, counts[i]);
@@ -215,14 +216,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
                 QueryHeadIndex(p.feature_bias_heads, query_head, heads, blockIdx.y) * features;
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const int landmark = lane / 4 + 8 * e;
+              const int feature = lane / 4 + 8 * e;
               shift[e] = anchor[e];
-              if (landmark < given)
-                shift[e] += feature_bias[first_landmark + row0 + landmark] * p.map.inverse_root;
+              if (feature < given)
+                shift[e] += feature_bias[first_feature + row0 + feature] * p.map.inverse_root;
             }
-            // Past the last landmarks: the first ones, which weigh nothing.
-            const int64_t first =
-                first_landmark + row0 < p.features_pad ? first_landmark + row0 : 0;
+            // Past the last features: the first ones, which weigh nothing.
+            const int64_t first = first_feature + row0 < p.features_pad ? first_feature + row0 : 0;
             const uint32_t* operands =
                 p.query_operands +
                 (QueryHeadIndex(p.query_projections, query_head, heads, blockIdx.y) *
@@ -231,13 +231,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
                     (W * L::kSize / 4);
 #pragma unroll 1
             for (int i0 = 0; i0 < C; i0 += kStep) {
-              SweepTile<1, kStep> f;
+              BackwardTile<1, kStep> f;
               own.template QueryFeatures<kStep>(
                   f,
                   [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
                     LoadOperand<T>(a, operands + s * 32 * kFragment<T>, lane);
                   },
-                  queries, lse, i0, piece, shift, lane);
+                  queries, lse, i0, sub_chunk, shift, lane);
               StoreSummed<R, 1, kStep, C>(summed, f, row0, i0, lane);
 #pragma unroll
               for (int s = 0; s < kStep / 16; ++s) {
@@ -269,8 +269,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
             constexpr int kPair = L::kPairColumns;
             float y[kPair / 8][4] = {}, unused[2];
             const int c0 = part * kPair, at = Opaque(lane);
-            SumLandmarks<R, C, L::kLandmarks, kPair, false, C>(y, unused, weights, summed, r0, c0,
-                                                               lane);
+            SumFeatures<R, C, L::kFeatures, kPair, false, C>(y, unused, weights, summed, r0, c0,
+                                                             lane);
 #pragma unroll
             for (int n = 0; n < kPair / 8; ++n)
 #pragma unroll
@@ -288,8 +288,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
             const int c0 = part * L::kWarpColumns + i, at = Opaque(lane);
             float dv[L::kColumns / 8][4] = {}, unused[2];
             if (head == 0)
-              SumLandmarks<R, W, L::kLandmarks, L::kColumns, false, C>(dv, unused, weights, suffix,
-                                                                       r0, c0, lane);
+              SumFeatures<R, W, L::kFeatures, L::kColumns, false, C>(dv, unused, weights,
+                                                                     reverse_state, r0, c0, lane);
 #pragma unroll(kUnroll<R>)
             for (int s = 0; s < C / 16; ++s) {
               uint32_t a[kFragment<R>];
@@ -330,11 +330,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
               db[0][n][i] = kb[0][n][i] == 0.f ? 0.f : kb[0][n][i] * db[0][n][i];
         }
         StoreSummed<R, 1, C, C>(summed, db, row0, 0, lane);
-        float total[2] = {};  // of db over landmarks, of the rounded operand: errors cancel in dk
+        float total[2] = {};  // of db over features, of the rounded operand: errors cancel in dk
         const bool linear = p.map.linear();
         if (!linear) {
           __syncthreads();  // [7] db is visible
-          TotalOfLandmarks<R, L::kLandmarks, C>(total, summed, r0, lane);
+          TotalOfFeatures<R, L::kFeatures, C>(total, summed, r0, lane);
           ChainSlope<T, W, 1, C>(db, p.map, projection, row0, keys, 0, lane);
           __syncthreads();  // [8] db may be overwritten
           StoreSummed<R, 1, C, C>(summed, db, row0, 0, lane);
@@ -348,11 +348,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
           const int c0 = part * L::kWarpColumns + i, at = Opaque(lane);
           float dk[L::kColumns / 8][4] = {}, unused[2];
           if (linear && i == 0)
-            SumLandmarks<R, W, L::kLandmarks, L::kColumns, true, C>(
-                dk, total, summed, ranged_projection, r0, c0, lane);
+            SumFeatures<R, W, L::kFeatures, L::kColumns, true, C>(dk, total, summed,
+                                                                  ranged_projection, r0, c0, lane);
           else
-            SumLandmarks<R, W, L::kLandmarks, L::kColumns, false, C>(
-                dk, unused, summed, ranged_projection, r0, c0, lane);
+            SumFeatures<R, W, L::kFeatures, L::kColumns, false, C>(dk, unused, summed,
+                                                                   ranged_projection, r0, c0, lane);
           if (i == 0) total[0] = QuadSum(total[0]), total[1] = QuadSum(total[1]);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalKeySweepKernel(CausalKey
       }
     }
 
-    const int lane = tid % 32, row0 = first_landmark + tid / 32 * 16;
+    const int lane = tid % 32, row0 = first_feature + tid / 32 * 16;
     float all[1][W / 8][4];
     sum_projection.Read(all);
     StoreSums<W, 1>(p.part_projection + (static_cast<int64_t>(blockIdx.x) * groups + blockIdx.y) *

@@ -1,4 +1,4 @@
-// Parameters of the causal key sweep, where its blocks work, its shared memory, and what they end
+// Parameters of the causal dkv kernel, where its blocks work, its shared memory, and what they end
 // with.
 #pragma once
 #include "cuda/device/shared_sums.cuh"
@@ -8,7 +8,7 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct CausalKeySweepParams {
+struct CausalDkvParams {
   RowsOf<const T> query, grad_out;
   KeyParams<T> keys;
   Projection<T> projection;                  // of keys
@@ -17,7 +17,7 @@ struct CausalKeySweepParams {
   const float* feature_bias = nullptr;  // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
   Map map;
-  Items segments;
+  Items splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   // As CausalParams; and the final state [N, G, M].
   const float *before_log_mass = nullptr, *before_mean = nullptr, *log_mass = nullptr;
@@ -25,13 +25,13 @@ struct CausalKeySweepParams {
   int64_t before_count = 0;
   const float *lse = nullptr, *delta = nullptr;              // [rows, H]
   const float* chunk_log_mass = nullptr;                     // of the sweep over queries
-  const float *after_mean = nullptr, *after_mass = nullptr;  // see MergeSuffixKernel
+  const float *after_mean = nullptr, *after_mass = nullptr;  // see MergeReverseStatesKernel
   RowsOf<T> grad_key, grad_value;
   float* grad_bias = nullptr;  // [B, G, S] or nullptr
   int64_t bias_rows = 0;       // S
   // [rows, G, W], where a gradient is a sum of several parts.
   float *sum_key = nullptr, *sum_value = nullptr;
-  float* part_projection = nullptr;  // [segments, G, M, D]
+  float* part_projection = nullptr;  // [splits, G, M, D]
   // Of the initial state, [N, G, M(, E)].
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
 };
@@ -39,25 +39,25 @@ struct CausalKeySweepParams {
 // Where a block works; in shared memory, as KeyPlace.
 template <class T>
 struct CausalKeyPlace {
-  const T *query, *grad_out;  // the segment's first row, first head of the group
+  const T *query, *grad_out;  // the split's first row, first head of the group
   const float *lse, *delta;   // likewise
   T *grad_key, *grad_value;
   float *sum_key, *sum_value;
   float* grad_bias;
-  const float* chunk_log_mass;                       // of the segment's first chunk
-  const T* projection;                               // of the first landmark
+  const float* chunk_log_mass;                       // of the split's first chunk
+  const T* projection;                               // of the first feature
   const float *before, *after;                       // log_mass there, likewise
-  const float *after_mean, *after_mass;              // suffix there, likewise
+  const float *after_mean, *after_mass;              // reverse state there, likewise
   const float* before_mean;                          // likewise
   float *grad_initial_log_mass, *grad_initial_mean;  // nullptr: not this block
 };
 
 template <class T, int W, int kWarps>
-struct CausalKeySweepLayout : CausalSweepLayout<T, W, kWarps> {
-  using S = CausalSweepLayout<T, W, kWarps>;
-  static constexpr int kRangedProjection = kHasRanged<T> ? S::kLandmarkBytes : 0;
-  static constexpr int kSuffix = kRangedProjection + S::kLandmarkBytes;  // R
-  static constexpr int kKey = kSuffix + S::kLandmarkBytes;
+struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
+  using S = CausalBackwardLayout<T, W, kWarps>;
+  static constexpr int kRangedProjection = kHasRanged<T> ? S::kFeatureBytes : 0;
+  static constexpr int kReverseState = kRangedProjection + S::kFeatureBytes;  // R
+  static constexpr int kKey = kReverseState + S::kFeatureBytes;
   static constexpr int kRangedKey = kKey + (kHasRanged<T> ? S::kTileBytes : 0);
   static constexpr int kValue = kRangedKey + S::kTileBytes;
   static constexpr int kQuery = kValue + S::kTileBytes;
@@ -81,19 +81,19 @@ struct CausalKeySweepLayout : CausalSweepLayout<T, W, kWarps> {
   static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= S::kMostBytes);
 };
 
-// The place of block (segment, group).
+// The place of block (split, group).
 template <class T, int W>
-PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalKeySweepParams<T>& p,
-                                                      int64_t segment, int64_t group) {
+PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& p, int64_t split,
+                                                      int64_t group) {
   constexpr int C = kChunkRows<T>;
-  const Item item = Locate(p.segments, segment);
+  const Item item = Locate(p.splits, split);
   const int64_t heads = p.query.heads, groups = p.groups, features = p.features;
   const int64_t head = group * (heads / groups), width = p.keys.value.width;
   const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
   const int64_t here = row0 * groups + group;
   const int64_t before =
-      (p.before_each ? segment : (p.before_count == 1 ? 0 : item.sequence)) * groups + group;
-  const int64_t after = segment * groups + group, state = item.sequence * groups + group;
+      (p.before_each ? split : (p.before_count == 1 ? 0 : item.sequence)) * groups + group;
+  const int64_t after = split * groups + group, state = item.sequence * groups + group;
   const int64_t batch = p.keys.packed ? 0 : item.sequence;
   const int64_t bias =
       (batch * groups + group) * p.bias_rows + (p.keys.packed ? item.first_row : 0) + item.begin;
@@ -108,7 +108,7 @@ PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalKeySweepParams
       p.sum_key == nullptr ? nullptr : p.sum_key + here * W,
       p.sum_value == nullptr ? nullptr : p.sum_value + here * W,
       p.grad_bias == nullptr ? nullptr : p.grad_bias + bias,
-      p.chunk_log_mass + (ChunkSlot(segment, row0, C) * groups + group) * features,
+      p.chunk_log_mass + (ChunkSlot(split, row0, C) * groups + group) * features,
       p.projection.At(p.projection.heads == 1 ? 0 : group, p.features_pad, W),
       p.before_log_mass + before * features,
       item.last() ? p.log_mass + state * features : p.before_log_mass + (after + groups) * features,
@@ -119,19 +119,19 @@ PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalKeySweepParams
       first ? p.grad_initial_mean + state * features * width : nullptr};
 }
 
-// The suffix before the sequence's first row is the gradient of its initial state: of a warp's
-// landmarks from row0 on.
+// The reverse state before the sequence's first row is the gradient of its initial state: of a warp's
+// features from row0 on.
 template <class T, int W>
 PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
-                                           const WarpLandmarks<T, W>& own, int row0, int features,
+                                           const WarpFeatures<T, W>& own, int row0, int features,
                                            int width, const float (&sum)[W / 8][4],
                                            const float (&mass)[2], const float (&reach)[2],
                                            int lane) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int landmark = row0 + lane / 4 + 8 * e;
-    const bool is_given = landmark < features;
-    const float log_mass = is_given ? place.before[landmark] * own.map.inverse_root : -kInfinity;
+    const int feature = row0 + lane / 4 + 8 * e;
+    const bool is_given = feature < features;
+    const float log_mass = is_given ? place.before[feature] * own.map.inverse_root : -kInfinity;
     const float keep = own.Factor(log_mass, reach[e]);
     float dot = 0;
 #pragma unroll
@@ -140,14 +140,14 @@ PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
       for (int c = 0; c < 2; ++c) {
         const int column = n * 8 + 2 * (lane % 4) + c;
         if (!is_given || column >= width) continue;
-        const int64_t at = static_cast<int64_t>(landmark) * width + column;
+        const int64_t at = static_cast<int64_t>(feature) * width + column;
         const float y = keep == 0.f ? 0.f : sum[n][2 * e + c] * keep;
         place.grad_initial_mean[at] = y;
         if (keep != 0.f) dot += y * place.before_mean[at];
       }
     dot = QuadSum(dot);
     if (is_given && lane % 4 == 0)
-      place.grad_initial_log_mass[landmark] = keep == 0.f ? 0.f : dot - mass[e] * keep;
+      place.grad_initial_log_mass[feature] = keep == 0.f ? 0.f : dot - mass[e] * keep;
   }
 }
 

@@ -1,10 +1,10 @@
-// Gradient of causal attention, forward sweep: with the state (sum, mass) before the piece,
+// Gradient of causal attention, forward sweep: with the state (sum, mass) before the sub-chunk,
 //   da = f (sum . grad_out - delta mass + kb tril(dA)^T)
 //   over tokens      dw = root (da slope) q      dfeature_bias = da 1      state += kb v
-//   over landmarks   dq = root (da slope)^T w
+//   over features   dq = root (da slope)^T w
 //
-// Grid: (segments of all sequences, query heads). Sums over tokens are partial results of a
-// segment and head, for backward/sum_partials.cuh.
+// Grid: (splits of all sequences, query heads). Sums over tokens are partial results of a
+// split and head, for backward/sum_partials.cuh.
 #pragma once
 #include "cuda/kernels/causal_backward/common.cuh"
 
@@ -12,7 +12,7 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct CausalQuerySweepParams {
+struct CausalDqParams {
   RowsOf<const T> query, grad_out;
   KeyParams<T> keys;
   Projection<T> projection;                // of queries
@@ -21,7 +21,7 @@ struct CausalQuerySweepParams {
   const float* feature_bias = nullptr;     // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
   Map map;
-  Items segments;
+  Items splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   // As CausalParams.
   const float *before_log_mass = nullptr, *before_mean = nullptr;
@@ -30,31 +30,31 @@ struct CausalQuerySweepParams {
   const float *lse = nullptr, *delta = nullptr;  // [rows, H]
   float* corrected_delta = nullptr;              // likewise, of CausalDeltaKernel
   RowsOf<T> grad_query;
-  float* sum_query = nullptr;       // [rows, H, W], if a block cannot hold all landmarks
+  float* sum_query = nullptr;       // [rows, H, W], if a block cannot hold all features
   float* chunk_log_mass = nullptr;  // see ChunkSlot; natural logarithms
-  // [segments, H, M(, D)]
+  // [splits, H, M(, D)]
   float *part_feature_bias = nullptr, *part_projection = nullptr;
 };
 
 // Where a block works; in shared memory, as KeyPlace.
 template <class T>
 struct CausalQueryPlace {
-  const T *query, *grad_out;  // the segment's first row
+  const T *query, *grad_out;  // the split's first row
   const float *lse, *delta;   // likewise
   T* grad_query;
   float *sum_query, *corrected_delta;
-  float* chunk_log_mass;         // of the segment's first chunk; nullptr: another block keeps it
-  const T* projection;           // of the first landmark
+  float* chunk_log_mass;         // of the split's first chunk; nullptr: another block keeps it
+  const T* projection;           // of the first feature
   const uint32_t* key_operands;  // likewise
   const float* feature_bias;     // likewise
   const float *log_mass, *mean;  // state before, likewise
 };
 
 template <class T, int W, int kWarps>
-struct CausalQuerySweepLayout : CausalSweepLayout<T, W, kWarps> {
-  using S = CausalSweepLayout<T, W, kWarps>;
-  static constexpr int kRangedProjection = kHasRanged<T> ? S::kLandmarkBytes : 0;
-  static constexpr int kQuery = kRangedProjection + S::kLandmarkBytes;
+struct CausalDqLayout : CausalBackwardLayout<T, W, kWarps> {
+  using S = CausalBackwardLayout<T, W, kWarps>;
+  static constexpr int kRangedProjection = kHasRanged<T> ? S::kFeatureBytes : 0;
+  static constexpr int kQuery = kRangedProjection + S::kFeatureBytes;
   static constexpr int kRangedQuery = kQuery + (kHasRanged<T> ? S::kTileBytes : 0);
   static constexpr int kKey = kRangedQuery + S::kTileBytes;
   static constexpr int kValue = kKey + S::kTileBytes;
@@ -72,10 +72,10 @@ struct CausalQuerySweepLayout : CausalSweepLayout<T, W, kWarps> {
 
 // kDelta: CausalDeltaKernel.
 template <class T, int W, int kWarps, bool kDelta>
-PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
-  using L = CausalQuerySweepLayout<T, W, kWarps>;
+PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
+  using L = CausalDqLayout<T, W, kWarps>;
   using R = Ranged<T>;
-  using Warp = WarpLandmarks<T, W>;
+  using Warp = WarpFeatures<T, W>;
   constexpr int C = L::kRows, kThreads = L::kThreads, kStep = 32;  // queries at a time
   PERFORMER_SHARED_MEMORY(shared);
   T* const projection = reinterpret_cast<T*>(shared);
@@ -98,7 +98,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
   const Warp own = {p.map, p.map.unit()};
 
   if (tid == 0) {
-    const Item item = Locate(p.segments, blockIdx.x);
+    const Item item = Locate(p.splits, blockIdx.x);
     const int64_t head = blockIdx.y, each = heads / p.groups, group = head / each;
     const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
     const int64_t state =
@@ -120,21 +120,21 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
         p.before_log_mass + state * features,
         p.before_mean + state * features * p.keys.value.width};
   }
-  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, Locate(p.segments, blockIdx.x),
+  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, Locate(p.splits, blockIdx.x),
                                       blockIdx.y / (heads / p.groups), shared + L::kStream, tid);
   const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
 
 #pragma unroll 1
-  for (int first_landmark = 0; first_landmark < features; first_landmark += L::kLandmarks) {
-    const bool is_first = first_landmark == 0, is_last = first_landmark + L::kLandmarks >= features;
-    __syncthreads();  // nobody reads the last landmarks any more
-    CopyOperand<T, W, L::kLandmarks, kThreads>(projection, place->projection + first_landmark * W,
-                                               static_cast<int>(p.features_pad) - first_landmark,
-                                               tid);
+  for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {
+    const bool is_first = first_feature == 0, is_last = first_feature + L::kFeatures >= features;
+    __syncthreads();  // nobody reads the last features any more
+    CopyOperand<T, W, L::kFeatures, kThreads>(projection, place->projection + first_feature * W,
+                                              static_cast<int>(p.features_pad) - first_feature,
+                                              tid);
     CpAsyncCommit();
     if constexpr (kHasRanged<T>) {
       CpAsyncWait<0>();
-      MakeRanged<T, W, L::kLandmarks, kThreads>(ranged_projection, projection, tid);
+      MakeRanged<T, W, L::kFeatures, kThreads>(ranged_projection, projection, tid);
     }
     stream.Fetch(0, tid);
 
@@ -145,10 +145,10 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
       const int lane = tid % 32, g = lane / 4, t = lane % 4, width = p.keys.value.width;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int landmark = first_landmark + tid / 32 * 16 + g + 8 * e;
-        const bool given = landmark < features;
-        const float log_mass = given ? place->log_mass[landmark] : -kInfinity;
-        base[e] = given ? place->feature_bias[landmark] * p.map.inverse_root : 0.f;
+        const int feature = first_feature + tid / 32 * 16 + g + 8 * e;
+        const bool given = feature < features;
+        const float log_mass = given ? place->log_mass[feature] : -kInfinity;
+        base[e] = given ? place->feature_bias[feature] * p.map.inverse_root : 0.f;
         mass[e] = log_mass == -kInfinity ? 0.f : 1.f;
         anchor[e] = log_mass == -kInfinity ? 0.f : log_mass * p.map.inverse_root;
 #pragma unroll
@@ -157,7 +157,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
           for (int c = 0; c < 2; ++c) {
             const int column = n * 8 + 2 * t + c;
             sum[n][2 * e + c] = log_mass != -kInfinity && column < width
-                                    ? place->mean[static_cast<int64_t>(landmark) * width + column]
+                                    ? place->mean[static_cast<int64_t>(feature) * width + column]
                                     : 0.f;
           }
       }
@@ -191,35 +191,34 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
       if (place->chunk_log_mass != nullptr && lane % 4 == 0)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int landmark = first_landmark + row0 + lane / 4 + 8 * e;
-          if (landmark < features)
-            place->chunk_log_mass[chunk * p.groups * features + landmark] =
+          const int feature = first_feature + row0 + lane / 4 + 8 * e;
+          if (feature < features)
+            place->chunk_log_mass[chunk * p.groups * features + feature] =
                 mass[e] == 0.f ? -kInfinity : anchor[e] * p.map.root + logf(mass[e]);
         }
       __syncthreads();  // [2] dA is visible
 
 #pragma unroll 1
-      for (Piece piece = {0, 0}; piece.end < C;) {
+      for (SubChunk sub_chunk = {0, 0}; sub_chunk.end < C;) {
         uint32_t kb[C / 16][kFragment<R>];
         float keys_sum[2];
         {
           typename Warp::Keys x;
           const uint32_t* operands =
-              place->key_operands +
-              static_cast<int64_t>(first_landmark + row0) * (W * L::kSize / 4);
-          // Past the last landmarks: those of the first ones, whose logits are replaced.
-          if (first_landmark + row0 >= p.features_pad) operands = place->key_operands;
+              place->key_operands + static_cast<int64_t>(first_feature + row0) * (W * L::kSize / 4);
+          // Past the last features: those of the first ones, whose logits are replaced.
+          if (first_feature + row0 >= p.features_pad) operands = place->key_operands;
           own.KeyLogits(
               x,
               [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
                 LoadOperand<T>(a, operands + s * 32 * kFragment<T>, lane);
               },
-              keys, stream.bias, features - first_landmark - row0, lane);
+              keys, stream.bias, features - first_feature - row0, lane);
           float log_mass[2], next[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e)
             log_mass[e] = mass[e] == 0.f ? -kInfinity : anchor[e] + Log2(mass[e]) / own.unit;
-          piece = own.FindPiece(x, stream.bias, piece.end, log_mass, next, lane);
+          sub_chunk = own.FindSubChunk(x, stream.bias, sub_chunk.end, log_mass, next, lane);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float keep = mass[e] == 0.f ? 0.f : Exp2((anchor[e] - next[e]) * own.unit);
@@ -228,7 +227,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
 #pragma unroll
             for (int n = 0; n < W / 8; ++n) sum[n][2 * e] *= keep, sum[n][2 * e + 1] *= keep;
           }
-          own.WeighKeys(x, piece, anchor, keys_sum, lane);
+          own.WeighKeys(x, sub_chunk, anchor, keys_sum, lane);
 #pragma unroll
           for (int s = 0; s < C / 16; ++s) PackA<R>(kb[s], x[0][2 * s], x[0][2 * s + 1]);
           // Of the rounded weights, as in `sum`: their errors cancel in sum . grad_out - delta
@@ -244,7 +243,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
 #pragma unroll 1
         for (int i0 = 0; i0 < C; i0 += kStep) {
           const int at = Opaque(lane), t = at % 4;
-          SweepTile<1> f, da;
+          BackwardTile<1> f, da;
           {
             const float shift[2] = {anchor[0] + base[0], anchor[1] + base[1]};
             own.template QueryFeatures<kStep>(
@@ -252,7 +251,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
                 [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
                   LoadA<T, W>(a, projection, row0, s * 16, lane);
                 },
-                queries, lse, i0, piece, shift, lane);
+                queries, lse, i0, sub_chunk, shift, lane);
           }
 #pragma unroll
           for (int n = 0; n < kStep / 8; ++n)
@@ -285,7 +284,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
             if (!p.map.linear()) ChainSlope<T, W, 1>(da, p.map, projection, row0, queries, i0, at);
             SumTokens<R, W, 1>(sum_projection, da, ranged_queries, i0, at);
           }
-          if (piece.begin > 0) {
+          if (sub_chunk.begin > 0) {
             LoadSummed<R, 1, kStep, C>(f, summed, row0, i0, at);
 #pragma unroll
             for (int n = 0; n < kStep / 8; ++n)
@@ -312,7 +311,7 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
       if constexpr (kDelta) {
         if (part > 0) continue;  // the chunk is done
         float total[2] = {};
-        TotalOfLandmarks<R, L::kLandmarks, C>(total, summed, r0, lane);
+        TotalOfFeatures<R, L::kFeatures, C>(total, summed, r0, lane);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int r = r0 + lane / 4 + 8 * e, row = chunk * C + r;
@@ -326,8 +325,8 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
         for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
           const int c0 = part * L::kWarpColumns + i;
           float dq[L::kColumns / 8][4] = {}, unused[2];
-          SumLandmarks<R, W, L::kLandmarks, L::kColumns, false, C>(dq, unused, summed,
-                                                                   ranged_projection, r0, c0, lane);
+          SumFeatures<R, W, L::kFeatures, L::kColumns, false, C>(dq, unused, summed,
+                                                                 ranged_projection, r0, c0, lane);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int row = chunk * C + r0 + lane / 4 + 8 * e;
@@ -347,14 +346,13 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
     }
 
     if constexpr (!kDelta) {
-      const int lane = tid % 32, row0 = first_landmark + tid / 32 * 16;
+      const int lane = tid % 32, row0 = first_feature + tid / 32 * 16;
       const int64_t at = static_cast<int64_t>(blockIdx.x) * heads + blockIdx.y;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int landmark = row0 + lane / 4 + 8 * e;
+        const int feature = row0 + lane / 4 + 8 * e;
         const float all = QuadSum(sum_bias[e]);
-        if (lane % 4 == 0 && landmark < features)
-          p.part_feature_bias[at * features + landmark] = all;
+        if (lane % 4 == 0 && feature < features) p.part_feature_bias[at * features + feature] = all;
       }
       StoreSums<W, 1>(p.part_projection + at * features * p.query.width, p.query.width, features,
                       row0, sum_projection, p.map.root, lane);
@@ -363,17 +361,16 @@ PERFORMER_DEVICE void CausalQuerySweep(const CausalQuerySweepParams<T>& p) {
 }
 
 template <class T, int W, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1)
-    CausalQuerySweepKernel(CausalQuerySweepParams<T> p) {
-  CausalQuerySweep<T, W, kWarps, false>(p);
+__global__ void __launch_bounds__(32 * kWarps, 1) CausalDqKernel(CausalDqParams<T> p) {
+  CausalDq<T, W, kWarps, false>(p);
 }
 
 // The sweep before that one, for 16 bits; it only corrects delta. What the forward pass rounded
 // otherwise than the sweeps do would be the largest part of their errors: with the delta that comes
-// out, the sum of a row's da over all landmarks is 0, as it should be.
+// out, the sum of a row's da over all features is 0, as it should be.
 template <class T, int W, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1) CausalDeltaKernel(CausalQuerySweepParams<T> p) {
-  CausalQuerySweep<T, W, kWarps, true>(p);
+__global__ void __launch_bounds__(32 * kWarps, 1) CausalDeltaKernel(CausalDqParams<T> p) {
+  CausalDq<T, W, kWarps, true>(p);
 }
 
 }  // namespace cuda

@@ -1,9 +1,9 @@
 // Launcher of the gradient of Causal:
-//   forward    states before segments, outputs not rounded                       causal/launch.cuh
+//   forward    states before splits, outputs not rounded                       causal/launch.cuh
 //   rows       lse and delta of each                                        causal_backward/row_statistics.cuh
 //   delta      corrected, in 16 bits                                      causal_backward/dq.cuh
 //   queries    dq, and log_mass before each chunk                            causal_backward/dq.cuh
-//   suffixes   of segments, merged from behind                                          causal_backward/reverse_state.cuh
+//   reverse states   of splits, merged from behind                                          causal_backward/reverse_state.cuh
 //   keys       dk, dv, the gradient of the initial state                       causal_backward/dkv.cuh
 #pragma once
 #include "cuda/kernels/backward/gradients.h"
@@ -26,9 +26,9 @@ class CausalGrad : public Gradients<T, W> {
   Status Run() {
     PERFORMER_RETURN_IF_ERROR(Prepare());
     PERFORMER_RETURN_IF_ERROR(Statistics());
-    PERFORMER_RETURN_IF_ERROR(QuerySweep());
-    PERFORMER_RETURN_IF_ERROR(Suffixes());
-    return KeySweep();
+    PERFORMER_RETURN_IF_ERROR(Dq());
+    PERFORMER_RETURN_IF_ERROR(ReverseStates());
+    return Dkv();
   }
 
  private:
@@ -36,7 +36,7 @@ class CausalGrad : public Gradients<T, W> {
   using Operands<T>::launcher_;
   using Operands<T>::map_;
   using Gradients<T, W>::kThreads;
-  static constexpr int kWarps = kCausalSweepWarps<W>;
+  static constexpr int kWarps = kCausalBackwardWarps<W>;
 
   template <class Number>
   Status Allocate(int64_t count, Number** to) const {
@@ -85,11 +85,11 @@ class CausalGrad : public Gradients<T, W> {
                             {CeilDiv(count * 32, kThreads)}, kThreads, 0, p);
   }
 
-  Status QuerySweep() {
-    const Division& segments = parts_.segments;
+  Status Dq() {
+    const Division& splits = parts_.splits;
     const int64_t heads = dims_.heads, features = dims_.features;
-    const int64_t rows = dims_.batch * dims_.queries, parts = segments.count * heads * features;
-    CausalQuerySweepParams<T> p;
+    const int64_t rows = dims_.batch * dims_.queries, parts = splits.count * heads * features;
+    CausalDqParams<T> p;
     p.query = query_;
     p.grad_out = grad_out_;
     p.keys = keys_;
@@ -99,7 +99,7 @@ class CausalGrad : public Gradients<T, W> {
     p.feature_bias = static_cast<const float*>(given_.queries.feature_bias);
     p.feature_bias_heads = given_.queries.feature_bias_heads;
     p.map = map_;
-    p.segments = segments.items;
+    p.splits = splits.items;
     p.groups = dims_.groups;
     p.features = features;
     p.features_pad = this->features_pad_;
@@ -111,31 +111,31 @@ class CausalGrad : public Gradients<T, W> {
     p.delta = delta_;
     p.grad_query = OutputRows<T>(given_.grad_queries.query, heads, dims_.key_dim);
     PERFORMER_RETURN_IF_ERROR(Allocate(
-        ChunkSlot(segments.count, rows + kChunkRows<T>, kChunkRows<T>) * dims_.groups * features,
+        ChunkSlot(splits.count, rows + kChunkRows<T>, kChunkRows<T>) * dims_.groups * features,
         &chunk_log_mass_));
     p.chunk_log_mass = chunk_log_mass_;
     PERFORMER_RETURN_IF_ERROR(Allocate(parts, &p.part_feature_bias));
     PERFORMER_RETURN_IF_ERROR(Allocate(parts * dims_.key_dim, &p.part_projection));
     if constexpr (kHasRanged<T>) {  // some operands in two types: 8 warps do not fit everywhere
       PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(
-          0, [&](auto warps) { return SweepQueries<decltype(warps)::value>(p); }));
+          0, [&](auto warps) { return LaunchDq<decltype(warps)::value>(p); }));
     } else {
-      static_assert(W > 64 || CausalQuerySweepLayout<T, W, kWarps>::kBytes <= kSmallSharedBytes);
-      PERFORMER_RETURN_IF_ERROR(SweepQueries<kWarps>(p));
+      static_assert(W > 64 || CausalDqLayout<T, W, kWarps>::kBytes <= kSmallSharedBytes);
+      PERFORMER_RETURN_IF_ERROR(LaunchDq<kWarps>(p));
     }
-    PERFORMER_RETURN_IF_ERROR(this->SumHeads(segments.count, heads, given_.queries.projection_heads,
+    PERFORMER_RETURN_IF_ERROR(this->SumHeads(splits.count, heads, given_.queries.projection_heads,
                                              features * dims_.key_dim, p.part_projection,
                                              given_.grad_queries.projection));
-    return this->SumHeads(segments.count, heads, given_.queries.feature_bias_heads, features,
+    return this->SumHeads(splits.count, heads, given_.queries.feature_bias_heads, features,
                           p.part_feature_bias, given_.grad_queries.feature_bias);
   }
 
   template <int kWarps>
-  Status SweepQueries(CausalQuerySweepParams<T> p) {
-    using Layout = CausalQuerySweepLayout<T, W, kWarps>;
+  Status LaunchDq(CausalDqParams<T> p) {
+    using Layout = CausalDqLayout<T, W, kWarps>;
     const int64_t each = dims_.batch * dims_.queries * dims_.heads;
-    const Grid grid = {parts_.segments.count, dims_.heads};
-    if (dims_.features > Layout::kLandmarks)
+    const Grid grid = {parts_.splits.count, dims_.heads};
+    if (dims_.features > Layout::kFeatures)
       PERFORMER_RETURN_IF_ERROR(Allocate(each * W, &p.sum_query));
     if constexpr (kIs16Bit<T>) {
       PERFORMER_RETURN_IF_ERROR(Allocate(each, &p.corrected_delta));
@@ -143,22 +143,22 @@ class CausalGrad : public Gradients<T, W> {
                                                  grid, Layout::kThreads, Layout::kBytes, p));
       p.delta = delta_ = p.corrected_delta;
     }
-    return launcher_.Launch("causal query gradient", CausalQuerySweepKernel<T, W, kWarps>, grid,
+    return launcher_.Launch("causal query gradient", CausalDqKernel<T, W, kWarps>, grid,
                             Layout::kThreads, Layout::kBytes, p);
   }
 
-  Status Suffixes() {
-    const Division& segments = parts_.segments;
-    const int64_t states = segments.count * dims_.groups * dims_.features;
-    const int64_t parts = segments.count * dims_.heads * dims_.features;
+  Status ReverseStates() {
+    const Division& splits = parts_.splits;
+    const int64_t states = splits.count * dims_.groups * dims_.features;
+    const int64_t parts = splits.count * dims_.heads * dims_.features;
     float *part_mean = nullptr, *part_mass = nullptr;
     PERFORMER_RETURN_IF_ERROR(Allocate(states, &after_mass_));
     PERFORMER_RETURN_IF_ERROR(Allocate(states * dims_.value_dim, &after_mean_));
-    if (segments.most > 1) {
-      using Kernel = SuffixLayout<T, W>;
+    if (splits.most > 1) {
+      using Kernel = ReverseStateLayout<T, W>;
       PERFORMER_RETURN_IF_ERROR(Allocate(parts, &part_mass));
       PERFORMER_RETURN_IF_ERROR(Allocate(parts * dims_.value_dim, &part_mean));
-      SuffixParams<T> p;
+      ReverseStateParams<T> p;
       p.query = query_;
       p.grad_out = grad_out_;
       p.projection = parts_.projection;
@@ -166,7 +166,7 @@ class CausalGrad : public Gradients<T, W> {
       p.feature_bias_heads = given_.queries.feature_bias_heads;
       p.before_log_mass = parts_.before_log_mass;
       p.map = map_;
-      p.segments = segments.items;
+      p.splits = splits.items;
       p.groups = dims_.groups;
       p.features = dims_.features;
       p.features_pad = this->features_pad_;
@@ -174,12 +174,12 @@ class CausalGrad : public Gradients<T, W> {
       p.delta = delta_;
       p.part_mean = part_mean;
       p.part_mass = part_mass;
-      const Grid grid = {segments.count, dims_.heads, CeilDiv(dims_.features, Kernel::kLandmarks)};
-      PERFORMER_RETURN_IF_ERROR(launcher_.Launch("suffixes", SuffixKernel<T, W>, grid,
+      const Grid grid = {splits.count, dims_.heads, CeilDiv(dims_.features, Kernel::kFeatures)};
+      PERFORMER_RETURN_IF_ERROR(launcher_.Launch("reverse states", ReverseStateKernel<T, W>, grid,
                                                  Kernel::kThreads, Kernel::kBytes, p));
     }
-    MergeSuffixParams p;
-    p.segments = segments.items;
+    MergeReverseStatesParams p;
+    p.splits = splits.items;
     p.heads = dims_.heads;
     p.groups = dims_.groups;
     p.features = dims_.features;
@@ -196,15 +196,15 @@ class CausalGrad : public Gradients<T, W> {
     p.grad_initial_log_mass = grad_initial_log_mass_;
     p.grad_initial_mean = grad_initial_mean_;
     const int64_t rows = dims_.sequences * dims_.groups * dims_.features;
-    return launcher_.Launch("merge suffixes", MergeSuffixKernel, {CeilDiv(rows * 32, kThreads)},
-                            kThreads, 0, p);
+    return launcher_.Launch("merge reverse states", MergeReverseStatesKernel,
+                            {CeilDiv(rows * 32, kThreads)}, kThreads, 0, p);
   }
 
-  Status KeySweep() {
-    const Division& segments = parts_.segments;
+  Status Dkv() {
+    const Division& splits = parts_.splits;
     const int64_t groups = dims_.groups, features = dims_.features;
     const int64_t rows = dims_.batch * dims_.keys;
-    CausalKeySweepParams<T> p;
+    CausalDkvParams<T> p;
     p.query = query_;
     p.grad_out = grad_out_;
     p.keys = keys_;
@@ -215,7 +215,7 @@ class CausalGrad : public Gradients<T, W> {
     p.feature_bias = static_cast<const float*>(given_.queries.feature_bias);
     p.feature_bias_heads = given_.queries.feature_bias_heads;
     p.map = map_;
-    p.segments = segments.items;
+    p.splits = splits.items;
     p.groups = groups;
     p.features = features;
     p.features_pad = this->features_pad_;
@@ -236,17 +236,16 @@ class CausalGrad : public Gradients<T, W> {
     for (float** to : {&p.sum_key, &p.sum_value})
       PERFORMER_RETURN_IF_ERROR(Allocate(rows * groups * W, to));
     PERFORMER_RETURN_IF_ERROR(
-        Allocate(segments.count * groups * features * dims_.key_dim, &p.part_projection));
+        Allocate(splits.count * groups * features * dims_.key_dim, &p.part_projection));
     p.grad_initial_log_mass = grad_initial_log_mass_;
     p.grad_initial_mean = grad_initial_mean_;
-    constexpr int kFew = CausalSweepLayout<T, W, 4>::kLandmarks;
+    constexpr int kFew = CausalBackwardLayout<T, W, 4>::kFeatures;
     PERFORMER_RETURN_IF_ERROR(this->template ForWarps<kWarps>(kFew, [&](auto warps) {
-      using Layout = CausalKeySweepLayout<T, W, decltype(warps)::value>;
-      return launcher_.Launch("causal key gradient",
-                              CausalKeySweepKernel<T, W, decltype(warps)::value>,
-                              {segments.count, groups}, Layout::kThreads, Layout::kBytes, p);
+      using Layout = CausalDkvLayout<T, W, decltype(warps)::value>;
+      return launcher_.Launch("causal key gradient", CausalDkvKernel<T, W, decltype(warps)::value>,
+                              {splits.count, groups}, Layout::kThreads, Layout::kBytes, p);
     }));
-    PERFORMER_RETURN_IF_ERROR(this->SumHeads(segments.count, groups, given_.keys.projection_heads,
+    PERFORMER_RETURN_IF_ERROR(this->SumHeads(splits.count, groups, given_.keys.projection_heads,
                                              features * dims_.key_dim, p.part_projection,
                                              given_.grad_keys.projection));
     if (given_.initial.count != dims_.sequences) {

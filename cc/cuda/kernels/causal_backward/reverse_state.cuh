@@ -3,11 +3,11 @@
 //   R[m] = sum over later rows i of exp(a[i, m] + log_mass[m] - lse_i) grad_out_i
 //   r[m] = the same of delta_i
 // A key before the boundary gets exp(b - log_mass) (R . v - r) in its log weight, and
-// exp(b - log_mass) R in its value. The gradient of the final state is the suffix after the last
+// exp(b - log_mass) R in its value. The gradient of the final state is the reverse state after the last
 // row; that before the first row is the gradient of the initial state. Every factor is <= 1.
 //
-// As states are summed over segments and merged, suffixes are: SuffixKernel gives what the rows of
-// one segment add, relative to the state before it, and MergeSuffixKernel adds them up from behind.
+// As states are summed over splits and merged, reverse states are: ReverseStateKernel gives what the rows of
+// one split add, relative to the state before it, and MergeReverseStatesKernel adds them up from behind.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 
@@ -15,24 +15,24 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct SuffixParams {
+struct ReverseStateParams {
   RowsOf<const T> query, grad_out;
   Projection<T> projection;
   const float* feature_bias = nullptr;  // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
-  const float* before_log_mass = nullptr;  // [segments, G, M]
+  const float* before_log_mass = nullptr;  // [splits, G, M]
   Map map;
-  Items segments;
+  Items splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   const float *lse = nullptr, *delta = nullptr;      // [rows, H]
-  float *part_mean = nullptr, *part_mass = nullptr;  // R [segments, H, M, E], r [segments, H, M]
+  float *part_mean = nullptr, *part_mass = nullptr;  // R [splits, H, M, E], r [splits, H, M]
 };
 
 template <class T, int W>
-struct SuffixLayout : SweepLayout<T, W, 4> {
-  using S = SweepLayout<T, W, 4>;
+struct ReverseStateLayout : BackwardLayout<T, W, 4> {
+  using S = BackwardLayout<T, W, 4>;
   static constexpr int kStages = 2;
-  static constexpr int kQuery = S::kLandmarkBytes;  // after the projection
+  static constexpr int kQuery = S::kFeatureBytes;  // after the projection
   static constexpr int kGradOut = kQuery + kStages * S::kTileBytes;
   static constexpr int kLse = kGradOut + kStages * S::kTileBytes;  // float [2][kTile]
   static constexpr int kDelta = kLse + 2 * kTile * 4;              // likewise
@@ -40,24 +40,24 @@ struct SuffixLayout : SweepLayout<T, W, 4> {
   static_assert(kBytes <= S::kMostBytes);
 };
 
-// Grid: (segments of all sequences, query heads, groups of landmarks). The first segment of a
+// Grid: (splits of all sequences, query heads, groups of features). The first split of a
 // sequence is left out: nothing lies before it but the initial state.
 template <class T, int W>
-__global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
-  using L = SuffixLayout<T, W>;
+__global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<T> p) {
+  using L = ReverseStateLayout<T, W>;
   constexpr int kRowTiles = L::kRowTiles, kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
   T* const projection = reinterpret_cast<T*>(shared);
   float* const lse = reinterpret_cast<float*>(shared + L::kLse);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
-  const int tid = threadIdx.x, row_landmark = tid / 32 * 16 * kRowTiles;
-  const Item item = Locate(p.segments, blockIdx.x);
+  const int tid = threadIdx.x, row_feature = tid / 32 * 16 * kRowTiles;
+  const Item item = Locate(p.splits, blockIdx.x);
   if (item.index == 0) return;
   const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
   const int64_t row0 = item.first_row + item.begin;
   const int rows = static_cast<int>(item.end - item.begin);
   const int tiles = static_cast<int>(CeilDiv(rows, kTile));
-  const int first_landmark = blockIdx.z * L::kLandmarks, features = static_cast<int>(p.features);
+  const int first_feature = blockIdx.z * L::kFeatures, features = static_cast<int>(p.features);
   const bool linear = p.map.linear();
   const float unit = p.map.unit();
 
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
   {
     const T* w =
         p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W);
-    CopyOperand<T, W, L::kLandmarks, kThreads>(
-        projection, w + static_cast<int64_t>(first_landmark) * W,
-        static_cast<int>(p.features_pad) - first_landmark, tid);
+    CopyOperand<T, W, L::kFeatures, kThreads>(
+        projection, w + static_cast<int64_t>(first_feature) * W,
+        static_cast<int>(p.features_pad) - first_feature, tid);
   }
   issue(0, 0);
   float sum[kRowTiles][W / 8][4] = {}, mass[kRowTiles][2] = {}, row_bias[kRowTiles][2];
@@ -90,9 +90,9 @@ __global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int landmark = first_landmark + row_landmark + m * 16 + tid % 32 / 4 + 8 * e;
-        row_bias[m][e] = landmark < features
-                             ? (log_mass[landmark] + feature_bias[landmark]) * p.map.inverse_root
+        const int feature = first_feature + row_feature + m * 16 + tid % 32 / 4 + 8 * e;
+        row_bias[m][e] = feature < features
+                             ? (log_mass[feature] + feature_bias[feature]) * p.map.inverse_root
                              : -kInfinity;
       }
   }
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
 #pragma unroll 1
     for (int j0 = 0; j0 < kTile; j0 += 32) {
       const int lane = Opaque(tid % 32), t = lane % 4;
-      SweepTile<kRowTiles> x;
+      BackwardTile<kRowTiles> x;
 #pragma unroll
       for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
             x[m][n][i] = linear ? -lse[buffer * kTile + j0 + n * 8 + 2 * t + (i & 1)] : 0.f;
-      LandmarkProduct<T, W, kRowTiles>(x, projection, row_landmark, queries, j0, lane);
+      FeatureProduct<T, W, kRowTiles>(x, projection, row_feature, queries, j0, lane);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -137,38 +137,38 @@ __global__ void __launch_bounds__(128, 1) SuffixKernel(SuffixParams<T> p) {
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int landmark = first_landmark + row_landmark + m * 16 + lane / 4 + 8 * e;
+      const int feature = first_feature + row_feature + m * 16 + lane / 4 + 8 * e;
       const float total = QuadSum(mass[m][e]);
-      if (lane % 4 == 0 && landmark < features) p.part_mass[part * features + landmark] = total;
+      if (lane % 4 == 0 && feature < features) p.part_mass[part * features + feature] = total;
     }
   StoreSums<W, kRowTiles>(p.part_mean + part * features * p.grad_out.width, p.grad_out.width,
-                          features, first_landmark + row_landmark, sum, 1.f, lane);
+                          features, first_feature + row_feature, sum, 1.f, lane);
 }
 
-struct MergeSuffixParams {
-  Items segments;
+struct MergeReverseStatesParams {
+  Items splits;
   int64_t heads = 0, groups = 0, features = 0;
   int width = 0;
-  const float *part_mean = nullptr, *part_mass = nullptr;      // of SuffixKernel
-  const float* before_log_mass = nullptr;                      // [segments, G, M]
+  const float *part_mean = nullptr, *part_mass = nullptr;      // of ReverseStateKernel
+  const float* before_log_mass = nullptr;                      // [splits, G, M]
   const float *log_mass = nullptr, *mean = nullptr;            // final state [N, G, M(, E)]
   const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // its gradient, likewise
-  // Suffix after each segment, relative to the state there: [segments, G, M(, E)].
+  // ReverseState after each split, relative to the state there: [splits, G, M(, E)].
   float *after_mean = nullptr, *after_mass = nullptr;
   // Gradient of the initial state [N, G, M(, E)]: written here for sequences without rows.
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
 };
 
-// One warp for each sequence, key/value head and landmark.
-static __global__ void __launch_bounds__(256) MergeSuffixKernel(MergeSuffixParams p) {
+// One warp for each sequence, key/value head and feature.
+static __global__ void __launch_bounds__(256) MergeReverseStatesKernel(MergeReverseStatesParams p) {
   constexpr int kColumns = 4;  // of a lane: E <= 128
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int64_t per_sequence = p.groups * p.features;
-  if (number >= p.segments.sequences * per_sequence) return;
+  if (number >= p.splits.sequences * per_sequence) return;
   const int lane = threadIdx.x % 32;
-  const int64_t sequence = number / per_sequence, landmark = number % per_sequence;
-  const int64_t group = landmark / p.features, each = p.heads / p.groups;
-  const int64_t first = FirstItem(p.segments, sequence), count = ItemsOf(p.segments, sequence);
+  const int64_t sequence = number / per_sequence, feature = number % per_sequence;
+  const int64_t group = feature / p.features, each = p.heads / p.groups;
+  const int64_t first = FirstItem(p.splits, sequence), count = ItemsOf(p.splits, sequence);
 
   float log_mass = p.log_mass[number], sum[kColumns] = {}, mass = 0;
   if (log_mass != -kInfinity) {
@@ -183,13 +183,13 @@ static __global__ void __launch_bounds__(256) MergeSuffixKernel(MergeSuffixParam
     for (int lanes = 16; lanes > 0; lanes /= 2) mass += __shfl_xor_sync(kAllLanes, mass, lanes);
     mass -= p.grad_log_mass[number];
   }
-  for (int64_t segment = first + count - 1; segment >= first; --segment) {
-    const int64_t row = segment * per_sequence + landmark;
+  for (int64_t split = first + count - 1; split >= first; --split) {
+    const int64_t row = split * per_sequence + feature;
     if (lane == 0) p.after_mass[row] = mass;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i)
       if (lane + 32 * i < p.width) p.after_mean[row * p.width + lane + 32 * i] = sum[i];
-    if (segment == first) break;
+    if (split == first) break;
     const float before = p.before_log_mass[row];
     const float keep = before == -kInfinity ? 0.f : expf(before - log_mass);
     log_mass = before;
@@ -197,7 +197,7 @@ static __global__ void __launch_bounds__(256) MergeSuffixKernel(MergeSuffixParam
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) sum[i] = keep == 0.f ? 0.f : sum[i] * keep;
     for (int64_t head = group * each; head < (group + 1) * each; ++head) {
-      const int64_t part = (segment * p.heads + head) * p.features + landmark % p.features;
+      const int64_t part = (split * p.heads + head) * p.features + feature % p.features;
       mass += p.part_mass[part];
 #pragma unroll
       for (int i = 0; i < kColumns; ++i)

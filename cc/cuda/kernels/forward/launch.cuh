@@ -10,7 +10,7 @@ namespace cuda {
 
 inline Status Merge(const Launcher& launcher, const MergeParams& params) {
   constexpr int kThreads = 256;
-  const int64_t rows = params.segments.sequences * params.groups * params.features;
+  const int64_t rows = params.splits.sequences * params.groups * params.features;
   return launcher.Launch("merge", MergeKernel, {CeilDiv(rows * 32, kThreads)}, kThreads, 0, params);
 }
 
@@ -20,10 +20,10 @@ class Forward : public Operands<T> {
   using Operands<T>::Operands;
 
   Status Summarize(const performer::SummarizeParams& params) const {
-    Division segments;
-    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSegments, &segments));
+    Division splits;
+    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSplits, &splits));
     MergeParams merge;
-    PERFORMER_RETURN_IF_ERROR(SummarizeSegments(params.keys, segments, false, &merge));
+    PERFORMER_RETURN_IF_ERROR(SummarizeSplits(params.keys, splits, false, &merge));
     merge.log_mass = static_cast<float*>(params.state.log_mass);
     merge.mean = static_cast<float*>(params.state.mean);
     return Merge(launcher_, merge);
@@ -59,31 +59,31 @@ class Forward : public Operands<T> {
   using Operands<T>::launcher_;
   using Operands<T>::map_;
 
-  // The states of segments, in workspace: what merge needs of them.
-  Status SummarizeSegments(const KeySide& keys, const Division& segments, bool skip_last,
-                           MergeParams* merge) const {
+  // The states of splits, in workspace: what merge needs of them.
+  Status SummarizeSplits(const KeySide& keys, const Division& splits, bool skip_last,
+                         MergeParams* merge) const {
     using Traits = SummarizeTraits<T, W>;
-    const int64_t landmarks = segments.count * dims_.groups * dims_.features;
+    const int64_t features = splits.count * dims_.groups * dims_.features;
     SummarizeParams<T> p;
-    PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(landmarks, "states of segments", &p.log_mass));
+    PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(features, "states of splits", &p.log_mass));
     PERFORMER_RETURN_IF_ERROR(
-        launcher_.Allocate(landmarks * dims_.value_dim, "states of segments", &p.mean));
+        launcher_.Allocate(features * dims_.value_dim, "states of splits", &p.mean));
     PERFORMER_RETURN_IF_ERROR(
         this->template PackProjection<W>(keys.projection, keys.projection_heads, &p.projection));
     p.keys = MakeKeyParams<T>(this->call_, keys);
     p.map = map_;
-    p.segments = segments.items;
+    p.splits = splits.items;
     p.skip_last = skip_last;
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.features_pad = this->features_pad_;
-    merge->segments = segments.items;
+    merge->splits = splits.items;
     merge->groups = dims_.groups;
     merge->features = dims_.features;
     merge->width = static_cast<int>(dims_.value_dim);
     merge->part_log_mass = p.log_mass;
     merge->part_mean = p.mean;
-    const Grid grid = {segments.count, dims_.groups, CeilDiv(dims_.features, Traits::kLandmarks)};
+    const Grid grid = {splits.count, dims_.groups, CeilDiv(dims_.features, Traits::kFeatures)};
     return launcher_.Launch("summarize", SummarizeKernel<T, W>, grid, Traits::kThreads,
                             Traits::kBytes, p);
   }

@@ -1,7 +1,7 @@
-// States of segments, merged in their order: to one state for each sequence, or (causal) to the
-// state before each segment.
+// States of splits, merged in their order: to one state for each sequence, or (causal) to the
+// state before each split.
 //
-// Grid: one warp for each sequence, head and landmark.
+// Grid: one warp for each sequence, head and feature.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 
@@ -9,17 +9,17 @@ namespace performer {
 namespace cuda {
 
 struct MergeParams {
-  Items segments;
+  Items splits;
   int64_t groups = 0, features = 0;
   int width = 0;
-  float* part_log_mass = nullptr;  // [segments, G, M]
-  float* part_mean = nullptr;      // [segments, G, M, E]
+  float* part_log_mass = nullptr;  // [splits, G, M]
+  float* part_mean = nullptr;      // [splits, G, M, E]
   // The state that a sequence begins with, [count, G, M(, E)]; count 0: none.
   const float* initial_log_mass = nullptr;
   const float* initial_mean = nullptr;
   int64_t initial_count = 0;
-  // [N, G, M(, E)], or nullptr: instead, the parts become the states before their segments, and the
-  // last segment's is not read.
+  // [N, G, M(, E)], or nullptr: instead, the parts become the states before their splits, and the
+  // last split's is not read.
   float* log_mass = nullptr;
   float* mean = nullptr;
   bool only_empty = false;  // only sequences without rows are written: theirs is the initial state
@@ -44,10 +44,10 @@ PERFORMER_DEVICE void MergeState(float& log_mass, float (&mean)[kMergeColumns],
 static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int64_t per_sequence = p.groups * p.features;
-  if (number >= p.segments.sequences * per_sequence) return;
+  if (number >= p.splits.sequences * per_sequence) return;
   const int lane = threadIdx.x % 32;
-  const int64_t sequence = number / per_sequence, landmark = number % per_sequence;
-  const int64_t first = FirstItem(p.segments, sequence), count = ItemsOf(p.segments, sequence);
+  const int64_t sequence = number / per_sequence, feature = number % per_sequence;
+  const int64_t first = FirstItem(p.splits, sequence), count = ItemsOf(p.splits, sequence);
   if (p.only_empty && count > 0) return;
 
   const auto load = [&](const float* log_masses, const float* means, int64_t row, float& log_mass,
@@ -70,12 +70,12 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
   float log_mass = -kInfinity, mean[kMergeColumns] = {};
   if (p.initial_count > 0)
     load(p.initial_log_mass, p.initial_mean,
-         (p.initial_count == 1 ? 0 : sequence) * per_sequence + landmark, log_mass, mean);
+         (p.initial_count == 1 ? 0 : sequence) * per_sequence + feature, log_mass, mean);
   const bool before = p.log_mass == nullptr;
-  for (int64_t segment = first; segment < first + count; ++segment) {
-    const int64_t row = segment * per_sequence + landmark;
+  for (int64_t split = first; split < first + count; ++split) {
+    const int64_t row = split * per_sequence + feature;
     float part_log_mass = -kInfinity, part[kMergeColumns] = {};
-    if (!before || segment + 1 < first + count)
+    if (!before || split + 1 < first + count)
       load(p.part_log_mass, p.part_mean, row, part_log_mass, part);
     if (before) {
       __syncwarp();  // lane 0 writes the log_mass that all lanes have read
@@ -83,7 +83,7 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
     }
     MergeState(log_mass, mean, part_log_mass, part);
   }
-  if (!before) store(p.log_mass, p.mean, sequence * per_sequence + landmark, log_mass, mean);
+  if (!before) store(p.log_mass, p.mean, sequence * per_sequence + feature, log_mass, mean);
 }
 
 }  // namespace cuda

@@ -1,8 +1,8 @@
-// Bidirectional attention, second half: queries read the landmarks.
+// Bidirectional attention, second half: queries read the features.
 //   out[i] = softmax_m(a[i, :] + log_mass) mean
 //
 // Grid: (row tiles of all sequences, query heads). A block holds its queries and walks the
-// landmarks in tiles of 64: w and mean, double buffered.
+// features in tiles of 64: w and mean, double buffered.
 #pragma once
 #include "cuda/device/online_softmax.cuh"
 #include "cuda/device/row_pipeline.cuh"
@@ -28,7 +28,7 @@ struct ReadParams {
 // Where a block works; in shared memory, because registers are short.
 template <class T>
 struct ReadPlace {
-  const T *projection, *mean;            // of the head, from the first landmark on
+  const T *projection, *mean;            // of the head, from the first feature on
   const float *log_mass, *feature_bias;  // likewise
   T* out;                                // the first row
   int rows;

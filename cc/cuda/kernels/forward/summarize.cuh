@@ -1,8 +1,8 @@
-// Bidirectional attention, first half: keys and values to a state of M landmarks.
+// Bidirectional attention, first half: keys and values to a state of M features.
 //   log_mass[m] = log sum_j exp(b[m, j])      mean[m] = softmax_j(b[m, :]) v
 //
-// Grid: (segments of all sequences, key/value heads, groups of landmarks). A block walks the keys
-// of its segment in tiles of 64 with its landmarks as rows of the softmax; segments are merged in
+// Grid: (splits of all sequences, key/value heads, groups of features). A block walks the keys
+// of its split in tiles of 64 with its features as rows of the softmax; splits are merged in
 // order (forward/merge_states.cuh).
 #pragma once
 #include "cuda/device/online_softmax.cuh"
@@ -16,11 +16,11 @@ struct SummarizeParams {
   KeyParams<T> keys;
   Projection<T> projection;
   Map map;
-  Items segments;
-  bool skip_last = false;  // the last segment of a sequence is not wanted
+  Items splits;
+  bool skip_last = false;  // the last split of a sequence is not wanted
   int64_t groups = 0, features = 0, features_pad = 0;
-  float* log_mass = nullptr;  // [segments, G, M]
-  float* mean = nullptr;      // [segments, G, M, E]
+  float* log_mass = nullptr;  // [splits, G, M]
+  float* mean = nullptr;      // [splits, G, M, E]
 };
 
 template <class T, int W>
@@ -28,13 +28,13 @@ struct SummarizeTraits {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kRowTiles =
       kIs16Bit<T> ? 2 : 1;  // registers: float32 operands are twice as large
-  static constexpr int kLandmarks = 16 * kRowTiles * kWarps;
-  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // the landmarks' operands
-  static_assert(kLandmarks % kLandmarkUnit == 0);
+  static constexpr int kFeatures = 16 * kRowTiles * kWarps;
+  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // the features' operands
+  static_assert(kFeatures % kFeatureUnit == 0);
 
   // Shared memory, in bytes.
   static constexpr int kTileBytes = kTile * W * sizeof(T);
-  static constexpr int kKeys = kInRegisters ? 0 : kLandmarks * W * static_cast<int>(sizeof(T));
+  static constexpr int kKeys = kInRegisters ? 0 : kFeatures * W * static_cast<int>(sizeof(T));
   static constexpr int kValues = kKeys + 2 * kTileBytes;
   static constexpr int kStream = kValues + 2 * kTileBytes;
   static constexpr int kBytes = kStream + KeyStream<T, W, kThreads>::kSharedBytes;
@@ -46,21 +46,21 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
   using Traits = SummarizeTraits<T, W>;
   constexpr int kThreads = Traits::kThreads, kRowTiles = Traits::kRowTiles;
   PERFORMER_SHARED_MEMORY(shared);
-  T* const landmarks = reinterpret_cast<T*>(shared);  // [kLandmarks][W], unless kept in registers
+  T* const features = reinterpret_cast<T*>(shared);  // [kFeatures][W], unless kept in registers
   T* const keys = reinterpret_cast<T*>(shared + Traits::kKeys);      // [2] tiles
   T* const values = reinterpret_cast<T*>(shared + Traits::kValues);  // [2] tiles
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const Item item = Locate(p.segments, blockIdx.x);
+  const Item item = Locate(p.splits, blockIdx.x);
   if (p.skip_last && item.last()) return;
   const int64_t head = blockIdx.y;
-  const int first_landmark = blockIdx.z * Traits::kLandmarks;
+  const int first_feature = blockIdx.z * Traits::kFeatures;
   KeyStream<T, W, kThreads> stream(p.keys, p.map, item, head, shared + Traits::kStream, tid);
   const int tiles = static_cast<int>(CeilDiv(item.end - item.begin, kTile));
 
   const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
-               static_cast<int64_t>(first_landmark) * W;
+               static_cast<int64_t>(first_feature) * W;
   // Rows past features_pad (of the last group) are read from the group before: never written.
-  const int rows_here = static_cast<int>(p.features_pad) - first_landmark;
+  const int rows_here = static_cast<int>(p.features_pad) - first_feature;
   uint32_t w_registers[kRowTiles][W / 16][kFragment<T>];
   if constexpr (Traits::kInRegisters) {
 #pragma unroll
@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
               *Pair(w + (row < rows_here ? row : 0) * W + s * 16 + 2 * t + 8 * (i >> 1));
         }
   } else {
-    CopyOperand<T, W, Traits::kLandmarks, kThreads>(landmarks, w, rows_here, tid);
+    CopyOperand<T, W, Traits::kFeatures, kThreads>(features, w, rows_here, tid);
   }
   const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
     if constexpr (Traits::kInRegisters) {
 #pragma unroll
       for (int i = 0; i < kFragment<T>; ++i) a[i] = w_registers[m][s][i];
     } else {
-      LoadA<T, W>(a, landmarks, (warp * kRowTiles + m) * 16, s * 16, lane);
+      LoadA<T, W>(a, features, (warp * kRowTiles + m) * 16, s * 16, lane);
     }
   };
 
@@ -114,10 +114,10 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
     for (int e = 0; e < 2; ++e) {
       float sum;
       const float inverse = state.Inverse(m, e, &sum);
-      const int landmark = first_landmark + (warp * kRowTiles + m) * 16 + g + 8 * e;
-      if (landmark >= p.features) continue;
+      const int feature = first_feature + (warp * kRowTiles + m) * 16 + g + 8 * e;
+      if (feature >= p.features) continue;
       const int64_t row =
-          (static_cast<int64_t>(blockIdx.x) * p.groups + head) * p.features + landmark;
+          (static_cast<int64_t>(blockIdx.x) * p.groups + head) * p.features + feature;
       if (t == 0)
         p.log_mass[row] = inverse == 0.f ? -kInfinity : state.top[m][e] * p.map.root + logf(sum);
 #pragma unroll
