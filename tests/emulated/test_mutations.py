@@ -16,10 +16,10 @@ MARK = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|CpAsyncWait<")
 
 
 def written_sites():
-    """Barriers and waits in the sources, as "file:line"."""
+    """Barriers and waits in the sources, as "folder/file:line" below cc/cuda."""
     return [
-        f"{source.name}:{number}"
-        for source in sorted(SOURCES.glob("*.cuh"))
+        f"{source.relative_to(SOURCES).as_posix()}:{number}"
+        for source in sorted(SOURCES.rglob("*.cuh"))
         for number, line in enumerate(source.read_text().splitlines(), 1)
         if MARK.search(line.split("//")[0])
     ]
@@ -37,7 +37,8 @@ def reached():
             results = call(name, op, x)
             work = emulated.counters()["mma"]
             for site in emulated.sites():
-                passed.setdefault(Path(site).name, []).append((work, (site, name, op, x, results)))
+                at = site.rpartition("cc/cuda/")[2]
+                passed.setdefault(at, []).append((work, (site, name, op, x, results)))
     return {
         site: [arguments for _, arguments in sorted(calls, key=lambda entry: entry[0])]
         for site, calls in passed.items()
@@ -53,6 +54,10 @@ def notices(site, name, op, x, results):
     except (RuntimeError, AssertionError):
         return True
     return emulated.races()[0] > 0
+
+
+def test_the_sources_have_barriers_and_waits():
+    assert len(written_sites()) > 40
 
 
 @needs_race_detector
