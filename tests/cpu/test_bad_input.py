@@ -26,8 +26,8 @@ def assert_next_call_is_right(op):
 def assert_refused(says, op, x, **options):
     with pytest.raises(ValueError) as caught:
         run(op, x, **options)
-    for sub_chunk in says:
-        assert sub_chunk in str(caught.value), f"{sub - chunk!r} is not in {caught.value}"
+    for part in says:
+        assert part in str(caught.value), f"{part!r} is not in {caught.value}"
     assert_next_call_is_right(op)
 
 

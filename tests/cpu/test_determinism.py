@@ -39,8 +39,8 @@ FEW = Case(
 
 
 def few(case=FEW, dtype="float32"):
-    """Inputs with keys that outweigh all before by far: chunks of several sub_chunks, one of so many
-    that they fill more than a window."""
+    """Inputs with keys that outweigh all before by far: chunks of several sub-chunks, one of so
+    many that they fill more than a window."""
     x = make(case, dtype)
     heavier = np.zeros(case.rows)
     heavier[[70, 100, 101, 143, 144, 900, *range(2020, 2060), 3300, 4800]] = 40

@@ -38,7 +38,7 @@ class Bad:
     Attributes:
         op: operator.
         shapes: wrong shapes, by argument.
-        says: sub_chunks of the message.
+        says: parts of the message.
         attributes: of the operator.
         offsets: for packed calls.
         late: only the values are wrong, so that tracing cannot know.
