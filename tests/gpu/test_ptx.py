@@ -41,7 +41,7 @@ def elementwise(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def test_every_wrapper_has_a_probe():
-    header = (ROOT / "cc" / "cuda" / "ptx.h").read_text()
+    header = (ROOT / "cc" / "cuda" / "device" / "ptx.h").read_text()
     gpu = header[header.index("#if defined(__CUDACC__)\n\nPERFORMER") : header.index("#else  //")]
     functions = re.split(r"(?=^(?:template <|PERFORMER_DEVICE ))", gpu, flags=re.M)
     names = {
