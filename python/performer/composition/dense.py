@@ -62,7 +62,8 @@ def dense_attention(
     Example:
 
     >>> import tensorflow as tf
-    >>> from performer import dense, projections
+    >>> from performer.composition import dense
+    >>> from performer.features import projections
     >>> x, w = tf.random.normal([1, 5, 2, 4]), projections.orthogonal_projection(8, 4, seed=1)
     >>> mask = tf.random.uniform([1, 1, 5, 5]) < 0.5
     >>> output, weights = dense.dense_attention(x, x, x, w, mask=mask)
