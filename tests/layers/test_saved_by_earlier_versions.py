@@ -106,9 +106,9 @@ def write(name):
 def test_predictions(name):
     model = keras.models.load_model(FOLDER / f"{name}.keras")
     saved = np.load(FOLDER / f"{name}.npz")
-    # Equal to the bit on the processor that wrote the files; another one may add in another order.
-    # A prediction is a chain of fewer than 100 float32 operations, and no term of their sums is more
-    # than about 10 times the largest prediction: 100 * 10 * 2**-24 = 6e-5.
+    # Equal to the bit on the processor that wrote the files; another may add in another order.
+    # A prediction is a chain of fewer than 100 float32 operations, and no term of their sums is
+    # more than about 10 times the largest prediction: 100 * 10 * 2**-24 = 6e-5.
     np.testing.assert_allclose(model(saved["inputs"]), saved["outputs"], **TOLERANCE)
 
 
