@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from support.bad_call import good_inputs, name_of
-from support.bad_inputs import TABLE
 from support.compare import assert_same_bits
-from support.core import _core, run
+from support.core_calls import _core, run
+from support.refused_calls import TABLE
 
 OPS = ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from performer.features.tolerances import tolerances
+from support.cases import cases, parameters
 from support.compare import assert_close
-from support.core import DTYPES, _core, expected, forward, isas, make, run
-from support.core_cases import cases, parameters
+from support.core_calls import DTYPES, _core, expected, forward, isas, make, run
 
 
 @cache

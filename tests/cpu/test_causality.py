@@ -5,7 +5,7 @@ import pytest
 
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
-from support.core import Case, cotangents, expected, isas, make, run
+from support.core_calls import Case, cotangents, expected, isas, make, run
 from support.poison import POISONS, poisoned
 
 PLAIN = Case(batch=1, rows=135, heads=4, groups=2, dim=16, features=10, value_dim=5, bias="1GS")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from support.compare import assert_same_bits
-from support.core import Case, backward, cotangents, forms, forward, isas, make, shortened
+from support.core_calls import Case, backward, cotangents, forms, forward, isas, make, shortened
 
 ROWS = ("out", "query", "key", "value", "key_bias")  # results that a batch row has for itself
 PLAIN = Case(

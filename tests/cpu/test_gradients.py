@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from performer.features.tolerances import tolerances
+from support.cases import CASES, ELU, RELU, TOKENS, cases, parameters
 from support.compare import assert_close, assert_finite
-from support.core import (
+from support.core_calls import (
     backward,
     cotangents,
     expected_gradients,
@@ -18,7 +19,6 @@ from support.core import (
     run,
     shortened,
 )
-from support.core_cases import CASES, ELU, RELU, TOKENS, cases, parameters
 
 
 @cache

@@ -7,7 +7,7 @@ import pytest
 
 from performer import reference
 from support.compare import assert_close, assert_finite, assert_same_bits
-from support.core import (
+from support.core_calls import (
     Case,
     backward,
     cotangents,

@@ -5,8 +5,8 @@ import pytest
 
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
-from support.core import Case, expected, make
-from support.emulated import dtypes, run
+from support.core_calls import Case, expected, make
+from support.emulated_calls import dtypes, run
 from support.emulated_cases import SPLIT
 from support.poison import POISONS, poisoned
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from support.emulated import emulated, needs_race_detector
+from support.emulated_calls import emulated, needs_race_detector
 
 X = np.random.default_rng(0).normal(size=1000).astype(np.float32)
 RACES = {

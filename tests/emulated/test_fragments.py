@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from support.emulated import emulated
+from support.emulated_calls import emulated
 
 # (shape of the lane, shape of the register), (their strides)
 M16N8K16 = {

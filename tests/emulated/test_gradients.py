@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from support.cases import TOKENS
 from support.compare import assert_same_bits
-from support.core import backward, cotangents, forms, forward, make
-from support.core_cases import TOKENS
+from support.core_calls import backward, cotangents, forms, forward, make
 from support.cuda_cases import CASES, SUB_CHUNKS
-from support.emulated import SCHEDULES, counting, dtypes, run, run_in_small_blocks
+from support.emulated_calls import SCHEDULES, counting, dtypes, run, run_in_small_blocks
 from support.emulated_cases import all_cases, parameters
-from support.kernel_checks import check_gradients
+from support.kernel_promises import check_gradients
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))

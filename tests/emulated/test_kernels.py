@@ -7,11 +7,11 @@ import pytest
 
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
-from support.core import cotangents, expected, forms, forward, make
+from support.core_calls import cotangents, expected, forms, forward, make
 from support.cuda_cases import CASES
-from support.emulated import SCHEDULES, counting, dtypes, run
+from support.emulated_calls import SCHEDULES, counting, dtypes, run
 from support.emulated_cases import OWN, SPLIT, all_cases, parameters
-from support.kernel_checks import check_batch_row_alone, check_results
+from support.kernel_promises import check_batch_row_alone, check_results
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters())

@@ -3,11 +3,11 @@ with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import pytest
 
-from support.core import backward, cotangents, make
-from support.core_cases import NARROW, TOKENS
-from support.emulated import dtypes, emulated, run
-from support.emulated_calls import CALLS, OPS, call, inputs
+from support.cases import NARROW, TOKENS
+from support.core_calls import backward, cotangents, make
+from support.emulated_calls import dtypes, emulated, run
 from support.emulated_cases import all_cases
+from support.emulated_kernels import CALLS, OPS, call, inputs
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from support.compare import assert_same_bits
-from support.emulated import emulated, needs_race_detector
-from support.emulated_calls import CALLS, OPS, call, inputs
+from support.emulated_calls import emulated, needs_race_detector
+from support.emulated_kernels import CALLS, OPS, call, inputs
 
 SOURCES = Path(__file__).parents[2] / "cc" / "cuda"
 MARK = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|CpAsyncWait<")

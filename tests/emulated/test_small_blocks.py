@@ -3,11 +3,11 @@ smaller blocks, wider ones mostly not."""
 
 import pytest
 
-from support.core import forms, make
+from support.core_calls import forms, make
 from support.cuda_cases import CASES
-from support.emulated import dtypes, run_in_small_blocks
+from support.emulated_calls import dtypes, run_in_small_blocks
 from support.emulated_cases import OWN
-from support.kernel_checks import check_gradients, check_results
+from support.kernel_promises import check_gradients, check_results
 
 NARROW = [
     "narrow, 256 features",

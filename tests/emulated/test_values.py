@@ -3,8 +3,8 @@
 import numpy as np
 
 from support.compare import assert_close, assert_finite
-from support.core import Case, forms, forward, make
-from support.emulated import dtypes, run
+from support.core_calls import Case, forms, forward, make
+from support.emulated_calls import dtypes, run
 
 CASE = Case(batch=1, rows=70, heads=1, groups=1, dim=16, value_dim=8, features=24, bias="11S")
 

@@ -1,9 +1,9 @@
 """Small calls of every operator on the GPU, for compute-sanitizer: outputs are not looked at."""
 
 from performer.bench import torch_kernels
-from support.core import cotangents, make
+from support.core_calls import cotangents, make
 from support.cuda_cases import CASES
-from support.gpu import DTYPES, has_small_blocks, to_torch
+from support.gpu_calls import DTYPES, has_small_blocks, to_torch
 
 NAMES = (
     "narrow, 128 features, entry std 3",

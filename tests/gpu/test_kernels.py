@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from performer.features.tolerances import tolerances
+from support.cases import cases
 from support.compare import assert_close, assert_same_bits
-from support.core import backward, cotangents, expected, forms, forward, make
-from support.core_cases import cases
+from support.core_calls import backward, cotangents, expected, forms, forward, make
 from support.cuda_cases import CASES
-from support.gpu import dtypes, needs_gpu, run
-from support.kernel_checks import check_batch_row_alone, check_gradients, check_results
+from support.gpu_calls import dtypes, needs_gpu, run
+from support.kernel_promises import check_batch_row_alone, check_gradients, check_results
 from support.poison import POISONS, poisoned
 
 pytestmark = needs_gpu

@@ -8,7 +8,7 @@ import numpy as np
 import performer_probes as probes
 import pytest
 
-from support.gpu import why_not
+from support.gpu_calls import why_not
 
 ROOT = Path(__file__).parents[2]
 LANES, IN, OUT = 32, 12, 4

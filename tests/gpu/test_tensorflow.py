@@ -15,10 +15,10 @@ import tensorflow as tf
 from performer import favor_attention, loader, orthogonal_projection
 from performer.features.tolerances import tolerances
 from performer.layers import Performer
-from support import raw_ops
+from support import operator_calls
+from support.cases import cases
 from support.compare import assert_close, assert_same_bits
-from support.core import cotangents, forms, make
-from support.core_cases import cases
+from support.core_calls import cotangents, forms, make
 from support.cuda_cases import CASES
 
 
@@ -28,7 +28,7 @@ def why_not() -> str:
         return f"the ops are not loaded: {loader.status().message}"
     if not tf.config.list_physical_devices("GPU"):
         return f"TensorFlow {tf.__version__} sees no GPU"
-    if not raw_ops.has_gpu_kernel("Summarize"):
+    if not operator_calls.has_gpu_kernel("Summarize"):
         return "the ops are built without the GPU kernels"
     return ""
 
@@ -55,7 +55,7 @@ def on(device, op, x, **options):
     """Skips the test where the GPU has no room for heads of this width."""
     try:
         with tf.device(device):
-            return raw_ops.call(op, x, **options)
+            return operator_calls.call(op, x, **options)
     except tf.errors.FailedPreconditionError as error:
         if "heads of this width" in error.message:
             pytest.skip(error.message)
@@ -164,7 +164,7 @@ def test_the_layer_agrees_with_the_cpu_and_trains(causal, policy):
 def test_float64_runs_on_the_cpu():
     tf.config.set_soft_device_placement(True)
     case = case_named("narrow, 256 features", False)
-    assert "CPU:0" in raw_ops.call("Summarize", make(case, "float64"))["mean"].device
+    assert "CPU:0" in operator_calls.call("Summarize", make(case, "float64"))["mean"].device
 
 
 def test_what_the_gpu_does_not_take_is_refused_and_the_next_call_works():

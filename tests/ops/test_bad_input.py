@@ -7,10 +7,10 @@ import pytest
 import tensorflow as tf
 
 from support.bad_call import good_inputs, name_of
-from support.bad_inputs import TABLE
 from support.compare import assert_same_bits
-from support.core import _core, run
-from support.raw_ops import OPS, call, function, needs_library, traced
+from support.core_calls import _core, run
+from support.operator_calls import OPS, call, function, needs_library, traced
+from support.refused_calls import TABLE
 
 pytestmark = needs_library
 INVALID = tf.errors.InvalidArgumentError

@@ -6,9 +6,9 @@ import tensorflow as tf
 
 from performer import reference
 from performer.ops import favor_attention, read, summarize
+from support.attention_inputs import B, D, G, H, L, M, random_state, random_tensors
 from support.compare import assert_close, assert_same_bits
-from support.operators import forms
-from support.public_inputs import B, D, G, H, L, M, random_state, random_tensors
+from support.composition_calls import forms
 
 
 @forms

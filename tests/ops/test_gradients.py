@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 from performer import reference
-from support.core import Case, cotangents, forms, make
-from support.raw_ops import FORWARD, call, composed, definition, needs_library
+from support.core_calls import Case, cotangents, forms, make
+from support.operator_calls import FORWARD, call, composed, definition, needs_library
 
 pytestmark = needs_library
 

@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 from support.compare import assert_close, assert_same_bits
-from support.core import Case, _core, backward, cotangents, forward, make, run, shortened
-from support.raw_ops import (
+from support.core_calls import Case, _core, backward, cotangents, forward, make, run, shortened
+from support.operator_calls import (
     FORWARD,
     OPS,
     call,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from performer.ops import favor_attention, read
-from support.public_inputs import B, E, H, L, random_state, random_tensors
+from support.attention_inputs import B, E, H, L, random_state, random_tensors
 
 
 def float32(*shape):

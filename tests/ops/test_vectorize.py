@@ -9,8 +9,8 @@ import tensorflow as tf
 from performer import favor_attention
 from performer.ops import vectorize
 from support.compare import assert_close, assert_same_bits
-from support.operators import forms
-from support.raw_ops import needs_library
+from support.composition_calls import forms
+from support.operator_calls import needs_library
 
 pytestmark = needs_library
 N, H, G, D, M = 3, 4, 2, 8, 12

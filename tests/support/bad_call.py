@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from support.core import Case, cotangents, forward, make
+from support.core_calls import Case, cotangents, forward, make
 
 GOOD = Case(
     batch=2,

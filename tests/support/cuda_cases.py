@@ -1,6 +1,6 @@
 """Cases for what only the CUDA kernels can get wrong: their tile, chunk and split sizes."""
 
-from support.core import Case
+from support.core_calls import Case
 
 SPLIT = 1024  # rows, as the kernels are built for a GPU (cc/cuda/host/schedule.h)
 CASES = {

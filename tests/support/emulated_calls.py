@@ -1,51 +1,43 @@
-"""One small call of every kernel in every form that has code of its own: several tiles and chunks,
-splits, grouped heads, both widths, 16-bit and float32."""
+"""The CUDA kernels under emulation, with calls as those of `support.core_calls`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
+import contextlib
 
-from support.core import Case, cotangents, forward, make
-from support.core_cases import ELU, RELU
-from support.cuda_cases import CASES, SUB_CHUNKS
-from support.emulated import run
-from support.emulated_cases import SPLIT
+import numpy as np
+import performer_emulated as emulated
+import pytest
 
-OPS = ["Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"]
-SPLITS = Case(
-    batch=1, rows=SPLIT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S"
+from support.core_calls import signature_names
+
+DTYPES = ["float32", "bfloat16", "float16"]
+SCHEDULES = [("forward", 1), ("reverse", 1), ("fair", 1), ("random", 1), ("random", 2)]
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+needs_race_detector = pytest.mark.skipif(
+    not emulated.detects_races, reason="this build has no race detector; another one has"
 )
-NARROW, WIDE = CASES["narrow, 256 features"], CASES["wide, two groups of features"]
-CALLS = {
-    "narrow": (replace(NARROW, bias="11S", masked="holes"), "bfloat16"),
-    "narrow half": (replace(NARROW, rows=70, features=136), "float16"),
-    "narrow float32": (replace(NARROW, rows=70, features=72), "float32"),
-    "wide": (WIDE, "float16"),
-    "wide float32": (replace(WIDE, features=80), "float32"),
-    "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
-    "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
-    "grouped heads": (replace(NARROW, rows=70, heads=2, features=40), "bfloat16"),
-    "sub-chunks of chunks": (SUB_CHUNKS, "bfloat16"),
-    "splits": (SPLITS, "bfloat16"),
-}
 
 
-@cache
-def _results(name: str, causal: bool) -> dict:
-    case, dtype = CALLS[name]
-    return forward(make(case, dtype), causal, run, **case.options)
+def run(op: str, x: dict, **options) -> dict[str, np.ndarray]:
+    """An operator on those of the arrays that are its inputs. Fails on a data race."""
+    if op.startswith("Read"):
+        options.pop("key_norm", None)
+    results = emulated.run(op, {name: x[name] for name in signature_names(op)}, **options)
+    if not options.get("skip"):
+        count, report = emulated.races()
+        assert count == 0, f"{op}: {count} data races\n{report}"
+    return results
 
 
-def inputs(name: str, op: str) -> dict:
-    """Everything that the operator takes in the call of that name."""
-    case, dtype = CALLS[name]
-    x = make(case, dtype)
-    if op in ("Summarize", "Causal"):
-        return x
-    return {**x, **_results(name, op.startswith("Causal")), **cotangents(case, dtype)}
+def run_in_small_blocks(op: str, x: dict, **options) -> dict[str, np.ndarray]:
+    """As `run`, on a GPU whose blocks have as little shared memory as those of sm_89."""
+    return run(op, x, shared_bytes=emulated.small_shared_bytes, **options)
 
 
-def call(name: str, op: str, x: dict, **options) -> dict:
-    """The call of that name, with inputs `x`."""
-    return run(op, x, **CALLS[name][0].options, **options)
+@contextlib.contextmanager
+def counting():
+    """The emulator's counters, filled at the end of the block."""
+    emulated.reset_counters()
+    counters: dict[str, int] = {}
+    yield counters
+    counters.update(emulated.counters())

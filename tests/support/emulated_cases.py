@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from support.core import Case
-from support.core_cases import NARROW, cases
+from support.cases import NARROW, cases
+from support.core_calls import Case
 from support.cuda_cases import CASES, split_cases
-from support.emulated import DTYPES, emulated
+from support.emulated_calls import DTYPES, emulated
 
 SPLIT = emulated.split_rows
 OWN = {**CASES, **split_cases(SPLIT)}

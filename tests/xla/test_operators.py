@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 from performer import AttentionState, favor_attention
-from support import raw_ops
+from support import operator_calls
 from support.compare import assert_close
-from support.operators import forms
+from support.composition_calls import forms
 from support.xla import needs_xla
 
 pytestmark = needs_xla
@@ -236,7 +236,9 @@ def test_a_wrong_rank_is_refused_where_the_number_of_sequences_is_not_known():
     def summarize(key, starts):
         offsets = tf.where(starts >= 0)[:, 0]  # a bound of its size is known
         value, projection, bias = (tf.zeros(s) for s in ((1, 3, 1, 2), (1, 4, 2), (1, 1, 1)))
-        return raw_ops.function("Summarize")(key, value, projection, bias, offsets, packed=True)[1]
+        return operator_calls.function("Summarize")(
+            key, value, projection, bias, offsets, packed=True
+        )[1]
 
     starts = tf.constant([0.0, -1.0, -1.0, 3.0])  # offsets 0 and 3
     for shape in ((3,), (), (3, 2)):

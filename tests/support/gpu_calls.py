@@ -1,4 +1,4 @@
-"""The GPU kernels on arrays, through torch tensors: calls as those of `support.core`."""
+"""The GPU kernels on arrays, through torch tensors: calls as those of `support.core_calls`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from performer.bench import torch_kernels
-from support.core import signature_names
+from support.core_calls import signature_names
 
 DTYPES = ["float32", "bfloat16", "float16"]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,6 @@
 """What every run of the CUDA kernels must keep, on a GPU and under emulation.
 
-`run` is `support.gpu.run` or `support.emulated.run`.
+`run` is `support.gpu_calls.run` or `support.emulated_calls.run`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from functools import cache
 
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
-from support.core import Case, backward, cotangents, expected, expected_gradients, forward, make
+from support.core_calls import (
+    Case,
+    backward,
+    cotangents,
+    expected,
+    expected_gradients,
+    forward,
+    make,
+)
 
 
 @cache

@@ -1,6 +1,6 @@
 """Cases of the core tests: every size, option and shape of each argument, by hand in few rows."""
 
-from support.core import Case
+from support.core_calls import Case
 
 RELU, ELU = ("feature_map", "relu"), ("feature_map", "elu")
 CASES = {

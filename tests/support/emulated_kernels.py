@@ -1,0 +1,51 @@
+"""One small call of every kernel in every form that has code of its own: several tiles and chunks,
+splits, grouped heads, both widths, 16-bit and float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from support.cases import ELU, RELU
+from support.core_calls import Case, cotangents, forward, make
+from support.cuda_cases import CASES, SUB_CHUNKS
+from support.emulated_calls import run
+from support.emulated_cases import SPLIT
+
+OPS = ["Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"]
+SPLITS = Case(
+    batch=1, rows=SPLIT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S"
+)
+NARROW, WIDE = CASES["narrow, 256 features"], CASES["wide, two groups of features"]
+CALLS = {
+    "narrow": (replace(NARROW, bias="11S", masked="holes"), "bfloat16"),
+    "narrow half": (replace(NARROW, rows=70, features=136), "float16"),
+    "narrow float32": (replace(NARROW, rows=70, features=72), "float32"),
+    "wide": (WIDE, "float16"),
+    "wide float32": (replace(WIDE, features=80), "float32"),
+    "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
+    "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
+    "grouped heads": (replace(NARROW, rows=70, heads=2, features=40), "bfloat16"),
+    "sub-chunks of chunks": (SUB_CHUNKS, "bfloat16"),
+    "splits": (SPLITS, "bfloat16"),
+}
+
+
+@cache
+def _results(name: str, causal: bool) -> dict:
+    case, dtype = CALLS[name]
+    return forward(make(case, dtype), causal, run, **case.options)
+
+
+def inputs(name: str, op: str) -> dict:
+    """Everything that the operator takes in the call of that name."""
+    case, dtype = CALLS[name]
+    x = make(case, dtype)
+    if op in ("Summarize", "Causal"):
+        return x
+    return {**x, **_results(name, op.startswith("Causal")), **cotangents(case, dtype)}
+
+
+def call(name: str, op: str, x: dict, **options) -> dict:
+    """The call of that name, with inputs `x`."""
+    return run(op, x, **CALLS[name][0].options, **options)
