@@ -79,21 +79,21 @@ struct KeyStream {
   static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPlace<T>);
 
   // Every thread of the block; ends with a barrier.
-  PERFORMER_DEVICE KeyStream(const KeyParams<T>& p, const Map& map, const Item& item, int64_t head,
-                             unsigned char* shared, int tid)
+  PERFORMER_DEVICE KeyStream(const KeyParams<T>& p, const Map& map, const WorkTile& work,
+                             int64_t head, unsigned char* shared, int tid)
       : p(p),
         place(reinterpret_cast<KeyPlace<T>*>(shared + 4 * kRows * sizeof(float))),
         raw(reinterpret_cast<float*>(shared)),
         bias(raw + 2 * kRows),
         map_(map) {
     if (tid == 0) {
-      const int64_t batch = p.packed ? 0 : item.sequence;
-      const int64_t row = item.begin + (p.packed ? item.first_row : 0);
+      const int64_t batch = p.packed ? 0 : work.sequence;
+      const int64_t row = work.begin + (p.packed ? work.first_row : 0);
       *const_cast<KeyPlace<T>*>(place) = {
-          p.key.Row(item.first_row + item.begin, head),
-          p.value.Row(item.first_row + item.begin, head),
+          p.key.Row(work.first_row + work.begin, head),
+          p.value.Row(work.first_row + work.begin, head),
           p.bias.data + batch * p.bias.batch_step + head * p.bias.head_step + row * p.bias.step,
-          static_cast<int>(item.end - item.begin)};
+          static_cast<int>(work.end - work.begin)};
     }
     __syncthreads();  // the place is known
   }

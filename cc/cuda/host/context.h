@@ -1,5 +1,5 @@
 // What the launchers of all operators prepare from the parameters of a call: tensors, feature map,
-// division into items, packed operands.
+// division into work tiles, packed operands.
 #pragma once
 #include <cmath>
 
@@ -45,9 +45,9 @@ inline Map MakeMap(const Common& call) {
           static_cast<float>(attributes.feature_epsilon)};
 }
 
-// The items of a call.
+// The work tiles of a call.
 struct Division {
-  Items items;
+  WorkTiles tiles;
   int64_t count = 0, most = 0;  // of all sequences; of the one with most
   bool some_empty = false;      // there are sequences without rows
 };
@@ -65,31 +65,31 @@ class Operands {
  protected:
   bool packed() const { return call_.offsets != nullptr; }
 
-  // Items of `unit` rows over the sequences, of `rows` rows each if they are not packed.
+  // Work tiles of `unit` rows over the sequences, of `rows` rows each if they are not packed.
   Status Divide(int64_t rows, int64_t unit, Division* division) const {
-    Items& items = division->items;
-    items.sequences = dims_.sequences;
-    items.rows = rows;
-    items.unit = unit;
+    WorkTiles& tiles = division->tiles;
+    tiles.sequences = dims_.sequences;
+    tiles.rows = rows;
+    tiles.unit = unit;
     if (!packed()) {
-      division->most = ItemsOf(items, 0);
+      division->most = WorkTileCount(tiles, 0);
       division->count = dims_.sequences * division->most;
       division->some_empty = rows == 0;
       return Status();
     }
     const size_t ends = static_cast<size_t>(dims_.sequences) + 1;
-    std::vector<int64_t> numbers(call_.offsets, call_.offsets + ends);  // then the first items
+    std::vector<int64_t> numbers(call_.offsets, call_.offsets + ends);  // then the first tiles
     numbers.push_back(0);
     for (size_t n = 0; n + 1 < ends; ++n) {
       const int64_t length = numbers[n + 1] - numbers[n];
-      const int64_t count = CeilDiv(length, ItemRows(items, length));
+      const int64_t count = CeilDiv(length, WorkTileRows(tiles, length));
       numbers.push_back(numbers.back() + count);
       division->most = count > division->most ? count : division->most;
       division->some_empty |= count == 0;
     }
     division->count = numbers.back();
-    PERFORMER_RETURN_IF_ERROR(launcher_.Upload(numbers, &items.offsets));
-    items.first = items.offsets + ends;
+    PERFORMER_RETURN_IF_ERROR(launcher_.Upload(numbers, &tiles.offsets));
+    tiles.first = tiles.offsets + ends;
     return Status();
   }
 

@@ -31,65 +31,68 @@ PERFORMER_HOST_DEVICE inline constexpr int64_t SplitRows(int64_t rows) {
   return RowsPerSplit(rows, kSplitUnit, kMaxSplits);
 }
 
-// What a kernel's blocks run over along the rows of all sequences.
-inline constexpr int64_t kSplits = 0;  // SplitRows of each sequence's length
+// The unit of WorkTiles whose tiles are splits: SplitRows of each sequence's length.
+inline constexpr int64_t kSplits = 0;
 
-// Items of `unit` rows (or splits) that cover the rows of each sequence, in order. Plain data: a
-// kernel parameter.
-struct Items {
-  int64_t sequences = 0;
-  int64_t rows = 0;  // of each sequence, if not packed
-  int64_t unit = kSplits;
-  const int64_t* offsets = nullptr;  // [N + 1] packed sequences; device memory
-  const int64_t* first = nullptr;    // [N + 1] first item of each sequence; with offsets
+// Work tiles of `unit` rows, or splits, that cover the rows of each sequence in order; a sequence's
+// last one may be shorter. Plain data: a kernel parameter.
+struct WorkTiles {
+  int64_t sequences = 0;             // N
+  int64_t rows = 0;                  // of each sequence, if they are not packed
+  int64_t unit = kSplits;            // rows of a tile
+  const int64_t* offsets = nullptr;  // [N + 1] of packed sequences, else nullptr; device memory
+  const int64_t* first = nullptr;    // [N + 1] first tile of each sequence; given with offsets
 };
 
-// One item, as a block sees it.
-struct Item {
-  int64_t sequence, index;  // index: of the item in its sequence
-  int64_t first_row, rows;  // of the sequence: first row in the tensor, and how many
-  int64_t begin, end;       // of the item, in its sequence
-  int64_t sequence_item;    // number of the sequence's first item
+// One tile, as a block sees it.
+struct WorkTile {
+  int64_t sequence, index;  // index: of the tile in its sequence
+  int64_t first_row, rows;  // of the sequence: its first row in the tensor, and its length
+  int64_t begin, end;       // rows of the tile, counted in its sequence
+  int64_t first_tile;       // the number of the sequence's first tile
   PERFORMER_HOST_DEVICE bool last() const { return end == rows; }
 };
 
-PERFORMER_HOST_DEVICE inline int64_t ItemRows(const Items& items, int64_t rows) {
-  return items.unit == kSplits ? SplitRows(rows) : items.unit;
+// Rows of a tile in a sequence of `rows`.
+PERFORMER_HOST_DEVICE inline int64_t WorkTileRows(const WorkTiles& tiles, int64_t rows) {
+  return tiles.unit == kSplits ? SplitRows(rows) : tiles.unit;
 }
 
-PERFORMER_HOST_DEVICE inline Item Locate(const Items& items, int64_t number) {
-  Item item;
-  if (items.offsets == nullptr) {
-    const int64_t unit = ItemRows(items, items.rows), each = CeilDiv(items.rows, unit);
-    item.sequence = number / each;
-    item.first_row = item.sequence * items.rows;
-    item.rows = items.rows;
-    item.sequence_item = item.sequence * each;
+// The tile with this number, counted over all sequences.
+PERFORMER_HOST_DEVICE inline WorkTile GetWorkTile(const WorkTiles& tiles, int64_t number) {
+  WorkTile work;
+  if (tiles.offsets == nullptr) {
+    const int64_t per_sequence = CeilDiv(tiles.rows, WorkTileRows(tiles, tiles.rows));
+    work.sequence = number / per_sequence;
+    work.first_row = work.sequence * tiles.rows;
+    work.rows = tiles.rows;
+    work.first_tile = work.sequence * per_sequence;
   } else {
-    int64_t low = 0, high = items.sequences;  // the last sequence whose first item is <= number
+    int64_t low = 0, high = tiles.sequences;  // the last sequence whose first tile is <= number
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (items.first[middle] <= number ? low : high) = middle;
+      (tiles.first[middle] <= number ? low : high) = middle;
     }
-    item.sequence = low;
-    item.first_row = items.offsets[low];
-    item.rows = items.offsets[low + 1] - items.offsets[low];
-    item.sequence_item = items.first[low];
+    work.sequence = low;
+    work.first_row = tiles.offsets[low];
+    work.rows = tiles.offsets[low + 1] - tiles.offsets[low];
+    work.first_tile = tiles.first[low];
   }
-  const int64_t unit = ItemRows(items, item.rows);
-  item.index = number - item.sequence_item;
-  item.begin = item.index * unit;
-  item.end = item.begin + unit < item.rows ? item.begin + unit : item.rows;
-  return item;
+  const int64_t unit = WorkTileRows(tiles, work.rows);
+  work.index = number - work.first_tile;
+  work.begin = work.index * unit;
+  work.end = work.begin + unit < work.rows ? work.begin + unit : work.rows;
+  return work;
 }
 
-// Items of one sequence, and the number of its first one.
-PERFORMER_HOST_DEVICE inline int64_t ItemsOf(const Items& items, int64_t sequence) {
-  if (items.offsets != nullptr) return items.first[sequence + 1] - items.first[sequence];
-  return CeilDiv(items.rows, ItemRows(items, items.rows));
+// The number of tiles of one sequence, and the number of its first one.
+PERFORMER_HOST_DEVICE inline int64_t WorkTileCount(const WorkTiles& tiles, int64_t sequence) {
+  if (tiles.offsets != nullptr) return tiles.first[sequence + 1] - tiles.first[sequence];
+  return CeilDiv(tiles.rows, WorkTileRows(tiles, tiles.rows));
 }
-PERFORMER_HOST_DEVICE inline int64_t FirstItem(const Items& items, int64_t sequence) {
-  return items.offsets != nullptr ? items.first[sequence] : sequence * ItemsOf(items, sequence);
+PERFORMER_HOST_DEVICE inline int64_t FirstWorkTile(const WorkTiles& tiles, int64_t sequence) {
+  return tiles.offsets != nullptr ? tiles.first[sequence]
+                                  : sequence * WorkTileCount(tiles, sequence);
 }
 
 }  // namespace cuda

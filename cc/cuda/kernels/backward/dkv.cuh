@@ -22,7 +22,7 @@ struct DkvParams {
   const float* peak = nullptr;      // [count, G]: see GradStateScale
   int64_t state_count = 0;
   Map map;
-  Items splits;
+  WorkTiles splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   RowsOf<T> grad_key, grad_value;
   float* grad_bias = nullptr;  // [B, G, S] or nullptr
@@ -57,11 +57,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
   T* const summed = reinterpret_cast<T*>(shared + L::kSummed);
   float* const hidden = reinterpret_cast<float*>(shared + L::kHidden);  // key_bias of the tile
   const int tid = threadIdx.x;
-  const Item item = Locate(p.splits, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
   const int64_t head = blockIdx.y;
-  const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + head;
-  const int64_t row0 = item.first_row + item.begin;
-  const int rows = static_cast<int>(item.end - item.begin);
+  const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + head;
+  const int64_t row0 = work.first_row + work.begin;
+  const int rows = static_cast<int>(work.end - work.begin);
   const int tiles = static_cast<int>(CeilDiv(rows, kTile));
   const bool linear = p.map.linear();
   const float unit = p.map.unit();
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
   const float weight_scale = std::is_same_v<T, Half> ? kWeightScale : 1.f;
   const float scale =
       std::is_same_v<T, Half> ? weight_scale * GradStateScale<T>(p.peak[state]) : 1.f;
-  KeyStream<T, W, kThreads> stream(p.keys, p.map, item, head, shared + L::kStream, tid);
+  KeyStream<T, W, kThreads> stream(p.keys, p.map, work, head, shared + L::kStream, tid);
   const auto tile_of = [&](int offset, int parity) {
     return reinterpret_cast<T*>(shared + offset) + (L::kStages == 2 ? parity * kTile * W : 0);
   };
@@ -232,9 +232,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
                          p.grad_value.aligned, y.x, y.y);
           }
           if (c0 != 0 || lane % 4 != 0 || p.grad_bias == nullptr) continue;
-          const int64_t batch = p.keys.packed ? 0 : item.sequence;
+          const int64_t batch = p.keys.packed ? 0 : work.sequence;
           float* to = p.grad_bias + (batch * p.groups + head) * p.bias_rows +
-                      (p.keys.packed ? item.first_row : 0) + item.begin + row;
+                      (p.keys.packed ? work.first_row : 0) + work.begin + row;
           float sum = total[e];
           if (!is_first) sum += *to;
           *to = is_last && masked ? 0.f : sum;

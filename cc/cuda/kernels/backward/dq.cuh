@@ -21,7 +21,7 @@ struct DqParams {
   const float* log_mass = nullptr;  // [count, G, M]
   int64_t state_count = 0;
   Map map;
-  Items splits;
+  WorkTiles splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   const float *lse = nullptr, *delta = nullptr, *peak = nullptr;  // [rows, H]
   RowsOf<T> grad_query;
@@ -73,10 +73,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
   const int tid = threadIdx.x;
   const int heads = static_cast<int>(p.query.heads);
   if (tid == 0) {
-    const Item item = Locate(p.splits, blockIdx.x);
+    const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
     const int64_t head = blockIdx.y, group = head / (heads / p.groups);
-    const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
-    const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
+    const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + group;
+    const int64_t row0 = work.first_row + work.begin, at = row0 * heads + head;
     *const_cast<DqPlace<T>*>(place) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
         p.mean + state * p.features_pad * W,
         p.log_mass + state * p.features,
         p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
-        static_cast<int>(item.end - item.begin)};
+        static_cast<int>(work.end - work.begin)};
   }
   __syncthreads();  // the place is known
   const int tiles = static_cast<int>(CeilDiv(place->rows, kTile));

@@ -61,7 +61,7 @@ class Gradients : public Forward<T, W> {
   // Partial results [splits, heads, size] to [N, groups, size].
   Status SumState(const Division& splits, int64_t heads, int64_t groups, int64_t size,
                   const float* from, void* to) const {
-    const SumStateParams p = {from, static_cast<float*>(to), splits.items, heads, groups, size};
+    const SumStateParams p = {from, static_cast<float*>(to), splits.tiles, heads, groups, size};
     return launcher_.Launch("sum states", SumStateKernel,
                             {CeilDiv(dims_.sequences * groups * size, kThreads)}, kThreads, 0, p);
   }

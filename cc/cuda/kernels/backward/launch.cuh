@@ -37,7 +37,7 @@ class BidirectionalGrad : public Gradients<T, W> {
     r.feature_bias_heads = call.queries.feature_bias_heads;
     r.state_count = call.state.count;
     r.map = map_;
-    r.tiles = tiles.items;
+    r.tiles = tiles.tiles;
     r.groups = dims_.groups;
     r.features = features;
     r.features_pad = this->features_pad_;
@@ -56,7 +56,7 @@ class BidirectionalGrad : public Gradients<T, W> {
     p.log_mass = r.log_mass;
     p.state_count = r.state_count;
     p.map = map_;
-    p.splits = splits.items;
+    p.splits = splits.tiles;
     p.groups = dims_.groups;
     p.features = features;
     p.features_pad = this->features_pad_;
@@ -132,7 +132,7 @@ class BidirectionalGrad : public Gradients<T, W> {
     p.grad_mean = c.operand;
     p.state_count = call.state.count;
     p.map = map_;
-    p.splits = splits.items;
+    p.splits = splits.tiles;
     p.groups = groups;
     p.features = features;
     p.features_pad = this->features_pad_;

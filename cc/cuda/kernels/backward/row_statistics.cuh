@@ -23,7 +23,7 @@ struct RowStatisticsParams {
   const float* log_mass = nullptr;  // [count, G, M]
   int64_t state_count = 0;
   Map map;
-  Items tiles;
+  WorkTiles tiles;
   int64_t groups = 0, features = 0, features_pad = 0;
   // [rows, H] each. peak: max_m |g|.
   float *lse = nullptr, *delta = nullptr, *peak = nullptr;
@@ -53,16 +53,16 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
   T* const mean = reinterpret_cast<T*>(shared + L::kMean);              // [kStages] tiles
   float* const bias = reinterpret_cast<float*>(shared + L::kBias);      // [2][kTile]
   const int tid = threadIdx.x;
-  const Item item = Locate(p.tiles, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.tiles, blockIdx.x);
   const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
-  const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
+  const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + group;
   const T* w =
       p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad, W);
   const T* means = p.mean + state * p.features_pad * W;
   const float* feature_bias =
       p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features;
-  const int64_t row0 = item.first_row + item.begin;
-  const int rows_here = static_cast<int>(item.end - item.begin);
+  const int64_t row0 = work.first_row + work.begin;
+  const int rows_here = static_cast<int>(work.end - work.begin);
   const bool linear = p.map.linear();
   const float unit = p.map.unit();
 

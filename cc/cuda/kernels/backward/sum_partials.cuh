@@ -33,7 +33,7 @@ static __global__ void __launch_bounds__(256) SumKernel(SumParams p) {
 struct SumStateParams {
   const float* from = nullptr;
   float* to = nullptr;
-  Items splits;
+  WorkTiles splits;
   int64_t heads = 0, groups = 0, size = 0;
 };
 
@@ -42,7 +42,8 @@ static __global__ void __launch_bounds__(256) SumStateKernel(SumStateParams p) {
   if (number >= p.splits.sequences * p.groups * p.size) return;
   const int64_t i = number % p.size, group = number / p.size % p.groups;
   const int64_t sequence = number / p.size / p.groups, each = p.heads / p.groups;
-  const int64_t first = FirstItem(p.splits, sequence), count = ItemsOf(p.splits, sequence);
+  const int64_t first = FirstWorkTile(p.splits, sequence),
+                count = WorkTileCount(p.splits, sequence);
   float sum = 0;
   for (int64_t split = first; split < first + count; ++split)
     for (int64_t head = group * each; head < (group + 1) * each; ++head)

@@ -35,19 +35,19 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
   constexpr int C = L::kChunk;
   PERFORMER_SHARED_MEMORY(shared);
   const int tid = threadIdx.x;
-  const Item item = Locate(p.splits, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
   const int64_t head = blockIdx.y, group = p.group_of(head);
   const int first_feature = blockIdx.z * L::kFeatures;
   const Block block = {{p, shared}};
   if (tid == 0) {
-    const int64_t row = item.first_row + item.begin;
+    const int64_t row = work.first_row + work.begin;
     *block.place() = {
         p.query.Row(row, head), p.out.Row(row, head),
         p.feature_bias +
             QueryHeadIndex(p.feature_bias_heads, head, p.query.heads, group) * p.features,
         p.key_operands + (p.key_head_step * group + first_feature) * p.operand_row, row};
   }
-  KeyStream<T, W, L::kThreads, C> stream(p.keys, p.map, item, group, shared + L::kStream, tid);
+  KeyStream<T, W, L::kThreads, C> stream(p.keys, p.map, work, group, shared + L::kStream, tid);
   const int chunks = (stream.place->rows + C - 1) / C;
   const auto issue = [&](int chunk, int buffer) {
     const int rows = stream.place->rows - chunk * C;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
   typename Block::State state;
   block.Start(state,
               p.before_each ? blockIdx.x * p.groups + group
-                            : (p.before_count == 1 ? 0 : item.sequence) * p.groups + group,
+                            : (p.before_count == 1 ? 0 : work.sequence) * p.groups + group,
               tid / 32, tid % 32);
   stream.Fetch(0, tid);
   if constexpr (L::kStages == 2) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
       block.Write(sums, mine, values, row0, part, begin, min(end, rows), row, lane);
     }
   }
-  const Item same = Locate(p.splits, blockIdx.x);  // not kept: registers are short
+  const WorkTile same = GetWorkTile(p.splits, blockIdx.x);  // not kept: registers are short
   const int id = Opaque(tid);
   if (same.last() && head % (p.query.heads / p.groups) == 0)
     block.Finish(state, same.sequence * p.groups + group, stream.place->rows, id / 32, id % 32);

@@ -46,7 +46,7 @@ class Causal : public Forward<T, W> {
     p.feature_bias = static_cast<const float*>(call.queries.feature_bias);
     p.feature_bias_heads = call.queries.feature_bias_heads;
     p.map = map_;
-    p.splits = splits.items;
+    p.splits = splits.tiles;
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.features_pad = this->features_pad_;
@@ -97,7 +97,7 @@ class Causal : public Forward<T, W> {
                                      const Division& splits) const {
     if (!splits.some_empty) return Status();
     MergeParams merge;
-    merge.splits = splits.items;
+    merge.splits = splits.tiles;
     merge.groups = dims_.groups;
     merge.features = dims_.features;
     merge.width = static_cast<int>(dims_.value_dim);

@@ -26,7 +26,7 @@ struct CausalParams {
   const float* feature_bias = nullptr;     // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
   Map map;
-  Items splits;
+  WorkTiles splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   // The state before each split [splits, G, M(, E)] if before_each, else before each sequence
   // [before_count, G, M(, E)].

@@ -17,7 +17,7 @@ struct CausalDkvParams {
   const float* feature_bias = nullptr;  // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
   Map map;
-  Items splits;
+  WorkTiles splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   // As CausalParams; and the final state [N, G, M].
   const float *before_log_mass = nullptr, *before_mean = nullptr, *log_mass = nullptr;
@@ -86,18 +86,18 @@ template <class T, int W>
 PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& p, int64_t split,
                                                       int64_t group) {
   constexpr int C = kChunkRows<T>;
-  const Item item = Locate(p.splits, split);
+  const WorkTile work = GetWorkTile(p.splits, split);
   const int64_t heads = p.query.heads, groups = p.groups, features = p.features;
   const int64_t head = group * (heads / groups), width = p.keys.value.width;
-  const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
+  const int64_t row0 = work.first_row + work.begin, at = row0 * heads + head;
   const int64_t here = row0 * groups + group;
   const int64_t before =
-      (p.before_each ? split : (p.before_count == 1 ? 0 : item.sequence)) * groups + group;
-  const int64_t after = split * groups + group, state = item.sequence * groups + group;
-  const int64_t batch = p.keys.packed ? 0 : item.sequence;
+      (p.before_each ? split : (p.before_count == 1 ? 0 : work.sequence)) * groups + group;
+  const int64_t after = split * groups + group, state = work.sequence * groups + group;
+  const int64_t batch = p.keys.packed ? 0 : work.sequence;
   const int64_t bias =
-      (batch * groups + group) * p.bias_rows + (p.keys.packed ? item.first_row : 0) + item.begin;
-  const bool first = item.index == 0;
+      (batch * groups + group) * p.bias_rows + (p.keys.packed ? work.first_row : 0) + work.begin;
+  const bool first = work.index == 0;
   return {
       p.query.Row(row0, head),
       p.grad_out.Row(row0, head),
@@ -111,7 +111,7 @@ PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& 
       p.chunk_log_mass + (ChunkSlot(split, row0, C) * groups + group) * features,
       p.projection.At(p.projection.heads == 1 ? 0 : group, p.features_pad, W),
       p.before_log_mass + before * features,
-      item.last() ? p.log_mass + state * features : p.before_log_mass + (after + groups) * features,
+      work.last() ? p.log_mass + state * features : p.before_log_mass + (after + groups) * features,
       p.after_mean + after * features * width,
       p.after_mass + after * features,
       p.before_mean + before * features * width,

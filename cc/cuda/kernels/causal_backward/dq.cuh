@@ -21,7 +21,7 @@ struct CausalDqParams {
   const float* feature_bias = nullptr;     // [feature_bias_heads, M]
   int64_t feature_bias_heads = 0;
   Map map;
-  Items splits;
+  WorkTiles splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   // As CausalParams.
   const float *before_log_mass = nullptr, *before_mean = nullptr;
@@ -98,11 +98,11 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
   const Warp own = {p.map, p.map.unit()};
 
   if (tid == 0) {
-    const Item item = Locate(p.splits, blockIdx.x);
+    const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
     const int64_t head = blockIdx.y, each = heads / p.groups, group = head / each;
-    const int64_t row0 = item.first_row + item.begin, at = row0 * heads + head;
+    const int64_t row0 = work.first_row + work.begin, at = row0 * heads + head;
     const int64_t state =
-        (p.before_each ? blockIdx.x : (p.before_count == 1 ? 0 : item.sequence)) * p.groups + group;
+        (p.before_each ? blockIdx.x : (p.before_count == 1 ? 0 : work.sequence)) * p.groups + group;
     *const_cast<CausalQueryPlace<T>*>(place) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
@@ -120,7 +120,7 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
         p.before_log_mass + state * features,
         p.before_mean + state * features * p.keys.value.width};
   }
-  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, Locate(p.splits, blockIdx.x),
+  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, GetWorkTile(p.splits, blockIdx.x),
                                       blockIdx.y / (heads / p.groups), shared + L::kStream, tid);
   const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
 

@@ -99,7 +99,7 @@ class CausalGrad : public Gradients<T, W> {
     p.feature_bias = static_cast<const float*>(given_.queries.feature_bias);
     p.feature_bias_heads = given_.queries.feature_bias_heads;
     p.map = map_;
-    p.splits = splits.items;
+    p.splits = splits.tiles;
     p.groups = dims_.groups;
     p.features = features;
     p.features_pad = this->features_pad_;
@@ -166,7 +166,7 @@ class CausalGrad : public Gradients<T, W> {
       p.feature_bias_heads = given_.queries.feature_bias_heads;
       p.before_log_mass = parts_.before_log_mass;
       p.map = map_;
-      p.splits = splits.items;
+      p.splits = splits.tiles;
       p.groups = dims_.groups;
       p.features = dims_.features;
       p.features_pad = this->features_pad_;
@@ -179,7 +179,7 @@ class CausalGrad : public Gradients<T, W> {
                                                  Kernel::kThreads, Kernel::kBytes, p));
     }
     MergeReverseStatesParams p;
-    p.splits = splits.items;
+    p.splits = splits.tiles;
     p.heads = dims_.heads;
     p.groups = dims_.groups;
     p.features = dims_.features;
@@ -215,7 +215,7 @@ class CausalGrad : public Gradients<T, W> {
     p.feature_bias = static_cast<const float*>(given_.queries.feature_bias);
     p.feature_bias_heads = given_.queries.feature_bias_heads;
     p.map = map_;
-    p.splits = splits.items;
+    p.splits = splits.tiles;
     p.groups = groups;
     p.features = features;
     p.features_pad = this->features_pad_;

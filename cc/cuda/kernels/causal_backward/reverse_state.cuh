@@ -22,7 +22,7 @@ struct ReverseStateParams {
   int64_t feature_bias_heads = 0;
   const float* before_log_mass = nullptr;  // [splits, G, M]
   Map map;
-  Items splits;
+  WorkTiles splits;
   int64_t groups = 0, features = 0, features_pad = 0;
   const float *lse = nullptr, *delta = nullptr;      // [rows, H]
   float *part_mean = nullptr, *part_mass = nullptr;  // R [splits, H, M, E], r [splits, H, M]
@@ -51,11 +51,11 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
   float* const lse = reinterpret_cast<float*>(shared + L::kLse);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
   const int tid = threadIdx.x, row_feature = tid / 32 * 16 * kRowTiles;
-  const Item item = Locate(p.splits, blockIdx.x);
-  if (item.index == 0) return;
+  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+  if (work.index == 0) return;
   const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
-  const int64_t row0 = item.first_row + item.begin;
-  const int rows = static_cast<int>(item.end - item.begin);
+  const int64_t row0 = work.first_row + work.begin;
+  const int rows = static_cast<int>(work.end - work.begin);
   const int tiles = static_cast<int>(CeilDiv(rows, kTile));
   const int first_feature = blockIdx.z * L::kFeatures, features = static_cast<int>(p.features);
   const bool linear = p.map.linear();
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
 }
 
 struct MergeReverseStatesParams {
-  Items splits;
+  WorkTiles splits;
   int64_t heads = 0, groups = 0, features = 0;
   int width = 0;
   const float *part_mean = nullptr, *part_mass = nullptr;      // of ReverseStateKernel
@@ -168,7 +168,8 @@ static __global__ void __launch_bounds__(256) MergeReverseStatesKernel(MergeReve
   const int lane = threadIdx.x % 32;
   const int64_t sequence = number / per_sequence, feature = number % per_sequence;
   const int64_t group = feature / p.features, each = p.heads / p.groups;
-  const int64_t first = FirstItem(p.splits, sequence), count = ItemsOf(p.splits, sequence);
+  const int64_t first = FirstWorkTile(p.splits, sequence),
+                count = WorkTileCount(p.splits, sequence);
 
   float log_mass = p.log_mass[number], sum[kColumns] = {}, mass = 0;
   if (log_mass != -kInfinity) {

@@ -34,7 +34,7 @@ class Forward : public Operands<T> {
     ReadParams<T> p;
     Division tiles;
     PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.queries, Traits::kRows, &tiles));
-    p.tiles = tiles.items;
+    p.tiles = tiles.tiles;
     PERFORMER_RETURN_IF_ERROR(this->template PackProjection<W>(
         call.queries.projection, call.queries.projection_heads, &p.projection));
     p.log_mass = static_cast<const float*>(call.state.log_mass);
@@ -72,12 +72,12 @@ class Forward : public Operands<T> {
         this->template PackProjection<W>(keys.projection, keys.projection_heads, &p.projection));
     p.keys = MakeKeyParams<T>(this->call_, keys);
     p.map = map_;
-    p.splits = splits.items;
+    p.splits = splits.tiles;
     p.skip_last = skip_last;
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.features_pad = this->features_pad_;
-    merge->splits = splits.items;
+    merge->splits = splits.tiles;
     merge->groups = dims_.groups;
     merge->features = dims_.features;
     merge->width = static_cast<int>(dims_.value_dim);

@@ -9,7 +9,7 @@ namespace performer {
 namespace cuda {
 
 struct MergeParams {
-  Items splits;
+  WorkTiles splits;
   int64_t groups = 0, features = 0;
   int width = 0;
   float* part_log_mass = nullptr;  // [splits, G, M]
@@ -47,7 +47,8 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
   if (number >= p.splits.sequences * per_sequence) return;
   const int lane = threadIdx.x % 32;
   const int64_t sequence = number / per_sequence, feature = number % per_sequence;
-  const int64_t first = FirstItem(p.splits, sequence), count = ItemsOf(p.splits, sequence);
+  const int64_t first = FirstWorkTile(p.splits, sequence),
+                count = WorkTileCount(p.splits, sequence);
   if (p.only_empty && count > 0) return;
 
   const auto load = [&](const float* log_masses, const float* means, int64_t row, float& log_mass,

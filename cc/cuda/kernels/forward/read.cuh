@@ -20,7 +20,7 @@ struct ReadParams {
   const float* log_mass = nullptr;  // [count, G, M]
   int64_t state_count = 0;          // N, or 1
   Map map;
-  Items tiles;
+  WorkTiles tiles;
   int64_t groups = 0, features = 0, features_pad = 0;
   RowsOf<T> out;
 };
@@ -63,12 +63,12 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   ReadPlace<T>* const place = reinterpret_cast<ReadPlace<T>*>(shared + Traits::kPlace);
   {
-    const Item item = Locate(p.tiles, blockIdx.x);
+    const WorkTile work = GetWorkTile(p.tiles, blockIdx.x);
     const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
-    const int64_t row = item.first_row + item.begin;
-    const int rows = static_cast<int>(item.end - item.begin);
+    const int64_t row = work.first_row + work.begin;
+    const int rows = static_cast<int>(work.end - work.begin);
     if (tid == 0) {
-      const int64_t state = (p.state_count == 1 ? 0 : item.sequence) * p.groups + group;
+      const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + group;
       *place = {
           p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad,
                           W),

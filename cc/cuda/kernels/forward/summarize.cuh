@@ -16,7 +16,7 @@ struct SummarizeParams {
   KeyParams<T> keys;
   Projection<T> projection;
   Map map;
-  Items splits;
+  WorkTiles splits;
   bool skip_last = false;  // the last split of a sequence is not wanted
   int64_t groups = 0, features = 0, features_pad = 0;
   float* log_mass = nullptr;  // [splits, G, M]
@@ -50,12 +50,12 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
   T* const keys = reinterpret_cast<T*>(shared + Traits::kKeys);      // [2] tiles
   T* const values = reinterpret_cast<T*>(shared + Traits::kValues);  // [2] tiles
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const Item item = Locate(p.splits, blockIdx.x);
-  if (p.skip_last && item.last()) return;
+  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+  if (p.skip_last && work.last()) return;
   const int64_t head = blockIdx.y;
   const int first_feature = blockIdx.z * Traits::kFeatures;
-  KeyStream<T, W, kThreads> stream(p.keys, p.map, item, head, shared + Traits::kStream, tid);
-  const int tiles = static_cast<int>(CeilDiv(item.end - item.begin, kTile));
+  KeyStream<T, W, kThreads> stream(p.keys, p.map, work, head, shared + Traits::kStream, tid);
+  const int tiles = static_cast<int>(CeilDiv(work.end - work.begin, kTile));
 
   const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
                static_cast<int64_t>(first_feature) * W;
