@@ -18,18 +18,19 @@ class BackwardDriver : public Driver<Acc> {
         Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
-    PERFORMER_RETURN_IF_ERROR(total.Start(params.keys.projection_heads, w_.m, w_.d, w_.d_pad));
+    PERFORMER_RETURN_IF_ERROR(
+        total.Start(params.keys.projection_heads, strides_.m, strides_.d, strides_.d_pad));
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(KeySplits(&list));
-    const auto run = [&](const Slice& slice, Acc* partial) {
-      return kernels_.summarize_grad(params, projection.get(), slice, key_bias.get(), partial);
+    const auto run = [&](const WorkRange& range, Acc* partial) {
+      return kernels_.summarize_grad(params, projection.get(), range, key_bias.get(), partial);
     };
-    const int64_t size = w_.m * w_.d_pad;
+    const int64_t size = strides_.m * strides_.d_pad;
     PERFORMER_RETURN_IF_ERROR(ForWaves<Acc>(
         list, size, Cost(10), parallel_for_, run, [&](int64_t first, int64_t last, Acc* partials) {
           FoldRows(total, [&](int64_t row) {
             for (int64_t i = first; i < last; ++i)
-              total.Add(params.keys.projection_heads == 1 ? 0 : list.slices[i].head, row,
+              total.Add(params.keys.projection_heads == 1 ? 0 : list.ranges[i].head, row,
                         partials + (i - first) * size);
           });
         }));
@@ -43,30 +44,32 @@ class BackwardDriver : public Driver<Acc> {
     Totals<Acc> total, bias;
     PERFORMER_RETURN_IF_ERROR(
         Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
-    PERFORMER_RETURN_IF_ERROR(total.Start(params.queries.projection_heads, w_.m, w_.d, w_.d_pad));
-    PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, w_.m, 1, 1));
+    PERFORMER_RETURN_IF_ERROR(
+        total.Start(params.queries.projection_heads, strides_.m, strides_.d, strides_.d_pad));
+    PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, strides_.m, 1, 1));
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(Divide(call_, dims_.heads, dims_.queries, false, SplitRows, &list));
     std::fill_n(static_cast<Acc*>(params.grad_state.log_mass),
-                dims_.sequences * dims_.groups * w_.m, Acc(0));
+                dims_.sequences * dims_.groups * strides_.m, Acc(0));
     std::fill_n(static_cast<Acc*>(params.grad_state.mean),
-                dims_.sequences * dims_.groups * w_.m * w_.e, Acc(0));
-    const auto run = [&](const Slice& slice, Acc* partial) {
-      return kernels_.read_grad(params, projection.get(), slice,
-                                ReadGradPartial<Acc>::At(partial, w_));
+                dims_.sequences * dims_.groups * strides_.m * strides_.e, Acc(0));
+    const auto run = [&](const WorkRange& range, Acc* partial) {
+      return kernels_.read_grad(params, projection.get(), range,
+                                ReadGradPartial<Acc>::At(partial, strides_));
     };
-    const int64_t size = ReadGradPartial<Acc>::Size(w_);
+    const int64_t size = ReadGradPartial<Acc>::Size(strides_);
     PERFORMER_RETURN_IF_ERROR(ForWaves<Acc>(
         list, size, Cost(10), parallel_for_, run, [&](int64_t first, int64_t last, Acc* partials) {
           FoldRows(total, [&](int64_t row) {
             for (int64_t i = first; i < last; ++i) {
-              const Slice& slice = list.slices[i];
-              const auto partial = ReadGradPartial<Acc>::At(partials + (i - first) * size, w_);
-              total.Add(QueryHeadIndex(params.queries.projection_heads, slice.head, dims_), row,
+              const WorkRange& range = list.ranges[i];
+              const auto partial =
+                  ReadGradPartial<Acc>::At(partials + (i - first) * size, strides_);
+              total.Add(QueryHeadIndex(params.queries.projection_heads, range.head, dims_), row,
                         partial.projection);
-              bias.Add(QueryHeadIndex(params.queries.feature_bias_heads, slice.head, dims_), row,
+              bias.Add(QueryHeadIndex(params.queries.feature_bias_heads, range.head, dims_), row,
                        partial.log_mass);
-              AddState(slice.sequence, slice.head / GroupSize(dims_), row, partial.log_mass,
+              AddState(range.sequence, range.head / GroupSize(dims_), row, partial.log_mass,
                        partial.mean, params.grad_state);
             }
           });
@@ -87,37 +90,39 @@ class BackwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(
-        query_total.Start(params.queries.projection_heads, w_.m, w_.d, w_.d_pad));
-    PERFORMER_RETURN_IF_ERROR(key_total.Start(params.keys.projection_heads, w_.m, w_.d, w_.d_pad));
-    PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, w_.m, 1, 1));
-    PERFORMER_RETURN_IF_ERROR(log_mass.Start(states, w_.m, 1, 1));
-    PERFORMER_RETURN_IF_ERROR(mean.Start(states, w_.m, w_.e, w_.e_pad));
+        query_total.Start(params.queries.projection_heads, strides_.m, strides_.d, strides_.d_pad));
+    PERFORMER_RETURN_IF_ERROR(
+        key_total.Start(params.keys.projection_heads, strides_.m, strides_.d, strides_.d_pad));
+    PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, strides_.m, 1, 1));
+    PERFORMER_RETURN_IF_ERROR(log_mass.Start(states, strides_.m, 1, 1));
+    PERFORMER_RETURN_IF_ERROR(mean.Start(states, strides_.m, strides_.e, strides_.e_pad));
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
-    const int64_t group = GroupSize(dims_), size = CausalGradPartial<Acc>::Size(w_, group);
-    const auto run = [&](const Slice& slice, Acc* partial) {
-      return kernels_.causal_grad(params, query_projection.get(), key_projection.get(), slice,
-                                  key_bias.get(), CausalGradPartial<Acc>::At(partial, w_, group));
+    const int64_t group = GroupSize(dims_), size = CausalGradPartial<Acc>::Size(strides_, group);
+    const auto run = [&](const WorkRange& range, Acc* partial) {
+      return kernels_.causal_grad(params, query_projection.get(), key_projection.get(), range,
+                                  key_bias.get(),
+                                  CausalGradPartial<Acc>::At(partial, strides_, group));
     };
     PERFORMER_RETURN_IF_ERROR(ForWaves<Acc>(
         list, size, Cost(26), parallel_for_, run, [&](int64_t first, int64_t last, Acc* partials) {
           FoldRows(key_total, [&](int64_t row) {
             for (int64_t i = first; i < last; ++i) {
-              const Slice& slice = list.slices[i];
+              const WorkRange& range = list.ranges[i];
               const auto partial =
-                  CausalGradPartial<Acc>::At(partials + (i - first) * size, w_, group);
+                  CausalGradPartial<Acc>::At(partials + (i - first) * size, strides_, group);
               const int64_t state =
-                  (params.initial.count == 1 ? 0 : slice.sequence) * dims_.groups + slice.head;
-              key_total.Add(params.keys.projection_heads == 1 ? 0 : slice.head, row,
+                  (params.initial.count == 1 ? 0 : range.sequence) * dims_.groups + range.head;
+              key_total.Add(params.keys.projection_heads == 1 ? 0 : range.head, row,
                             partial.key_projection);
               log_mass.Add(state, row, partial.log_mass);
               mean.Add(state, row, partial.mean);
               for (int64_t j = 0; j < group; ++j) {
-                const int64_t head = slice.head * group + j;
+                const int64_t head = range.head * group + j;
                 query_total.Add(QueryHeadIndex(params.queries.projection_heads, head, dims_), row,
-                                partial.query_projection + j * w_.m * w_.d_pad);
+                                partial.query_projection + j * strides_.m * strides_.d_pad);
                 bias.Add(QueryHeadIndex(params.queries.feature_bias_heads, head, dims_), row,
-                         partial.feature_bias + j * w_.m_pad);
+                         partial.feature_bias + j * strides_.m_pad);
               }
             }
           });
@@ -133,13 +138,13 @@ class BackwardDriver : public Driver<Acc> {
 
  private:
   using Base = Driver<Acc>;
-  using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::parallel_for_;
+  using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::parallel_for_;
   using Base::Cost, Base::KeySplits, Base::Pack, Base::WholeSequences, Base::RootScale;
 
   // fold(row) for every row (feature) of the totals, in parallel.
   template <class Fold>
   void FoldRows(const Totals<Acc>& total, Fold fold) const {
-    parallel_for_(total.rows(), 2 * (w_.d + w_.e), [&](int64_t begin, int64_t end) {
+    parallel_for_(total.rows(), 2 * (strides_.d + strides_.e), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) fold(row);
     });
   }
@@ -147,10 +152,10 @@ class BackwardDriver : public Driver<Acc> {
   // Adds one feature of a partial gradient of the state.
   void AddState(int64_t sequence, int64_t group, int64_t m, const Acc* log_mass, const Acc* mean,
                 const MutableState& to) const {
-    const int64_t at = (sequence * dims_.groups + group) * w_.m + m;
+    const int64_t at = (sequence * dims_.groups + group) * strides_.m + m;
     static_cast<Acc*>(to.log_mass)[at] += log_mass[m];
-    for (int64_t e = 0; e < w_.e; ++e)
-      static_cast<Acc*>(to.mean)[at * w_.e + e] += mean[m * w_.e_pad + e];
+    for (int64_t e = 0; e < strides_.e; ++e)
+      static_cast<Acc*>(to.mean)[at * strides_.e + e] += mean[m * strides_.e_pad + e];
   }
 };
 

@@ -15,20 +15,20 @@ class Driver {
   Driver(const Common& call, const Kernels<Acc>& kernels, const Threads& threads)
       : call_(call),
         dims_(call.dims),
-        w_(MakeWidths<Acc>(call.dims)),
+        strides_(MakeStrides<Acc>(call.dims)),
         kernels_(kernels),
         threads_(threads),
         parallel_for_(threads.parallel_for) {}
 
  protected:
-  double RootScale() const { return std::sqrt(call_.attributes.ResolvedScale(w_.d)); }
+  double RootScale() const { return std::sqrt(call_.attributes.ResolvedScale(strides_.d)); }
 
   // Nanoseconds for one row that needs `factor` M D multiply-adds or additions. For the caller's
   // scheduler, which weighs them against the price of waking a thread. The rate is assumed, for all
   // processors and operators alike; wide vectors are several times as fast.
   int64_t Cost(int64_t factor) const {
     constexpr int64_t kAssumedPerNanosecond = 20;
-    return factor * w_.m * std::max(w_.d, w_.e) / kAssumedPerNanosecond + 1;
+    return factor * strides_.m * std::max(strides_.d, strides_.e) / kAssumedPerNanosecond + 1;
   }
 
   Status KeySplits(WorkList* list) const {
@@ -41,20 +41,20 @@ class Driver {
   }
 
   Status Pack(const void* projection, int64_t heads, bool causal, Buffer<Acc>* packed) const {
-    const int64_t size = PackedProjection<Acc>::Size(w_), given = w_.m * w_.d;
+    const int64_t size = PackedProjection<Acc>::Size(strides_), given = strides_.m * strides_.d;
     PERFORMER_RETURN_IF_ERROR(Allocate(heads * size, "the packed projection", packed));
     parallel_for_(heads, given, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
         (causal ? kernels_.pack_projection : kernels_.pack_bidirectional)(
-            call_.attributes, call_.dtype, w_, static_cast<const Acc*>(projection) + h * given,
-            packed->get() + h * size);
+            call_.attributes, call_.dtype, strides_,
+            static_cast<const Acc*>(projection) + h * given, packed->get() + h * size);
     });
     return Status();
   }
 
   const Common& call_;
   const Dims& dims_;
-  const Widths w_;
+  const Strides strides_;
   const Kernels<Acc>& kernels_;
   const Threads& threads_;
   const ParallelFor& parallel_for_;

@@ -17,22 +17,22 @@ class ForwardDriver : public Driver<Acc> {
         Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(KeySplits(&list));
-    const auto run = [&](const Slice& slice, Acc* partial) {
-      return kernels_.summarize(params, projection.get(), slice,
-                                SummaryPartial<Acc>::At(partial, w_));
+    const auto run = [&](const WorkRange& range, Acc* partial) {
+      return kernels_.summarize(params, projection.get(), range,
+                                SummaryPartial<Acc>::At(partial, strides_));
     };
-    const int64_t size = SummaryPartial<Acc>::Size(w_);
+    const int64_t size = SummaryPartial<Acc>::Size(strides_);
     return ForWaves<Acc>(
         list, size, Cost(4), parallel_for_, run, [&](int64_t first, int64_t last, Acc* partials) {
           ForPairs(list, first, last, [&](int64_t begin, int64_t end) {
             const auto at = [&](int64_t i) {
-              return SummaryPartial<Acc>::At(partials + (i - first) * size, w_);
+              return SummaryPartial<Acc>::At(partials + (i - first) * size, strides_);
             };
-            for (int64_t i = begin + 1; i < end; ++i) kernels_.merge(w_, at(begin), at(i));
-            const Slice& slice = list.slices[begin];
-            const int64_t row = (slice.sequence * dims_.groups + slice.head) * w_.m;
-            kernels_.finish(w_, at(begin), static_cast<Acc*>(params.state.log_mass) + row,
-                            static_cast<Acc*>(params.state.mean) + row * w_.e);
+            for (int64_t i = begin + 1; i < end; ++i) kernels_.merge(strides_, at(begin), at(i));
+            const WorkRange& range = list.ranges[begin];
+            const int64_t row = (range.sequence * dims_.groups + range.head) * strides_.m;
+            kernels_.finish(strides_, at(begin), static_cast<Acc*>(params.state.log_mass) + row,
+                            static_cast<Acc*>(params.state.mean) + row * strides_.e);
           });
         });
   }
@@ -44,24 +44,24 @@ class ForwardDriver : public Driver<Acc> {
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(Divide(
         call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSplitUnit; }, &list));
-    const bool ok =
-        ForEachItem(list, 0, list.count, Cost(4), parallel_for_, [&](const Slice& slice, int64_t) {
-          return kernels_.read(params, projection.get(), slice);
-        });
+    const bool ok = ForEachItem(list, 0, list.count, Cost(4), parallel_for_,
+                                [&](const WorkRange& range, int64_t) {
+                                  return kernels_.read(params, projection.get(), range);
+                                });
     return ok ? Status() : Status::ResourceExhausted(kNoScratch);
   }
 
   Status Causal(const CausalParams& params) {
-    return dims_.keys == 1 && !call_.offsets ? CausalStep(params) : CausalSequences(params);
+    return dims_.keys == 1 && !call_.offsets ? DecodeTokens(params) : CausalSequences(params);
   }
 
  private:
-  Status CausalStep(const CausalParams& params) {
+  Status DecodeTokens(const CausalParams& params) {
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
-    const bool ok =
-        ForEachItem(list, 0, list.count, Cost(8), parallel_for_,
-                    [&](const Slice& slice, int64_t) { return kernels_.step(params, slice); });
+    const bool ok = ForEachItem(
+        list, 0, list.count, Cost(8), parallel_for_,
+        [&](const WorkRange& range, int64_t) { return kernels_.decode(params, range); });
     return ok ? Status() : Status::ResourceExhausted(kNoScratch);
   }
 
@@ -73,18 +73,19 @@ class ForwardDriver : public Driver<Acc> {
         Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
-    if (CausalPipeline<Acc>::Pays(list, w_, threads_))
+    if (CausalPipeline<Acc>::IsWorthSplitting(list, strides_, threads_))
       return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())
           .Run(list, threads_, Cost(8));
-    const bool ok =
-        ForEachItem(list, 0, list.count, Cost(8), parallel_for_, [&](const Slice& slice, int64_t) {
-          return kernels_.causal(params, query_projection.get(), key_projection.get(), slice);
+    const bool ok = ForEachItem(
+        list, 0, list.count, Cost(8), parallel_for_, [&](const WorkRange& range, int64_t) {
+          return kernels_.causal(params, query_projection.get(), key_projection.get(), range);
         });
     return ok ? Status() : Status::ResourceExhausted(kNoScratch);
   }
 
   using Base = Driver<Acc>;
-  using Base::call_, Base::dims_, Base::w_, Base::kernels_, Base::threads_, Base::parallel_for_;
+  using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::threads_,
+      Base::parallel_for_;
   using Base::Cost, Base::KeySplits, Base::Pack, Base::WholeSequences;
 
   // body(begin, end) for the items of every sequence and head among [first, last), in parallel.
@@ -93,7 +94,7 @@ class ForwardDriver : public Driver<Acc> {
     const int64_t* const ends = list.ends.get();
     const int64_t begin = std::upper_bound(ends, ends + list.pairs, first) - ends;
     const int64_t end = std::lower_bound(ends, ends + list.pairs, last) - ends + 1;
-    parallel_for_(end - begin, 2 * w_.m * w_.e + 1, [&](int64_t from, int64_t to) {
+    parallel_for_(end - begin, 2 * strides_.m * strides_.e + 1, [&](int64_t from, int64_t to) {
       for (int64_t pair = begin + from; pair < begin + to; ++pair)
         body(pair == 0 ? 0 : ends[pair - 1], ends[pair]);
     });

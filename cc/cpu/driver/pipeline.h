@@ -23,8 +23,9 @@ template <class Acc>
 class CausalPipeline {
  public:
   // True where threads would idle otherwise and a sequence would fill the windows.
-  static bool Pays(const WorkList& list, const Widths& w, const Threads& threads) {
-    return list.count < threads.count && LongestChunks(list) >= Slots(w, 1);
+  static bool IsWorthSplitting(const WorkList& list, const Strides& strides,
+                               const Threads& threads) {
+    return list.count < threads.count && LongestChunks(list) >= Slots(strides, 1);
   }
 
   CausalPipeline(const CausalParams& params, const Kernels<Acc>& kernels,
@@ -33,24 +34,24 @@ class CausalPipeline {
         kernels_(kernels),
         query_projection_(query_projection),
         key_projection_(key_projection),
-        w_(MakeWidths<Acc>(params.dims)) {}
+        strides_(MakeStrides<Acc>(params.dims)) {}
 
   // `cost_per_row`: of a row's key and queries, in nanoseconds.
   Status Run(const WorkList& list, const Threads& threads, int64_t cost_per_row) {
     PERFORMER_RETURN_IF_ERROR(Place(list));
     // The first windows are short: before there is one, only the chains have work.
     int64_t slots = slots_ / 8 + 1;
-    for (int step = 0; Busy(); step = 1 - step, slots = std::min(2 * slots, slots_)) {
-      for (int64_t c = 0; c < count_; ++c) Window(c, step).slots = slots;
+    for (int stage = 0; HasWork(); stage = 1 - stage, slots = std::min(2 * slots, slots_)) {
+      for (int64_t c = 0; c < count_; ++c) Window(c, stage).slots = slots;
       // An item is what one thread gets done: the chains are far longer than other work, and nobody
       // could cut the range evenly beforehand.
       const int64_t cost = count_ * slots * kCausalChunk * cost_per_row / threads.count + 1;
       next_chain_ = 0;
       threads.parallel_for(threads.count, cost, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) Work(step);
+        for (int64_t i = begin; i < end; ++i) Work(stage);
       });
       if (!ok_) return Status::ResourceExhausted(kNoScratch);
-      for (int64_t c = 0; c < count_; ++c) Clear(Window(c, 1 - step));
+      for (int64_t c = 0; c < count_; ++c) Clear(Window(c, 1 - stage));
     }
     return Status();
   }
@@ -59,12 +60,12 @@ class CausalPipeline {
   static int64_t LongestChunks(const WorkList& list) {
     int64_t rows = 0;
     for (int64_t i = 0; i < list.count; ++i)
-      rows = std::max(rows, list.slices[i].end - list.slices[i].begin);
+      rows = std::max(rows, list.ranges[i].end - list.ranges[i].begin);
     return rows / kCausalChunk;
   }
   // Sub-chunks of a window.
-  static int64_t Slots(const Widths& w, int64_t chains) {
-    const int64_t size = CausalWindow<Acc>::SlotSize(w) * static_cast<int64_t>(sizeof(Acc));
+  static int64_t Slots(const Strides& strides, int64_t chains) {
+    const int64_t size = CausalWindow<Acc>::SlotSize(strides) * static_cast<int64_t>(sizeof(Acc));
     return std::max<int64_t>(kPipelineBytes / (2 * chains * size), 1);
   }
   static void Clear(CausalWindow<Acc>& window) { window.count = window.taken = 0; }
@@ -72,17 +73,18 @@ class CausalPipeline {
 
   Status Place(const WorkList& list) {
     count_ = list.count;
-    const int64_t slot = CausalWindow<Acc>::SlotSize(w_), state = SummaryPartial<Acc>::Size(w_);
-    slots_ = Slots(w_, count_);
+    const int64_t slot = CausalWindow<Acc>::SlotSize(strides_),
+                  state = SummaryPartial<Acc>::Size(strides_);
+    slots_ = Slots(strides_, count_);
     PERFORMER_RETURN_IF_ERROR(Allocate(count_, "chains of keys", &chains_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_, "windows", &windows_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_, "sub-chunks", &sub_chunks_));
     PERFORMER_RETURN_IF_ERROR(Allocate(count_ * state, "states of causal attention", &states_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_ * slot, "key weights", &memory_));
     for (int64_t c = 0; c < count_; ++c) {
-      const Slice& slice = list.slices[c];
-      chains_[c] = {slice, slice.begin, false,
-                    SummaryPartial<Acc>::At(states_.get() + c * state, w_)};
+      const WorkRange& range = list.ranges[c];
+      chains_[c] = {range, range.begin, false,
+                    SummaryPartial<Acc>::At(states_.get() + c * state, strides_)};
     }
     for (int64_t i = 0; i < 2 * count_; ++i)
       windows_[i] = {sub_chunks_.get() + i * slots_, memory_.get() + i * slots_ * slot, slots_, 0,
@@ -90,22 +92,22 @@ class CausalPipeline {
     return Status();
   }
 
-  bool Busy() const {
+  bool HasWork() const {
     for (int64_t c = 0; c < count_; ++c)
       if (!chains_[c].done || Window(c, 0).count > 0 || Window(c, 1).count > 0) return true;
     return false;
   }
 
   // One thread's share of a step: chains first, as the next step waits for them.
-  void Work(int step) {
+  void Work(int stage) {
     for (int64_t c = next_chain_++; c < count_; c = next_chain_++)
       if (!chains_[c].done &&
-          !kernels_.causal_keys(params_, key_projection_, &chains_[c], &Window(c, step)))
+          !kernels_.causal_keys(params_, key_projection_, &chains_[c], &Window(c, stage)))
         ok_ = false;
     for (int64_t c = 0; c < count_; ++c) {
-      CausalWindow<Acc>& window = Window(c, 1 - step);
+      CausalWindow<Acc>& window = Window(c, 1 - stage);
       if (window.count > 0 &&
-          !kernels_.causal_queries(params_, query_projection_, chains_[c].slice.head, &window))
+          !kernels_.causal_queries(params_, query_projection_, chains_[c].range.head, &window))
         ok_ = false;
     }
   }
@@ -113,7 +115,7 @@ class CausalPipeline {
   const CausalParams& params_;
   const Kernels<Acc>& kernels_;
   const Acc *query_projection_, *key_projection_;
-  const Widths w_;
+  const Strides strides_;
   int64_t count_ = 0, slots_ = 0;  // chains, sub-chunks of a window
   Buffer<CausalChain<Acc>> chains_;
   Buffer<CausalWindow<Acc>> windows_;  // [chains][2]

@@ -36,9 +36,9 @@ Status Allocate(int64_t count, const char* purpose, Buffer<T>* buffer) {
 // Work items of a call, ordered by sequence, head and row; `ends` marks where each sequence and
 // head that has items ends in the list.
 struct WorkList {
-  Buffer<Slice> slices;
+  Buffer<WorkRange> ranges;
   Buffer<int64_t> ends;
-  int64_t count = 0, pairs = 0;  // slices; ends
+  int64_t count = 0, pairs = 0;  // ranges; ends
 };
 
 // One item for each sequence, head and block of `rows_of(length)` rows. A sequence without rows has
@@ -67,11 +67,11 @@ Status Divide(const Common& call, int64_t heads, int64_t rows_per_batch, bool ke
   overflow |= __builtin_mul_overflow(blocks, heads, &list->count);
   if (overflow) return Status::ResourceExhausted("out of memory: 2**63 or more work items");
   list->pairs = used * heads;
-  PERFORMER_RETURN_IF_ERROR(Allocate(list->count, "work items", &list->slices));
+  PERFORMER_RETURN_IF_ERROR(Allocate(list->count, "work items", &list->ranges));
   PERFORMER_RETURN_IF_ERROR(Allocate(list->pairs, "ends of work items", &list->ends));
   if (list->count == 0) return Status();
 
-  Slice* slice = list->slices.get();
+  WorkRange* range = list->ranges.get();
   int64_t* pair_end = list->ends.get();
   for (int64_t n = 0; n < sequences; ++n) {
     const int64_t begin = call.offsets ? call.offsets[n] : n * rows_per_batch;
@@ -82,10 +82,10 @@ Status Divide(const Common& call, int64_t heads, int64_t rows_per_batch, bool ke
       int64_t row = begin;
       do {
         const int64_t next = std::min(row + block, end);
-        *slice++ = {n, head, row, next};
+        *range++ = {n, head, row, next};
         row = next;
       } while (row < end);
-      *pair_end++ = slice - list->slices.get();
+      *pair_end++ = range - list->ranges.get();
     }
   }
   return Status();
@@ -98,11 +98,11 @@ bool ForEachItem(const WorkList& list, int64_t first, int64_t last, int64_t cost
   if (first == last) return true;
   std::atomic<bool> ok{true};
   int64_t rows = 0;
-  for (int64_t i = first; i < last; ++i) rows += list.slices[i].end - list.slices[i].begin;
+  for (int64_t i = first; i < last; ++i) rows += list.ranges[i].end - list.ranges[i].begin;
   const int64_t cost = (rows / (last - first) + 1) * cost_per_row;
   parallel_for(last - first, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      if (!body(list.slices[first + i], i)) ok = false;
+      if (!body(list.ranges[first + i], i)) ok = false;
   });
   return ok;
 }
@@ -123,8 +123,8 @@ Status ForWaves(const WorkList& list, int64_t size, int64_t cost_per_row,
     const int64_t first = pair == 0 ? 0 : list.ends[pair - 1];
     int64_t last = list.ends[pair++];
     while (pair < list.pairs && list.ends[pair] - first <= most) last = list.ends[pair++];
-    const auto run = [&](const Slice& slice, int64_t i) {
-      return body(slice, partials.get() + i * size);
+    const auto run = [&](const WorkRange& range, int64_t i) {
+      return body(range, partials.get() + i * size);
     };
     if (!ForEachItem(list, first, last, cost_per_row, parallel_for, run))
       return Status::ResourceExhausted(kNoScratch);

@@ -2,8 +2,8 @@
 // running state.
 //
 // The keys are a chain of sub-chunks (causal_keys.h); the queries of a sub-chunk need of it the key weights
-// kb, the values, and the state before it:
-//   f[i][m] = 2^(a + anchor - shift_i)      local = tril(f kb)
+// key_features, the values, and the state before it:
+//   f[i][m] = 2^(a + anchor - shift_i)      local = tril(f key_features)
 //   out = (f sum + local v) / (f mass + row sums of local)
 // So they may follow each sub-chunk at once, or later, from a window of sub-chunks, by other threads: the
 // arithmetic is the same.
@@ -17,28 +17,29 @@ PERFORMER_ISA_BEGIN
 template <class Acc>
 struct QueryScratch {
   static constexpr int64_t C = kCausalChunk, kLocalStride = C + kPad<Acc>;
-  Ahead ahead;
-  Acc *q, *f, *local, *out;        // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad]
-  Acc *bias, *tops, *shift, *den;  // [m_pad], [C][kLanes], [C], [C]
+  Prefetcher prefetcher;
+  Acc *q, *f, *local, *out;           // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad]
+  Acc *bias, *row_max, *shift, *den;  // [m_pad], [C][kLanes], [C], [C]
 
-  void Place(Arena& arena, const Widths& w) {
-    q = arena.Take<Acc>(C * w.d_pad);
-    f = arena.Take<Acc>(C * w.m_stride);
+  void Place(Arena& arena, const Strides& strides) {
+    q = arena.Take<Acc>(C * strides.d_pad);
+    f = arena.Take<Acc>(C * strides.m_stride);
     local = arena.Take<Acc>(C * kLocalStride);
-    out = arena.Take<Acc>(C * w.e_pad);
-    bias = arena.Take<Acc>(w.m_pad);
-    tops = arena.Take<Acc>(C * kLanes<Acc>);
+    out = arena.Take<Acc>(C * strides.e_pad);
+    bias = arena.Take<Acc>(strides.m_pad);
+    row_max = arena.Take<Acc>(C * kLanes<Acc>);
     shift = arena.Take<Acc>(C);
     den = arena.Take<Acc>(C);
   }
 };
 
-// local[i][j] = f[i] . kb[:, j] for the keys j <= piece.begin + i; den[i] += their sum.
+// local[i][j] = f[i] . key_features[:, j] for the keys j <= piece.begin + i; den[i] += their sum.
 template <class Acc>
-void SubChunkLocal(const CausalSubChunk<Acc>& sub_chunk, const Widths& w, QueryScratch<Acc>& s) {
+void SubChunkScores(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides,
+                    QueryScratch<Acc>& s) {
   constexpr int64_t kStride = QueryScratch<Acc>::kLocalStride;
-  LowerProduct(s.f, w.m_stride, sub_chunk.kb, s.C, w.m, sub_chunk.rows, sub_chunk.begin, s.local,
-               kStride);
+  LowerProduct(s.f, strides.m_stride, sub_chunk.key_features, s.C, strides.m, sub_chunk.rows,
+               sub_chunk.begin, s.local, kStride);
   for (int64_t i = 0; i < sub_chunk.rows; ++i) {
     Acc* row = s.local + i * kStride;
     const int64_t last = sub_chunk.begin + i, stop = RoundUp(last + 1, kLanes<Acc>);
@@ -53,54 +54,56 @@ void SubChunkLocal(const CausalSubChunk<Acc>& sub_chunk, const Widths& w, QueryS
 // Queries of one head for the rows of a piece.
 template <class Acc>
 void SubChunkQueries(const CausalParams& params, const Acc* projections, const Map<Acc>& map,
-                     const Widths& w, int64_t query_head, const CausalSubChunk<Acc>& sub_chunk,
-                     QueryScratch<Acc>& s) {
+                     const Strides& strides, int64_t query_head,
+                     const CausalSubChunk<Acc>& sub_chunk, QueryScratch<Acc>& s) {
   constexpr int64_t kStride = QueryScratch<Acc>::kLocalStride;
   const int64_t rows = sub_chunk.rows;
-  if (sub_chunk.blind) {
-    for (int64_t i = 0; i < rows * w.e_pad; ++i) s.out[i] = 0;
+  if (sub_chunk.fully_masked) {
+    for (int64_t i = 0; i < rows * strides.e_pad; ++i) s.out[i] = 0;
   } else {
-    const QueryHead<Acc> head(params, params.queries, projections, w, query_head);
-    LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, w.d},
-                  sub_chunk.row, rows, nullptr, s.q, w.d_pad, &s.ahead);
-    SetBias(sub_chunk.anchor, 1.0, head.feature_bias, w, s.bias);
-    QueryLogFeatures(map, {s.q, w.d_pad, 1}, rows, head.projection, w, s.bias, s.f,
-                     static_cast<Acc*>(nullptr), s.tops, &s.ahead);
-    QueryWeights<true>(rows, w, s.bias, sub_chunk.mass, s.tops, s.f, s.shift, s.den);
-    SubChunkLocal(sub_chunk, w, s);
-    PrefixProduct(s.f, w.m_stride, sub_chunk.sum, w.e_pad, w.m, s.local + sub_chunk.begin, kStride,
-                  sub_chunk.v, w.e_pad, s.out, w.e_pad, rows, w.e_pad);
-    ScaleRows(rows, w.e_pad, s.den, s.out);
+    const QueryHead<Acc> head(params, params.queries, projections, strides, query_head);
+    LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, strides.d},
+                  sub_chunk.row, rows, nullptr, s.q, strides.d_pad, &s.prefetcher);
+    SetBias(sub_chunk.anchor, 1.0, head.feature_bias, strides, s.bias);
+    QueryLogFeatures(map, {s.q, strides.d_pad, 1}, rows, head.projection, strides, s.bias, s.f,
+                     static_cast<Acc*>(nullptr), s.row_max, &s.prefetcher);
+    QueryFeatures<true>(rows, strides, s.bias, sub_chunk.mass, s.row_max, s.f, s.shift, s.den);
+    SubChunkScores(sub_chunk, strides, s);
+    CausalProduct(s.f, strides.m_stride, sub_chunk.sum, strides.e_pad, strides.m,
+                  s.local + sub_chunk.begin, kStride, sub_chunk.v, strides.e_pad, s.out,
+                  strides.e_pad, rows, strides.e_pad);
+    ScaleRows(rows, strides.e_pad, s.den, s.out);
   }
-  StoreRows<Acc>({params.out, params.dtype, params.dims.heads, query_head, w.e}, sub_chunk.row,
-                 rows, s.out, w.e_pad);
+  StoreRows<Acc>({params.out, params.dtype, params.dims.heads, query_head, strides.e},
+                 sub_chunk.row, rows, s.out, strides.e_pad);
 }
 
 // A whole sequence and key/value head, the queries of each sub-chunk at once.
 template <class Acc>
 bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
-            Slice slice) {
-  const Widths w = MakeWidths<Acc>(params.dims);
+            WorkRange range) {
+  const Strides strides = MakeStrides<Acc>(params.dims);
   const Map<Acc> map(params);
-  KeyChain<Acc> chain(params, key_projection, slice);
+  KeyChain<Acc> chain(params, key_projection, range);
   Arena arena;
   QueryScratch<Acc> s;
-  Acc *state, *kb;
+  Acc *state, *key_features;
   const auto place = [&] {
     chain.Place(arena);
-    s.Place(arena, w);
-    state = arena.Take<Acc>(SummaryPartial<Acc>::Size(w));
-    kb = arena.Take<Acc>(w.m * kCausalChunk);
+    s.Place(arena, strides);
+    state = arena.Take<Acc>(SummaryPartial<Acc>::Size(strides));
+    key_features = arena.Take<Acc>(strides.m * kCausalChunk);
   };
   place();
   if (!arena.Allocate()) return false;
   place();
-  const auto before = SummaryPartial<Acc>::At(state, w);
-  chain.Start(slice.begin, before);
+  const auto before = SummaryPartial<Acc>::At(state, strides);
+  chain.Start(range.begin, before);
   const int64_t group = GroupSize(params.dims);
-  for (CausalSubChunk<Acc> sub_chunk; chain.Next(kb, &sub_chunk); chain.Add(sub_chunk, before))
-    for (int64_t h = slice.head * group; h < (slice.head + 1) * group; ++h)
-      SubChunkQueries(params, query_projection, map, w, h, sub_chunk, s);
+  for (CausalSubChunk<Acc> sub_chunk; chain.Next(key_features, &sub_chunk);
+       chain.Add(sub_chunk, before))
+    for (int64_t h = range.head * group; h < (range.head + 1) * group; ++h)
+      SubChunkQueries(params, query_projection, map, strides, h, sub_chunk, s);
   chain.Finish();
   return true;
 }
@@ -109,28 +112,29 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
 template <class Acc>
 bool CausalKeys(const CausalParams& params, const Acc* projection, CausalChain<Acc>* at,
                 CausalWindow<Acc>* window) {
-  const Widths w = MakeWidths<Acc>(params.dims);
-  KeyChain<Acc> chain(params, projection, at->slice);
+  const Strides strides = MakeStrides<Acc>(params.dims);
+  KeyChain<Acc> chain(params, projection, at->range);
   Arena arena;
   chain.Place(arena);
   if (!arena.Allocate()) return false;
   chain.Place(arena);
   // The state before each sub-chunk stays in its slot; only the one before the first is copied.
-  const SummaryPartial<Acc> first = window->At(0, w).state;
-  if (at->row > at->slice.begin) PrefixState<Acc>(at->state).CopyTo(PrefixState<Acc>(first), w);
+  const SummaryPartial<Acc> first = window->At(0, strides).state;
+  if (at->row > at->range.begin)
+    ForwardState<Acc>(at->state).CopyTo(ForwardState<Acc>(first), strides);
   chain.Start(at->row, first);
   int64_t i = 0;
   for (; i < window->slots; ++i) {
-    const auto slot = window->At(i, w);
+    const auto slot = window->At(i, strides);
     CausalSubChunk<Acc>& sub_chunk = window->sub_chunks[i];
-    if (!chain.Next(slot.kb, &sub_chunk)) break;
-    Copy(sub_chunk.v, sub_chunk.rows * w.e_pad, slot.v);
+    if (!chain.Next(slot.key_features, &sub_chunk)) break;
+    Copy(sub_chunk.v, sub_chunk.rows * strides.e_pad, slot.v);
     sub_chunk.v = slot.v;
-    chain.Add(sub_chunk, i + 1 < window->slots ? window->At(i + 1, w).state : at->state);
+    chain.Add(sub_chunk, i + 1 < window->slots ? window->At(i + 1, strides).state : at->state);
   }
   window->count = i;
   at->row = chain.row();
-  at->done = at->row == at->slice.end;
+  at->done = at->row == at->range.end;
   if (at->done) chain.Finish();
   return true;
 }
@@ -140,16 +144,16 @@ bool CausalKeys(const CausalParams& params, const Acc* projection, CausalChain<A
 template <class Acc>
 bool CausalQueries(const CausalParams& params, const Acc* projection, int64_t group_head,
                    CausalWindow<Acc>* window) {
-  const Widths w = MakeWidths<Acc>(params.dims);
+  const Strides strides = MakeStrides<Acc>(params.dims);
   const Map<Acc> map(params);
   const int64_t group = GroupSize(params.dims);
   Arena arena;
   QueryScratch<Acc> s;
-  s.Place(arena, w);
+  s.Place(arena, strides);
   if (!arena.Allocate()) return false;
-  s.Place(arena, w);
+  s.Place(arena, strides);
   for (int64_t i = window->Take(); i < window->count * group; i = window->Take())
-    SubChunkQueries(params, projection, map, w, group_head * group + i % group,
+    SubChunkQueries(params, projection, map, strides, group_head * group + i % group,
                     window->sub_chunks[i / group], s);
   return true;
 }

@@ -1,7 +1,7 @@
 // The keys of causal attention: a chain that makes the sub-chunks of a sequence one after another, each
 // with the state before it.
-//   kb[m][j] = 2^(b - anchor[m])      sum += kb v      mass += row sums of kb
-// Features of keys are made transposed ([M][C]), so that both f kb and kb v stream rows of B.
+//   key_features[m][j] = 2^(b - anchor[m])      sum += key_features v      mass += row sums of key_features
+// Features of keys are made transposed ([M][C]), so that both f key_features and key_features v stream rows of B.
 //
 // Why no later key changes a bit of an earlier row: boundaries of chunks are fixed; a chunk is
 // processed in sub-chunks, nearly always one. The anchors of a sub-chunk come from the past and from the
@@ -18,8 +18,8 @@ PERFORMER_ISA_BEGIN
 template <class Acc>
 constexpr Acc kCutBits = 43;  // 30 nats above an anchor
 template <class Acc>
-constexpr Acc kRenewMass =
-    static_cast<Acc>(0x1p30);  // an anchor is renewed when the mass relative to it passes this
+constexpr Acc kRescaleThreshold =
+    static_cast<Acc>(0x1p30);  // an anchor is rescaled when the mass relative to it passes this
 
 template <class Acc>
 PERFORMER_INLINE void Copy(const Acc* from, int64_t count, Acc* to) {
@@ -29,36 +29,36 @@ PERFORMER_INLINE void Copy(const Acc* from, int64_t count, Acc* to) {
 // The prefix state as sums relative to 2^anchor, in memory of somebody else; an anchor of -inf
 // means nothing yet.
 template <class Acc>
-struct PrefixState {
+struct ForwardState {
   Acc *sum = nullptr, *mass = nullptr, *anchor = nullptr;  // [m][e_pad], [m_pad], [m_pad]
 
-  PrefixState() = default;
-  explicit PrefixState(const SummaryPartial<Acc>& at)
+  ForwardState() = default;
+  explicit ForwardState(const SummaryPartial<Acc>& at)
       : sum(at.sum), mass(at.mass), anchor(at.anchor) {}
 
-  void Set(const LoadedState<Acc>& state, const Widths& w) {
-    state.CopyMean(w, sum);
-    for (int64_t m = 0; m < w.m_pad; ++m) {
-      anchor[m] = m < w.m ? state.log_mass[m] * kLog2e<Acc> : kInf<Acc>;
-      mass[m] = m < w.m && anchor[m] != -kInf<Acc> ? 1 : 0;
+  void Set(const LoadedState<Acc>& state, const Strides& strides) {
+    state.CopyMean(strides, sum);
+    for (int64_t m = 0; m < strides.m_pad; ++m) {
+      anchor[m] = m < strides.m ? state.log_mass[m] * kLog2e<Acc> : kInf<Acc>;
+      mass[m] = m < strides.m && anchor[m] != -kInf<Acc> ? 1 : 0;
     }
   }
-  bool Empty(const Widths& w) const {
-    for (int64_t m = 0; m < w.m; ++m)
+  bool Empty(const Strides& strides) const {
+    for (int64_t m = 0; m < strides.m; ++m)
       if (anchor[m] != -kInf<Acc>) return false;
     return true;
   }
-  void Raise(int64_t m, Acc to, const Widths& w) {
+  void Raise(int64_t m, Acc to, const Strides& strides) {
     const Acc keep = Exp2(anchor[m] - to);  // 0 where the anchor was -inf
-    Acc* row = sum + m * w.e_pad;
-    for (int64_t e = 0; e < w.e_pad; e += kLanes<Acc>) Store(row + e, Load(row + e) * keep);
+    Acc* row = sum + m * strides.e_pad;
+    for (int64_t e = 0; e < strides.e_pad; e += kLanes<Acc>) Store(row + e, Load(row + e) * keep);
     mass[m] *= keep;
     anchor[m] = to;
   }
-  void CopyTo(const PrefixState& to, const Widths& w) const {
-    Copy(sum, w.m * w.e_pad, to.sum);
-    Copy(mass, w.m_pad, to.mass);
-    Copy(anchor, w.m_pad, to.anchor);
+  void CopyTo(const ForwardState& to, const Strides& strides) const {
+    Copy(sum, strides.m * strides.e_pad, to.sum);
+    Copy(mass, strides.m_pad, to.mass);
+    Copy(anchor, strides.m_pad, to.anchor);
   }
 };
 
@@ -67,56 +67,58 @@ template <class Acc>
 struct KeyScratch {
   static constexpr int64_t C = kCausalChunk;
   static_assert(C % kPad<Acc> == 0);
-  Ahead ahead;
+  Prefetcher prefetcher;
   KeyChunk<Acc> keys;
-  PrefixState<Acc> state;
+  ForwardState<Acc> state;
   Acc *kt, *b, *sub_chunk_mass;  // [d][C], [m][C], [m]
 
-  void Place(Arena& arena, const Widths& w) {
-    keys.Place(arena, w, C);
-    kt = arena.Take<Acc>(w.d_pad * C);
-    b = arena.Take<Acc>(w.m * C);
-    sub_chunk_mass = arena.Take<Acc>(w.m);
+  void Place(Arena& arena, const Strides& strides) {
+    keys.Place(arena, strides, C);
+    kt = arena.Take<Acc>(strides.d_pad * C);
+    b = arena.Take<Acc>(strides.m * C);
+    sub_chunk_mass = arena.Take<Acc>(strides.m);
   }
 };
 
 // b[m][j] of the chunk's keys; columns from n on, as far as vectors reach, are -inf.
 template <class Acc>
-void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection, const Widths& w,
-                    int64_t n, KeyScratch<Acc>& s) {
+void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection,
+                    const Strides& strides, int64_t n, KeyScratch<Acc>& s) {
   constexpr int64_t C = KeyScratch<Acc>::C;
   const int64_t width = RoundUp(n, kLanes<Acc>);
   for (int64_t j = n; j < RoundUp(n, kPad<Acc>); ++j) {
     s.keys.offset[j] = -kInf<Acc>;
     s.keys.skip[j] = 1;
-    for (int64_t d = 0; d < w.d_pad; ++d) s.keys.k[j * w.d_pad + d] = 0;
+    for (int64_t d = 0; d < strides.d_pad; ++d) s.keys.k[j * strides.d_pad + d] = 0;
   }
-  Transpose(s.keys.k, w.d_pad, RoundUp(width, 4), w.d_pad, s.kt, C);
-  s.ahead.Divide(HookCalls<Acc>(w.m, w.d, width));
-  MatMul<false>(projection.base2_rows, w.d_pad, 1, s.kt, C, w.d, s.b, C, w.m, width, &s.ahead);
-  ApplyMap<Acc>(map, w.m, width, C, s.b, nullptr);
-  for (int64_t m = 0; m < w.m; ++m)
+  Transpose(s.keys.k, strides.d_pad, RoundUp(width, 4), strides.d_pad, s.kt, C);
+  s.prefetcher.Divide(HookCalls<Acc>(strides.m, strides.d, width));
+  MatMul<false>(projection.base2_rows, strides.d_pad, 1, s.kt, C, strides.d, s.b, C, strides.m,
+                width, &s.prefetcher);
+  ApplyMap<Acc>(map, strides.m, width, C, s.b, nullptr);
+  for (int64_t m = 0; m < strides.m; ++m)
     for (int64_t j = 0; j < width; j += kLanes<Acc>)
       Store(s.b + m * C + j, Load(s.b + m * C + j) + Load(s.keys.offset + j));
 }
 
 // Sets the anchors for a sub-chunk that begins at an unmasked row, from the past and that row.
 template <class Acc>
-void AnchorSubChunk(int64_t begin, const Widths& w, KeyScratch<Acc>& s) {
+void AnchorSubChunk(int64_t begin, const Strides& strides, KeyScratch<Acc>& s) {
   const Acc* column = s.b + begin;
   bool exceeds = false;
-  for (int64_t m = 0; m < w.m; ++m) exceeds |= column[m * s.C] > s.state.anchor[m] + kCutBits<Acc>;
+  for (int64_t m = 0; m < strides.m; ++m)
+    exceeds |= column[m * s.C] > s.state.anchor[m] + kCutBits<Acc>;
   if (!exceeds) return;
-  for (int64_t m = 0; m < w.m; ++m)
-    if (column[m * s.C] > s.state.anchor[m]) s.state.Raise(m, column[m * s.C], w);
+  for (int64_t m = 0; m < strides.m; ++m)
+    if (column[m * s.C] > s.state.anchor[m]) s.state.Raise(m, column[m * s.C], strides);
 }
 
 // The first row in (begin, n) whose key exceeds an anchor by more than kCutBits, or n.
 template <class Acc>
-int64_t SubChunkEnd(int64_t begin, int64_t n, const Widths& w, const KeyScratch<Acc>& s) {
+int64_t SubChunkEnd(int64_t begin, int64_t n, const Strides& strides, const KeyScratch<Acc>& s) {
   constexpr int64_t C = KeyScratch<Acc>::C, kVecs = C / kLanes<Acc>;
   IntVec<Acc> exceeds[kVecs] = {};
-  for (int64_t m = 0; m < w.m; ++m) {
+  for (int64_t m = 0; m < strides.m; ++m) {
     const Vec<Acc> limit = Splat(s.state.anchor[m] + kCutBits<Acc>);
     for (int64_t i = 0; i < kVecs && i * kLanes<Acc> < n; ++i)
       exceeds[i] |= Load(s.b + m * C + i * kLanes<Acc>) > limit;
@@ -126,22 +128,23 @@ int64_t SubChunkEnd(int64_t begin, int64_t n, const Widths& w, const KeyScratch<
   return n;
 }
 
-// kb [m][C] and its row sums for the columns [first, last); 0 in the others, as far as vectors
+// key_features [m][C] and its row sums for the columns [first, last); 0 in the others, as far as vectors
 // reach, whatever these keys hold.
 template <class Acc>
-void SubChunkKeyWeights(int64_t first, int64_t last, const Widths& w, Acc* kb, KeyScratch<Acc>& s) {
+void SubChunkKeyFeatures(int64_t first, int64_t last, const Strides& strides, Acc* key_features,
+                         KeyScratch<Acc>& s) {
   constexpr int64_t C = KeyScratch<Acc>::C;
   alignas(kAlignment) Acc column[C];
   for (int64_t j = 0; j < C; ++j) column[j] = static_cast<Acc>(j);
   const Acc begin = static_cast<Acc>(first), end = static_cast<Acc>(last);
-  for (int64_t m = 0; m < w.m; ++m) {
+  for (int64_t m = 0; m < strides.m; ++m) {
     const Acc anchor = s.state.anchor[m] == -kInf<Acc> ? Acc(0) : s.state.anchor[m];
     Vec<Acc> sum = {};
     const Vec<Acc> zero = {};
     for (int64_t j = 0; j < last; j += kLanes<Acc>) {
       const IntVec<Acc> inside = (Load(column + j) >= begin) & (Load(column + j) < end);
       const Vec<Acc> y = inside ? Exp2(Load(s.b + m * C + j) - anchor) : zero;
-      Store(kb + m * C + j, y);
+      Store(key_features + m * C + j, y);
       sum += y;
     }
     s.sub_chunk_mass[m] = ReduceAdd<Acc>(sum);
@@ -150,81 +153,82 @@ void SubChunkKeyWeights(int64_t first, int64_t last, const Widths& w, Acc* kb, K
 
 // next = the state and the keys of a sub-chunk; it may lie in the same memory.
 template <class Acc>
-void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Widths& w, KeyScratch<Acc>& s,
-                    PrefixState<Acc>& next) {
-  AddProduct(sub_chunk.kb + sub_chunk.begin, s.C, 1, sub_chunk.v, w.e_pad, sub_chunk.rows,
-             s.state.sum, next.sum, w.e_pad, w.m, w.e_pad);
-  for (int64_t m = 0; m < w.m_pad; ++m) {
+void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides,
+                    KeyScratch<Acc>& s, ForwardState<Acc>& next) {
+  AddProduct(sub_chunk.key_features + sub_chunk.begin, s.C, 1, sub_chunk.v, strides.e_pad,
+             sub_chunk.rows, s.state.sum, next.sum, strides.e_pad, strides.m, strides.e_pad);
+  for (int64_t m = 0; m < strides.m_pad; ++m) {
     next.anchor[m] = s.state.anchor[m];
     next.mass[m] = s.state.mass[m];
-    if (m >= w.m) continue;
+    if (m >= strides.m) continue;
     next.mass[m] += s.sub_chunk_mass[m];
-    if (next.mass[m] > kRenewMass<Acc>) next.Raise(m, next.anchor[m] + Log2(next.mass[m]), w);
+    if (next.mass[m] > kRescaleThreshold<Acc>)
+      next.Raise(m, next.anchor[m] + Log2(next.mass[m]), strides);
   }
 }
 
 // The chain of one sequence and key/value head:
-//   while (chain.Next(kb, &sub-chunk)) { read the sub-chunk; chain.Add(sub-chunk, next_state); }
+//   while (chain.Next(key_features, &sub-chunk)) { read the sub-chunk; chain.Add(sub-chunk, next_state); }
 // It may be left after any sub-chunk and continued by another object with the same bits.
 template <class Acc>
 class KeyChain {
  public:
-  KeyChain(const CausalParams& params, const Acc* projections, const Slice& slice)
+  KeyChain(const CausalParams& params, const Acc* projections, const WorkRange& range)
       : params_(params),
         map_(params),
-        slice_(slice),
-        w_(MakeWidths<Acc>(params.dims)),
+        range_(range),
+        strides_(MakeStrides<Acc>(params.dims)),
         projection_(PackedProjection<Acc>::At(
-            projections + (params.keys.projection_heads == 1 ? 0 : slice.head) *
-                              PackedProjection<Acc>::Size(w_),
-            w_)) {}
+            projections + (params.keys.projection_heads == 1 ? 0 : range.head) *
+                              PackedProjection<Acc>::Size(strides_),
+            strides_)) {}
 
-  void Place(Arena& arena) { s_.Place(arena, w_); }
+  void Place(Arena& arena) { s_.Place(arena, strides_); }
 
   // Before Next: the next sub-chunk begins at tensor row `row`, with the given state before it; at the
-  // slice's first row that becomes the initial state.
+  // range's first row that becomes the initial state.
   void Start(int64_t row, SummaryPartial<Acc> state) {
     row_ = row;
-    s_.state = PrefixState<Acc>(state);
-    if (row == slice_.begin)
-      s_.state.Set(LoadedState<Acc>(params_.initial, params_.dims, slice_.sequence, slice_.head),
-                   w_);
+    s_.state = ForwardState<Acc>(state);
+    if (row == range_.begin)
+      s_.state.Set(LoadedState<Acc>(params_.initial, params_.dims, range_.sequence, range_.head),
+                   strides_);
   }
 
-  // The next sub-chunk, its key weights in kb [m][C]; false at the end of the slice. The sub-chunk points
+  // The next sub-chunk, its key weights in key_features [m][C]; false at the end of the range. The sub-chunk points
   // into the memory of the state and into rows that the next call replaces.
-  bool Next(Acc* kb, CausalSubChunk<Acc>* sub_chunk) {
-    if (row_ == slice_.end) return false;
-    const int64_t begin = (row_ - slice_.begin) % kCausalChunk;
+  bool Next(Acc* key_features, CausalSubChunk<Acc>* sub_chunk) {
+    if (row_ == range_.end) return false;
+    const int64_t begin = (row_ - range_.begin) % kCausalChunk;
     if (begin == 0 || !loaded_) LoadChunk(row_ - begin);
-    const bool masked = s_.keys.skip[begin], blind = masked && s_.state.Empty(w_);
+    const bool masked = s_.keys.skip[begin], fully_masked = masked && s_.state.Empty(strides_);
     int64_t end = begin + 1;
-    if (blind) {
+    if (fully_masked) {
       while (end < chunk_rows_ && s_.keys.skip[end]) ++end;
     } else {
-      if (!masked) AnchorSubChunk(begin, w_, s_);
-      end = SubChunkEnd(begin, chunk_rows_, w_, s_);
-      SubChunkKeyWeights(begin, end, w_, kb, s_);
+      if (!masked) AnchorSubChunk(begin, strides_, s_);
+      end = SubChunkEnd(begin, chunk_rows_, strides_, s_);
+      SubChunkKeyFeatures(begin, end, strides_, key_features, s_);
     }
     *sub_chunk = {row_,
                   begin,
                   end - begin,
-                  blind,
+                  fully_masked,
                   s_.state.sum,
                   s_.state.mass,
                   s_.state.anchor,
-                  kb,
-                  s_.keys.v + begin * w_.e_pad};
+                  key_features,
+                  s_.keys.v + begin * strides_.e_pad};
     return true;
   }
 
   // The state after the sub-chunk goes to `memory`, which may be that of the state before it.
   void Add(const CausalSubChunk<Acc>& sub_chunk, const SummaryPartial<Acc>& memory) {
-    PrefixState<Acc> next(memory);
-    if (!sub_chunk.blind) {
-      SubChunkUpdate(sub_chunk, w_, s_, next);
+    ForwardState<Acc> next(memory);
+    if (!sub_chunk.fully_masked) {
+      SubChunkUpdate(sub_chunk, strides_, s_, next);
     } else if (next.sum != s_.state.sum) {
-      s_.state.CopyTo(next, w_);
+      s_.state.CopyTo(next, strides_);
     }
     s_.state = next;
     row_ += sub_chunk.rows;
@@ -234,24 +238,24 @@ class KeyChain {
 
   // At the end: the final state.
   void Finish() const {
-    const int64_t at = (slice_.sequence * params_.dims.groups + slice_.head) * w_.m;
-    WriteState(w_, s_.state.anchor, s_.state.mass, s_.state.sum,
+    const int64_t at = (range_.sequence * params_.dims.groups + range_.head) * strides_.m;
+    WriteState(strides_, s_.state.anchor, s_.state.mass, s_.state.sum,
                static_cast<Acc*>(params_.state.log_mass) + at,
-               static_cast<Acc*>(params_.state.mean) + at * w_.e);
+               static_cast<Acc*>(params_.state.mean) + at * strides_.e);
   }
 
  private:
   void LoadChunk(int64_t row) {
-    chunk_rows_ = slice_.end - row < kCausalChunk ? slice_.end - row : kCausalChunk;
-    s_.keys.Load(params_, params_.keys, map_, w_, slice_, row, chunk_rows_, &s_.ahead);
-    KeyLogFeatures(map_, projection_, w_, chunk_rows_, s_);
+    chunk_rows_ = range_.end - row < kCausalChunk ? range_.end - row : kCausalChunk;
+    s_.keys.Load(params_, params_.keys, map_, strides_, range_, row, chunk_rows_, &s_.prefetcher);
+    KeyLogFeatures(map_, projection_, strides_, chunk_rows_, s_);
     loaded_ = true;
   }
 
   const CausalParams& params_;
   const Map<Acc> map_;
-  const Slice slice_;
-  const Widths w_;
+  const WorkRange range_;
+  const Strides strides_;
   const PackedProjection<Acc> projection_;
   KeyScratch<Acc> s_;
   int64_t row_ = 0, chunk_rows_ = 0;

@@ -20,8 +20,8 @@ void Elementwise(const Acc* x, int64_t n, Acc* y) {
 }
 
 template <class Acc>
-void Finish(const Widths& w, SummaryPartial<Acc> partial, Acc* log_mass, Acc* mean) {
-  WriteState(w, partial.anchor, partial.mass, partial.sum, log_mass, mean);
+void Finish(const Strides& strides, SummaryPartial<Acc> partial, Acc* log_mass, Acc* mean) {
+  WriteState(strides, partial.anchor, partial.mass, partial.sum, log_mass, mean);
 }
 
 // Bidirectional products of a bfloat16 call multiply bfloat16 where the processor can.
@@ -29,11 +29,11 @@ template <class Acc>
 using BFloat16Operand = std::conditional_t<kHasPairs && std::is_same_v<Acc, float>, Pair, Acc>;
 
 template <class Acc>
-void PackBidirectional(const Attributes& attributes, DType dtype, const Widths& w, const Acc* from,
-                       Acc* to) {
+void PackBidirectional(const Attributes& attributes, DType dtype, const Strides& strides,
+                       const Acc* from, Acc* to) {
   if constexpr (std::is_same_v<BFloat16Operand<Acc>, Pair>)
-    if (dtype == DType::kBFloat16) return Operands<Acc, Pair>::Pack(w, from, to);
-  PackProjection<Acc>(attributes, dtype, w, from, to);
+    if (dtype == DType::kBFloat16) return Operands<Acc, Pair>::Pack(strides, from, to);
+  PackProjection<Acc>(attributes, dtype, strides, from, to);
 }
 
 // kernel<Acc, In> for the call's type.
@@ -56,7 +56,7 @@ const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
                                             Causal<Acc>,
                                             CausalKeys<Acc>,
                                             CausalQueries<Acc>,
-                                            Step<Acc>,
+                                            Decode<Acc>,
                                             PERFORMER_BIDIRECTIONAL(SummarizeGrad),
                                             PERFORMER_BIDIRECTIONAL(ReadGrad),
                                             CausalGrad<Acc>,

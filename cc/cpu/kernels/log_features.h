@@ -45,24 +45,24 @@ PERFORMER_INLINE void TransposeToPanels(const Acc* x, int64_t m, int64_t width, 
 // Writes one [m, d] projection, rounded once to `dtype`, times sqrt(scale), in the layouts of
 // PackedProjection.
 template <class Acc>
-void PackProjection(const Attributes& attributes, DType dtype, const Widths& w, const Acc* from,
-                    Acc* to) {
-  const double root = __builtin_sqrt(attributes.ResolvedScale(w.d));
+void PackProjection(const Attributes& attributes, DType dtype, const Strides& strides,
+                    const Acc* from, Acc* to) {
+  const double root = __builtin_sqrt(attributes.ResolvedScale(strides.d));
   const double base = attributes.feature_map == FeatureMap::kSoftmax ? kLog2eDouble : 1.0;
   Acc* panels = to;
-  Acc* rows = to + w.m_panels * kPanel * w.d;
-  Acc* base2_rows = rows + w.m * w.d_pad;
-  for (int64_t m = 0; m < w.m; ++m) {
-    Acc *row = rows + m * w.d_pad, *base2_row = base2_rows + m * w.d_pad;
-    for (int64_t d = 0; d < w.d_pad; ++d)
-      row[d] = d < w.d ? RoundTo(dtype, from[m * w.d + d]) : Acc(0);
-    for (int64_t d = 0; d < w.d_pad; d += kLanes<Acc>) {
+  Acc* rows = to + strides.m_panels * kPanel * strides.d;
+  Acc* base2_rows = rows + strides.m * strides.d_pad;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    Acc *row = rows + m * strides.d_pad, *base2_row = base2_rows + m * strides.d_pad;
+    for (int64_t d = 0; d < strides.d_pad; ++d)
+      row[d] = d < strides.d ? RoundTo(dtype, from[m * strides.d + d]) : Acc(0);
+    for (int64_t d = 0; d < strides.d_pad; d += kLanes<Acc>) {
       const Vec<Acc> x = Load(row + d);
       Store(row + d, x * static_cast<Acc>(root));
       Store(base2_row + d, x * static_cast<Acc>(root * base));
     }
   }
-  TransposeToPanels(base2_rows, w.m, w.d, w.d_pad, panels);
+  TransposeToPanels(base2_rows, strides.m, strides.d, strides.d_pad, panels);
 }
 
 template <class Acc>
@@ -88,12 +88,12 @@ PERFORMER_INLINE Acc SquaredNorm(const T* x, int64_t width) {
 // registers.
 template <class Acc>
 struct RowMaxima {
-  Ahead* ahead;
+  Prefetcher* prefetcher;
   const Acc* bias;  // [m_pad], added first
-  Acc* tops;        // [n][kLanes]: its lanes' maximum is the row's
+  Acc* row_max;     // [n][kLanes]: its lanes' maximum is the row's
   int64_t column = 0;
 
-  PERFORMER_INLINE void Before() { ahead->Before(); }
+  PERFORMER_INLINE void Before() { prefetcher->Before(); }
   template <class Tile>
   PERFORMER_INLINE void After(Tile& tile, int64_t r0, int64_t c0) {
     Vec<Acc> added[Tile::kVecs];
@@ -101,26 +101,26 @@ struct RowMaxima {
     for (int j = 0; j < Tile::kVecs; ++j) added[j] = Load(bias + column + c0 + j * kLanes<Acc>);
     PERFORMER_UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
-      Vec<Acc> top = Load(tops + (r0 + r) * kLanes<Acc>);
+      Vec<Acc> top = Load(row_max + (r0 + r) * kLanes<Acc>);
       PERFORMER_UNROLL
       for (int j = 0; j < Tile::kVecs; ++j) top = Max(tile.v[r][j] + added[j], top);
-      Store(tops + (r0 + r) * kLanes<Acc>, top);
+      Store(row_max + (r0 + r) * kLanes<Acc>, top);
     }
   }
 };
 template <class Acc>
 struct ColumnMaxima {
-  Ahead* ahead;
+  Prefetcher* prefetcher;
   const Acc* offset;  // [n], added first
-  Acc* tops;          // [m_pad]
+  Acc* column_max;    // [m_pad]
   int64_t column = 0;
 
-  PERFORMER_INLINE void Before() { ahead->Before(); }
+  PERFORMER_INLINE void Before() { prefetcher->Before(); }
   template <class Tile>
   PERFORMER_INLINE void After(Tile& tile, int64_t r0, int64_t c0) {
     PERFORMER_UNROLL
     for (int j = 0; j < Tile::kVecs; ++j) {
-      Acc* to = tops + column + c0 + j * kLanes<Acc>;
+      Acc* to = column_max + column + c0 + j * kLanes<Acc>;
       Vec<Acc> top = Load(to);
       PERFORMER_UNROLL
       for (int r = 0; r < Tile::kRows; ++r)
@@ -134,21 +134,21 @@ struct ColumnMaxima {
 // Fetches the rows ahead; hook and scale as in MatMul.
 template <class In, class Acc, class Hook>
 PERFORMER_INLINE void MatMulPanelsWith(const In* a, int64_t lda, int64_t n, const In* panels,
-                                       int64_t depth, const Widths& w, Acc* c, Ahead* ahead,
-                                       Hook* hook, Acc scale) {
-  ahead->Divide(HookCalls<Acc>(n, depth, w.m_pad));
-  for (int64_t m = 0; m < w.m_pad; m += kPanel) {
-    const int64_t cols = w.m_pad - m < kPanel ? w.m_pad - m : kPanel;
-    if constexpr (!std::is_same_v<Hook, Ahead>) hook->column = m;
-    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, w.m_stride, n, cols, hook,
-                  scale);
+                                       int64_t depth, const Strides& strides, Acc* c,
+                                       Prefetcher* prefetcher, Hook* hook, Acc scale) {
+  prefetcher->Divide(HookCalls<Acc>(n, depth, strides.m_pad));
+  for (int64_t m = 0; m < strides.m_pad; m += kPanel) {
+    const int64_t cols = strides.m_pad - m < kPanel ? strides.m_pad - m : kPanel;
+    if constexpr (!std::is_same_v<Hook, Prefetcher>) hook->column = m;
+    MatMul<false>(a, lda, 1, panels + m * depth, kPanel, depth, c + m, strides.m_stride, n, cols,
+                  hook, scale);
   }
 }
 template <class In, class Acc>
 PERFORMER_INLINE void MatMulPanels(const In* a, int64_t lda, int64_t n, const In* panels,
-                                   int64_t depth, const Widths& w, Acc* c, Ahead* ahead,
-                                   Acc scale = 1) {
-  MatMulPanelsWith(a, lda, n, panels, depth, w, c, ahead, ahead, scale);
+                                   int64_t depth, const Strides& strides, Acc* c,
+                                   Prefetcher* prefetcher, Acc scale = 1) {
+  MatMulPanelsWith(a, lda, n, panels, depth, strides, c, prefetcher, prefetcher, scale);
 }
 
 // The epilogue of the maps that are not linear: u to log2 phi(u) in place, and slope = d log phi /
@@ -185,18 +185,20 @@ PERFORMER_INLINE void ApplyMap(const Map<Acc>& map, int64_t n, int64_t width, in
 // not written for linear maps.
 template <class Acc>
 PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Acc* x, int64_t n, const Acc* panels,
-                                  const Widths& w, Acc* f, Acc* slope, Ahead* ahead) {
-  MatMulPanels(x, w.d_pad, n, panels, w.d, w, f, ahead);
-  ApplyMap(map, n, w.m_pad, w.m_stride, f, slope);
+                                  const Strides& strides, Acc* f, Acc* slope,
+                                  Prefetcher* prefetcher) {
+  MatMulPanels(x, strides.d_pad, n, panels, strides.d, strides, f, prefetcher);
+  ApplyMap(map, n, strides.m_pad, strides.m_stride, f, slope);
 }
 
 // g[i][m] *= slope[i][m].
 template <class Acc>
-PERFORMER_INLINE void ChainSlope(const Map<Acc>& map, int64_t n, const Widths& w, const Acc* slope,
-                                 Acc* g) {
+PERFORMER_INLINE void ChainSlope(const Map<Acc>& map, int64_t n, const Strides& strides,
+                                 const Acc* slope, Acc* g) {
   if (map.linear()) return;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t m = i * w.m_stride; m < i * w.m_stride + w.m_pad; m += kLanes<Acc>)
+    for (int64_t m = i * strides.m_stride; m < i * strides.m_stride + strides.m_pad;
+         m += kLanes<Acc>)
       Store(g + m, Load(g + m) * Load(slope + m));
 }
 
@@ -208,35 +210,36 @@ struct KeyChunk {
   uint8_t* skip;        // [chunk]: masked
   bool any, all;        // of the chunk's keys: seen, not masked
 
-  void Place(Arena& arena, const Widths& w, int64_t chunk) {
-    k = arena.Take<Acc>(chunk * w.d_pad);
-    v = arena.Take<Acc>(chunk * w.e_pad);
+  void Place(Arena& arena, const Strides& strides, int64_t chunk) {
+    k = arena.Take<Acc>(chunk * strides.d_pad);
+    v = arena.Take<Acc>(chunk * strides.e_pad);
     offset = arena.Take<Acc>(chunk);
     skip = arena.Take<uint8_t>(chunk);
   }
 
-  // Rows [row, row + n) of the slice's head; masked rows are replaced by 0, whatever they hold.
-  void Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Widths& w,
-            const Slice& slice, int64_t row, int64_t n, Ahead* ahead) {
-    LoadBias(call, keys, slice, row, n);
-    LoadRows<Acc>(Keys(call, keys, slice), row, n, skip, k, w.d_pad, ahead);
-    LoadRows<Acc>(Values(call, keys, slice), row, n, skip, v, w.e_pad, ahead);
-    FinishOffsets(map, n, [&](int64_t j) { return SquaredNorm<Acc>(k + j * w.d_pad, w.d_pad); });
+  // Rows [row, row + n) of the range's head; masked rows are replaced by 0, whatever they hold.
+  void Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Strides& strides,
+            const WorkRange& range, int64_t row, int64_t n, Prefetcher* prefetcher) {
+    LoadBias(call, keys, range, row, n);
+    LoadRows<Acc>(Keys(call, keys, range), row, n, skip, k, strides.d_pad, prefetcher);
+    LoadRows<Acc>(Values(call, keys, range), row, n, skip, v, strides.e_pad, prefetcher);
+    FinishOffsets(
+        map, n, [&](int64_t j) { return SquaredNorm<Acc>(k + j * strides.d_pad, strides.d_pad); });
   }
 
-  static ConstRows Keys(const Common& call, const KeySide& keys, const Slice& slice) {
-    return {keys.key, call.dtype, call.dims.groups, slice.head, call.dims.key_dim};
+  static ConstRows Keys(const Common& call, const KeySide& keys, const WorkRange& range) {
+    return {keys.key, call.dtype, call.dims.groups, range.head, call.dims.key_dim};
   }
-  static ConstRows Values(const Common& call, const KeySide& keys, const Slice& slice) {
-    return {keys.value, call.dtype, call.dims.groups, slice.head, call.dims.value_dim};
+  static ConstRows Values(const Common& call, const KeySide& keys, const WorkRange& range) {
+    return {keys.value, call.dtype, call.dims.groups, range.head, call.dims.value_dim};
   }
   // The key biases, and what they mask.
-  void LoadBias(const Common& call, const KeySide& keys, const Slice& slice, int64_t row,
+  void LoadBias(const Common& call, const KeySide& keys, const WorkRange& range, int64_t row,
                 int64_t n) {
-    const int64_t batch = call.offsets ? 0 : slice.sequence;
+    const int64_t batch = call.offsets ? 0 : range.sequence;
     const Acc* bias =
         static_cast<const Acc*>(keys.bias) + ((keys.bias_batch == 1 ? 0 : batch) * keys.bias_heads +
-                                              (keys.bias_heads == 1 ? 0 : slice.head)) *
+                                              (keys.bias_heads == 1 ? 0 : range.head)) *
                                                  keys.bias_length;
     const int64_t first = row - batch * call.dims.keys, step = keys.bias_length == 1 ? 0 : 1;
     any = false, all = true;
@@ -259,16 +262,16 @@ struct KeyChunk {
 // f[j][m] = 2^(f + offset_j - anchor_m) and, if asked for, mass[m] += sum_j; where the anchor is
 // -inf, f + offset is -inf too.
 template <class Acc>
-void KeyWeights(int64_t n, const Widths& w, const Acc* offset, const Acc* anchor, Acc* f,
-                Acc* mass) {
-  for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {
+void KeyFeatures(int64_t n, const Strides& strides, const Acc* offset, const Acc* anchor, Acc* f,
+                 Acc* mass) {
+  for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
     const Vec<Acc> given = Load(anchor + m), zero = {};
     const Vec<Acc> a = given == -kInf<Acc> ? zero : given;
     Vec<Acc> sum = {};
     for (int64_t j = 0; j < n; ++j) {
-      const Vec<Acc> y = Exp2(Load(f + j * w.m_stride + m) + offset[j] - a);
+      const Vec<Acc> y = Exp2(Load(f + j * strides.m_stride + m) + offset[j] - a);
       sum += y;
-      Store(f + j * w.m_stride + m, y);
+      Store(f + j * strides.m_stride + m, y);
     }
     if (mass) Store(mass + m, Load(mass + m) + sum);
   }
@@ -277,34 +280,35 @@ void KeyWeights(int64_t n, const Widths& w, const Acc* offset, const Acc* anchor
 // bias[m] = log2 of what feature m weighs: the state's log_mass (in base 2, or natural) and the
 // feature bias; -inf in the padding.
 template <class Acc>
-void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const Widths& w,
+void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const Strides& strides,
              Acc* bias) {
-  for (int64_t m = 0; m < w.m_pad; ++m)
-    bias[m] = m < w.m ? static_cast<Acc>(unit * static_cast<double>(log_mass[m]) +
-                                         kLog2eDouble * static_cast<double>(feature_bias[m]))
-                      : -kInf<Acc>;
+  for (int64_t m = 0; m < strides.m_pad; ++m)
+    bias[m] = m < strides.m ? static_cast<Acc>(unit * static_cast<double>(log_mass[m]) +
+                                               kLog2eDouble * static_cast<double>(feature_bias[m]))
+                            : -kInf<Acc>;
 }
 
 // tops[i] = lanes whose maximum is that of f[i] + bias.
 template <class Acc>
-void RowTops(int64_t n, const Widths& w, const Acc* bias, const Acc* f, Acc* tops) {
-  for (int64_t i = 0; i < n; ++i, f += w.m_stride) {
+void ComputeRowMax(int64_t n, const Strides& strides, const Acc* bias, const Acc* f, Acc* row_max) {
+  for (int64_t i = 0; i < n; ++i, f += strides.m_stride) {
     Vec<Acc> top = Splat(-kInf<Acc>);
-    for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) top = Max(Load(f + m) + Load(bias + m), top);
-    Store(tops + i * kLanes<Acc>, top);
+    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
+      top = Max(Load(f + m) + Load(bias + m), top);
+    Store(row_max + i * kLanes<Acc>, top);
   }
 }
 
-// f[i] = 2^(f[i] + bias - shift_i), shift_i the row's maximum (0 if that is -inf), from RowTops;
+// f[i] = 2^(f[i] + bias - shift_i), shift_i the row's maximum (0 if that is -inf), from ComputeRowMax;
 // den_i = sum_m f[i][m] * weight[m], or of f alone.
 template <bool kWeighted, class Acc>
-void QueryWeights(int64_t n, const Widths& w, const Acc* bias, const Acc* weight, const Acc* tops,
-                  Acc* f, Acc* shift, Acc* den) {
-  for (int64_t i = 0; i < n; ++i, f += w.m_stride) {
-    const Acc highest = ReduceMax<Acc>(Load(tops + i * kLanes<Acc>));
+void QueryFeatures(int64_t n, const Strides& strides, const Acc* bias, const Acc* weight,
+                   const Acc* row_max, Acc* f, Acc* shift, Acc* den) {
+  for (int64_t i = 0; i < n; ++i, f += strides.m_stride) {
+    const Acc highest = ReduceMax<Acc>(Load(row_max + i * kLanes<Acc>));
     shift[i] = highest == -kInf<Acc> ? Acc(0) : highest;
     Vec<Acc> sum = {};
-    for (int64_t m = 0; m < w.m_pad; m += kLanes<Acc>) {
+    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
       const Vec<Acc> y = Exp2(Load(f + m) + Load(bias + m) - shift[i]);
       Store(f + m, y);
       sum += kWeighted ? y * Load(weight + m) : y;

@@ -20,44 +20,45 @@ struct QueryHead {
   ProjectionOperands<Acc, In> projection;
   const Acc* feature_bias;
 
-  QueryHead(const Common& call, const QuerySide& queries, const Acc* packed, const Widths& w,
+  QueryHead(const Common& call, const QuerySide& queries, const Acc* packed, const Strides& strides,
             int64_t head)
       : projection(Operands<Acc, In>::Projection(
             call.attributes,
             packed + QueryHeadIndex(queries.projection_heads, head, call.dims) *
-                         PackedProjection<Acc>::Size(w),
-            w)),
+                         PackedProjection<Acc>::Size(strides),
+            strides)),
         feature_bias(FeatureBias<Acc>(queries, head, call.dims)) {}
 };
 
-// f and the maxima of f + bias that QueryWeights wants.
+// f and the maxima of f + bias that QueryFeatures wants.
 template <class Acc, class In>
 void QueryLogFeatures(const Map<Acc>& map, const Left<In>& q, int64_t n,
-                      const ProjectionOperands<Acc, In>& projection, const Widths& w,
-                      const Acc* bias, Acc* f, Acc* slope, Acc* tops, Ahead* ahead) {
-  for (int64_t i = 0; i < n * kLanes<Acc>; ++i) tops[i] = -kInf<Acc>;
-  LogFeatures<Acc>(map, q, n, projection, w, f, slope, RowMaxima<Acc>{ahead, bias, tops},
-                   [&] { RowTops(n, w, bias, f, tops); });
+                      const ProjectionOperands<Acc, In>& projection, const Strides& strides,
+                      const Acc* bias, Acc* f, Acc* slope, Acc* row_max, Prefetcher* prefetcher) {
+  for (int64_t i = 0; i < n * kLanes<Acc>; ++i) row_max[i] = -kInf<Acc>;
+  LogFeatures<Acc>(map, q, n, projection, strides, f, slope,
+                   RowMaxima<Acc>{prefetcher, bias, row_max},
+                   [&] { ComputeRowMax(n, strides, bias, f, row_max); });
 }
 
 template <class Acc, class In>
 struct ReadScratch {
-  Acc *q, *f, *out, *mean, *bias, *tops, *shift, *den;
+  Acc *q, *f, *out, *mean, *bias, *row_max, *shift, *den;
   In *q_operand, *f_operand, *mean_operand;
 
-  void Place(Arena& arena, const Widths& w, int64_t chunk) {
+  void Place(Arena& arena, const Strides& strides, int64_t chunk) {
     const auto take = [&](int64_t numbers) {
       return arena.Take<In>(Operands<Acc, In>::Size(numbers));
     };
-    q_operand = take(chunk * w.d_pad);
-    f_operand = take(chunk * w.m_stride);
-    mean_operand = take((w.m + 1) * w.e_pad);
-    q = arena.Take<Acc>(chunk * w.d_pad);
-    f = arena.Take<Acc>(chunk * w.m_stride);
-    out = arena.Take<Acc>(chunk * w.e_pad);
-    mean = arena.Take<Acc>(w.m * w.e_pad);
-    bias = arena.Take<Acc>(w.m_pad);
-    tops = arena.Take<Acc>(chunk * kLanes<Acc>);
+    q_operand = take(chunk * strides.d_pad);
+    f_operand = take(chunk * strides.m_stride);
+    mean_operand = take((strides.m + 1) * strides.e_pad);
+    q = arena.Take<Acc>(chunk * strides.d_pad);
+    f = arena.Take<Acc>(chunk * strides.m_stride);
+    out = arena.Take<Acc>(chunk * strides.e_pad);
+    mean = arena.Take<Acc>(strides.m * strides.e_pad);
+    bias = arena.Take<Acc>(strides.m_pad);
+    row_max = arena.Take<Acc>(chunk * kLanes<Acc>);
     shift = arena.Take<Acc>(chunk);
     den = arena.Take<Acc>(chunk);
   }
@@ -82,41 +83,43 @@ struct ScaledRows {
 };
 
 template <class Acc, class In>
-bool Read(const ReadParams& params, const Acc* projection, Slice slice) {
+bool Read(const ReadParams& params, const Acc* projection, WorkRange range) {
   const Dims& dims = params.dims;
-  const Widths w = MakeWidths<Acc>(dims);
+  const Strides strides = MakeStrides<Acc>(dims);
   const Map<Acc> map(params);
-  const int64_t rows = slice.end - slice.begin, chunk = rows < kReadChunk ? rows : kReadChunk;
+  const int64_t rows = range.end - range.begin, chunk = rows < kReadChunk ? rows : kReadChunk;
   Arena arena;
   using Operand = Operands<Acc, In>;
   ReadScratch<Acc, In> s;
-  s.Place(arena, w, chunk);
+  s.Place(arena, strides, chunk);
   if (!arena.Allocate()) return false;
-  s.Place(arena, w, chunk);
-  const QueryHead<Acc, In> head(params, params.queries, projection, w, slice.head);
-  const LoadedState<Acc> state(params.state, dims, slice.sequence, slice.head / GroupSize(dims));
-  state.CopyMean(w, s.mean);
-  const Right<In> mean = Operand::Stack(s.mean, w.m, w.e_pad, w.e_pad, s.mean_operand);
-  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, w, s.bias);
+  s.Place(arena, strides, chunk);
+  const QueryHead<Acc, In> head(params, params.queries, projection, strides, range.head);
+  const LoadedState<Acc> state(params.state, dims, range.sequence, range.head / GroupSize(dims));
+  state.CopyMean(strides, s.mean);
+  const Right<In> mean =
+      Operand::Stack(s.mean, strides.m, strides.e_pad, strides.e_pad, s.mean_operand);
+  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, strides, s.bias);
 
-  Ahead ahead;
-  const ConstRows queries = {params.queries.query, params.dtype, dims.heads, slice.head, w.d};
-  const MutableRows out = {params.out, params.dtype, dims.heads, slice.head, w.e};
-  const bool in_place = out.dtype == kOwnType<Acc> && out.width == w.e_pad;
-  for (int64_t row = slice.begin; row < slice.end; row += chunk) {
-    const int64_t n = slice.end - row < chunk ? slice.end - row : chunk;
-    const Left<In> q = LoadLeft(queries, row, n, w.d_pad, s.q, s.q_operand, &ahead);
-    ahead.Want(out, row, n);
-    QueryLogFeatures(map, q, n, head.projection, w, s.bias, s.f, static_cast<Acc*>(nullptr), s.tops,
-                     &ahead);
-    QueryWeights<false, Acc>(n, w, s.bias, nullptr, s.tops, s.f, s.shift, s.den);
-    const Left<In> f = Operand::Rows(s.f, n, w.m_pad, w.m_stride, s.f_operand);
+  Prefetcher prefetcher;
+  const ConstRows queries = {params.queries.query, params.dtype, dims.heads, range.head, strides.d};
+  const MutableRows out = {params.out, params.dtype, dims.heads, range.head, strides.e};
+  const bool in_place = out.dtype == kOwnType<Acc> && out.width == strides.e_pad;
+  for (int64_t row = range.begin; row < range.end; row += chunk) {
+    const int64_t n = range.end - row < chunk ? range.end - row : chunk;
+    const Left<In> q = LoadLeft(queries, row, n, strides.d_pad, s.q, s.q_operand, &prefetcher);
+    prefetcher.Request(out, row, n);
+    QueryLogFeatures(map, q, n, head.projection, strides, s.bias, s.f, static_cast<Acc*>(nullptr),
+                     s.row_max, &prefetcher);
+    QueryFeatures<false, Acc>(n, strides, s.bias, nullptr, s.row_max, s.f, s.shift, s.den);
+    const Left<In> f = Operand::Rows(s.f, n, strides.m_pad, strides.m_stride, s.f_operand);
     ScaledRows<Acc> scaled(n, s.den);
     if (in_place) {
-      Product<false>(f, mean, w.m, out.At<Acc>(row), out.heads * out.width, n, w.e_pad, &scaled);
+      Product<false>(f, mean, strides.m, out.At<Acc>(row), out.heads * out.width, n, strides.e_pad,
+                     &scaled);
     } else {
-      Product<false>(f, mean, w.m, s.out, w.e_pad, n, w.e_pad, &scaled);
-      StoreRows(out, row, n, s.out, w.e_pad);
+      Product<false>(f, mean, strides.m, s.out, strides.e_pad, n, strides.e_pad, &scaled);
+      StoreRows(out, row, n, s.out, strides.e_pad);
     }
   }
   return true;

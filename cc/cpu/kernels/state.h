@@ -18,13 +18,13 @@ struct LoadedState {
     mean = static_cast<const Acc*>(state.mean) + at * dims.value_dim;
   }
   // to [m][e_pad]: means with padding, zero where nothing was seen.
-  void CopyMean(const Widths& w, Acc* to) const {
-    for (int64_t m = 0; m < w.m; ++m) {
-      const Acc* from = mean + m * w.e;
-      Acc* row = to + m * w.e_pad;
-      const int64_t given = log_mass[m] == -kInf<Acc> ? 0 : w.e;
+  void CopyMean(const Strides& strides, Acc* to) const {
+    for (int64_t m = 0; m < strides.m; ++m) {
+      const Acc* from = mean + m * strides.e;
+      Acc* row = to + m * strides.e_pad;
+      const int64_t given = log_mass[m] == -kInf<Acc> ? 0 : strides.e;
       for (int64_t e = 0; e < given; ++e) row[e] = from[e];
-      for (int64_t e = given; e < w.e_pad; ++e) row[e] = 0;
+      for (int64_t e = given; e < strides.e_pad; ++e) row[e] = 0;
     }
   }
 };
@@ -32,30 +32,30 @@ struct LoadedState {
 // log_mass[m] and mean[m][e] of sums [m][e_pad] and masses relative to 2^anchor; -inf and 0 where
 // the mass is 0.
 template <class Acc>
-void WriteState(const Widths& w, const Acc* anchor, const Acc* mass, const Acc* sum, Acc* log_mass,
-                Acc* mean) {
-  for (int64_t m = 0; m < w.m; ++m) {
+void WriteState(const Strides& strides, const Acc* anchor, const Acc* mass, const Acc* sum,
+                Acc* log_mass, Acc* mean) {
+  for (int64_t m = 0; m < strides.m; ++m) {
     const bool nothing = mass[m] == 0;
     const double log2_mass =
         static_cast<double>(anchor[m]) + __builtin_log2(static_cast<double>(mass[m]));
     log_mass[m] = nothing ? -kInf<Acc> : static_cast<Acc>(kLn2Double * log2_mass);
     const Acc inverse = nothing ? Acc(0) : 1 / mass[m];
-    for (int64_t e = 0; e < w.e; ++e)
-      mean[m * w.e + e] = nothing ? Acc(0) : sum[m * w.e_pad + e] * inverse;
+    for (int64_t e = 0; e < strides.e; ++e)
+      mean[m * strides.e + e] = nothing ? Acc(0) : sum[m * strides.e_pad + e] * inverse;
   }
 }
 
 // into = into merged with `more`, relative to the larger anchor.
 template <class Acc>
-void MergeSummaries(const Widths& w, SummaryPartial<Acc> into, SummaryPartial<Acc> more) {
-  for (int64_t m0 = 0; m0 < w.m; m0 += kLanes<Acc>) {
+void MergeSummaries(const Strides& strides, SummaryPartial<Acc> into, SummaryPartial<Acc> more) {
+  for (int64_t m0 = 0; m0 < strides.m; m0 += kLanes<Acc>) {
     const Vec<Acc> a = Load(into.anchor + m0), b = Load(more.anchor + m0), zero = {};
     const Vec<Acc> top = Max(a, b), base = top == -kInf<Acc> ? zero : top;
     const Vec<Acc> keep = Exp2(a - base), add = Exp2(b - base);
     Store(into.anchor + m0, top);
     Store(into.mass + m0, keep * Load(into.mass + m0) + add * Load(more.mass + m0));
-    for (int64_t m = m0; m < m0 + kLanes<Acc> && m < w.m; ++m)
-      for (int64_t e = m * w.e_pad; e < (m + 1) * w.e_pad; e += kLanes<Acc>)
+    for (int64_t m = m0; m < m0 + kLanes<Acc> && m < strides.m; ++m)
+      for (int64_t e = m * strides.e_pad; e < (m + 1) * strides.e_pad; e += kLanes<Acc>)
         Store(into.sum + e, keep[m - m0] * Load(into.sum + e) + add[m - m0] * Load(more.sum + e));
   }
 }

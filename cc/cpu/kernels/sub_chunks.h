@@ -12,19 +12,19 @@ namespace cpu {
 template <class Acc>
 struct CausalSubChunk {
   int64_t row, begin, rows;        // first row in the tensor and in its chunk; number of rows
-  bool blind;                      // these rows see no key at all: what follows is not set
+  bool fully_masked;               // these rows see no key at all: what follows is not set
   const Acc *sum, *mass, *anchor;  // the state before: [m][e_pad], [m_pad], [m_pad]
-  const Acc* kb;  // [m][kCausalChunk], columns as in the chunk; 0 before the sub-chunk
-  const Acc* v;   // [rows][e_pad]
+  const Acc* key_features;  // [m][kCausalChunk], columns as in the chunk; 0 before the sub-chunk
+  const Acc* v;             // [rows][e_pad]
 };
 
 // A chain of keys, one sequence and key/value head, between two windows.
 template <class Acc>
 struct CausalChain {
-  Slice slice;
+  WorkRange range;
   int64_t row;                // where the next sub-chunk begins
   bool done;                  // there is none, and the final state is written
-  SummaryPartial<Acc> state;  // before that row; at slice.begin not set
+  SummaryPartial<Acc> state;  // before that row; at range.begin not set
 };
 
 // Consecutive sub-chunks of a chain, and memory for what they point to.
@@ -35,17 +35,18 @@ struct CausalWindow {
   int64_t slots, count;             // room, and sub-chunks there are
   int64_t taken;  // of the (sub-chunk, query head) items, counted atomically: by whoever takes one
 
-  static PERFORMER_INLINE constexpr int64_t SlotSize(const Widths& w) {
-    return SummaryPartial<Acc>::Size(w) + (w.m + w.e_pad) * kCausalChunk;
+  static PERFORMER_INLINE constexpr int64_t SlotSize(const Strides& strides) {
+    return SummaryPartial<Acc>::Size(strides) + (strides.m + strides.e_pad) * kCausalChunk;
   }
   struct Slot {
     SummaryPartial<Acc> state;
-    Acc *kb, *v;
+    Acc *key_features, *v;
   };
-  PERFORMER_INLINE Slot At(int64_t i, const Widths& w) const {
-    Acc* base = memory + i * SlotSize(w);
-    Acc* kb = base + SummaryPartial<Acc>::Size(w);
-    return {SummaryPartial<Acc>::At(base, w), kb, kb + w.m * kCausalChunk};
+  PERFORMER_INLINE Slot At(int64_t i, const Strides& strides) const {
+    Acc* base = memory + i * SlotSize(strides);
+    Acc* key_features = base + SummaryPartial<Acc>::Size(strides);
+    return {SummaryPartial<Acc>::At(base, strides), key_features,
+            key_features + strides.m * kCausalChunk};
   }
   // The next item that nobody has taken; from count * group on there is none.
   PERFORMER_INLINE int64_t Take() { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); }

@@ -17,8 +17,8 @@ inline constexpr int64_t kPanel =
 template <class Acc>
 constexpr int64_t kPad = kAlignment / static_cast<int64_t>(sizeof(Acc));
 
-// Widths of rows in scratch memory: padded to whole vectors, the padding is zero.
-struct Widths {
+// Strides of rows in scratch memory: padded to whole vectors, the padding is zero.
+struct Strides {
   int64_t d, e, m;              // as in the call
   int64_t d_pad, e_pad, m_pad;  // of padded rows
   int64_t m_panels;             // panels that hold m columns
@@ -27,7 +27,7 @@ struct Widths {
 };
 
 template <class Acc>
-PERFORMER_INLINE constexpr Widths MakeWidths(const Dims& dims) {
+PERFORMER_INLINE constexpr Strides MakeStrides(const Dims& dims) {
   constexpr int64_t kUnit = kPad<Acc>;
   const int64_t m_pad = RoundUp(dims.features, kUnit);
   return {dims.key_dim,
@@ -48,12 +48,12 @@ struct PackedProjection {
   const Acc* rows = nullptr;        // [m][d_pad]: w
   const Acc* base2_rows = nullptr;  // [m][d_pad]: w, times log2(e) for the softmax map
 
-  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) {
-    return w.m_panels * kPanel * w.d + 2 * w.m * w.d_pad;
+  static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides) {
+    return strides.m_panels * kPanel * strides.d + 2 * strides.m * strides.d_pad;
   }
-  static PERFORMER_INLINE PackedProjection At(const Acc* base, const Widths& w) {
-    const Acc* rows = base + w.m_panels * kPanel * w.d;
-    return {base, rows, rows + w.m * w.d_pad};
+  static PERFORMER_INLINE PackedProjection At(const Acc* base, const Strides& strides) {
+    const Acc* rows = base + strides.m_panels * kPanel * strides.d;
+    return {base, rows, rows + strides.m * strides.d_pad};
   }
 };
 
@@ -61,22 +61,22 @@ struct PackedProjection {
 template <class Acc>
 struct SummaryPartial {      // sums relative to 2^anchor
   Acc *anchor, *mass, *sum;  // [m_pad], [m_pad], [m][e_pad]; anchor -inf: nothing yet
-  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) {
-    return 2 * w.m_pad + w.m * w.e_pad;
+  static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides) {
+    return 2 * strides.m_pad + strides.m * strides.e_pad;
   }
-  static PERFORMER_INLINE SummaryPartial At(Acc* base, const Widths& w) {
-    return {base, base + w.m_pad, base + 2 * w.m_pad};
+  static PERFORMER_INLINE SummaryPartial At(Acc* base, const Strides& strides) {
+    return {base, base + strides.m_pad, base + 2 * strides.m_pad};
   }
 };
 template <class Acc>
 struct ReadGradPartial {
   Acc *log_mass, *mean, *projection;  // [m_pad] (also the gradient of feature_bias), [m][e_pad],
                                       // [m][d_pad] / sqrt(scale)
-  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w) {
-    return w.m_pad + w.m * (w.e_pad + w.d_pad);
+  static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides) {
+    return strides.m_pad + strides.m * (strides.e_pad + strides.d_pad);
   }
-  static PERFORMER_INLINE ReadGradPartial At(Acc* base, const Widths& w) {
-    return {base, base + w.m_pad, base + w.m_pad + w.m * w.e_pad};
+  static PERFORMER_INLINE ReadGradPartial At(Acc* base, const Strides& strides) {
+    return {base, base + strides.m_pad, base + strides.m_pad + strides.m * strides.e_pad};
   }
 };
 template <class Acc>
@@ -85,14 +85,16 @@ struct CausalGradPartial {
       *key_projection;  // of the initial state [m_pad], [m][e_pad]; [m][d_pad] / sqrt(scale)
   Acc *feature_bias, *query_projection;  // [heads of the group][m_pad], [heads of the
                                          // group][m][d_pad] / sqrt(scale)
-  static PERFORMER_INLINE constexpr int64_t Size(const Widths& w, int64_t group_size) {
-    return w.m_pad + w.m * (w.e_pad + w.d_pad) + group_size * (w.m_pad + w.m * w.d_pad);
+  static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides, int64_t group_size) {
+    return strides.m_pad + strides.m * (strides.e_pad + strides.d_pad) +
+           group_size * (strides.m_pad + strides.m * strides.d_pad);
   }
-  static PERFORMER_INLINE CausalGradPartial At(Acc* base, const Widths& w, int64_t group_size) {
-    Acc* mean = base + w.m_pad;
-    Acc* key_projection = mean + w.m * w.e_pad;
-    Acc* feature_bias = key_projection + w.m * w.d_pad;
-    return {base, mean, key_projection, feature_bias, feature_bias + group_size * w.m_pad};
+  static PERFORMER_INLINE CausalGradPartial At(Acc* base, const Strides& strides,
+                                               int64_t group_size) {
+    Acc* mean = base + strides.m_pad;
+    Acc* key_projection = mean + strides.m * strides.e_pad;
+    Acc* feature_bias = key_projection + strides.m * strides.d_pad;
+    return {base, mean, key_projection, feature_bias, feature_bias + group_size * strides.m_pad};
   }
 };
 
@@ -106,7 +108,7 @@ PERFORMER_INLINE int64_t QueryHeadIndex(int64_t count, int64_t head, const Dims&
 
 // A work item: rows [begin, end) of one sequence and one head, rows counted through the whole
 // tensor [B * L].
-struct Slice {
+struct WorkRange {
   int64_t sequence, head, begin, end;
 };
 

@@ -57,17 +57,17 @@ struct Operands {
   }
   // The same of rows of a tensor, masked ones as 0, by way of a copy of Acc if it takes one.
   static Right<In> StackOf(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
-                           int64_t stride, Acc* copy, In*, Ahead* ahead) {
-    LoadRows(rows, row, n, skip, copy, stride, ahead);
+                           int64_t stride, Acc* copy, In*, Prefetcher* prefetcher) {
+    LoadRows(rows, row, n, skip, copy, stride, prefetcher);
     return {copy, stride};
   }
   // Panels [m_panels][width][kPanel] as right operand, in place.
   static const In* Panels(Acc* panels, int64_t, int64_t) { return panels; }
 
   static ProjectionOperands<Acc, In> Projection(const Attributes&, const Acc* packed,
-                                                const Widths& w) {
-    const auto given = PackedProjection<Acc>::At(packed, w);
-    return {given.panels, {given.rows, w.d_pad}, 1, 1};
+                                                const Strides& strides) {
+    const auto given = PackedProjection<Acc>::At(packed, strides);
+    return {given.panels, {given.rows, strides.d_pad}, 1, 1};
   }
 };
 
@@ -128,12 +128,12 @@ struct Operands<float, Pair> {
     return {to, stride};
   }
   static Right<Pair> StackOf(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
-                             int64_t stride, float* copy, Pair* to, Ahead* ahead) {
+                             int64_t stride, float* copy, Pair* to, Prefetcher* prefetcher) {
     if (!Fits(rows, stride)) {
-      LoadRows(rows, row, n, skip, copy, stride, ahead);
+      LoadRows(rows, row, n, skip, copy, stride, prefetcher);
       return Stack(copy, n, stride, stride, to);
     }
-    ahead->WantNext(rows, row, n);
+    prefetcher->RequestNext(rows, row, n);
     BFloat16* zeros = reinterpret_cast<BFloat16*>(copy);
     for (int64_t e = 0; e < stride; ++e) zeros[e] = {0};
     const auto at = [&](int64_t i) {
@@ -151,25 +151,27 @@ struct Operands<float, Pair> {
 
   // As `Pack` wrote it.
   static ProjectionOperands<float, Pair> Projection(const Attributes& attributes,
-                                                    const float* packed, const Widths& w) {
+                                                    const float* packed, const Strides& strides) {
     const Pair* panels = reinterpret_cast<const Pair*>(packed);
-    const double root = __builtin_sqrt(attributes.ResolvedScale(w.d));
+    const double root = __builtin_sqrt(attributes.ResolvedScale(strides.d));
     const double base = attributes.feature_map == FeatureMap::kSoftmax ? kLog2eDouble : 1.0;
     return {panels,
-            {panels + w.m_panels * Depth(w.d) * kPanel, w.d_pad},
+            {panels + strides.m_panels * Depth(strides.d) * kPanel, strides.d_pad},
             static_cast<float>(root * base),
             static_cast<float>(root)};
   }
   // Half of the memory of PackedProjection is enough.
-  static void Pack(const Widths& w, const float* from, float* to) {
+  static void Pack(const Strides& strides, const float* from, float* to) {
     Pair* panels = reinterpret_cast<Pair*>(to);
-    Pair* rows = panels + w.m_panels * Depth(w.d) * kPanel;
-    __builtin_memset(to, 0, static_cast<size_t>(PackedProjection<float>::Size(w)) * sizeof(float));
-    for (int64_t m = 0; m < w.m; ++m)
-      for (int64_t d = 0; d < w.d; ++d) {
-        const uint32_t bits = Half16(from[m * w.d + d]);
-        panels[(m / kPanel * Depth(w.d) + d / 2) * kPanel + m % kPanel].bits |= bits << d % 2 * 16;
-        rows[m / 2 * w.d_pad + d].bits |= bits << m % 2 * 16;
+    Pair* rows = panels + strides.m_panels * Depth(strides.d) * kPanel;
+    __builtin_memset(to, 0,
+                     static_cast<size_t>(PackedProjection<float>::Size(strides)) * sizeof(float));
+    for (int64_t m = 0; m < strides.m; ++m)
+      for (int64_t d = 0; d < strides.d; ++d) {
+        const uint32_t bits = Half16(from[m * strides.d + d]);
+        panels[(m / kPanel * Depth(strides.d) + d / 2) * kPanel + m % kPanel].bits |= bits
+                                                                                      << d % 2 * 16;
+        rows[m / 2 * strides.d_pad + d].bits |= bits << m % 2 * 16;
       }
   }
 
@@ -185,12 +187,12 @@ struct Operands<float, Pair> {
 // Rows of a tensor as left operand summed over their columns, without a copy if it can be.
 template <class Acc, class In>
 PERFORMER_INLINE Left<In> LoadLeft(const ConstRows& rows, int64_t row, int64_t n, int64_t width,
-                                   Acc* copy, In* operand, Ahead* ahead) {
+                                   Acc* copy, In* operand, Prefetcher* prefetcher) {
   if (Operands<Acc, In>::Fits(rows, width)) {
-    ahead->WantNext(rows, row, n);
+    prefetcher->RequestNext(rows, row, n);
     return Operands<Acc, In>::InPlace(rows, row);
   }
-  LoadRows(rows, row, n, nullptr, copy, width, ahead);
+  LoadRows(rows, row, n, nullptr, copy, width, prefetcher);
   return Operands<Acc, In>::Rows(copy, n, width, width, operand);
 }
 
@@ -198,15 +200,15 @@ PERFORMER_INLINE Left<In> LoadLeft(const ConstRows& rows, int64_t row, int64_t n
 template <class Acc, class In>
 PERFORMER_INLINE Left<In> LoadKeys(const ConstRows& rows, int64_t row, int64_t n,
                                    const Map<Acc>& map, int64_t width, KeyChunk<Acc>* keys,
-                                   In* operand, Ahead* ahead) {
+                                   In* operand, Prefetcher* prefetcher) {
   using T = std::conditional_t<std::is_same_v<In, Acc>, Acc, BFloat16>;
   if (keys->all && Operands<Acc, In>::Fits(rows, width)) {
-    ahead->WantNext(rows, row, n);
+    prefetcher->RequestNext(rows, row, n);
     keys->FinishOffsets(
         map, n, [&](int64_t j) { return SquaredNorm<Acc>(rows.template At<T>(row + j), width); });
     return Operands<Acc, In>::InPlace(rows, row);
   }
-  LoadRows(rows, row, n, keys->skip, keys->k, width, ahead);
+  LoadRows(rows, row, n, keys->skip, keys->k, width, prefetcher);
   keys->FinishOffsets(map, n,
                       [&](int64_t j) { return SquaredNorm<Acc>(keys->k + j * width, width); });
   return Operands<Acc, In>::Rows(keys->k, n, width, width, operand);
@@ -216,16 +218,17 @@ PERFORMER_INLINE Left<In> LoadKeys(const ConstRows& rows, int64_t row, int64_t n
 // are not linear it cannot, and `pass` does so afterwards.
 template <class Acc, class In, class Hook, class Pass>
 PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Left<In>& x, int64_t n,
-                                  const ProjectionOperands<Acc, In>& projection, const Widths& w,
-                                  Acc* f, Acc* slope, Hook hook, Pass pass) {
+                                  const ProjectionOperands<Acc, In>& projection,
+                                  const Strides& strides, Acc* f, Acc* slope, Hook hook,
+                                  Pass pass) {
   constexpr auto kDepth = Operands<Acc, In>::Depth;
   if (map.linear()) {
-    MatMulPanelsWith(x.at, x.row, n, projection.panels, kDepth(w.d), w, f, hook.ahead, &hook,
-                     projection.feature_scale);
+    MatMulPanelsWith(x.at, x.row, n, projection.panels, kDepth(strides.d), strides, f,
+                     hook.prefetcher, &hook, projection.feature_scale);
   } else {
-    MatMulPanels(x.at, x.row, n, projection.panels, kDepth(w.d), w, f, hook.ahead,
+    MatMulPanels(x.at, x.row, n, projection.panels, kDepth(strides.d), strides, f, hook.prefetcher,
                  projection.feature_scale);
-    ApplyMap(map, n, w.m_pad, w.m_stride, f, slope);
+    ApplyMap(map, n, strides.m_pad, strides.m_stride, f, slope);
     pass();
   }
 }

@@ -35,14 +35,14 @@ PERFORMER_INLINE constexpr int64_t SizeOf(DType dtype) {
 
 // Rows that will be wanted soon. They are fetched a few cache lines at a time, in the course of a
 // product: all at once they would be waited for, as a core has only so many lines on the way.
-class Ahead {
+class Prefetcher {
  public:
-  explicit Ahead(bool backwards = false) : backwards_(backwards) {}
+  explicit Prefetcher(bool backwards = false) : backwards_(backwards) {}
 
   // Rows [row, row + n). Only a hint: they may lie outside of the tensor.
   template <class Rows>
-  void Want(const Rows& rows, int64_t row, int64_t n) {
-    if (n == 0 || entries_ == kMost) return;
+  void Request(const Rows& rows, int64_t row, int64_t n) {
+    if (n == 0 || entries_ == kMaxRanges) return;
     const int64_t width = rows.width * SizeOf(rows.dtype), step = rows.heads * width;
     const auto at = reinterpret_cast<uintptr_t>(rows.data) +
                     static_cast<uintptr_t>(row * step + rows.head * width);
@@ -50,8 +50,8 @@ class Ahead {
     lines_ += n * ((width + kAlignment - 1) / kAlignment);
   }
   // The rows that come after [row, row + n), as many.
-  void WantNext(const ConstRows& rows, int64_t row, int64_t n) {
-    Want(rows, backwards_ ? row - n : row + n, n);
+  void RequestNext(const ConstRows& rows, int64_t row, int64_t n) {
+    Request(rows, backwards_ ? row - n : row + n, n);
   }
   // Each of `calls` of Before() fetches the same share; none if a product has no terms.
   PERFORMER_INLINE void Divide(int64_t calls) {
@@ -78,8 +78,8 @@ class Ahead {
     uintptr_t at;
     int64_t step, bytes, rows, offset;
   };
-  static constexpr int64_t kMost = 4;
-  Entry entry_[kMost];
+  static constexpr int64_t kMaxRanges = 4;
+  Entry entry_[kMaxRanges];
   int64_t entries_ = 0, lines_ = 0, share_ = 0;
   bool backwards_;
 };
@@ -148,8 +148,8 @@ PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t 
 // skip[i] (skip may be nullptr). The next n rows are wanted.
 template <class Acc>
 void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip, Acc* to,
-              int64_t stride, Ahead* ahead) {
-  ahead->WantNext(rows, row, n);
+              int64_t stride, Prefetcher* prefetcher) {
+  prefetcher->RequestNext(rows, row, n);
   if constexpr (sizeof(Acc) == sizeof(double)) {
     LoadTypedRows<double>(rows, row, n, skip, to, stride);
   } else {

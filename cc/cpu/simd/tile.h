@@ -17,18 +17,18 @@ struct Tile {
   }
   // v[r][:] += sum_k a[r * row + k * step] * b[k * ldb + :]; In: T, or Pair (two terms each).
   template <class In>
-  PERFORMER_INLINE void Multiply(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
-                                 int64_t depth) {
-    for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) Rank1<0, R>(a, row, b);
+  PERFORMER_INLINE void Multiply(const In* a, int64_t row_stride, int64_t depth_stride, const In* b,
+                                 int64_t ldb, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k, a += depth_stride, b += ldb) Rank1<0, R>(a, row_stride, b);
   }
   // The triangular end of a causal product: row r takes k <= r only, so that an earlier row never
   // touches a later row of b.
-  PERFORMER_INLINE void MultiplyLower(const T* a, int64_t row, const T* b, int64_t ldb) {
-    Triangle<true, 0>(a, row, b, ldb);
+  PERFORMER_INLINE void MultiplyLower(const T* a, int64_t row_stride, const T* b, int64_t ldb) {
+    Triangle<true, 0>(a, row_stride, b, ldb);
   }
   // Its mirror image: row r takes k >= r only.
-  PERFORMER_INLINE void MultiplyUpper(const T* a, int64_t row, const T* b, int64_t ldb) {
-    Triangle<false, 0>(a, row, b, ldb);
+  PERFORMER_INLINE void MultiplyUpper(const T* a, int64_t row_stride, const T* b, int64_t ldb) {
+    Triangle<false, 0>(a, row_stride, b, ldb);
   }
   PERFORMER_INLINE void LoadFrom(const T* from, int64_t stride) {
     ForEach([&](int r, int j, Vec<T>& x) { x = Load(from + r * stride + j * kLanes<T>); });
@@ -46,26 +46,26 @@ struct Tile {
 
  private:
   template <int kBegin, int kEnd, class In>
-  PERFORMER_INLINE void Rank1(const In* a, int64_t row, const In* b) {
+  PERFORMER_INLINE void Rank1(const In* a, int64_t row_stride, const In* b) {
     decltype(Load(b)) bv[NV];
     PERFORMER_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = Load(b + j * kLanes<T>);
     PERFORMER_UNROLL
     for (int r = kBegin; r < kEnd; ++r) {
-      const auto av = Splat(a[r * row]);
+      const auto av = Splat(a[r * row_stride]);
       PERFORMER_UNROLL
       for (int j = 0; j < NV; ++j) v[r][j] = MultiplyAdd(av, bv[j], v[r][j]);
     }
   }
   template <bool kLower, int k>
-  PERFORMER_INLINE void Triangle(const T* a, int64_t row, const T* b, int64_t ldb) {
+  PERFORMER_INLINE void Triangle(const T* a, int64_t row_stride, const T* b, int64_t ldb) {
     if constexpr (k < R) {
       if constexpr (kLower) {
-        Rank1<k, R>(a + k, row, b + k * ldb);
+        Rank1<k, R>(a + k, row_stride, b + k * ldb);
       } else {
-        Rank1<0, k + 1>(a + k, row, b + k * ldb);
+        Rank1<0, k + 1>(a + k, row_stride, b + k * ldb);
       }
-      Triangle<kLower, k + 1>(a, row, b, ldb);
+      Triangle<kLower, k + 1>(a, row_stride, b, ldb);
     }
   }
 };
@@ -117,12 +117,12 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
 }
 
 // Terms of a sum between two calls of a hook: what it does there does not come in bursts.
-constexpr int64_t kHookStep = 8;
+constexpr int64_t kHookStride = 8;
 // How often a product [rows][depth] [depth][cols] calls hook->Before().
 template <class T>
 constexpr int64_t HookCalls(int64_t rows, int64_t depth, int64_t cols) {
   constexpr int64_t kCols = kTileVecs * kLanes<T>;
-  return (rows + kTileRows - 1) / kTileRows * ((depth + kHookStep - 1) / kHookStep) *
+  return (rows + kTileRows - 1) / kTileRows * ((depth + kHookStride - 1) / kHookStride) *
          ((cols + kCols - 1) / kCols);
 }
 
@@ -131,19 +131,19 @@ constexpr int64_t HookCalls(int64_t rows, int64_t depth, int64_t cols) {
 // `scale`. The bits of an entry depend on its row of A and its column of B only, not on where it
 // lies in the matrix.
 template <bool kAdd, class In, class T, class Hook = void>
-PERFORMER_NOINLINE void MatMul(const In* a, int64_t row, int64_t step, const In* b, int64_t ldb,
-                               int64_t depth, T* c, int64_t ldc, int64_t rows, int64_t cols,
-                               Hook* hook = nullptr, T scale = 1) {
+PERFORMER_NOINLINE void MatMul(const In* a, int64_t row_stride, int64_t depth_stride, const In* b,
+                               int64_t ldb, int64_t depth, T* c, int64_t ldc, int64_t rows,
+                               int64_t cols, Hook* hook = nullptr, T scale = 1) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
     T* out = c + r0 * ldc + c0;
     tile.Zero();
     if constexpr (std::is_void_v<Hook>) {
-      tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+      tile.Multiply(a + r0 * row_stride, row_stride, depth_stride, b + c0, ldb, depth);
     } else {
-      for (int64_t k = 0; k < depth; k += kHookStep) {
+      for (int64_t k = 0; k < depth; k += kHookStride) {
         hook->Before();
-        tile.Multiply(a + r0 * row + k * step, row, step, b + k * ldb + c0, ldb,
-                      depth - k < kHookStep ? depth - k : kHookStep);
+        tile.Multiply(a + r0 * row_stride + k * depth_stride, row_stride, depth_stride,
+                      b + k * ldb + c0, ldb, depth - k < kHookStride ? depth - k : kHookStride);
       }
     }
     if constexpr (!std::is_same_v<In, T>) tile.ForEach([&](int, int, Vec<T>& x) { x *= scale; });
@@ -156,13 +156,13 @@ PERFORMER_NOINLINE void MatMul(const In* a, int64_t row, int64_t step, const In*
 
 // to[rows][cols] = from + A B; `from` may be `to`.
 template <class T>
-PERFORMER_NOINLINE void AddProduct(const T* a, int64_t row, int64_t step, const T* b, int64_t ldb,
-                                   int64_t depth, const T* from, T* to, int64_t ldto, int64_t rows,
-                                   int64_t cols) {
+PERFORMER_NOINLINE void AddProduct(const T* a, int64_t row_stride, int64_t depth_stride, const T* b,
+                                   int64_t ldb, int64_t depth, const T* from, T* to, int64_t ldto,
+                                   int64_t rows, int64_t cols) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
     const T* add = from + r0 * ldto + c0;
     tile.Zero();
-    tile.Multiply(a + r0 * row, row, step, b + c0, ldb, depth);
+    tile.Multiply(a + r0 * row_stride, row_stride, depth_stride, b + c0, ldb, depth);
     tile.ForEach([&](int r, int j, Vec<T>& x) { x = Load(add + r * ldto + j * kLanes<T>) + x; });
     tile.StoreTo(to + r0 * ldto + c0, ldto);
   });

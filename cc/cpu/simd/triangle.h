@@ -44,7 +44,7 @@ PERFORMER_NOINLINE void UpperProduct(const T* a, int64_t lda, const T* b, int64_
 
 // to[rows][cols] = a b + tril(pair) x, with pair [rows][rows] and x [rows][cols].
 template <class T>
-PERFORMER_NOINLINE void PrefixProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
+PERFORMER_NOINLINE void CausalProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
                                       int64_t depth, const T* pair, int64_t ldp, const T* x,
                                       int64_t ldx, T* to, int64_t ldto, int64_t rows,
                                       int64_t cols) {
@@ -59,8 +59,8 @@ PERFORMER_NOINLINE void PrefixProduct(const T* a, int64_t lda, const T* b, int64
 
 // to[n][cols] += triu(pair) x, with pair [n][n] and x [n][cols].
 template <class T>
-PERFORMER_NOINLINE void AddSuffixProduct(const T* pair, int64_t ldp, const T* x, int64_t ldx,
-                                               T* to, int64_t ldto, int64_t n, int64_t cols) {
+PERFORMER_NOINLINE void AddReverseCausalProduct(const T* pair, int64_t ldp, const T* x, int64_t ldx,
+                                                T* to, int64_t ldto, int64_t n, int64_t cols) {
   ForTiles<T>(n, cols, [&](auto& tile, int64_t r, int64_t c) PERFORMER_TILE_BODY {
     const int64_t below = r + tile.kRows;
     tile.LoadFrom(to + r * ldto + c, ldto);
