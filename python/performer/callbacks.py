@@ -12,8 +12,8 @@ import tensorflow as tf
 from performer.features.diagnostics import approximation_error
 from performer.layers import Performer
 from performer.layers._arguments import check_size
-from performer.layers._axes import fold
-from performer.layers._streaming import position_of
+from performer.layers._masks import fold_segments
+from performer.layers._state import position_of
 
 _SCALAR = 1  # DATA_CLASS_SCALAR of TensorFlow's summary.proto
 
@@ -174,7 +174,6 @@ def _heads_of_calls(layer, positions, found):
     call = layer.call
 
     def thin(x):
-        x = fold(x, layer.attention_axes)
         length = tf.shape(x)[1]
         kept = tf.linspace(0.0, tf.cast(length - 1, tf.float32), tf.minimum(length, positions))
         return tf.gather(x, tf.cast(tf.round(kept), tf.int32), axis=1)
@@ -185,13 +184,12 @@ def _heads_of_calls(layer, positions, found):
     def recorded(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
         query, value, key = given["query"], given["value"], given.get("key")
-        heads = layer._heads(
-            query,
-            value if key is None else key,
-            value,
-            position_of(given.get("initial_state")),
-            given.get("segment_ids"),
-        )
+        key = value if key is None else key
+        segment_ids = given.get("segment_ids")
+        if segment_ids is not None:
+            segment_ids = fold_segments(segment_ids, key, layer.attention_axes)
+        start = position_of(given.get("initial_state"))
+        heads = layer._heads(query, key, value, start, segment_ids)
         found.append((layer, *map(thin, heads[:2])))
         return call(*args, **kwargs)
 
@@ -204,5 +202,5 @@ def _heads_of_calls(layer, positions, found):
 
 def _error(layer, query, key):
     features = layer.random_features()
-    options = {**features.of_both(), "key_bias": features.feature_map.key_bias(key)}
+    options = {**features.for_attention(), "key_bias": features.feature_map.key_bias(key)}
     return float(approximation_error(query, key, **options))

@@ -167,7 +167,7 @@ def test_number_of_features():
         layer = layer_with(feature_map)
         layer.build(X.shape, X.shape)
         assert layer.projection.shape == (16, 4)
-        assert layer.random_features().of_keys()["projection"][1].shape == (features, 4)
+        assert layer.random_features().for_keys()["projection"][1].shape == (features, 4)
 
 
 def test_weights_of_a_map_train_and_come_last():

@@ -1,13 +1,11 @@
-"""Linear attention on projected inputs: axes, masks and dropped keys around the op."""
+"""Linear attention of heads over one axis: masks and dropped keys around the operators."""
 
 import keras
 import tensorflow as tf
 
 from performer.checks import accumulator
-from performer.layers import _masks
-from performer.layers._axes import fold, unfold
 from performer.ops import favor_attention
-from performer.ops.state import merge, read, summarize
+from performer.ops.state import merge, summarize
 from performer.shapes import dims
 
 
@@ -16,135 +14,79 @@ def attend(
     key,
     value,
     features,
-    visibility,
+    masks,
     *,
-    axes,
     dropout=None,
     initial_state=None,
     return_state=False,
     max_segments=None,
 ):
-    """FAVOR+ over `axes` of projected inputs, with masks that need no scores.
+    """FAVOR+ with masks that need no scores.
 
     Args:
-        query: `[B, q1, ..., qn, H, D]`; `key` `[B, s1, ..., sn, G, D]` and `value`
-            `[B, s1, ..., sn, G, E]` likewise; not multiplied by any scale.
+        query: `[B', T, H, D]`; `key` `[B', S, G, D]` and `value` `[B', S, G, E]` likewise; not
+            multiplied by any scale.
         features: the call's `Features`.
-        visibility: the call's `Visibility`, not general.
-        axes: attention axes, as `resolve_axes` returns them.
+        masks: the call's `FoldedMasks`.
         dropout: a pair of rate and `keras.random.SeedGenerator`; None drops nothing.
-        initial_state: `AttentionState` of earlier keys, by folded batch row; or None.
+        initial_state: `AttentionState` of earlier keys, or None.
         return_state: whether to return the state after all keys, too.
         max_segments: as the layer's; used with `segment_ids` only.
 
     Returns:
-        `[B, q1, ..., qn, H, E]` in the dtype of `query`; 0 where a query attends to no key. With
-        `return_state` a pair of it and the `AttentionState`.
+        `[B', T, H, E]` in the dtype of `query`, 0 where a query attends to no key; and the
+        `AttentionState`, or None without `return_state`.
     """
-    keys = key_mask(visibility, key, axes)
-    folded_query, folded_key, folded_value = (fold(x, axes) for x in (query, key, value))
-    causal = visibility.use_causal_mask
+    keys = masks.keys
     # With a state no key may be left out; the op checks that there are as many as queries.
-    if causal and initial_state is None and not return_state:
-        length = dims(folded_query)[1]
-        if keys is None and not _same_length(folded_query, folded_key):
-            keys = tf.ones(dims(folded_key)[:2], tf.bool)
-        folded_key, folded_value = (_masks.resize(x, length) for x in (folded_key, folded_value))
-        keys = None if keys is None else _masks.resize(keys, length)
-    bias = features.feature_map.key_bias(folded_key)
-    if dropout is not None:
-        none = tf.zeros([], accumulator(folded_key.dtype))
-        dropped = tf.where(dropped_keys(folded_key, *dropout), none - float("inf"), none)
-        bias = dropped if bias is None else dropped + _by_head(tf.cast(bias, none.dtype))
-    if visibility.prefix_mask is not None:
-        # The prefix is the past of every row, its own rows included; causal order is for the rest.
-        prefix = _masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
-        seen, later = prefix, ~prefix
+    if masks.causal and initial_state is None and not return_state:
+        key, value, keys = _with_length_of(query, key, value, keys)
+    bias = _key_bias(key, features.feature_map, dropout)
+    if masks.prefix is not None:
+        # The prefix is the past of every row, its own rows included. The causal mask orders the
+        # other keys.
+        seen, later = masks.prefix, ~masks.prefix
         if keys is not None:
             seen, later = seen & keys, later & keys
-        past = summarize(
-            folded_key,
-            folded_value,
-            key_mask=seen,
-            key_bias=bias,
-            draw=features.draw,
-            **features.of_keys(),
-        )
+        past = summarize_keys(key, value, features, seen, bias)
         initial_state = past if initial_state is None else merge(initial_state, past)
         keys = later
-    segments = visibility.segment_ids
-    if segments is not None:
-        segments = _masks.fold_ids("segment_ids", segments, key, axes)
     output = favor_attention(
-        folded_query,
-        folded_key,
-        folded_value,
-        causal=causal,
+        query,
+        key,
+        value,
+        causal=masks.causal,
         key_mask=keys,
         key_bias=bias,
-        segment_ids=segments,
-        max_segments=None if segments is None else max_segments,
+        segment_ids=masks.segment_ids,
+        max_segments=None if masks.segment_ids is None else max_segments,
         initial_state=initial_state,
         return_state=return_state,
         draw=features.draw,
-        **features.of_both(),
+        **features.for_attention(),
     )
     output, state = output if return_state else (output, None)
-    output = unfold(hide_masked_queries(output, visibility, query, axes), axes, like=query)
-    return (output, state) if return_state else output
+    return hide_queries(output, masks.queries), state
 
 
-def summarize_keys(key, value, features, visibility, *, axes, initial_state):
-    """The state of projected keys and values, joined to `initial_state`; arguments as `attend`."""
-    keys = key_mask(visibility, key, axes)
-    folded_key, folded_value = fold(key, axes), fold(value, axes)
-    state = summarize(
-        folded_key,
-        folded_value,
-        key_mask=keys,
-        key_bias=features.feature_map.key_bias(folded_key),
-        draw=features.draw,
-        **features.of_keys(),
+def summarize_keys(key, value, features, keys, bias):
+    """The state of keys and values.
+
+    Args:
+        key, value, features: as `attend`.
+        keys: bool `[B', S]`, which keys exist; None: all.
+        bias: of the keys' log-features, as the operators take it; None for 0.
+    """
+    return summarize(
+        key, value, key_mask=keys, key_bias=bias, draw=features.draw, **features.for_keys()
     )
-    return merge(initial_state, state)
 
 
-def read_state(query, features, visibility, state, *, axes):
-    """Attention of projected queries to the keys of a state; arguments and result as `attend`."""
-    folded = fold(query, axes)
-    output = read(folded, state=state, draw=features.draw, **features.of_queries())
-    return unfold(hide_masked_queries(output, visibility, query, axes), axes, like=query)
-
-
-def hide_masked_queries(output, visibility, query, axes):
-    """Folded attention `[B', L, H, E]`, 0 where `query_mask` says that there is no query."""
-    if visibility.query_mask is None:
+def hide_queries(output, queries):
+    """`output` `[B', T, H, E]`, 0 where `queries` (bool `[B', T]`, or None) is False."""
+    if queries is None:
         return output
-    exists = _masks.fold_mask("query_mask", visibility.query_mask, query, axes)
-    return tf.where(exists[:, :, tf.newaxis, tf.newaxis], output, tf.zeros_like(output))
-
-
-def key_mask(visibility, key, axes):
-    """Bool `[B', S]` of what `visibility` says about whole keys, or None if it says nothing."""
-    named = {"value_mask": visibility.value_mask, "key_mask": visibility.key_mask}
-    if visibility.attention_mask is not None and not visibility.is_general(len(axes)):
-        named["attention_mask"] = _masks.keys_of_attention_mask(visibility.attention_mask, axes)
-    return _masks.combine(
-        [
-            _masks.fold_mask(name, mask, key, axes)
-            for name, mask in named.items()
-            if mask is not None
-        ]
-    )
-
-
-def _same_length(query, key):
-    return query.shape[1] is not None and query.shape[1] == key.shape[1]
-
-
-def _by_head(bias):
-    """A key bias as `[B', 1|G, S]`."""
-    return bias if len(bias.shape) == 3 else bias[:, tf.newaxis]
+    return tf.where(queries[:, :, tf.newaxis, tf.newaxis], output, tf.zeros_like(output))
 
 
 def dropped_keys(key, rate, seed_generator):
@@ -152,3 +94,41 @@ def dropped_keys(key, rate, seed_generator):
     batch, length, heads, _ = dims(key)
     uniform = keras.random.uniform((batch, heads, length), dtype="float32", seed=seed_generator)
     return uniform < rate
+
+
+def _key_bias(key, feature_map, dropout):
+    """Bias of the keys' log-features: that of the feature map, and -inf for dropped keys."""
+    bias = feature_map.key_bias(key)
+    if dropout is None:
+        return bias
+    zero = tf.zeros([], accumulator(key.dtype))
+    dropped = tf.where(dropped_keys(key, *dropout), zero - float("inf"), zero)
+    if bias is None:
+        return dropped
+    by_head = bias if len(bias.shape) == 3 else bias[:, tf.newaxis]
+    return dropped + tf.cast(by_head, zero.dtype)
+
+
+def _with_length_of(query, key, value, keys):
+    """Key, value and the mask of keys for a causal call: as many keys as there are queries.
+
+    No query sees the keys after the last query; masked keys fill the places of missing ones.
+    """
+    length = dims(query)[1]
+    same = query.shape[1] is not None and query.shape[1] == key.shape[1]
+    if keys is None and not same:
+        keys = tf.ones(dims(key)[:2], tf.bool)
+    keys = None if keys is None else _resize(keys, length)
+    return _resize(key, length), _resize(value, length), keys
+
+
+def _resize(x, length):
+    """`[B, S, ...]` to `[B, length, ...]`: cut at the end, or filled with 0 (False)."""
+    if x.shape[1] is not None and x.shape[1] == length:
+        return x
+    x = x[:, :length]
+    missing = length - tf.shape(x)[1]
+    x = tf.pad(x, [[0, 0], [0, missing]] + [[0, 0]] * (len(x.shape) - 2))
+    return tf.ensure_shape(
+        x, [x.shape[0], length if isinstance(length, int) else None, *x.shape[2:]]
+    )

@@ -79,14 +79,15 @@ def unfold(x: tf.Tensor, axes: tuple[int, ...], like: tf.Tensor) -> tf.Tensor:
     Args:
         x: folded tensor.
         axes: the axes that `fold` was given.
-        like: the tensor that was folded; it gives B and d1 ... dn.
+        like: tensor `[B, d1, ..., dn, channels]`, of which all sizes but the last count.
     """
-    if len(like.shape) == 4:
+    rank = len(like.shape) + 1
+    if rank == 4:
         return x
-    order = _batch_axes_first(len(like.shape), axes)
+    order = _batch_axes_first(rank, axes)
     sizes = dims(like)
     unfolded = [sizes[axis] for axis in order[:-2]] + dims(x)[-2:]
-    inverse = [order.index(axis) for axis in range(len(order))]
+    inverse = [order.index(axis) for axis in range(rank)]
     return _transpose(tf.reshape(x, unfolded), inverse)
 
 

@@ -1,70 +1,87 @@
-"""Linear attention with its scores: masks of pairs, and scores for the caller."""
+"""Linear attention with its scores: masks that differ by query, and scores for the caller."""
 
 import math
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from performer.composition.dense import dense_attention
 from performer.composition.packed_blocks import run_starts
-from performer.layers import _masks
-from performer.layers._attention import dropped_keys, hide_masked_queries, key_mask
-from performer.layers._axes import fold, unfold
+from performer.layers._attention import dropped_keys, hide_queries
+from performer.layers._masks import combine
 from performer.shapes import dims
 
 
-def attend_densely(query, key, value, features, visibility, *, axes, limit, dropout=None):
-    """FAVOR+ over `axes` of projected inputs, in dense form.
+class ScoreShape(NamedTuple):
+    """Shape of a call's scores `[B, <other axes>, H, <query axes>, <key axes>]`.
+
+    Attributes:
+        rows: sizes of batch and other axes, as all others integers, None or scalars.
+        heads: H.
+        query, key: sizes of the attention axes, in the order in which they form the sequence.
+    """
+
+    rows: list[Any]
+    heads: int
+    query: list[Any]
+    key: list[Any]
+
+    @classmethod
+    def of(cls, query_shape, key_shape, axes, heads):
+        """The shape for inputs of these shapes (channels included), and `resolve_axes`'s axes."""
+        others = [size for axis, size in enumerate(query_shape[1:-1], 1) if axis not in axes]
+        lengths = ([shape[axis] for axis in axes] for shape in (query_shape, key_shape))
+        return cls([query_shape[0], *others], heads, *lengths)
+
+    def sizes(self):
+        """All of them in one list."""
+        return [*self.rows, self.heads, *self.query, *self.key]
+
+    def check(self, limit):
+        """Raises ValueError if more than `limit` scores are known for a head and batch row."""
+        length, keys = (
+            None if None in sizes else math.prod(sizes) for sizes in (self.query, self.key)
+        )
+        check_size(length, keys, limit)
+
+
+def attend_densely(
+    query, key, value, features, masks, *, score_shape, limit, attention_mask=None, dropout=None
+):
+    """FAVOR+ in dense form.
 
     Args:
-        query, key, value, features, axes, dropout: as `attention.attend`.
-        visibility: the call's `Visibility`; any.
+        query, key, value, features, masks, dropout: as `attend`.
+        score_shape: the call's `ScoreShape`, without None.
         limit: largest number of scores for one head and batch row.
+        attention_mask: the call's if it is general, else None: of the shape of the scores. Of the
+            axes before those of query and key, the last ones may be missing, and all may be 1.
 
     Returns:
-        `[B, q1, ..., qn, H, E]`, and the scores `[B, <other axes>, H, <query axes>, <key axes>]`,
-        axes in the order of `axes`, before dropout; both in the dtype of `query`.
+        `[B', T, H, E]`, and the scores of `score_shape`, before dropout; both in the dtype of
+        `query`.
 
     Raises:
         ValueError: more scores than `limit`; a mask that does not fit.
         tf.errors.InvalidArgumentError: the first, where it is known only when the graph runs.
     """
-    folded_query, folded_key, folded_value = (fold(x, axes) for x in (query, key, value))
-    length, keys = dims(folded_query)[1], dims(folded_key)[1]
+    length, keys = dims(query)[1], dims(key)[1]
     with tf.control_dependencies(check_size(length, keys, limit)):
-        folded_query = tf.identity(folded_query)
-    bias = features.feature_map.key_bias(folded_key)
+        query = tf.identity(query)
     output, scores = dense_attention(
-        folded_query,
-        folded_key,
-        folded_value,
-        mask=_pairs(visibility, query, key, length, keys, axes),
-        key_mask=key_mask(visibility, key, axes),
-        key_bias=bias,
-        dropped_keys=None if dropout is None else dropped_keys(folded_key, *dropout),
-        **features.of_both(),
+        query,
+        key,
+        value,
+        mask=_pairs(masks, attention_mask, length, keys, score_shape),
+        key_mask=masks.keys,
+        key_bias=features.feature_map.key_bias(key),
+        dropped_keys=None if dropout is None else dropped_keys(key, *dropout),
+        **features.for_attention(),
     )
-    output = hide_masked_queries(output, visibility, query, axes)
-    if visibility.query_mask is not None:
-        exists = _masks.fold_mask("query_mask", visibility.query_mask, query, axes)
-        scores = tf.where(exists[:, tf.newaxis, :, tf.newaxis], scores, tf.zeros_like(scores))
-    sizes, key_sizes = dims(query), dims(key)
-    others = [size for axis, size in enumerate(sizes[1:-2], 1) if axis not in axes]
-    shape = [sizes[0], *others, sizes[-2]]
-    shape += [sizes[axis] for axis in axes] + [key_sizes[axis] for axis in axes]
-    return unfold(output, axes, like=query), tf.reshape(scores, shape)
-
-
-def score_shape(query_shape, value_shape, axes, heads, limit):
-    """Static shape of the scores of a layer's call, from the shapes of its inputs.
-
-    Raises:
-        ValueError: they are more than `limit` for a head and batch row.
-    """
-    lengths = [[shape[axis] for axis in axes] for shape in (query_shape, value_shape)]
-    length, keys = (None if None in sizes else math.prod(sizes) for sizes in lengths)
-    check_size(length, keys, limit)
-    others = [size for axis, size in enumerate(query_shape[1:-1], 1) if axis not in axes]
-    return (query_shape[0], *others, heads, *lengths[0], *lengths[1])
+    if masks.queries is not None:
+        exists = masks.queries[:, tf.newaxis, :, tf.newaxis]
+        scores = tf.where(exists, scores, tf.zeros_like(scores))
+    return hide_queries(output, masks.queries), tf.reshape(scores, score_shape.sizes())
 
 
 def check_size(length, keys, limit):
@@ -98,42 +115,30 @@ def check_size(length, keys, limit):
     return [] if check is None else [check]
 
 
-def _pairs(visibility, query, key, length, keys, axes):
-    """Bool `[1|B', 1|H, L, S]` of what `visibility` says about pairs; None for nothing."""
+def _pairs(masks, attention_mask, length, keys, score_shape):
+    """Bool `[1|B', 1|H, T, S]`, which pairs of query and key are allowed; None for all."""
     pairs = []
-    if visibility.use_causal_mask:
-        seen = tf.range(keys) <= tf.range(length)[:, tf.newaxis]
-        if visibility.prefix_mask is not None:
-            prefix = _masks.fold_mask("prefix_mask", visibility.prefix_mask, key, axes)
-            seen |= prefix[:, tf.newaxis, tf.newaxis]
-        pairs.append(seen)
-    if visibility.segment_ids is not None:
-        ids = _masks.fold_ids("segment_ids", visibility.segment_ids, key, axes)
-        run = tf.cumsum(tf.cast(run_starts(ids), tf.int32), 1)
+    if masks.causal:
+        allowed = tf.range(keys) <= tf.range(length)[:, tf.newaxis]
+        if masks.prefix is not None:
+            allowed |= masks.prefix[:, tf.newaxis, tf.newaxis]
+        pairs.append(allowed)
+    if masks.segment_ids is not None:
+        run = tf.cumsum(tf.cast(run_starts(masks.segment_ids), tf.int32), 1)
         pairs.append(tf.equal(run[:, tf.newaxis, :, tf.newaxis], run[:, tf.newaxis, tf.newaxis]))
-    if visibility.is_general(len(axes)):
-        pairs.append(_fold_pairs(visibility.attention_mask, query, key, axes))
-    if not pairs:
-        return None
-    pairs = [x[(tf.newaxis,) * (4 - len(x.shape))] for x in pairs]
-    return _masks.combine(pairs)
+    if attention_mask is not None:
+        pairs.append(_fold_attention_mask(attention_mask, score_shape))
+    return combine([x[(tf.newaxis,) * (4 - len(x.shape))] for x in pairs])
 
 
-def _fold_pairs(mask, query, key, axes):
-    """`attention_mask` `[B, <other axes>, H, <query axes>, <key axes>]` to `[B', 1|H, L, S]`.
-
-    Of the axes before those of query and key, the last ones may be missing, and all may be 1.
-    """
+def _fold_attention_mask(mask, score_shape):
+    """A general `attention_mask`, see `attend_densely`, as bool `[B', 1|H, T, S]`."""
     mask = tf.cast(tf.convert_to_tensor(mask), tf.bool)
-    sizes, key_sizes = dims(query), dims(key)
-    others = [size for axis, size in enumerate(sizes[1:-2], 1) if axis not in axes]
-    pair_sizes = [sizes[axis] for axis in axes] + [key_sizes[axis] for axis in axes]
-    rows = [sizes[0], *others]
-    full = [*rows, sizes[-2], *pair_sizes]
-    given = dims(mask)
+    full, given = score_shape.sizes(), dims(mask)
+    pair_sizes = [*score_shape.query, *score_shape.key]
     missing = len(full) - len(given)
-    head = given[: len(given) - len(pair_sizes)] + [1] * missing + given[-len(pair_sizes) :]
-    for size, expected in zip(head, full, strict=False):
+    expanded = given[: len(given) - len(pair_sizes)] + [1] * missing + given[-len(pair_sizes) :]
+    for size, expected in zip(expanded, full, strict=False):
         known = isinstance(size, int) and isinstance(expected, int)
         if missing < 0 or (known and size not in (1, expected)):
             raise ValueError(
@@ -142,15 +147,7 @@ def _fold_pairs(mask, query, key, axes):
                 "axes and heads optional, or 1 in any axis. "
                 f"Received: attention_mask.shape={tuple(mask.shape)}"
             )
-    mask = tf.reshape(mask, head)
-    heads = head[len(rows)]
-    mask = tf.broadcast_to(mask, [*rows, heads, *pair_sizes])
-    return tf.reshape(
-        mask,
-        [
-            math.prod(rows),
-            heads,
-            math.prod(pair_sizes[: len(axes)]),
-            math.prod(pair_sizes[len(axes) :]),
-        ],
-    )
+    heads = expanded[len(score_shape.rows)]
+    mask = tf.broadcast_to(tf.reshape(mask, expanded), [*score_shape.rows, heads, *pair_sizes])
+    length, keys = math.prod(score_shape.query), math.prod(score_shape.key)
+    return tf.reshape(mask, [math.prod(score_shape.rows), heads, length, keys])

@@ -1,13 +1,146 @@
-"""Keras masks, brought to the forms that attention can apply.
+"""The masks of a call: their rules, and their layout for attention over one axis.
 
-A mask that says which keys exist acts on the features of the keys, in the denominator too; a mask
-of the queries acts on the output. Both come here in the layout of projected inputs.
+A mask that says which keys exist acts on the features of the keys, and so on the denominator too;
+a mask of the queries acts on the output.
 """
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from performer.layers._axes import fold
+from performer.layers._axes import fold, resolve_axes
 from performer.shapes import dims
+
+
+class FoldedMasks(NamedTuple):
+    """Masks in the layout that `fold` gives to queries `[B', T, H, D]` and keys `[B', S, G, D]`.
+
+    Attributes:
+        queries: bool `[B', T]`, False where there is no query; None: all exist.
+        keys: bool `[B', S]`, False where there is no key; None: all exist.
+        prefix: bool `[B', S]`, True for keys that the causal mask does not hide; None: no key.
+        segment_ids: integers `[B', S]`, equal ids in a run are one sequence; None: one sequence.
+        causal: whether a query attends only to its own and earlier positions.
+    """
+
+    queries: tf.Tensor | None = None
+    keys: tf.Tensor | None = None
+    prefix: tf.Tensor | None = None
+    segment_ids: tf.Tensor | None = None
+    causal: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """The masks of one call; a field is an argument of `Performer.call`, None or False if unset.
+
+    A query attends to a key if all of them allow the pair. Everything but a general
+    `attention_mask` acts on whole keys, whole queries or the order of the sequence, and stays
+    linear.
+    """
+
+    query_mask: Any = None
+    value_mask: Any = None
+    key_mask: Any = None
+    attention_mask: Any = None
+    use_causal_mask: bool = False
+    segment_ids: Any = None
+    prefix_mask: Any = None
+
+    def check(self, query_shape, value_shape, attention_axes):
+        """Refuses what no form of attention can compute, from static shapes alone.
+
+        Args:
+            query_shape, value_shape: shapes of the layer's inputs, channels included.
+            attention_axes: the layer's argument.
+
+        Returns:
+            The attention axes, as `resolve_axes` returns them.
+
+        Raises:
+            ValueError: see the conditions.
+        """
+        rank = len(value_shape)
+        shapes = f"query.shape={tuple(query_shape)}, value.shape={tuple(value_shape)}"
+        if len(query_shape) != rank:
+            raise ValueError(f"`query` and `value` must have the same rank. Received: {shapes}")
+        axes = resolve_axes(attention_axes, rank)
+        for axis in range(rank - 1):
+            sizes = query_shape[axis], value_shape[axis]
+            if None in sizes or sizes[0] == sizes[1]:
+                continue
+            if axis not in axes:
+                raise ValueError(
+                    f"`query` and `value` must agree on axis {axis}, over which there is no "
+                    f"attention. Received: {shapes}"
+                )
+            for name in ("segment_ids", "prefix_mask"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` needs a query and a value of the same length. Received: {shapes}"
+                    )
+            if self.use_causal_mask and len(axes) > 1:
+                raise ValueError(
+                    "`use_causal_mask` over several axes needs a query and a value of the same "
+                    f"sizes. Received: {shapes}"
+                )
+        if self.prefix_mask is not None and not self.use_causal_mask:
+            raise ValueError(
+                "`prefix_mask` lifts the causal mask for some keys, and needs it. "
+                f"Received: use_causal_mask={self.use_causal_mask!r}"
+            )
+        if self.prefix_mask is not None and self.segment_ids is not None:
+            raise ValueError(
+                "`prefix_mask` must be None with `segment_ids`: a prefix that all sequences of a "
+                "row see would join them. Received both"
+            )
+        if self.attention_mask is not None and len(self.attention_mask.shape) < 2 * len(axes):
+            raise ValueError(
+                "`attention_mask` must have shape (batch, <query axes>, <key axes>), batch and "
+                f"heads optional, that is a rank of at least {2 * len(axes)}. "
+                f"Received: attention_mask.shape={tuple(self.attention_mask.shape)}"
+            )
+        return axes
+
+    def is_general(self, axes):
+        """Whether `attention_mask` differs from query to query or from head to head."""
+        if self.attention_mask is None:
+            return False
+        shape, count = tuple(self.attention_mask.shape), len(axes)
+        return any(size != 1 for size in (*shape[1 : -2 * count], *shape[-2 * count : -count]))
+
+    def fold(self, query, key, axes):
+        """All masks but a general `attention_mask`, as `FoldedMasks`.
+
+        Args:
+            query, key: the layer's inputs `[B, d1, ..., dn, channels]`.
+            axes: attention axes, as `resolve_axes` returns them.
+        """
+        prefix, segment_ids = self.prefix_mask, self.segment_ids
+        return FoldedMasks(
+            queries=self.fold_queries(query, axes),
+            keys=self.fold_keys(key, axes),
+            prefix=None if prefix is None else fold_mask("prefix_mask", prefix, key, axes),
+            segment_ids=None if segment_ids is None else fold_segments(segment_ids, key, axes),
+            causal=self.use_causal_mask,
+        )
+
+    def fold_queries(self, query, axes):
+        """Bool `[B', T]`, which queries exist; None without `query_mask`. Arguments as `fold`."""
+        mask = self.query_mask
+        return None if mask is None else fold_mask("query_mask", mask, query, axes)
+
+    def fold_keys(self, key, axes):
+        """Bool `[B', S]`, which keys exist; None if no mask says so. Arguments as `fold`."""
+        given = {"value_mask": self.value_mask, "key_mask": self.key_mask}
+        if self.attention_mask is not None and not self.is_general(axes):
+            given["attention_mask"] = _keys_of_attention_mask(self.attention_mask, axes)
+        return combine(
+            [fold_mask(name, mask, key, axes) for name, mask in given.items() if mask is not None]
+        )
 
 
 def mask_of(x):
@@ -15,14 +148,14 @@ def mask_of(x):
     return getattr(x, "_keras_mask", None)
 
 
-def fold_mask(name: str, mask: tf.Tensor, like: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
-    """A padding mask in the layout that `axes.fold` gives to `like`.
+def fold_mask(name, mask, like, axes):
+    """A padding mask in the layout that `fold` gives to projected `like`.
 
     Args:
         name: the argument's name, for messages.
         mask: boolean or number (true where not 0), of shape `[B, d1, ..., dn]` or
             `[B, <attention axes>]`; a batch of 1 is broadcast.
-        like: projected tensor `[B, d1, ..., dn, H, D]` that the mask belongs to.
+        like: tensor `[B, d1, ..., dn, channels]` whose positions are masked.
         axes: attention axes.
 
     Returns:
@@ -38,26 +171,23 @@ def fold_mask(name: str, mask: tf.Tensor, like: tf.Tensor, axes: tuple[int, ...]
     return _fold_positions(name, tf.cast(mask, tf.bool), like, axes)
 
 
-def fold_ids(name: str, ids: tf.Tensor, like: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
-    """Integers for every position, in the layout that `axes.fold` gives to `like`.
-
-    Args:
-        ids: integers of a shape that `fold_mask` allows; others as there.
-
-    Returns:
-        Integers `[B', S]`.
+def fold_segments(segment_ids, like, axes):
+    """`segment_ids`, integers of a shape that `fold_mask` allows, as integers `[B', S]`.
 
     Raises:
         ValueError: ids of another rank, shape or type.
     """
-    ids = tf.convert_to_tensor(ids)
+    ids = tf.convert_to_tensor(segment_ids)
     if not ids.dtype.is_integer:
-        raise ValueError(f"`{name}` must be integers. Received: {name}.dtype={ids.dtype.name}")
-    return _fold_positions(name, ids, like, axes)
+        raise ValueError(
+            f"`segment_ids` must be integers. Received: segment_ids.dtype={ids.dtype.name}"
+        )
+    return _fold_positions("segment_ids", ids, like, axes)
 
 
 def _fold_positions(name, x, like, axes):
-    rank = len(like.shape) - 2
+    """One number for each position of `like`, folded; see `fold_mask`."""
+    rank = len(like.shape) - 1
     if len(x.shape) == rank:
         expanded = x
     elif len(x.shape) == 1 + len(axes):
@@ -78,30 +208,14 @@ def _fold_positions(name, x, like, axes):
         if None not in (size, expected) and size != expected and not (size == 1 and may_broadcast):
             raise ValueError(
                 f"`{name}` must agree with the tensor that it belongs to, of shape "
-                f"{tuple(like.shape[:-2])} without channels. "
+                f"{tuple(like.shape[:-1])} without channels. "
                 f"Received: {name}.shape={tuple(x.shape)}"
             )
-    expanded = tf.broadcast_to(expanded, tf.stack(dims(like)[:-2]))
+    expanded = tf.broadcast_to(expanded, tf.stack(dims(like)[:-1]))
     return fold(expanded[..., tf.newaxis, tf.newaxis], axes)[:, :, 0, 0]
 
 
-def resize(x: tf.Tensor, length) -> tf.Tensor:
-    """`[B, S, ...]` to `[B, length, ...]`: cut at the end, or filled with 0 (False).
-
-    In causal attention of `length` queries the keys after the last query are seen by nobody, and
-    masked keys may fill the places where there are none.
-    """
-    if x.shape[1] is not None and x.shape[1] == length:
-        return x
-    x = x[:, :length]
-    missing = length - tf.shape(x)[1]
-    x = tf.pad(x, [[0, 0], [0, missing]] + [[0, 0]] * (len(x.shape) - 2))
-    return tf.ensure_shape(
-        x, [x.shape[0], length if isinstance(length, int) else None, *x.shape[2:]]
-    )
-
-
-def keys_of_attention_mask(mask: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+def _keys_of_attention_mask(mask, axes):
     """An `attention_mask` that is the same for every query and head, as a mask of keys.
 
     `[B, 1, S]`, `[1, S]` or `[B, 1, 1, S]` (with as many 1s and sizes as there are attention axes)
@@ -114,8 +228,8 @@ def keys_of_attention_mask(mask: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return tf.reshape(mask, tf.stack([batch, *sizes[-count:]]))
 
 
-def combine(masks: list[tf.Tensor]) -> tf.Tensor | None:
-    """Logical and of bool tensors of one shape; None for no mask at all."""
+def combine(masks):
+    """Logical and of a list of bool tensors that broadcast; None for an empty list."""
     result = None
     for mask in masks:
         result = mask if result is None else tf.logical_and(result, mask)

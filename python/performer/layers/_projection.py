@@ -1,4 +1,4 @@
-"""The projection of a layer: a saved weight, its redraw counter and the redraw schedule."""
+"""The projection of a layer: a saved weight, the counter of its draws and their schedule."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,6 @@ import keras
 import tensorflow as tf
 
 from performer.features import feature_maps
-from performer.layers._arguments import Options
 
 # Joined to the layer's seed, so that projections share no random stream with dropout.
 _STREAM = 0x46_41_56_4F_52
@@ -18,14 +17,14 @@ class Features(NamedTuple):
     Attributes:
         feature_map: `performer.feature_maps.FeatureMap`, or the like.
         projection: float32 `[M, D]`, as drawn.
-        draw: int64 scalar, number of the draw.
+        draw: int64 scalar, number of the draw: how often the projection has been redrawn.
     """
 
     feature_map: Any
     projection: tf.Tensor
     draw: tf.Tensor
 
-    def of_keys(self):
+    def for_keys(self):
         """The arguments of `summarize` that say how features are made."""
         return {
             "projection": self.feature_map.sides(self.projection),
@@ -35,13 +34,16 @@ class Features(NamedTuple):
             "feature_epsilon": self.feature_map.feature_epsilon,
         }
 
-    def of_both(self):
+    def for_attention(self):
         """Those of `favor_attention`."""
-        return {**self.of_keys(), "feature_bias": self.feature_map.feature_bias(self.projection)}
+        return {
+            **self.for_keys(),
+            "feature_bias": self.feature_map.feature_bias(self.projection),
+        }
 
-    def of_queries(self):
+    def for_queries(self):
         """Those of `read`."""
-        return {name: value for name, value in self.of_both().items() if name != "key_norm"}
+        return {k: v for k, v in self.for_attention().items() if k != "key_norm"}
 
 
 class RandomProjection(keras.layers.Layer):
@@ -49,7 +51,8 @@ class RandomProjection(keras.layers.Layer):
 
     Draw number n is a function of the saved seed and n alone. A model that is saved, restored
     (in another process, or with another `seed` in its configuration) and trained on therefore
-    meets the projections it would have met without the interruption, compiled by XLA or not.
+    draws the projections that it would have drawn without the interruption, compiled by XLA or
+    not.
 
     All state is in weights (none of them trainable, none ever cast): `projection` float32
     `[M, D]`, `draw` int64 (how often it has been redrawn), `calls` int64 (training calls since)
@@ -60,7 +63,7 @@ class RandomProjection(keras.layers.Layer):
         dim: D, size of a query head.
         scaling: 0 draws the norm of every row, 1 sets it to sqrt(D).
         seed: integer.
-        redraw_interval: training calls that one draw serves; `None`: for ever.
+        redraw_interval: number of training calls that use one draw; `None`: all.
         feature_map: name of a feature map, or an object like
             `performer.feature_maps.FeatureMap`, which draws.
     """
@@ -130,9 +133,10 @@ class RandomProjection(keras.layers.Layer):
     def current(self, training):
         """The projection to use in this call, float32 `[M, D]`.
 
-        In training with a `redraw_interval`, counts the call, and draws first if the present
-        projection has served `redraw_interval` calls. Works eagerly, in graphs, under XLA and in
-        Keras's stateless scopes, for which the branch returns a value and assigns nothing.
+        In training with a `redraw_interval`, this counts the call, and first draws the next
+        projection if `redraw_interval` calls have used the present one. It works eagerly, in
+        graphs, under XLA and in Keras's stateless scopes, for which the branch returns a value and
+        assigns nothing.
         """
         if not training or self._redraw_interval is None:
             return self.projection.value
@@ -166,38 +170,3 @@ class RandomProjection(keras.layers.Layer):
                 stream, tf.cast(draw, tf.int64), alg="philox"
             ),
         )
-
-
-class HasProjection:
-    """What a layer with a `RandomProjection` (made in its `build`) shows of it."""
-
-    built: bool
-    _options: Options
-    _random_projection: Any = None  # a RandomProjection once the layer is built, if it is linear
-
-    @property
-    def projection(self):
-        """The weight that holds the projection, float32 `[M, D]`; None if there is none (yet)."""
-        return self._random_projection and self._random_projection.projection
-
-    @property
-    def draw(self):
-        """The weight that counts redraws, int64; None if there is none (yet)."""
-        return self._random_projection and self._random_projection.draw
-
-    def random_features(self):
-        """The `Features` that inference uses now, for diagnostics; the layer must be built."""
-        return self._random_projection.current_features(training=False)
-
-    def redraw(self):
-        """Replaces the projection by the next one of its seed, and counts that in `draw`.
-
-        Raises:
-            ValueError: the layer has no projection: it is quadratic, or not built.
-        """
-        if self._random_projection is None:
-            raise ValueError(
-                "`redraw` needs a projection: a built layer with attention_method='linear'. "
-                f"Received: attention_method={self._options.attention_method!r}, built={self.built}"
-            )
-        self._random_projection.redraw()

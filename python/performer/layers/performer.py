@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from performer import loader
+from performer.checks import accumulator
 from performer.layers._arguments import (
     DENSE_LIMIT,
     Options,
@@ -16,21 +18,22 @@ from performer.layers._arguments import (
     default_seed,
     split_list,
 )
-from performer.layers._attention import attend
-from performer.layers._axes import resolve_axes
-from performer.layers._dense import attend_densely, score_shape
-from performer.layers._heads import GroupedHeads
-from performer.layers._masks import mask_of
-from performer.layers._projection import HasProjection, RandomProjection
-from performer.layers._streaming import HasState, advanced, check_call, position_of, with_tensors
-from performer.layers._visibility import Visibility
+from performer.layers._attention import attend, hide_queries, summarize_keys
+from performer.layers._axes import fold, resolve_axes, unfold
+from performer.layers._dense import ScoreShape, attend_densely
+from performer.layers._masks import Masks, mask_of
+from performer.layers._projection import RandomProjection
+from performer.layers._state import check_call, position_of, product, with_position, with_tensors
+from performer.layers.rotary_embedding import positions_in_runs
+from performer.ops.state import AttentionState, empty_state, merge, read
+from performer.shapes import dims
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
 ADDED_CALL_ARGUMENTS = ("segment_ids", "prefix_mask", "initial_state", "return_state")
 
 
 @keras.saving.register_keras_serializable(package="performer")
-class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAttention):
+class Performer(keras.layers.MultiHeadAttention):
     """Multi-head attention whose time and memory grow linearly with the sequence.
 
     A `keras.layers.MultiHeadAttention` in which `softmax(query . key)` is replaced by the FAVOR+
@@ -135,6 +138,9 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
     (None, 8, 16)
     """
 
+    # A `RandomProjection` once the layer is built, if it is linear.
+    _random_projection: Any = None
+
     def __init__(
         self,
         num_heads,
@@ -226,17 +232,13 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
     def build(self, query_shape, value_shape, key_shape=None):
         """Creates the weights for inputs of these shapes."""
         if self._options.linear:
-            Visibility().check(query_shape, value_shape, self._attention_axes)
+            Masks().check(query_shape, value_shape, self._attention_axes)
         groups = self._options.num_key_value_heads
         if groups is None or groups == self._num_heads:
             super().build(query_shape, value_shape, key_shape)
         else:
             self._build_grouped(
-                query_shape,
-                value_shape,
-                value_shape if key_shape is None else key_shape,
-                groups,
-                repeats=1 if self._options.linear else self._num_heads // groups,
+                query_shape, value_shape, value_shape if key_shape is None else key_shape, groups
             )
         if self._options.linear:
             # After the parent's weights, which keep their places in `weights`.
@@ -250,6 +252,39 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
                 name="random_projection",
             )
             self._random_projection.build()
+
+    def _build_grouped(self, query_shape, value_shape, key_shape, groups):
+        """`MultiHeadAttention.build` for `groups` heads of key and value: the same sublayers."""
+        # Quadratic attention is the parent's, which knows one number of heads.
+        repeats = 1 if self._options.linear else self._num_heads // groups
+        self._query_dense = self._dense("query", query_shape, self._num_heads, self._key_dim)
+        self._key_dense = self._dense("key", key_shape, groups, self._key_dim, repeats)
+        if getattr(self, "_use_gate", False):
+            self._gate_dense = self._dense(
+                "gate", query_shape, self._num_heads, self._value_dim, activation="sigmoid"
+            )
+        self._value_dense = self._dense("value", value_shape, groups, self._value_dim, repeats)
+        self._build_attention(len(value_shape) + 1)
+        self._output_dense = self._make_output_dense(
+            query_shape, self._get_common_kwargs_for_sublayer(), "attention_output"
+        )
+        self._output_dense.build((*query_shape[:-1], self._num_heads, self._value_dim))
+
+    def _dense(self, name, shape, heads, dim, repeats=1, activation=None):
+        """A built sublayer from `[B, ..., channels]` (its `shape`) to `[B, ..., heads, dim]`."""
+        axes = "abcdefghijklmnopqrstuvw"[: len(shape) - 1]
+        kind = keras.layers.EinsumDense if repeats == 1 else _RepeatedHeads
+        dense = kind(
+            f"{axes}x,xyz->{axes}yz",
+            output_shape=[None] * (len(shape) - 2) + [heads, dim],
+            bias_axes="yz" if self._use_bias else None,
+            activation=activation,
+            name=name,
+            **self._get_common_kwargs_for_sublayer(),
+            **({} if repeats == 1 else {"repeats": repeats}),
+        )
+        dense.build(shape)
+        return dense
 
     def call(
         self,
@@ -269,79 +304,103 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         return_state=False,
     ):
         """Attention of `query` to `key` and `value`; see the class."""
+        given = {
+            "query_mask": query_mask,
+            "value_mask": value_mask,
+            "key_mask": key_mask,
+            "attention_mask": attention_mask,
+            "use_causal_mask": use_causal_mask,
+        }
+        added = {"segment_ids": segment_ids, "prefix_mask": prefix_mask}
         if not self._options.linear:
-            _refuse_in_quadratic(
-                segment_ids=segment_ids,
-                prefix_mask=prefix_mask,
-                initial_state=initial_state,
-                return_state=return_state,
-            )
+            _refuse_in_quadratic(**added, initial_state=initial_state, return_state=return_state)
             return super().call(
                 query,
                 value,
                 key=key,
-                query_mask=query_mask,
-                value_mask=value_mask,
-                key_mask=key_mask,
-                attention_mask=attention_mask,
                 return_attention_scores=return_attention_scores,
                 training=training,
-                use_causal_mask=use_causal_mask,
+                **given,
             )
-        visibility = Visibility(
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-            attention_mask=attention_mask,
-            use_causal_mask=use_causal_mask,
-            segment_ids=segment_ids,
-            prefix_mask=prefix_mask,
-        )
-        axes = self._attention_axes
-        visibility.check(query.shape, value.shape, axes)
-        dense = visibility.needs_scores(len(axes), return_attention_scores)
+        masks = Masks(**given, **added)
+        axes = masks.check(query.shape, value.shape, self._attention_axes)
+        general = masks.is_general(axes)
+        dense = general or return_attention_scores
         if initial_state is not None or return_state:
-            check_call(visibility, (query.shape, value.shape), axes, dense)
+            check_call(masks, (query.shape, value.shape), axes, dense)
         # The dense layers know no masks and would warn of losing one: identity leaves it behind,
         # and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
-        heads = self._heads(query, key, value, position_of(initial_state), segment_ids)
+        folded, start = masks.fold(query, key, axes), position_of(initial_state)
+        heads = self._heads(query, key, value, start, folded.segment_ids)
         dropout = None
         if training and self._dropout:
             dropout = self._dropout, self._dropout_layer.seed_generator
-        given = {
+        options = {
             "features": self._random_projection.current_features(training),
-            "visibility": visibility,
-            "axes": axes,
+            "masks": folded,
             "dropout": dropout,
         }
         scores, state = None, None
         if dense:
-            output, scores = attend_densely(*heads, **given, limit=self._options.dense_limit)
-        elif return_state:
-            output, state = attend(*heads, **given, initial_state=initial_state, return_state=True)
-            state = advanced(state, initial_state, key, axes)
+            output, scores = attend_densely(
+                *heads,
+                **options,
+                score_shape=ScoreShape.of(dims(query), dims(key), axes, self._num_heads),
+                limit=self._options.dense_limit,
+                attention_mask=attention_mask if general else None,
+            )
         else:
-            segments = self._options.max_segments
-            output = attend(*heads, **given, initial_state=initial_state, max_segments=segments)
-        output = self._output_dense(self._gated(output, query))
+            output, state = attend(
+                *heads,
+                **options,
+                initial_state=initial_state,
+                return_state=return_state,
+                max_segments=self._options.max_segments,
+            )
+        output = self._output(output, query, axes)
         if return_state:
-            return output, state
+            return output, with_position(state, start, key, axes)
         return (output, scores) if return_attention_scores else output
 
-    def _heads(self, query, key, value, start=0, segment_ids=None):
-        """Query, key and value as all heads see them, `[B, ..., H or G, D or E]`."""
-        axes = self._attention_axes
-        return (
-            self._rotated(self._query_dense(query), axes, start, segment_ids),
-            self._rotated(self._key_dense(key), axes, start, segment_ids),
-            self._value_dense(value),
-        )
+    def _heads(self, query, key, value, start, segment_ids):
+        """Query, key and value of all heads, folded and with rotary positions.
 
-    def _gated(self, output, query):
-        """The attention output of all heads, gated by the query where the layer has a gate."""
-        # Not every version of Keras has it.
-        return output * self._gate_dense(query) if getattr(self, "_use_gate", False) else output
+        Args:
+            query, key, value: the layer's inputs.
+            start: position of the first element of the sequence.
+            segment_ids: folded, or None: positions start again with every run of equal ones.
+
+        Returns:
+            `[B', T, H, D]`, `[B', S, G, D]` and `[B', S, G, E]`.
+        """
+        denses = (self._query_dense, self._key_dense, self._value_dense)
+        query, key, value = (
+            fold(dense(x), self._attention_axes)
+            for dense, x in zip(denses, (query, key, value), strict=True)
+        )
+        if segment_ids is None:
+            where = {"start_index": start}
+        else:
+            where = {"positions": positions_in_runs(segment_ids)}
+        return self._rotated(query, **where), self._rotated(key, **where), value
+
+    def _rotated(self, x, **where):
+        """A query or key `[B', L, H, D]`, rotated by its positions if the layer has rotary ones."""
+        return x if self._rotary_embedding is None else self._rotary_embedding(x, **where)
+
+    def _output(self, output, query, axes):
+        """The layer's output, from its input `query` and the attention of its heads.
+
+        Args:
+            output: `[B', T, H, E]`.
+            query: `[B, q1, ..., qn, channels]`.
+            axes: attention axes, as `resolve_axes` returns them.
+        """
+        output = unfold(output, axes, like=query)
+        if getattr(self, "_use_gate", False):  # not every version of Keras has it
+            output = output * self._gate_dense(query)
+        return self._output_dense(output)
 
     def compute_output_spec(self, *args, **kwargs):
         """Shape and dtype of the output of a symbolic call, which `call` does not see."""
@@ -350,21 +409,192 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
         if not self._options.linear:
             _refuse_in_quadratic(**added)
             return super().compute_output_spec(**given)
-        fields = {field.name for field in dataclasses.fields(Visibility)}
-        visibility = Visibility(**{k: v for k, v in {**given, **added}.items() if k in fields})
+        fields = {field.name for field in dataclasses.fields(Masks)}
+        masks = Masks(**{k: v for k, v in {**given, **added}.items() if k in fields})
         shapes = given["query"].shape, given["value"].shape
-        visibility.check(*shapes, self._attention_axes)
-        wanted = given.pop("return_attention_scores", False)
+        axes = masks.check(*shapes, self._attention_axes)
+        with_scores = given.pop("return_attention_scores", False)
         output = super().compute_output_spec(**given)
-        axes = resolve_axes(self._attention_axes, len(shapes[0]))
-        dense = visibility.needs_scores(len(axes), wanted)
+        dense = with_scores or masks.is_general(axes)
+        scores = ScoreShape.of(*shapes, axes, self._num_heads)
         if dense:
-            scores = score_shape(*shapes, axes, self._num_heads, self._options.dense_limit)
+            scores.check(self._options.dense_limit)
         if added.get("initial_state") is not None or added.get("return_state"):
-            check_call(visibility, shapes, axes, dense)
+            check_call(masks, shapes, axes, dense)
         if added.get("return_state"):
             return output, self._state_spec(shapes[0], axes)
-        return (output, keras.KerasTensor(scores, self.compute_dtype)) if wanted else output
+        if with_scores:
+            return output, keras.KerasTensor(tuple(scores.sizes()), self.compute_dtype)
+        return output
+
+    @property
+    def projection(self):
+        """The weight that holds the projection, float32 `[M, D]`; None if there is none (yet)."""
+        return self._random_projection and self._random_projection.projection
+
+    @property
+    def draw(self):
+        """The weight that counts redraws, int64; None if there is none (yet)."""
+        return self._random_projection and self._random_projection.draw
+
+    def random_features(self):
+        """The `Features` that inference uses now, for diagnostics; the layer must be built."""
+        return self._random_projection.current_features(training=False)
+
+    def redraw(self):
+        """Replaces the projection by the next one of its seed, and counts that in `draw`.
+
+        Raises:
+            ValueError: the layer has no projection: it is quadratic, or not built.
+        """
+        if self._random_projection is None:
+            raise ValueError(
+                "`redraw` needs a projection: a built layer with attention_method='linear'. "
+                f"Received: attention_method={self._options.attention_method!r}, built={self.built}"
+            )
+        self._random_projection.redraw()
+
+    def get_initial_state(self, batch_size):
+        """The state before the first key, for `initial_state` of a call.
+
+        Args:
+            batch_size: B, an integer or an integer scalar; for inputs with axes over which there
+                is no attention, the list of B and their sizes.
+
+        Returns:
+            `performer.AttentionState`, empty, N the product of `batch_size`: float32 (float64
+            under that policy), of the size of one key's features, whatever the length of a stream.
+
+        Raises:
+            ValueError: the layer is quadratic, or not built.
+
+        Example:
+
+        >>> import tensorflow as tf
+        >>> from performer import Performer
+        >>> layer, x = Performer(2, 4, supports=16), tf.random.normal([3, 10, 8])
+        >>> whole = layer(x, x, use_causal_mask=True)
+        >>> state, parts = layer.get_initial_state(3), []
+        >>> for part in tf.split(x, 5, axis=1):
+        ...     part, state = layer(
+        ...         part, part, use_causal_mask=True, initial_state=state, return_state=True
+        ...     )
+        ...     parts.append(part)
+        >>> bool(tf.reduce_max(abs(tf.concat(parts, 1) - whole)) < 1e-5)
+        True
+        """
+        self._check_streams("get_initial_state")
+        sizes = batch_size if isinstance(batch_size, list | tuple) else [batch_size]
+        return empty_state(
+            *self._state_sizes(product(sizes)),
+            accumulator(tf.as_dtype(self.compute_dtype)),
+            draw=self._random_projection.draw.value,
+        )
+
+    def summarize(self, value, key=None, *, value_mask=None, key_mask=None, initial_state=None):
+        """The state of keys and values alone, to be read many times: the encoder's, for example.
+
+        Args:
+            value, key, value_mask, key_mask: As in a call. `key` defaults to `value`.
+            initial_state: State of keys that come before; default none.
+
+        Returns:
+            `performer.AttentionState` of all of them. `performer.merge` joins such states.
+
+        Raises:
+            ValueError: the layer is quadratic, or not built; states of different draws.
+
+        Example:
+
+        >>> import tensorflow as tf
+        >>> from performer import Performer
+        >>> layer = Performer(2, 4, supports=16)
+        >>> query, value = tf.random.normal([3, 7, 8]), tf.random.normal([3, 1000, 8])
+        >>> whole = layer(query, value)
+        >>> state = layer.summarize(value)
+        >>> steps = [layer.read(query[:, i : i + 1], state) for i in range(7)]
+        >>> bool(tf.reduce_max(abs(tf.concat(steps, 1) - whole)) < 1e-5)
+        True
+        """
+        self._check_streams("summarize")
+        value = self._converted(value)
+        key = value if key is None else self._converted(key)
+        masks = Masks(
+            value_mask=mask_of(value) if value_mask is None else value_mask,
+            key_mask=mask_of(key) if key_mask is None else key_mask,
+        )
+        value, key = tf.identity(value), tf.identity(key)
+        axes = resolve_axes(self._attention_axes, len(value.shape))
+        state = self.get_initial_state(1) if initial_state is None else initial_state
+        start = position_of(state)
+        features = self._random_projection.current_features(training=False)
+        keys = self._rotated(fold(self._key_dense(key), axes), start_index=start)
+        after = summarize_keys(
+            keys,
+            fold(self._value_dense(value), axes),
+            features,
+            masks.fold_keys(key, axes),
+            features.feature_map.key_bias(keys),
+        )
+        return with_position(merge(state, after), start, key, axes)
+
+    def read(self, query, state, *, query_mask=None, start_index=0):
+        """The layer's output for queries that attend to all keys of a state, and to no other.
+
+        Args:
+            query, query_mask: As in a call.
+            state: What `summarize`, or a call with `return_state`, returned.
+            start_index: Position of the first query, for rotary positions.
+
+        Returns:
+            As a call.
+
+        Raises:
+            ValueError: the layer is quadratic, or not built; a state that does not fit, or of
+                another draw of the projection.
+            tf.errors.InvalidArgumentError: a draw that is known only when the graph runs differs.
+
+        Example: see `summarize`.
+        """
+        self._check_streams("read")
+        query = self._converted(query)
+        masks = Masks(query_mask=mask_of(query) if query_mask is None else query_mask)
+        query = tf.identity(query)
+        axes = resolve_axes(self._attention_axes, len(query.shape))
+        features = self._random_projection.current_features(training=False)
+        output = read(
+            self._rotated(fold(self._query_dense(query), axes), start_index=start_index),
+            state=state,
+            draw=features.draw,
+            **features.for_queries(),
+        )
+        output = hide_queries(output, masks.fold_queries(query, axes))
+        return self._output(output, query, axes)
+
+    def _check_streams(self, method):
+        """Refuses `method` where there is no state: quadratic attention, or a layer not built."""
+        if not self._options.linear or not self.built:
+            raise ValueError(
+                f"`{method}` needs a built layer with attention_method='linear'. Received: "
+                f"attention_method={self._options.attention_method!r}, built={self.built}"
+            )
+
+    def _state_sizes(self, batch):
+        """Sizes `[N, G, M, E]` of the `mean` of a state of `batch` rows."""
+        groups = self._options.num_key_value_heads or self._num_heads
+        return batch, groups, self._random_projection.features, self._value_dim
+
+    def _state_spec(self, query_shape, axes):
+        """The `AttentionState` of a symbolic call."""
+        others = [size for axis, size in enumerate(query_shape[:-1]) if axis not in axes]
+        sizes = self._state_sizes(None if None in others else product(others))
+        dtype = accumulator(tf.as_dtype(self.compute_dtype)).name
+        return AttentionState(
+            keras.KerasTensor(sizes[:-1], dtype),
+            keras.KerasTensor(sizes, dtype),
+            keras.KerasTensor((), "int64"),
+            keras.KerasTensor((), "int64"),
+        )
 
     def get_config(self):
         """Every argument of the constructor."""
@@ -373,6 +603,21 @@ class Performer(HasProjection, HasState, GroupedHeads, keras.layers.MultiHeadAtt
             **self._options.config(),
             "flash_attention": self._requested_flash_attention,
         }
+
+
+class _RepeatedHeads(keras.layers.EinsumDense):
+    """An `EinsumDense` to `[B, ..., G, D]` that repeats every head: `[B, ..., G * repeats, D]`.
+
+    The parent's exact attention then computes grouped heads, too.
+    """
+
+    def __init__(self, *args, repeats, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._repeats = repeats
+
+    def call(self, inputs, training=None):
+        """Projects, then repeats."""
+        return tf.repeat(super().call(inputs, training=training), self._repeats, axis=-2)
 
 
 def _refuse_in_quadratic(**arguments):

@@ -1,21 +1,18 @@
 """Rotary positions, for queries and keys."""
 
 import math
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from performer.composition.packed_blocks import run_starts
-from performer.layers._axes import fold, unfold
-from performer.layers._masks import fold_ids
 
 
 @keras.saving.register_keras_serializable(package="performer")
 class RotaryEmbedding(keras.layers.Layer):
-    """Turns queries and keys by angles that grow with their position.
+    """Rotates queries and keys by angles that grow with their position.
 
-    Dimensions i and i + D/2 of the feature at position p turn by p * max_wavelength**(-2i/D), so
+    Dimensions i and i + D/2 at position p are rotated by the angle p * max_wavelength**(-2i/D), so
     that the product of a query and a key depends on the distance between them. Source: Su et al.,
     "RoFormer", https://arxiv.org/abs/2104.09864; the pairing of dimensions and the arguments are
     those of `keras_hub.layers.RotaryEmbedding`, which a `Performer` layer takes as well.
@@ -60,11 +57,11 @@ class RotaryEmbedding(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs, start_index=0, positions=None):
-        """Turns `inputs`; see the class."""
+        """Rotates `inputs`; see the class."""
         size = inputs.shape[-1]
         if size % 2:
             raise ValueError(
-                "Rotary positions turn pairs of dimensions, and need an even number of them. "
+                "Rotary positions rotate pairs of dimensions, and need an even number of them. "
                 f"Received: inputs.shape={tuple(inputs.shape)}"
             )
         if positions is None:
@@ -82,8 +79,8 @@ class RotaryEmbedding(keras.layers.Layer):
             angles = angles[..., tf.newaxis, :]
         cos, sin = tf.cos(angles), tf.sin(angles)
         first, second = tf.split(tf.cast(inputs, dtype), 2, axis=-1)
-        turned = tf.concat([first * cos - second * sin, second * cos + first * sin], -1)
-        return tf.cast(turned, inputs.dtype)
+        rotated = tf.concat([first * cos - second * sin, second * cos + first * sin], -1)
+        return tf.cast(rotated, inputs.dtype)
 
     def get_config(self):
         """Every argument of the constructor."""
@@ -92,27 +89,6 @@ class RotaryEmbedding(keras.layers.Layer):
             "max_wavelength": self.max_wavelength,
             "scaling_factor": self.scaling_factor,
         }
-
-
-def rotate(rotary, x, axes, *, start, segment_ids=None):
-    """Applies rotary positions to projected inputs, along the sequence of the attention axes.
-
-    Args:
-        rotary: a `RotaryEmbedding`, or a layer that is called like it.
-        x: `[B, d1, ..., dn, H, D]`.
-        axes: attention axes, as `resolve_axes` returns them.
-        start: position of the first element of the sequence.
-        segment_ids: the call's, or None: positions start again with every run of equal ones.
-
-    Returns:
-        Tensor of the shape of `x`.
-    """
-    folded = fold(x, axes)
-    where: dict[str, Any] = {"start_index": start}
-    if segment_ids is not None:
-        ids = fold_ids("segment_ids", segment_ids, x, axes)
-        where = {"positions": positions_in_runs(ids)}
-    return unfold(rotary(folded, **where), axes, like=x)
 
 
 def positions_in_runs(ids):

@@ -1,0 +1,73 @@
+"""States of a layer: their position in the sequence, and the calls that may have one."""
+
+import functools
+import operator
+
+import keras
+import tensorflow as tf
+
+from performer.counters import as_position
+from performer.ops.state import AttentionState
+
+
+def with_tensors(state):
+    """A nested structure of tensors, arrays and numbers, with tensors only."""
+    return tf.nest.map_structure(
+        lambda x: x if isinstance(x, keras.KerasTensor) else tf.convert_to_tensor(x), state
+    )
+
+
+def position_of(state):
+    """Where a call with `initial_state=state` begins: an int64 scalar, or 0 without a state.
+
+    Raises:
+        TypeError: `state` is not an `AttentionState`.
+    """
+    if state is None:
+        return 0
+    if not isinstance(state, AttentionState):
+        raise TypeError(f"`initial_state` must be an AttentionState, got {type(state).__name__}")
+    return as_position(state.position)
+
+
+def with_position(state, start, key, axes):
+    """`state`, its position one past the last key.
+
+    Args:
+        state: `AttentionState` after a call.
+        start: position of the first key of the call.
+        key: the call's keys, of which the sizes of `axes` count.
+        axes: attention axes, as `resolve_axes` returns them.
+    """
+    sizes = tf.shape(key, tf.int64)
+    return state._replace(position=start + product([sizes[axis] for axis in axes]))
+
+
+def check_call(masks, shapes, axes, dense):
+    """Refuses what has no state: dense form, packed sequences, causal calls of two lengths.
+
+    Args:
+        masks: the call's `Masks`.
+        shapes: shapes of query and value.
+        axes: attention axes, as `resolve_axes` returns them.
+        dense: whether the call takes the dense form.
+
+    Raises:
+        ValueError: one of them, in a call with `initial_state` or `return_state`.
+    """
+    what = None
+    if dense:
+        what = "scores (`return_attention_scores`, a general `attention_mask`), which see no state"
+    elif masks.segment_ids is not None:
+        what = "`segment_ids`, whose sequences have a state each"
+    elif masks.use_causal_mask:
+        lengths = [[shape[axis] for axis in axes] for shape in shapes]
+        if lengths[0] != lengths[1] and None not in lengths[0] + lengths[1]:
+            what = f"`use_causal_mask` for {lengths[0]} queries and {lengths[1]} keys"
+    if what:
+        raise ValueError(f"`initial_state` and `return_state` do not go with {what}.")
+
+
+def product(sizes):
+    """The product of integers and integer scalars; of a single one, that one itself."""
+    return functools.reduce(operator.mul, sizes)
