@@ -62,6 +62,37 @@ struct Projection {
   }
 };
 
+// What every kernel that walks the rows of a call is given: filled by Context (host/context.h).
+struct CallParams {
+  Map map;
+  WorkTiles work;                                      // blockIdx.x is the number of a tile
+  int64_t groups = 0, features = 0, features_pad = 0;  // G, M, and M in units of kFeatureUnit
+};
+
+// Of a kernel that reads queries.
+template <class T>
+struct QueryParams : CallParams {
+  RowsOf<const T> query;                // [B L, H, D]
+  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
+  int64_t feature_bias_heads = 0;       // 1, G or H
+};
+
+// Of a kernel whose queries read a state.
+template <class T>
+struct StateReadParams : QueryParams<T> {
+  Projection<T> projection;         // of queries
+  const T* mean = nullptr;          // [state_count, G, M_pad, W]: the operand
+  const float* log_mass = nullptr;  // [state_count, G, M]
+  int64_t state_count = 0;          // N, or 1: the same for all sequences
+};
+
+// Of a kernel that reads keys and values, and no queries.
+template <class T>
+struct KeyReadParams : CallParams {
+  KeyParams<T> keys;
+  Projection<T> projection;  // of keys
+};
+
 // log phi in units of root, from the product x = w . k (kRelu, kElu).
 PERFORMER_DEVICE float MappedLogit(const Map& map, float x) {
   const float u = map.root * x;

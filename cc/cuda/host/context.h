@@ -1,44 +1,28 @@
-// What the launchers of all operators prepare from the parameters of a call: tensors, feature map,
-// division into work tiles, packed operands.
+// What all launchers are given: one Context, filled once for a call. Beside it, how the tensors of a
+// call become kernel parameters.
 #pragma once
 #include <cmath>
+#include <vector>
 
 #include "cuda/host/launch.h"
-#include "cuda/kernels/forward/pack.cuh"
 
 namespace performer {
 namespace cuda {
 
-inline bool IsAligned(const void* data, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
-}
-template <class T>
-RowsOf<const T> InputRows(const void* data, int64_t heads, int64_t width) {
-  return {static_cast<const T*>(data), heads, static_cast<int>(width),
-          static_cast<int>(heads * width),
-          IsAligned(data, width * static_cast<int64_t>(sizeof(T)))};
-}
-template <class T>
-RowsOf<T> OutputRows(void* data, int64_t heads, int64_t width) {
+// Threads of a block in the kernels that give a thread or a warp to each result.
+inline constexpr int kElementwiseThreads = 256;
+
+// A contiguous tensor [rows, heads, width]. T is const for an input.
+template <class T, class Data>
+RowsOf<T> MakeRows(Data* data, int64_t heads, int64_t width) {
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
   return {static_cast<T*>(data), heads, static_cast<int>(width), static_cast<int>(heads * width),
-          IsAligned(data, width * static_cast<int64_t>(sizeof(T)))};
+          aligned};
 }
 
-template <class T>
-KeyParams<T> MakeKeyParams(const Common& call, const KeySide& keys) {
-  KeyParams<T> params;
-  params.key = InputRows<T>(keys.key, call.dims.groups, call.dims.key_dim);
-  params.value = InputRows<T>(keys.value, call.dims.groups, call.dims.value_dim);
-  params.packed = call.offsets != nullptr;
-  params.bias = {static_cast<const float*>(keys.bias),
-                 keys.bias_batch == 1 ? 0 : keys.bias_heads * keys.bias_length,
-                 keys.bias_heads == 1 ? 0 : keys.bias_length, keys.bias_length == 1 ? 0 : 1};
-  return params;
-}
-
-inline Map MakeMap(const Common& call) {
-  const Attributes& attributes = call.attributes;
-  const double root = std::sqrt(attributes.ResolvedScale(call.dims.key_dim));
+inline Map MakeMap(const Attributes& attributes, int64_t key_dim) {
+  const double root = std::sqrt(attributes.ResolvedScale(key_dim));
   return {attributes.feature_map,
           attributes.key_norm && attributes.feature_map == FeatureMap::kSoftmax,
           static_cast<float>(root), static_cast<float>(1 / root),
@@ -48,91 +32,91 @@ inline Map MakeMap(const Common& call) {
 // The work tiles of a call.
 struct Division {
   WorkTiles tiles;
-  int64_t count = 0, most = 0;  // of all sequences; of the one with most
-  bool some_empty = false;      // there are sequences without rows
+  int64_t count = 0;        // of all sequences
+  int64_t max_count = 0;    // of the sequence that has most
+  bool some_empty = false;  // whether there are sequences without rows
 };
 
-template <class T>
-class Operands {
- public:
-  Operands(const Common& call, const Device& device)
-      : call_(call),
-        dims_(call.dims),
-        launcher_(device),
-        map_(MakeMap(call)),
-        features_pad_(RoundUp(call.dims.features, kFeatureUnit)) {}
+struct Context {
+  Context(const Common& call, const Device& device)
+      : dims(call.dims),
+        offsets(call.offsets),
+        launcher(device),
+        map(MakeMap(call.attributes, call.dims.key_dim)),
+        features_pad(RoundUp(call.dims.features, kFeatureUnit)) {}
 
- protected:
-  bool packed() const { return call_.offsets != nullptr; }
+  const Dims dims;
+  const int64_t* const offsets;  // [N + 1] of packed sequences, host memory; else nullptr
+  const Launcher launcher;
+  const Map map;
+  const int64_t features_pad;  // M in units of kFeatureUnit
 
-  // Work tiles of `unit` rows over the sequences, of `rows` rows each if they are not packed.
+  bool packed() const { return offsets != nullptr; }
+
+  // Divides the sequences, of `rows` each if they are not packed, into tiles of `unit` rows.
   Status Divide(int64_t rows, int64_t unit, Division* division) const {
     WorkTiles& tiles = division->tiles;
-    tiles.sequences = dims_.sequences;
+    tiles.sequences = dims.sequences;
     tiles.rows = rows;
     tiles.unit = unit;
     if (!packed()) {
-      division->most = WorkTileCount(tiles, 0);
-      division->count = dims_.sequences * division->most;
+      division->max_count = WorkTileCount(tiles, 0);
+      division->count = dims.sequences * division->max_count;
       division->some_empty = rows == 0;
       return Status();
     }
-    const size_t ends = static_cast<size_t>(dims_.sequences) + 1;
-    std::vector<int64_t> numbers(call_.offsets, call_.offsets + ends);  // then the first tiles
+    const size_t ends = static_cast<size_t>(dims.sequences) + 1;
+    std::vector<int64_t> numbers(offsets, offsets + ends);  // then the first tile of each sequence
     numbers.push_back(0);
     for (size_t n = 0; n + 1 < ends; ++n) {
       const int64_t length = numbers[n + 1] - numbers[n];
       const int64_t count = CeilDiv(length, WorkTileRows(tiles, length));
       numbers.push_back(numbers.back() + count);
-      division->most = count > division->most ? count : division->most;
+      division->max_count = count > division->max_count ? count : division->max_count;
       division->some_empty |= count == 0;
     }
     division->count = numbers.back();
-    PERFORMER_RETURN_IF_ERROR(launcher_.Upload(numbers, &tiles.offsets));
+    PERFORMER_RETURN_IF_ERROR(launcher.Upload(numbers, &tiles.offsets));
     tiles.first = tiles.offsets + ends;
     return Status();
   }
 
-  // float32 matrices [matrices, rows, width] as operands [matrices, rows_pad, W]; see forward/pack.cuh.
-  template <int W>
-  Status Pack(const char* purpose, const void* from, const float* log_mass, int64_t matrices,
-              int64_t width, const T** to) const {
-    T* packed = nullptr;
-    PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(matrices * features_pad_ * W, purpose, &packed));
-    *to = packed;
-    const PackParams params = {
-        static_cast<const float*>(from), log_mass, packed, matrices, dims_.features, features_pad_,
-        static_cast<int>(width)};
-    constexpr int kThreads = 256;
-    const Grid grid = {CeilDiv(matrices * features_pad_ * 32, kThreads)};
-    return launcher_.Launch(purpose, PackKernel<T, W>, grid, kThreads, 0, params);
-  }
-  // Projections as A operands in registers' order (forward/pack.cuh).
-  template <int W>
-  Status PackOperands(const void* from, int64_t heads, const uint32_t** to) const {
-    uint32_t* packed = nullptr;
-    const int64_t registers = heads * features_pad_ * W * static_cast<int64_t>(sizeof(T)) / 4;
-    PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(registers, "the packed projection", &packed));
-    *to = packed;
-    const PackParams params = {
-        static_cast<const float*>(from), nullptr, packed, heads, dims_.features, features_pad_,
-        static_cast<int>(dims_.key_dim)};
-    constexpr int kThreads = 256;
-    return launcher_.Launch("packing a projection", PackOperandsKernel<T, W>,
-                            {CeilDiv(registers, kThreads)}, kThreads, 0, params);
-  }
-  template <int W>
-  Status PackProjection(const void* from, int64_t heads, Projection<T>* to) const {
-    to->heads = heads;
-    return Pack<W>("the packed projection", from, nullptr, heads, dims_.key_dim, &to->data);
+  void Fill(const Division& division, CallParams* params) const {
+    params->map = map;
+    params->work = division.tiles;
+    params->groups = dims.groups;
+    params->features = dims.features;
+    params->features_pad = features_pad;
   }
 
-  const Common& call_;
-  const Dims& dims_;
-  const Launcher launcher_;
-  const Map map_;
-  const int64_t features_pad_;
+  template <class T>
+  void FillQueries(const QuerySide& queries, const Division& division,
+                   QueryParams<T>* params) const {
+    Fill(division, params);
+    params->query = MakeRows<const T>(queries.query, dims.heads, dims.key_dim);
+    params->feature_bias = static_cast<const float*>(queries.feature_bias);
+    params->feature_bias_heads = queries.feature_bias_heads;
+  }
+
+  template <class T>
+  void FillKeys(const KeySide& keys, KeyParams<T>* params) const {
+    params->key = MakeRows<const T>(keys.key, dims.groups, dims.key_dim);
+    params->value = MakeRows<const T>(keys.value, dims.groups, dims.value_dim);
+    params->packed = packed();
+    params->bias = {static_cast<const float*>(keys.bias),
+                    keys.bias_batch == 1 ? 0 : keys.bias_heads * keys.bias_length,
+                    keys.bias_heads == 1 ? 0 : keys.bias_length, keys.bias_length == 1 ? 0 : 1};
+  }
 };
+
+// run(std::integral_constant<int, W>) with the width of tiles' rows, to which D and E are padded.
+inline constexpr int kNarrow = 64, kWide = kMaxHeadWidth;
+template <class Run>
+Status WithWidth(const Dims& dims, Run run) {
+  if (dims.key_dim <= kNarrow && dims.value_dim <= kNarrow)
+    return run(std::integral_constant<int, kNarrow>());
+  return run(std::integral_constant<int, kWide>());
+}
 
 }  // namespace cuda
 }  // namespace performer

@@ -13,22 +13,18 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct DkvParams {
-  KeyParams<T> keys;
-  Projection<T> projection;
-  const float* log_mass = nullptr;  // [count, G, M]
-  const float* center = nullptr;    // [count, G, M]
-  const T* grad_mean = nullptr;     // [count, G, M_pad, W]: the operand
-  const float* peak = nullptr;      // [count, G]: see GradStateScale
-  int64_t state_count = 0;
-  Map map;
-  WorkTiles splits;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  RowsOf<T> grad_key, grad_value;
-  float* grad_bias = nullptr;  // [B, G, S] or nullptr
-  int64_t bias_rows = 0;       // S
-  float *sum_key = nullptr,
-        *sum_value = nullptr;        // [rows, G, W], if a block cannot hold all features
+struct DkvParams : KeyReadParams<T> {
+  const float* log_mass = nullptr;  // [state_count, G, M]
+  const float* center = nullptr;    // [state_count, G, M], of CenterKernel
+  const T* grad_mean = nullptr;     // [state_count, G, M_pad, W]: the operand
+  const float* peak = nullptr;      // [state_count, G] for half, else nullptr: see GradStateScale
+  int64_t state_count = 0;          // N, or 1: the same for all sequences
+  RowsOf<T> grad_key;               // [B S, G, D]
+  RowsOf<T> grad_value;             // [B S, G, E]
+  float* grad_bias = nullptr;       // [B, G, S] or nullptr
+  int64_t bias_rows = 0;            // S
+  float* sum_key = nullptr;    // [B S, G, W], if a block cannot hold all features, else nullptr
+  float* sum_value = nullptr;  // likewise
   float* part_projection = nullptr;  // [splits, G, M, D]
 };
 
@@ -57,7 +53,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
   T* const summed = reinterpret_cast<T*>(shared + L::kSummed);
   float* const hidden = reinterpret_cast<float*>(shared + L::kHidden);  // key_bias of the tile
   const int tid = threadIdx.x;
-  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
   const int64_t head = blockIdx.y;
   const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + head;
   const int64_t row0 = work.first_row + work.begin;

@@ -12,21 +12,13 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct DqParams {
-  RowsOf<const T> query, grad_out;
-  Projection<T> projection;
-  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  const T* mean = nullptr;          // [count, G, M_pad, W]: the operand
-  const float* log_mass = nullptr;  // [count, G, M]
-  int64_t state_count = 0;
-  Map map;
-  WorkTiles splits;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  const float *lse = nullptr, *delta = nullptr, *peak = nullptr;  // [rows, H]
-  RowsOf<T> grad_query;
-  float* sum_query = nullptr;  // [rows, H, W], if a block cannot hold all features
-  // [splits, H, M(, D or E)]
+struct DqParams : StateReadParams<T> {
+  RowsOf<const T> grad_out;  // [B L, H, E]
+  // [B L, H] each, of RowStatisticsKernel.
+  const float *lse = nullptr, *delta = nullptr, *peak = nullptr;
+  RowsOf<T> grad_query;        // [B L, H, D]
+  float* sum_query = nullptr;  // [B L, H, W], if a block cannot hold all features, else nullptr
+  // [splits, H, M], [splits, H, M, E] and [splits, H, M, D].
   float *part_log_mass = nullptr, *part_mean = nullptr, *part_projection = nullptr;
 };
 
@@ -73,7 +65,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
   const int tid = threadIdx.x;
   const int heads = static_cast<int>(p.query.heads);
   if (tid == 0) {
-    const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+    const WorkTile work = GetWorkTile(p.work, blockIdx.x);
     const int64_t head = blockIdx.y, group = head / (heads / p.groups);
     const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + group;
     const int64_t row0 = work.first_row + work.begin, at = row0 * heads + head;

@@ -1,24 +1,12 @@
-// Gradients of Summarize and Read of one type, PERFORMER_TYPE.
-#include "cuda/host/operators.h"
+// The gradients of Summarize and Read of one type, PERFORMER_TYPE.
 #include "cuda/kernels/backward/launch.cuh"
 
 namespace performer {
 namespace cuda {
 
-template <>
-Status RunSummarizeGrad<PERFORMER_TYPE>(const performer::SummarizeGradParams& params,
-                                        const Device& device) {
-  if (IsNarrow(params.dims))
-    return BidirectionalGrad<PERFORMER_TYPE, kNarrow>(params, device).Summarize(params);
-  return BidirectionalGrad<PERFORMER_TYPE, kWide>(params, device).Summarize(params);
-}
-
-template <>
-Status RunReadGrad<PERFORMER_TYPE>(const performer::ReadGradParams& params, const Device& device) {
-  if (IsNarrow(params.dims))
-    return BidirectionalGrad<PERFORMER_TYPE, kNarrow>(params, device).Read(params);
-  return BidirectionalGrad<PERFORMER_TYPE, kWide>(params, device).Read(params);
-}
+template Status RunSummarizeGrad<PERFORMER_TYPE>(const performer::SummarizeGradParams&,
+                                                 const Device&);
+template Status RunReadGrad<PERFORMER_TYPE>(const performer::ReadGradParams&, const Device&);
 
 }  // namespace cuda
 }  // namespace performer

@@ -14,18 +14,9 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct RowStatisticsParams {
-  RowsOf<const T> query, grad_out;
-  Projection<T> projection;
-  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  const T* mean = nullptr;          // [count, G, M_pad, W]: the operand
-  const float* log_mass = nullptr;  // [count, G, M]
-  int64_t state_count = 0;
-  Map map;
-  WorkTiles tiles;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  // [rows, H] each. peak: max_m |g|.
+struct RowStatisticsParams : StateReadParams<T> {
+  RowsOf<const T> grad_out;  // [B L, H, E]
+  // [B L, H] each. peak: max_m |g|.
   float *lse = nullptr, *delta = nullptr, *peak = nullptr;
 };
 
@@ -53,7 +44,7 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
   T* const mean = reinterpret_cast<T*>(shared + L::kMean);              // [kStages] tiles
   float* const bias = reinterpret_cast<float*>(shared + L::kBias);      // [2][kTile]
   const int tid = threadIdx.x;
-  const WorkTile work = GetWorkTile(p.tiles, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
   const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
   const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + group;
   const T* w =

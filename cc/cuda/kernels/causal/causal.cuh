@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
   constexpr int C = L::kChunk;
   PERFORMER_SHARED_MEMORY(shared);
   const int tid = threadIdx.x;
-  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
   const int64_t head = blockIdx.y, group = p.group_of(head);
   const int first_feature = blockIdx.z * L::kFeatures;
   const Block block = {{p, shared}};
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
       block.Write(sums, mine, values, row0, part, begin, min(end, rows), row, lane);
     }
   }
-  const WorkTile same = GetWorkTile(p.splits, blockIdx.x);  // not kept: registers are short
+  const WorkTile same = GetWorkTile(p.work, blockIdx.x);  // not kept: registers are short
   const int id = Opaque(tid);
   if (same.last() && head % (p.query.heads / p.groups) == 0)
     block.Finish(state, same.sequence * p.groups + group, stream.place->rows, id / 32, id % 32);

@@ -1,6 +1,7 @@
-// Launcher of Causal. Where a sequence has several splits: their states (summarize), the state
-// before each (merge), then all splits side by side.
+// Launcher of Causal. Where a sequence has several splits: the state of each split (summarize), the
+// state before each (merge), then all splits side by side.
 #pragma once
+#include "cuda/host/operators.h"
 #include "cuda/kernels/causal/causal.cuh"
 #include "cuda/kernels/causal/merge_outputs.cuh"
 #include "cuda/kernels/forward/launch.cuh"
@@ -8,139 +9,125 @@
 namespace performer {
 namespace cuda {
 
-// What the gradient needs of the forward pass: normalised outputs of each group of features, not
-// merged yet, the states that splits begin with (as CausalParams), and what it has packed.
+// The forward pass as it has been launched. The gradient reads from it what it needs again: states
+// before splits, operands, and the outputs of the blocks of features.
 template <class T>
-struct CausalParts {
+struct CausalPass {
   Division splits;
-  Projection<T> projection;                // of queries
-  const uint32_t* key_operands = nullptr;  // of keys
-  const float* out = nullptr;              // [count][rows, H, W]
-  const float* lse = nullptr;              // [count][rows, H]
-  int64_t count = 0;
-  const float *before_log_mass = nullptr, *before_mean = nullptr;
-  bool before_each = false;
-  int64_t before_count = 0;
+  CausalParams<T> params;
+  int64_t feature_blocks = 0;  // how many blocks of features a row is divided among
 };
+
+inline MergeParams MakeInitialMergeParams(const Context& context, const Division& splits,
+                                          const State& initial) {
+  MergeParams params = MakeMergeParams(context, splits);
+  params.initial_log_mass = static_cast<const float*>(initial.log_mass);
+  params.initial_mean = static_cast<const float*>(initial.mean);
+  params.initial_count = initial.count;
+  return params;
+}
+
+// The states that splits begin with: the initial ones, or those of the splits before merged to them.
+template <class T, int W>
+Status PrepareStatesBefore(const Context& context, const performer::CausalParams& call,
+                           const Division& splits, CausalParams<T>* params) {
+  MergeParams merge = MakeInitialMergeParams(context, splits, call.initial);
+  params->before_log_mass = merge.initial_log_mass;
+  params->before_mean = merge.initial_mean;
+  params->before_count = merge.initial_count;
+  if (splits.max_count <= 1) return Status();
+  PERFORMER_RETURN_IF_ERROR((SummarizeSplits<T, W>(context, call.keys, splits, true, &merge)));
+  PERFORMER_RETURN_IF_ERROR(Merge(context, merge));
+  params->before_log_mass = merge.part_log_mass;
+  params->before_mean = merge.part_mean;
+  params->before_each = true;
+  return Status();
+}
+
+// Sequences without rows have no block: their final state is the initial one.
+inline Status WriteStatesOfEmptySequences(const Context& context,
+                                          const performer::CausalParams& call,
+                                          const Division& splits) {
+  if (!splits.some_empty) return Status();
+  MergeParams merge = MakeInitialMergeParams(context, splits, call.initial);
+  merge.log_mass = static_cast<float*>(call.state.log_mass);
+  merge.mean = static_cast<float*>(call.state.mean);
+  merge.only_empty = true;
+  return Merge(context, merge);
+}
+
+template <class T, int W, int kGroups, bool kSmall>
+Status LaunchCausalKernel(const Context& context, bool keep_parts, CausalPass<T>* pass) {
+  using Layout = CausalLayout<T, W, kGroups, kSmall>;
+  const Dims& dims = context.dims;
+  CausalParams<T>& p = pass->params;
+  pass->feature_blocks = CeilDiv(dims.features, Layout::kFeatures);
+  if (pass->feature_blocks > 1 || keep_parts) {
+    p.part_lse = dims.batch * dims.queries * dims.heads;
+    p.part_size = p.part_lse * W;
+    PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(pass->feature_blocks * p.part_size,
+                                                        "partial outputs", &p.part_out));
+    PERFORMER_RETURN_IF_ERROR(
+        context.launcher.Allocate(pass->feature_blocks * p.part_lse, "partial outputs", &p.lse));
+  }
+  const Grid grid = {pass->splits.count, dims.heads, pass->feature_blocks};
+  return context.launcher.Launch("causal", CausalKernel<T, W, kGroups, kSmall>, grid,
+                                 Layout::kThreads, Layout::kBytes, p);
+}
+
+// The causal kernel and what goes before it. With keep_parts, or where features need several
+// blocks, the outputs stay in workspace (params.part_out, params.lse): they are normalised in each
+// block of features, and neither merged nor rounded.
+template <class T, int W>
+Status CausalForward(const Context& context, const performer::CausalParams& call, bool keep_parts,
+                     CausalPass<T>* pass) {
+  const Dims& dims = context.dims;
+  PERFORMER_RETURN_IF_ERROR(context.Divide(dims.keys, kSplits, &pass->splits));
+  CausalParams<T>& p = pass->params;
+  PERFORMER_RETURN_IF_ERROR((PrepareStatesBefore<T, W>(context, call, pass->splits, &p)));
+  PERFORMER_RETURN_IF_ERROR(WriteStatesOfEmptySequences(context, call, pass->splits));
+  PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context, call.queries.projection,
+                                                  call.queries.projection_heads, &p.projection)));
+  PERFORMER_RETURN_IF_ERROR((PackOperands<T, W>(context, call.keys.projection,
+                                                call.keys.projection_heads, &p.key_operands)));
+  context.FillQueries(call.queries, pass->splits, &p);
+  context.FillKeys(call.keys, &p.keys);
+  p.key_head_step = call.keys.projection_heads == 1 ? 0 : context.features_pad;
+  p.operand_row = W * static_cast<int64_t>(sizeof(T)) / 4;
+  p.out = MakeRows<T>(call.out, dims.heads, dims.value_dim);
+  p.log_mass = static_cast<float*>(call.state.log_mass);
+  p.mean = static_cast<float*>(call.state.mean);
+  if constexpr (W == 64)
+    if (context.launcher.HasSmallBlocks())
+      return LaunchCausalKernel<T, W, 1, true>(context, keep_parts, pass);
+  if constexpr (kIs16Bit<T> && W == 64)
+    if (dims.features > CausalLayout<T, W, 1, false>::kFeatures)
+      return LaunchCausalKernel<T, W, 2, false>(context, keep_parts, pass);
+  return LaunchCausalKernel<T, W, 1, false>(context, keep_parts, pass);
+}
 
 template <class T, int W>
-class Causal : public Forward<T, W> {
- public:
-  using Forward<T, W>::Forward;
+Status Causal(const Context& context, const performer::CausalParams& call) {
+  CausalPass<T> pass;
+  PERFORMER_RETURN_IF_ERROR((CausalForward<T, W>(context, call, false, &pass)));
+  if (pass.feature_blocks == 1) return Status();
+  MergeOutputsParams<T> p;
+  p.part_out = pass.params.part_out;
+  p.part_lse = pass.params.lse;
+  p.parts = pass.feature_blocks;
+  p.rows = context.dims.batch * context.dims.queries;
+  p.out = pass.params.out;
+  return context.launcher.Launch("merge outputs", MergeOutputsKernel<T, W>,
+                                 {CeilDiv(pass.params.part_lse * 32, kElementwiseThreads)},
+                                 kElementwiseThreads, 0, p);
+}
 
-  // With `parts`, these instead of call.out.
-  Status Run(const performer::CausalParams& call, CausalParts<T>* parts = nullptr) const {
-    Division splits;
-    PERFORMER_RETURN_IF_ERROR(this->Divide(dims_.keys, kSplits, &splits));
-    CausalParams<T> p;
-    PERFORMER_RETURN_IF_ERROR(StatesBefore(call, splits, &p));
-    PERFORMER_RETURN_IF_ERROR(FinalStatesOfEmptySequences(call, splits));
-    PERFORMER_RETURN_IF_ERROR(this->template PackProjection<W>(
-        call.queries.projection, call.queries.projection_heads, &p.projection));
-    PERFORMER_RETURN_IF_ERROR(this->template PackOperands<W>(
-        call.keys.projection, call.keys.projection_heads, &p.key_operands));
-    p.key_head_step = call.keys.projection_heads == 1 ? 0 : this->features_pad_;
-    p.operand_row = W * static_cast<int64_t>(sizeof(T)) / 4;
-    p.query = InputRows<T>(call.queries.query, dims_.heads, dims_.key_dim);
-    p.keys = MakeKeyParams<T>(this->call_, call.keys);
-    p.feature_bias = static_cast<const float*>(call.queries.feature_bias);
-    p.feature_bias_heads = call.queries.feature_bias_heads;
-    p.map = map_;
-    p.splits = splits.tiles;
-    p.groups = dims_.groups;
-    p.features = dims_.features;
-    p.features_pad = this->features_pad_;
-    p.out = OutputRows<T>(call.out, dims_.heads, dims_.value_dim);
-    p.log_mass = static_cast<float*>(call.state.log_mass);
-    p.mean = static_cast<float*>(call.state.mean);
-    if (parts != nullptr) {
-      parts->splits = splits;
-      parts->projection = p.projection;
-      parts->key_operands = p.key_operands;
-      parts->before_log_mass = p.before_log_mass;
-      parts->before_mean = p.before_mean;
-      parts->before_each = p.before_each;
-      parts->before_count = p.before_count;
-    }
-    if constexpr (W == 64)
-      if (launcher_.HasSmallBlocks()) return Launch<1, true>(splits, p, parts);
-    if constexpr (kIs16Bit<T> && W == 64)
-      if (dims_.features > CausalLayout<T, W, 1, false>::kFeatures)
-        return Launch<2, false>(splits, p, parts);
-    return Launch<1, false>(splits, p, parts);
-  }
-
- private:
-  using Operands<T>::dims_;
-  using Operands<T>::launcher_;
-  using Operands<T>::map_;
-
-  Status StatesBefore(const performer::CausalParams& call, const Division& splits,
-                      CausalParams<T>* p) const {
-    p->before_log_mass = static_cast<const float*>(call.initial.log_mass);
-    p->before_mean = static_cast<const float*>(call.initial.mean);
-    p->before_count = call.initial.count;
-    if (splits.most <= 1) return Status();
-    MergeParams merge;
-    PERFORMER_RETURN_IF_ERROR(this->SummarizeSplits(call.keys, splits, true, &merge));
-    merge.initial_log_mass = p->before_log_mass;
-    merge.initial_mean = p->before_mean;
-    merge.initial_count = p->before_count;
-    PERFORMER_RETURN_IF_ERROR(Merge(launcher_, merge));
-    p->before_log_mass = merge.part_log_mass;
-    p->before_mean = merge.part_mean;
-    p->before_each = true;
-    return Status();
-  }
-
-  Status FinalStatesOfEmptySequences(const performer::CausalParams& call,
-                                     const Division& splits) const {
-    if (!splits.some_empty) return Status();
-    MergeParams merge;
-    merge.splits = splits.tiles;
-    merge.groups = dims_.groups;
-    merge.features = dims_.features;
-    merge.width = static_cast<int>(dims_.value_dim);
-    merge.initial_log_mass = static_cast<const float*>(call.initial.log_mass);
-    merge.initial_mean = static_cast<const float*>(call.initial.mean);
-    merge.initial_count = call.initial.count;
-    merge.log_mass = static_cast<float*>(call.state.log_mass);
-    merge.mean = static_cast<float*>(call.state.mean);
-    merge.only_empty = true;
-    return Merge(launcher_, merge);
-  }
-
-  template <int kGroups, bool kSmall>
-  Status Launch(const Division& splits, CausalParams<T> p, CausalParts<T>* parts) const {
-    using Layout = CausalLayout<T, W, kGroups, kSmall>;
-    const Grid grid = {splits.count, dims_.heads, CeilDiv(dims_.features, Layout::kFeatures)};
-    const int64_t rows = dims_.batch * dims_.queries;
-    MergeOutputsParams<T> merge;
-    if (grid.z > 1 || parts != nullptr) {
-      p.part_lse = rows * dims_.heads;
-      p.part_size = p.part_lse * W;
-      PERFORMER_RETURN_IF_ERROR(
-          launcher_.Allocate(grid.z * p.part_size, "partial outputs", &p.part_out));
-      PERFORMER_RETURN_IF_ERROR(launcher_.Allocate(grid.z * p.part_lse, "partial outputs", &p.lse));
-    }
-    PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal", CausalKernel<T, W, kGroups, kSmall>, grid,
-                                               Layout::kThreads, Layout::kBytes, p));
-    if (parts != nullptr) {
-      parts->out = p.part_out;
-      parts->lse = p.lse;
-      parts->count = grid.z;
-    }
-    if (grid.z == 1 || parts != nullptr) return Status();
-    merge.part_out = p.part_out;
-    merge.part_lse = p.lse;
-    merge.parts = grid.z;
-    merge.rows = rows;
-    merge.out = p.out;
-    constexpr int kThreads = 256;
-    return launcher_.Launch("merge outputs", MergeOutputsKernel<T, W>,
-                            {CeilDiv(p.part_lse * 32, kThreads)}, kThreads, 0, merge);
-  }
-};
+template <class T>
+Status RunCausal(const performer::CausalParams& call, const Device& device) {
+  const Context context(call, device);
+  return WithWidth(call.dims,
+                   [&](auto width) { return Causal<T, decltype(width)::value>(context, call); });
+}
 
 }  // namespace cuda
 }  // namespace performer

@@ -15,36 +15,37 @@ struct CausalPlace {
   int64_t row;                // of the tensor
 };
 
+// What the causal kernels and those of their gradient are given.
 template <class T>
-struct CausalParams {
-  RowsOf<const T> query;
+struct CausalRowsParams : QueryParams<T> {
   KeyParams<T> keys;
-  Projection<T> projection;                // of queries
-  const uint32_t* key_operands = nullptr;  // of keys, see PackOperandsKernel
-  int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
-  int64_t operand_row = 0;                 // registers of one feature
-  const float* feature_bias = nullptr;     // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  Map map;
-  WorkTiles splits;
-  int64_t groups = 0, features = 0, features_pad = 0;
   // The state before each split [splits, G, M(, E)] if before_each, else before each sequence
   // [before_count, G, M(, E)].
   const float* before_log_mass = nullptr;
   const float* before_mean = nullptr;
   bool before_each = false;
-  int64_t before_count = 0;
-  RowsOf<T> out;
-  float* log_mass = nullptr;  // [N, G, M]: the final state
-  float* mean = nullptr;      // [N, G, M, E]
-  // log sum_m exp(a + log_mass of the row), [rows, H], or nullptr.
-  float* lse = nullptr;
-  // With several groups of features: outputs of each group, [groups][rows, H, W], instead of out;
-  // and as many lse.
-  float* part_out = nullptr;
-  int64_t part_size = 0, part_lse = 0;  // of one group
+  int64_t before_count = 0;  // 0: none, 1 or N
+};
 
-  PERFORMER_DEVICE int64_t group_of(int64_t head) const { return head / (query.heads / groups); }
+template <class T>
+struct CausalParams : CausalRowsParams<T> {
+  Projection<T> projection;                // of queries
+  const uint32_t* key_operands = nullptr;  // projections of keys, see PackOperandsKernel
+  int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
+  int64_t operand_row = 0;                 // registers of one feature
+  RowsOf<T> out;                           // [B L, H, E]
+  float* log_mass = nullptr;               // [N, G, M]: the final state
+  float* mean = nullptr;                   // [N, G, M, E]
+  // [blocks of features][B L, H, W]: the outputs of each block of features, instead of out; or
+  // nullptr.
+  float* part_out = nullptr;
+  float* lse = nullptr;  // [blocks of features][B L, H]: log sum_m exp(a + log_mass of the row);
+                         // or nullptr
+  int64_t part_size = 0, part_lse = 0;  // elements of part_out and lse for one block of features
+
+  PERFORMER_DEVICE int64_t group_of(int64_t head) const {
+    return head / (this->query.heads / this->groups);
+  }
 };
 
 // kGroups: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.

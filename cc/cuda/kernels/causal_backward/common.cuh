@@ -17,6 +17,13 @@
 namespace performer {
 namespace cuda {
 
+// What all kernels of the causal gradient are given.
+template <class T>
+struct CausalGradientParams : CausalRowsParams<T> {
+  RowsOf<const T> grad_out;                      // [B L, H, E]
+  const float *lse = nullptr, *delta = nullptr;  // [B L, H], of CausalStatisticsKernel
+};
+
 // Features relative to an anchor and sums over rows do not fit half's range. They, and what they
 // are multiplied by, are operands in bfloat16 where T is half; only log-features come from products
 // in half.

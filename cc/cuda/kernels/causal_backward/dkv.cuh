@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParam
 
   if (tid == 0)
     *const_cast<CausalKeyPlace<T>*>(place) = MakeCausalKeyPlace<T, W>(p, blockIdx.x, blockIdx.y);
-  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, GetWorkTile(p.splits, blockIdx.x), blockIdx.y,
+  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, GetWorkTile(p.work, blockIdx.x), blockIdx.y,
                                       shared + L::kStream, tid);
   const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
 

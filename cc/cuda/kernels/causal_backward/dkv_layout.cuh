@@ -8,31 +8,22 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct CausalDkvParams {
-  RowsOf<const T> query, grad_out;
-  KeyParams<T> keys;
+struct CausalDkvParams : CausalGradientParams<T> {
   Projection<T> projection;                  // of keys
-  const uint32_t* query_operands = nullptr;  // of queries, see PackOperandsKernel
-  int64_t query_projections = 0;
-  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  Map map;
-  WorkTiles splits;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  // As CausalParams; and the final state [N, G, M].
-  const float *before_log_mass = nullptr, *before_mean = nullptr, *log_mass = nullptr;
-  bool before_each = false;
-  int64_t before_count = 0;
-  const float *lse = nullptr, *delta = nullptr;              // [rows, H]
-  const float* chunk_log_mass = nullptr;                     // of the sweep over queries
-  const float *after_mean = nullptr, *after_mass = nullptr;  // see MergeReverseStatesKernel
-  RowsOf<T> grad_key, grad_value;
+  const uint32_t* query_operands = nullptr;  // projections of queries, see PackOperandsKernel
+  int64_t query_projections = 0;             // 1, G or H
+  const float* log_mass = nullptr;           // [N, G, M]: the final state
+  const float* chunk_log_mass = nullptr;     // [chunks, G, M], of CausalDqKernel
+  // Reverse states [splits, G, M, E] and [splits, G, M], of MergeReverseStatesKernel.
+  const float *after_mean = nullptr, *after_mass = nullptr;
+  RowsOf<T> grad_key;          // [B S, G, D]
+  RowsOf<T> grad_value;        // [B S, G, E]
   float* grad_bias = nullptr;  // [B, G, S] or nullptr
   int64_t bias_rows = 0;       // S
-  // [rows, G, W], where a gradient is a sum of several parts.
+  // [B S, G, W], where a gradient is a sum of several parts.
   float *sum_key = nullptr, *sum_value = nullptr;
   float* part_projection = nullptr;  // [splits, G, M, D]
-  // Of the initial state, [N, G, M(, E)].
+  // The gradient of the initial state, [N, G, M] and [N, G, M, E].
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
 };
 
@@ -86,7 +77,7 @@ template <class T, int W>
 PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& p, int64_t split,
                                                       int64_t group) {
   constexpr int C = kChunkRows<T>;
-  const WorkTile work = GetWorkTile(p.splits, split);
+  const WorkTile work = GetWorkTile(p.work, split);
   const int64_t heads = p.query.heads, groups = p.groups, features = p.features;
   const int64_t head = group * (heads / groups), width = p.keys.value.width;
   const int64_t row0 = work.first_row + work.begin, at = row0 * heads + head;

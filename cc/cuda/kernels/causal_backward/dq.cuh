@@ -12,28 +12,16 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct CausalDqParams {
-  RowsOf<const T> query, grad_out;
-  KeyParams<T> keys;
+struct CausalDqParams : CausalGradientParams<T> {
   Projection<T> projection;                // of queries
-  const uint32_t* key_operands = nullptr;  // of keys, see PackOperandsKernel
+  const uint32_t* key_operands = nullptr;  // projections of keys, see PackOperandsKernel
   int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
-  const float* feature_bias = nullptr;     // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  Map map;
-  WorkTiles splits;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  // As CausalParams.
-  const float *before_log_mass = nullptr, *before_mean = nullptr;
-  bool before_each = false;
-  int64_t before_count = 0;
-  const float *lse = nullptr, *delta = nullptr;  // [rows, H]
-  float* corrected_delta = nullptr;              // likewise, of CausalDeltaKernel
-  RowsOf<T> grad_query;
-  float* sum_query = nullptr;       // [rows, H, W], if a block cannot hold all features
-  float* chunk_log_mass = nullptr;  // see ChunkSlot; natural logarithms
-  // [splits, H, M(, D)]
-  float *part_feature_bias = nullptr, *part_projection = nullptr;
+  float* corrected_delta = nullptr;        // [B L, H], of CausalDeltaKernel
+  RowsOf<T> grad_query;                    // [B L, H, D]
+  float* sum_query = nullptr;  // [B L, H, W], if a block cannot hold all features, else nullptr
+  float* chunk_log_mass = nullptr;     // [chunks, G, M] in natural logarithms, see ChunkSlot
+  float* part_feature_bias = nullptr;  // [splits, H, M]
+  float* part_projection = nullptr;    // [splits, H, M, D]
 };
 
 // Where a block works; in shared memory, as KeyPlace.
@@ -98,7 +86,7 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
   const Warp own = {p.map, p.map.unit()};
 
   if (tid == 0) {
-    const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+    const WorkTile work = GetWorkTile(p.work, blockIdx.x);
     const int64_t head = blockIdx.y, each = heads / p.groups, group = head / each;
     const int64_t row0 = work.first_row + work.begin, at = row0 * heads + head;
     const int64_t state =
@@ -120,7 +108,7 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
         p.before_log_mass + state * features,
         p.before_mean + state * features * p.keys.value.width};
   }
-  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, GetWorkTile(p.splits, blockIdx.x),
+  KeyStream<T, W, kThreads, C> stream(p.keys, p.map, GetWorkTile(p.work, blockIdx.x),
                                       blockIdx.y / (heads / p.groups), shared + L::kStream, tid);
   const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
 

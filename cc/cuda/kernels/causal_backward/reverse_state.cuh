@@ -9,23 +9,16 @@
 // As states are summed over splits and merged, reverse states are: ReverseStateKernel gives what the rows of
 // one split add, relative to the state before it, and MergeReverseStatesKernel adds them up from behind.
 #pragma once
-#include "cuda/kernels/backward/common.cuh"
+#include "cuda/kernels/causal_backward/common.cuh"
 
 namespace performer {
 namespace cuda {
 
 template <class T>
-struct ReverseStateParams {
-  RowsOf<const T> query, grad_out;
-  Projection<T> projection;
-  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  const float* before_log_mass = nullptr;  // [splits, G, M]
-  Map map;
-  WorkTiles splits;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  const float *lse = nullptr, *delta = nullptr;      // [rows, H]
-  float *part_mean = nullptr, *part_mass = nullptr;  // R [splits, H, M, E], r [splits, H, M]
+struct ReverseStateParams : CausalGradientParams<T> {
+  Projection<T> projection;    // of queries
+  float* part_mean = nullptr;  // R [splits, H, M, E]
+  float* part_mass = nullptr;  // r [splits, H, M]
 };
 
 template <class T, int W>
@@ -51,7 +44,7 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
   float* const lse = reinterpret_cast<float*>(shared + L::kLse);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
   const int tid = threadIdx.x, row_feature = tid / 32 * 16 * kRowTiles;
-  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
   if (work.index == 0) return;
   const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
   const int64_t row0 = work.first_row + work.begin;

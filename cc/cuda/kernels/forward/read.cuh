@@ -11,18 +11,8 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct ReadParams {
-  RowsOf<const T> query;
-  Projection<T> projection;
-  const float* feature_bias = nullptr;  // [feature_bias_heads, M]
-  int64_t feature_bias_heads = 0;
-  const T* mean = nullptr;          // [count, G, M_pad, W]: the operand
-  const float* log_mass = nullptr;  // [count, G, M]
-  int64_t state_count = 0;          // N, or 1
-  Map map;
-  WorkTiles tiles;
-  int64_t groups = 0, features = 0, features_pad = 0;
-  RowsOf<T> out;
+struct ReadParams : StateReadParams<T> {
+  RowsOf<T> out;  // [B L, H, E]
 };
 
 // Where a block works; in shared memory, because registers are short.
@@ -63,7 +53,7 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   ReadPlace<T>* const place = reinterpret_cast<ReadPlace<T>*>(shared + Traits::kPlace);
   {
-    const WorkTile work = GetWorkTile(p.tiles, blockIdx.x);
+    const WorkTile work = GetWorkTile(p.work, blockIdx.x);
     const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
     const int64_t row = work.first_row + work.begin;
     const int rows = static_cast<int>(work.end - work.begin);

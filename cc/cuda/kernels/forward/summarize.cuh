@@ -12,13 +12,8 @@ namespace performer {
 namespace cuda {
 
 template <class T>
-struct SummarizeParams {
-  KeyParams<T> keys;
-  Projection<T> projection;
-  Map map;
-  WorkTiles splits;
-  bool skip_last = false;  // the last split of a sequence is not wanted
-  int64_t groups = 0, features = 0, features_pad = 0;
+struct SummarizeParams : KeyReadParams<T> {
+  bool skip_last = false;     // the last split of a sequence is not wanted
   float* log_mass = nullptr;  // [splits, G, M]
   float* mean = nullptr;      // [splits, G, M, E]
 };
@@ -50,7 +45,7 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
   T* const keys = reinterpret_cast<T*>(shared + Traits::kKeys);      // [2] tiles
   T* const values = reinterpret_cast<T*>(shared + Traits::kValues);  // [2] tiles
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const WorkTile work = GetWorkTile(p.splits, blockIdx.x);
+  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
   if (p.skip_last && work.last()) return;
   const int64_t head = blockIdx.y;
   const int first_feature = blockIdx.z * Traits::kFeatures;
