@@ -7,16 +7,8 @@ import tensorflow as tf
 from performer import reference
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_finite
-from support.composition_calls import (
-    MAPS,
-    E,
-    M,
-    attend,
-    forms,
-    random_inputs,
-    random_state,
-    tensors,
-)
+from support.composition_calls import MAPS, E, M, attend, random_inputs, random_state, tensors
+from support.inputs import forms
 
 
 def with_gradients(inputs, state, cotangents, causal, offsets=None, **attributes):

@@ -7,7 +7,8 @@ import tensorflow as tf
 from performer import reference
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_finite, assert_same_bits
-from support.composition_calls import MAPS, E, attend, forms, random_inputs, random_state, tensors
+from support.composition_calls import MAPS, E, attend, random_inputs, random_state, tensors
+from support.inputs import forms
 
 SHAPES = {
     "one projection, one bias": {"projections": (1, 1), "bias": (1, 1, 1)},

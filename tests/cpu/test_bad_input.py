@@ -5,12 +5,10 @@ from functools import cache
 import numpy as np
 import pytest
 
-from support.bad_call import good_inputs, name_of
 from support.compare import assert_same_bits
 from support.core_calls import _core, run
-from support.refused_calls import TABLE
-
-OPS = ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad")
+from support.inputs import OPS
+from support.refused_calls import TABLE, good_inputs, name_of
 
 
 @cache

@@ -1,33 +1,20 @@
 """The compiled core against the reference: every instruction set, type, shape and option."""
 
-from functools import cache
+from functools import partial
 
 import numpy as np
 import pytest
 
-from performer.features.tolerances import tolerances
 from support.cases import cases, parameters
-from support.compare import assert_close
-from support.core_calls import DTYPES, _core, expected, forward, isas, make, run
-
-
-@cache
-def wanted(causal, name, dtype):
-    case = cases(causal)[name]
-    return expected(make(case, dtype), causal, **case.options)
+from support.core_calls import _core, forward, isas, run
+from support.inputs import DTYPES, OPS, cotangents, make
+from support.promises import check_results
 
 
 @isas
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters())
 def test_results_are_those_of_the_reference(causal, name, dtype, isa):
-    case, bound = cases(causal)[name], tolerances(dtype, causal=causal)
-    results = forward(make(case, dtype), causal, isa=isa, **case.options)
-    assert list(results) == ["out", "log_mass", "mean"]
-    wide = np.float64 if dtype == "float64" else np.float32
-    assert [x.dtype for x in results.values()] == [DTYPES[dtype], wide, wide]
-    for output, x in wanted(causal, name, dtype).items():
-        worst = bound.worst if output == "out" else None
-        assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
+    check_results(partial(run, isa=isa), cases(causal)[name], causal, dtype)
 
 
 @isas
@@ -107,14 +94,28 @@ def test_float64_functions_have_the_error_of_the_c_library(isa):
     assert ulps(_core.log2(np.abs(x), isa=isa), np.log2(np.abs(x))).max() <= 2
 
 
-def test_the_signature_is_what_a_call_takes_and_gives():
-    ops = ["Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"]
-    for op in ops:
-        signature = _core.signature(op)
-        assert {kind for _, kind, _ in signature["inputs"]} == {"T", "U", "int64"}
-        assert {kind for _, kind, _ in signature["outputs"]} == {"T", "U"} - (
-            {"T"} if op == "Summarize" else {"U"} if op == "Read" else set()
-        )
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_signature_is_what_a_call_takes_and_gives(op, dtype):
+    case = cases(True)["less than a chunk, holes, a projection for each head"]
+    x = {**make(case, dtype), **cotangents(case, dtype)}
+    x.update(forward(x, causal=True))
+    signature, wide = _core.signature(op), "float64" if dtype == "float64" else "float32"
+    types = {"T": DTYPES[dtype], "U": np.dtype(wide), "int64": np.dtype(np.int64)}
+    for name, kind, _ in signature["inputs"]:
+        assert x[name].dtype == types[kind], name
+    results = run(op, x)
+    assert list(results) == [name for name, *_ in signature["outputs"]]
+    sizes = {"B": case.batch, "N": case.batch, "H": case.heads, "G": case.groups, "L": case.rows}
+    sizes |= {"D": case.dim, "E": case.value_dim, "M": case.features}
+    for name, kind, shape in signature["outputs"]:
+        assert results[name].dtype == types[kind], name
+        same = shape.removeprefix("=")  # a gradient has the shape of its input
+        wanted = x[same].shape if same in x else tuple(sizes[axis] for axis in shape.split())
+        assert results[name].shape == wanted, name
+
+
+def test_an_unknown_operator_has_no_signature():
     with pytest.raises(ValueError, match="Attend"):
         _core.signature("Attend")
 

@@ -1,12 +1,14 @@
 """The same bits from the compiled core, whatever the threads and the company of a row."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from support.compare import assert_same_bits
-from support.core_calls import Case, backward, cotangents, forms, forward, isas, make, shortened
+from support.core_calls import backward, forward, isas
+from support.inputs import Case, cotangents, forms, make
 
 ROWS = ("out", "query", "key", "value", "key_bias")  # results that a batch row has for itself
 PLAIN = Case(
@@ -21,7 +23,7 @@ PLAIN = Case(
     masked="left",
     state=5,
 )
-PACKED = shortened(PLAIN, batch=1, offsets=(0, 0, 100, 101, 530), state=1, bias="1GS", masked="")
+PACKED = replace(PLAIN, batch=1, offsets=(0, 0, 100, 101, 530), state=1, bias="1GS", masked="")
 # Fewer sequences and heads than threads, and far more sub-chunks than two windows of them hold.
 FEW = Case(
     batch=1,
@@ -78,9 +80,9 @@ def test_threads_change_no_bit(case, causal, isa, dtype):
     "case",
     [
         FEW,
-        shortened(FEW, state=0, rows=4848),
-        shortened(FEW, batch=2, heads=4, groups=2, masked="holes"),
-        shortened(FEW, bias="1GS", masked="", state=1, offsets=(0, 0, 1600, 1601, 4850)),
+        replace(FEW, state=0, rows=4848),
+        replace(FEW, batch=2, heads=4, groups=2, masked="holes"),
+        replace(FEW, bias="1GS", masked="", state=1, offsets=(0, 0, 1600, 1601, 4850)),
     ],
     ids=["one", "empty state", "four", "packed"],
 )
@@ -108,7 +110,7 @@ def test_threads_that_share_a_sequence_see_no_later_key(isa):
 
 @isas
 def test_fifty_runs_of_threads_that_share_a_sequence_give_the_same_bits(isa):
-    case = shortened(FEW, rows=1700)
+    case = replace(FEW, rows=1700)
     x = make(case)
     once = forward(x, True, isa=isa)
     for _ in range(50):
@@ -118,7 +120,7 @@ def test_fifty_runs_of_threads_that_share_a_sequence_give_the_same_bits(isa):
 @isas
 @forms
 def test_fifty_runs_give_the_same_bits(causal, isa):
-    case = shortened(PLAIN, batch=2, rows=70, state=1)
+    case = replace(PLAIN, batch=2, rows=70, state=1)
     x, incoming = make(case), cotangents(case)
     once = everything(x, incoming, causal, isa=isa)
     for _ in range(50):
@@ -127,7 +129,7 @@ def test_fifty_runs_give_the_same_bits(causal, isa):
 
 @forms
 def test_calls_at_the_same_time_do_not_disturb_each_other(causal):
-    case = shortened(PLAIN, batch=2, rows=70, state=1)
+    case = replace(PLAIN, batch=2, rows=70, state=1)
     calls = [(make(case, seed=seed), cotangents(case, seed=seed)) for seed in range(4)]
     wanted = [everything(*call, causal) for call in calls]
     found = [None] * len(calls)
@@ -203,7 +205,7 @@ def test_permuted_heads_permute_the_results(causal, isa):
 
 @isas
 def test_permuted_queries_permute_the_rows_of_read(isa):
-    case = shortened(PLAIN, batch=1, rows=50, state=1)
+    case = replace(PLAIN, batch=1, rows=50, state=1)
     x, incoming = make(case), cotangents(case)
     order = np.random.default_rng(0).permutation(50)
     still = everything(x, incoming, causal=False, isa=isa)
@@ -217,7 +219,7 @@ def test_permuted_queries_permute_the_rows_of_read(isa):
 @forms
 def test_neither_padding_behind_inputs_nor_their_place_in_memory_matters(causal, isa):
     """NaN directly behind and before every array: nothing may read it into a result."""
-    case = shortened(PLAIN, batch=2, rows=45, dim=3, value_dim=5, features=13, state=2)
+    case = replace(PLAIN, batch=2, rows=45, dim=3, value_dim=5, features=13, state=2)
     x, incoming = make(case), cotangents(case)
     once = everything(x, incoming, causal, isa=isa)
     for shift in (1, 3):

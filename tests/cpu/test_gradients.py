@@ -1,44 +1,25 @@
 """Gradients of the compiled core against the analytic gradients of the reference."""
 
-from functools import cache
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from performer.features.tolerances import tolerances
 from support.cases import CASES, ELU, RELU, TOKENS, cases, parameters
 from support.compare import assert_close, assert_finite
-from support.core_calls import (
-    backward,
-    cotangents,
-    expected_gradients,
-    forms,
-    forward,
-    isas,
-    make,
-    run,
-    shortened,
-)
-
-
-@cache
-def wanted(causal, name, dtype):
-    case = cases(causal)[name]
-    return expected_gradients(make(case, dtype), cotangents(case, dtype), causal, **case.options)
+from support.core_calls import backward, expected_gradients, forward, isas, run
+from support.inputs import cotangents, forms, make
+from support.promises import check_gradients
 
 
 @isas
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))
 def test_gradients_are_those_of_the_reference(causal, name, dtype, isa):
-    case, bound = cases(causal)[name], tolerances(dtype, causal=causal).gradient_rms
-    x = make(case, dtype)
-    grads = backward(x, cotangents(case, dtype), causal, isa=isa, **case.options)
-    for argument, grad in wanted(causal, name, dtype).items():
-        assert grads[argument].dtype == x[argument].dtype, argument
-        assert_close(grads[argument], grad, rms=bound, what=argument)
+    check_gradients(partial(run, isa=isa), cases(causal)[name], causal, dtype)
 
 
-SMALL = shortened(CASES["an initial state for each, 500 rows"], rows=60, heads=6)
+SMALL = replace(CASES["an initial state for each, 500 rows"], rows=60, heads=6)
 
 
 @isas
@@ -84,7 +65,7 @@ def test_summarize_has_the_gradient_of_any_cotangent(isa, attributes):
 @pytest.mark.parametrize("attributes", [(), (RELU,), (ELU,)], ids=["softmax", "relu", "elu"])
 def test_gradients_are_finite_differences_of_the_core_itself(causal, attributes):
     """<gradient, direction> against the core's own results, one direction for each input."""
-    case = shortened(SMALL, rows=50, attributes=attributes)
+    case = replace(SMALL, rows=50, attributes=attributes)
     x, incoming = make(case, "float64"), cotangents(case, "float64")
     grads = backward(x, incoming, causal, **case.options)
     rng = np.random.default_rng(3)
@@ -109,7 +90,7 @@ def test_gradients_are_finite_differences_of_the_core_itself(causal, attributes)
 @forms
 @pytest.mark.parametrize("masked", ["holes", "left", "row"])
 def test_masked_keys_have_gradient_exactly_zero(causal, masked, isa):
-    case = shortened(
+    case = replace(
         CASES["less than a chunk, holes, a projection for each head"], rows=70, masked=masked
     )
     x = make(case)
@@ -126,7 +107,7 @@ def test_masked_keys_have_gradient_exactly_zero(causal, masked, isa):
 @isas
 @forms
 def test_queries_that_see_nothing_give_and_get_exactly_zero(causal, isa):
-    case = shortened(CASES["all keys of a batch row masked"], masked="row")
+    case = replace(CASES["all keys of a batch row masked"], masked="row")
     x, incoming = make(case), cotangents(case)
     assert not forward(x, causal, isa=isa)["out"][-1].any()
     incoming["grad_log_mass"][:], incoming["grad_mean"][:] = 0, 0

@@ -1,5 +1,6 @@
 """What the compiled core must satisfy whatever the inputs: deletion, streams, bounds, zeros."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -7,18 +8,8 @@ import pytest
 
 from performer import reference
 from support.compare import assert_close, assert_finite, assert_same_bits
-from support.core_calls import (
-    Case,
-    backward,
-    cotangents,
-    expected,
-    forms,
-    forward,
-    isas,
-    make,
-    run,
-    shortened,
-)
+from support.core_calls import backward, expected, forward, isas, run
+from support.inputs import Case, cotangents, forms, make
 
 PLAIN = Case(batch=1, rows=130, heads=4, groups=2, dim=16, features=24, value_dim=5, bias="1GS")
 ROWS = ("query", "key", "value")
@@ -35,7 +26,7 @@ def part(x, rows):
 @isas
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_mean_of_a_feature_that_saw_nothing_may_hold_anything(rows, isa):
-    x = make(shortened(PLAIN, rows=rows, bias="111", state=1))
+    x = make(replace(PLAIN, rows=rows, bias="111", state=1))
     x["initial_log_mass"][..., ::2] = -np.inf
     x["initial_mean"][..., ::2, :] = 0
     wanted = forward(x, causal=True, isa=isa)
@@ -48,7 +39,7 @@ def test_the_mean_of_a_feature_that_saw_nothing_may_hold_anything(rows, isa):
 @forms
 @pytest.mark.parametrize("attributes", [{}, {"feature_map": "relu"}, {"feature_map": "elu"}])
 def test_a_masked_key_is_a_deleted_key(causal, isa, attributes):
-    case = shortened(PLAIN, bias="11S")
+    case = replace(PLAIN, bias="11S")
     x, incoming = make(case), cotangents(case)
     kept = np.sort(np.random.default_rng(0).choice(130, 70, replace=False))
     gone = np.setdiff1d(np.arange(130), kept)
@@ -72,7 +63,7 @@ def test_a_masked_key_is_a_deleted_key(causal, isa, attributes):
 
 @isas
 def test_a_duplicated_key_is_a_key_of_twice_the_weight(isa):
-    x = make(shortened(PLAIN, bias="11S"))
+    x = make(replace(PLAIN, bias="11S"))
     twice = part(x, np.repeat(np.arange(130), 2))
     x["key_bias"] += np.float32(np.log(2))
     for name, result in run("Summarize", x, isa=isa).items():
@@ -82,7 +73,7 @@ def test_a_duplicated_key_is_a_key_of_twice_the_weight(isa):
 @isas
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_a_stream_of_ragged_steps_is_the_whole(isa, dtype):
-    x = make(shortened(PLAIN, masked="left", state=1), dtype)
+    x = make(replace(PLAIN, masked="left", state=1), dtype)
     whole = run("Causal", x, isa=isa)
     out, state = [], {name: x[name] for name in ("initial_log_mass", "initial_mean")}
     cuts = [0, 1, 2, 2, 5, 37, 38, 70, 130]
@@ -100,7 +91,7 @@ def test_a_stream_of_ragged_steps_is_the_whole(isa, dtype):
 @isas
 def test_steps_at_chunk_boundaries_join_gradients_too(isa):
     """The gradient of a stream in two parts, chained by hand through the state, is that of all."""
-    case = shortened(PLAIN, masked="left", state=1)
+    case = replace(PLAIN, masked="left", state=1)
     x, incoming = make(case, "float64"), cotangents(case, "float64")
     whole = backward(x, incoming, causal=True, isa=isa)
     first, second = part(x, slice(0, 75)), part(x, slice(75, 130))
@@ -134,7 +125,7 @@ def test_the_last_causal_row_is_the_bidirectional_one_of_its_prefix(isa, length)
 @forms
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 0), ("float16", 0)])
 def test_a_constant_value_comes_back(causal, isa, dtype, bound):
-    x = make(shortened(PLAIN, rows=1000, masked="left", bias="B1S", std=2.0), dtype)
+    x = make(replace(PLAIN, rows=1000, masked="left", bias="B1S", std=2.0), dtype)
     x["value"][...] = 1.25
     out = forward(x, causal, isa=isa)["out"].astype(np.float64)
     sees = np.zeros_like(out) if causal else np.full_like(out, 1.25)
@@ -145,7 +136,7 @@ def test_a_constant_value_comes_back(causal, isa, dtype, bound):
 @isas
 @forms
 def test_outputs_lie_between_the_smallest_and_the_largest_value(causal, isa):
-    x = make(shortened(PLAIN, rows=700, std=4.0))
+    x = make(replace(PLAIN, rows=700, std=4.0))
     out = forward(x, causal, isa=isa)["out"]
     low, high = x["value"].min((0, 1, 2)), x["value"].max((0, 1, 2))
     assert np.all(out >= low - 1e-6 * np.abs(low))
@@ -156,7 +147,7 @@ def test_outputs_lie_between_the_smallest_and_the_largest_value(causal, isa):
 @forms
 @pytest.mark.parametrize("same", ["keys", "projection"])
 def test_without_anything_to_tell_keys_apart_the_mean_of_the_values_comes_back(causal, isa, same):
-    x = make(shortened(PLAIN, bias="111"))
+    x = make(replace(PLAIN, bias="111"))
     if same == "keys":
         x["key"][:] = x["key"][:, :1]
     else:
@@ -201,7 +192,7 @@ def test_the_largest_values_stay_finite(isa):
 @isas
 @forms
 def test_the_largest_and_smallest_halves_are_read_right(causal, isa):
-    case = shortened(PLAIN, batch=1, rows=40, bias="111")
+    case = replace(PLAIN, batch=1, rows=40, bias="111")
     x = make(case, "float16")
     x["value"][:] = np.where(np.arange(5) % 2, 65504, -65504)
     assert_same_bits(forward(x, causal, isa=isa)["out"], np.repeat(x["value"], 2, 2))

@@ -3,13 +3,21 @@
 import numpy as np
 import pytest
 
-from support.cases import TOKENS
+from support.cases import SUB_CHUNKS, TOKENS
 from support.compare import assert_same_bits
-from support.core_calls import backward, cotangents, forms, forward, make
-from support.cuda_cases import CASES, SUB_CHUNKS
-from support.emulated_calls import SCHEDULES, counting, dtypes, run, run_in_small_blocks
-from support.emulated_cases import all_cases, parameters
-from support.kernel_promises import check_gradients
+from support.core_calls import backward, forward
+from support.emulated_calls import (
+    GPU_CASES,
+    SCHEDULES,
+    all_cases,
+    counting,
+    dtypes,
+    parameters,
+    run,
+    run_in_small_blocks,
+)
+from support.inputs import cotangents, forms, make
+from support.promises import check_gradients
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))
@@ -26,7 +34,7 @@ def test_entries_of_std_8_keep_the_promise_in_float32_and_twice_it_in_16_bits(ca
 
 @forms
 @dtypes
-@pytest.mark.parametrize("name", ["packed, with empty sequences", "wide, two groups of features"])
+@pytest.mark.parametrize("name", ["packed, with empty sequences", "wide, two blocks of features"])
 def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
     case = all_cases(causal)[name]
     x, incoming = make(case, dtype), cotangents(case, dtype)
@@ -42,7 +50,7 @@ def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
 @forms
 @dtypes
 def test_the_gradients_of_masked_keys_are_zero(causal, dtype):
-    case = CASES["narrow, 128 features, entry std 3"]
+    case = GPU_CASES["narrow, 128 features, entry std 3"]
     x = make(case, dtype)
     grads = backward(x, cotangents(case, dtype), causal, run)
     masked = np.isneginf(x["key_bias"][0, 0])
@@ -55,8 +63,8 @@ def test_the_gradients_of_masked_keys_are_zero(causal, dtype):
 @forms
 @dtypes
 def test_operands_are_read_without_bank_conflicts(causal, dtype):
-    for name in ("narrow, 128 features, entry std 3", "wide, two groups of features"):
-        case = CASES[name]
+    for name in ("narrow, 128 features, entry std 3", "wide, two blocks of features"):
+        case = GPU_CASES[name]
         x, incoming = make(case, dtype), cotangents(case, dtype)
         forward(x, causal, run)
         with counting() as counters:

@@ -7,11 +7,19 @@ import pytest
 
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
-from support.core_calls import cotangents, expected, forms, forward, make
-from support.cuda_cases import CASES
-from support.emulated_calls import SCHEDULES, counting, dtypes, run
-from support.emulated_cases import OWN, SPLIT, all_cases, parameters
-from support.kernel_promises import check_batch_row_alone, check_results
+from support.core_calls import expected, forward
+from support.emulated_calls import (
+    GPU_CASES,
+    SCHEDULES,
+    SPLIT,
+    all_cases,
+    counting,
+    dtypes,
+    parameters,
+    run,
+)
+from support.inputs import cotangents, forms, make
+from support.promises import check_batch_row_alone, check_results
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters())
@@ -23,7 +31,7 @@ SCHEDULED = [
     "less than a chunk, holes, a projection for each head",
     "packed, with empty sequences",
     "narrow, 256 features",
-    "wide, two groups of features",
+    "wide, two blocks of features",
 ]
 
 
@@ -52,7 +60,7 @@ def test_a_batch_row_has_the_bits_it_has_alone(causal, dtype):
 @forms
 @dtypes
 def test_a_packed_sequence_has_the_bits_it_has_alone(causal, dtype):
-    case = OWN["packed, splits of some sequences"]
+    case = GPU_CASES["packed, splits of some sequences"]
     x, state = make(case, dtype), 1
     packed = forward(x, causal, run, packed=True)
     begin, end = case.offsets[state : state + 2]
@@ -68,7 +76,7 @@ def test_a_packed_sequence_has_the_bits_it_has_alone(causal, dtype):
 
 @dtypes
 def test_two_calls_with_the_state_between_them_are_one(dtype):
-    case = CASES["narrow, 128 features, entry std 3"]
+    case = GPU_CASES["narrow, 128 features, entry std 3"]
     x, half = make(case, dtype), 40
     rows = {n: a for n, a in x.items() if a.ndim == 4 and a.shape[1] == case.rows}
     first = {**x, **{n: a[:, :half] for n, a in rows.items()}}
@@ -86,9 +94,9 @@ def test_two_calls_with_the_state_between_them_are_one(dtype):
 @forms
 @dtypes
 def test_operands_are_read_without_bank_conflicts(causal, dtype):
-    for name in ("narrow, 128 features, entry std 3", "wide, two groups of features"):
+    for name in ("narrow, 128 features, entry std 3", "wide, two blocks of features"):
         with counting() as counters:
-            forward(make(CASES[name], dtype), causal, run, **CASES[name].options)
+            forward(make(GPU_CASES[name], dtype), causal, run, **GPU_CASES[name].options)
         assert counters["ldmatrix_conflicts"] == 0
         assert (counters["ldmatrix"] > 0) == (dtype != "float32")
 
@@ -98,7 +106,7 @@ def test_operands_are_read_without_bank_conflicts(causal, dtype):
 # has Causal, the sweep that corrects delta, and operands in two parts.
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_tensor_cores_do_no_more_than_counted(dtype):
-    case = replace(CASES["narrow, 256 features"], rows=SPLIT)
+    case = replace(GPU_CASES["narrow, 256 features"], rows=SPLIT)
     x = {**make(case, dtype), **cotangents(case, dtype)}
     x["key"], x["value"], x["query"] = (x[name] * 0 for name in ("key", "value", "query"))
     states = {causal: forward(x, causal, run) for causal in (False, True)}
@@ -112,7 +120,7 @@ def test_the_tensor_cores_do_no_more_than_counted(dtype):
 
 
 def test_what_the_kernels_do_not_take_is_refused():
-    case = CASES["narrow, 256 features"]
+    case = GPU_CASES["narrow, 256 features"]
     with pytest.raises(ValueError, match="float64"):
         run("Causal", make(case, "float64"))
     wide = {**make(case), "key": np.zeros((1, 130, 1, 129), np.float32)}
@@ -123,7 +131,7 @@ def test_what_the_kernels_do_not_take_is_refused():
 
 @pytest.mark.parametrize("op", ["Summarize", "Read", "Causal"])
 def test_a_gpu_without_memory_is_an_error(op):
-    case = replace(OWN["two splits, the first one ends in masked keys"], batch=1, heads=1)
+    case = replace(GPU_CASES["two splits, the first one ends in masked keys"], batch=1, heads=1)
     x = make(case, "bfloat16")
     x.update(forward(x, False, run))
     needed = 0

@@ -9,7 +9,8 @@ import pytest
 
 from support.compare import assert_same_bits
 from support.emulated_calls import emulated, needs_race_detector
-from support.emulated_kernels import CALLS, OPS, call, inputs
+from support.emulated_kernels import CALLS, call, inputs
+from support.inputs import OPS
 
 SOURCES = Path(__file__).parents[2] / "cc" / "cuda"
 MARK = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|CpAsyncWait<")

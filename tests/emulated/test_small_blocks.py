@@ -3,11 +3,9 @@ smaller blocks, wider ones mostly not."""
 
 import pytest
 
-from support.core_calls import forms, make
-from support.cuda_cases import CASES
-from support.emulated_calls import dtypes, run_in_small_blocks
-from support.emulated_cases import OWN
-from support.kernel_promises import check_gradients, check_results
+from support.emulated_calls import GPU_CASES, dtypes, run_in_small_blocks
+from support.inputs import forms, make
+from support.promises import check_gradients, check_results
 
 NARROW = [
     "narrow, 256 features",
@@ -16,7 +14,7 @@ NARROW = [
     "three heads a group, 300 features",
     "packed, splits of some sequences",
 ]
-WIDE = CASES["wide, two groups of features"]
+WIDE = GPU_CASES["wide, two blocks of features"]
 every_case = pytest.mark.parametrize("name", NARROW)
 
 
@@ -24,14 +22,14 @@ every_case = pytest.mark.parametrize("name", NARROW)
 @every_case
 @dtypes
 def test_results_are_those_of_the_reference(causal, name, dtype):
-    check_results(run_in_small_blocks, OWN[name], causal, dtype)
+    check_results(run_in_small_blocks, GPU_CASES[name], causal, dtype)
 
 
 @forms
 @every_case
 @dtypes
 def test_gradients_are_those_of_the_reference(causal, name, dtype):
-    check_gradients(run_in_small_blocks, OWN[name], causal, dtype)
+    check_gradients(run_in_small_blocks, GPU_CASES[name], causal, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

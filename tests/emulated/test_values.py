@@ -3,8 +3,9 @@
 import numpy as np
 
 from support.compare import assert_close, assert_finite
-from support.core_calls import Case, forms, forward, make
+from support.core_calls import forward
 from support.emulated_calls import dtypes, run
+from support.inputs import Case, forms, make
 
 CASE = Case(batch=1, rows=70, heads=1, groups=1, dim=16, value_dim=8, features=24, bias="11S")
 

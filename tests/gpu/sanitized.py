@@ -1,13 +1,13 @@
 """Small calls of every operator on the GPU, for compute-sanitizer: outputs are not looked at."""
 
 from performer.bench import torch_kernels
-from support.core_calls import cotangents, make
-from support.cuda_cases import CASES
+from support.cases import GPU_CASES
 from support.gpu_calls import DTYPES, has_small_blocks, to_torch
+from support.inputs import cotangents, make
 
 NAMES = (
     "narrow, 128 features, entry std 3",
-    "wide, two groups of features",
+    "wide, two blocks of features",
     "values wider than keys, rows that are not aligned",
     "packed, splits of some sequences",
 )
@@ -18,7 +18,7 @@ def main() -> None:
     import torch
 
     for name in NAMES:
-        case = CASES[name]
+        case = GPU_CASES[name]
         if max(case.dim, case.value_dim) > 64 and has_small_blocks():
             print(f"sanitized: left out, too wide for this GPU's shared memory: {name}")
             continue

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 
 from performer.features.tolerances import tolerances
-from support.cases import cases
+from support.cases import GPU_CASES, cases
+from support.causality import POISONS, check_jumps, check_past, check_prefix_alone, jumps
 from support.compare import assert_close, assert_same_bits
-from support.core_calls import backward, cotangents, expected, forms, forward, make
-from support.cuda_cases import CASES
+from support.core_calls import backward, expected, forward
 from support.gpu_calls import dtypes, needs_gpu, run
-from support.kernel_promises import check_batch_row_alone, check_gradients, check_results
-from support.poison import POISONS, poisoned
+from support.inputs import Case, cotangents, forms, make
+from support.promises import check_batch_row_alone, check_gradients, check_results
 
 pytestmark = needs_gpu
 
 
 def all_cases(causal):
-    return {**cases(causal), **CASES}
+    return {**cases(causal), **GPU_CASES}
 
 
 PARAMETERS = [(causal, name) for causal in (False, True) for name in all_cases(causal)]
@@ -35,7 +35,7 @@ def test_gradients_are_those_of_the_reference(causal, name, dtype):
     check_gradients(run, all_cases(causal)[name], causal, dtype)
 
 
-SIZES = ["narrow, 256 features", "wide, two groups of features", "packed, with empty sequences"]
+SIZES = ["narrow, 256 features", "wide, two blocks of features", "packed, with empty sequences"]
 
 
 @forms
@@ -67,16 +67,23 @@ def test_a_batch_row_has_the_bits_it_has_alone(causal, dtype):
 @dtypes
 @pytest.mark.parametrize("poison", POISONS)
 def test_the_future_changes_no_bit_of_the_past(dtype, poison):
-    case = CASES["narrow, 128 features, entry std 3"]
-    x, at = make(case, dtype), 70
-    clean = run("Causal", x)["out"][:, :at]
-    dirty = run("Causal", poisoned(x, poison, at, dtype))["out"][:, :at]
-    assert_same_bits(dirty, clean)
+    case = GPU_CASES["narrow, 128 features, entry std 3"]
+    x, incoming = make(case, dtype), cotangents(case, dtype)
+    check_past(run, x, dtype, [(70, poison)], incoming=incoming)
+
+
+@dtypes
+def test_sub_chunks_are_cut_without_looking_ahead(dtype):
+    case = Case(batch=1, rows=135, heads=2, groups=1, features=40, bias="1GS")
+    x = jumps(case, dtype)
+    check_jumps(run, case, dtype)
+    check_past(run, x, dtype, [(61, "NaN"), (91, "growing"), (96, "noise"), (110, "growing")])
+    check_prefix_alone(run, x, [61, 96, 101])
 
 
 @dtypes
 def test_long_sequences_are_split_and_merged(dtype):
-    case = CASES["packed, splits of some sequences"]
+    case = GPU_CASES["packed, splits of some sequences"]
     x = make(case, dtype)
     for causal in (False, True):
         results = forward(x, causal, run, packed=True)
@@ -89,7 +96,7 @@ def test_memory_that_is_not_there_is_an_error_and_the_next_call_works():
     from performer import _core
     from performer.bench import torch_kernels
 
-    case = CASES["two splits, the first one ends in masked keys"]
+    case = GPU_CASES["two splits, the first one ends in masked keys"]
     x = make(case, "bfloat16")
     with pytest.raises(MemoryError, match="out of GPU memory"):
         _core.run_on_gpu(

@@ -16,10 +16,9 @@ from performer import favor_attention, loader, orthogonal_projection
 from performer.features.tolerances import tolerances
 from performer.layers import Performer
 from support import operator_calls
-from support.cases import cases
+from support.cases import GPU_CASES, cases
 from support.compare import assert_close, assert_same_bits
-from support.core_calls import cotangents, forms, make
-from support.cuda_cases import CASES
+from support.inputs import cotangents, forms, make
 
 
 def why_not() -> str:
@@ -43,12 +42,12 @@ NAMES = [
     "less than a chunk, holes, a projection for each head",
     "packed, with empty sequences",
     "narrow, 256 features",
-    "wide, two groups of features",
+    "wide, two blocks of features",
 ]
 
 
 def case_named(name, causal):
-    return {**cases(causal), **CASES}[name]
+    return {**cases(causal), **GPU_CASES}[name]
 
 
 def on(device, op, x, **options):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from support.bad_call import good_inputs, name_of
 from support.compare import assert_same_bits
 from support.core_calls import _core, run
-from support.operator_calls import OPS, call, function, needs_library, traced
-from support.refused_calls import TABLE
+from support.inputs import OPS
+from support.operator_calls import call, function, needs_library, traced
+from support.refused_calls import TABLE, good_inputs, name_of
 
 pytestmark = needs_library
 INVALID = tf.errors.InvalidArgumentError

@@ -8,7 +8,7 @@ from performer import reference
 from performer.ops import favor_attention, read, summarize
 from support.attention_inputs import B, D, G, H, L, M, random_state, random_tensors
 from support.compare import assert_close, assert_same_bits
-from support.composition_calls import forms
+from support.inputs import forms
 
 
 @forms

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from performer import reference
-from support.core_calls import Case, cotangents, forms, make
+from support.inputs import Case, cotangents, forms, make
 from support.operator_calls import FORWARD, call, composed, definition, needs_library
 
 pytestmark = needs_library

@@ -1,14 +1,16 @@
 """The TensorFlow operators: registration, shapes, graphs, and agreement with the core."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from support.compare import assert_close, assert_same_bits
-from support.core_calls import Case, _core, backward, cotangents, forward, make, run, shortened
+from support.core_calls import _core, backward, forward, run
+from support.inputs import OPS, Case, cotangents, make
 from support.operator_calls import (
     FORWARD,
-    OPS,
     call,
     composed,
     definition,
@@ -204,7 +206,7 @@ def test_packed_shapes_take_the_number_of_sequences_from_offsets():
 
 
 def test_gradients_keep_the_shapes_of_broadcast_arguments():
-    case = shortened(CASES["left padding, a state"], bias="111", masked="")
+    case = replace(CASES["left padding, a state"], bias="111", masked="")
     x = all_inputs(case)
     for name, grad in call("CausalGrad", x).items():
         assert grad.shape == x[name.removeprefix("grad_")].shape, name

@@ -9,7 +9,7 @@ import tensorflow as tf
 from performer import favor_attention
 from performer.ops import vectorize
 from support.compare import assert_close, assert_same_bits
-from support.composition_calls import forms
+from support.inputs import forms
 from support.operator_calls import needs_library
 
 pytestmark = needs_library

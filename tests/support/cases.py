@@ -1,12 +1,13 @@
-"""Cases of the core tests: every size, option and shape of each argument, by hand in few rows."""
+"""The cases of the operators: every size, option and shape of an argument, in few rows by hand."""
 
-from support.core_calls import Case
+from dataclasses import replace
+
+from support.inputs import Case
 
 RELU, ELU = ("feature_map", "relu"), ("feature_map", "elu")
+ONE_HEAD = Case(batch=1, heads=1, groups=1)
 CASES = {
-    "one of everything": Case(
-        batch=1, rows=1, heads=1, groups=1, dim=1, value_dim=1, features=1, bias="B1S"
-    ),
+    "one of everything": replace(ONE_HEAD, rows=1, dim=1, value_dim=1, features=1, bias="B1S"),
     "less than a chunk, holes, a projection for each head": Case(
         rows=31,
         heads=4,
@@ -29,14 +30,7 @@ CASES = {
         attributes=(RELU,),
     ),
     "two causal chunks and 31 rows, entry std 3": Case(
-        batch=1,
-        rows=95,
-        dim=64,
-        features=64,
-        value_dim=64,
-        bias="11S",
-        masked="holes",
-        std=3.0,
+        batch=1, rows=95, dim=64, features=64, value_dim=64, bias="11S", masked="holes", std=3.0
     ),
     "sizes that fill no vector, elu": Case(
         rows=97,
@@ -61,23 +55,18 @@ CASES = {
         heads=3,
         groups=3,
         dim=64,
-        features=10,
         query_projections=3,
-        key_projections=1,
         state=2,
         bias="B1S",
         masked="left",
     ),
-    "1000 rows": Case(
-        batch=1, rows=1000, heads=1, groups=1, dim=16, features=64, value_dim=16, std=0.5
-    ),
+    "1000 rows": replace(ONE_HEAD, rows=1000, features=64, value_dim=16, std=0.5),
     "packed, with empty sequences": Case(
         batch=1,
         rows=131,
         heads=4,
         offsets=(0, 0, 40, 40, 41, 73, 131, 131),
         state=7,
-        query_projections=1,
         key_projections=2,
         bias="1GS",
         masked="holes",
@@ -96,7 +85,7 @@ CASES = {
 }
 BIDIRECTIONAL = {
     "several splits of keys": Case(
-        batch=1, rows=2000, queries=50, heads=2, groups=1, dim=3, value_dim=3, bias="11S"
+        batch=1, rows=2000, queries=50, groups=1, dim=3, value_dim=3, bias="11S"
     ),
     "no keys": Case(rows=0, queries=7),
     "no queries": Case(rows=40, queries=0),
@@ -108,7 +97,6 @@ TOKENS = {
         batch=4,
         rows=1,
         heads=6,
-        groups=2,
         dim=3,
         features=130,
         value_dim=72,
@@ -126,6 +114,7 @@ TOKENS = {
         batch=3, rows=1, dim=64, features=64, value_dim=64, state=1, attributes=(ELU,)
     ),
 }
+# The cases that 16-bit types run too.
 NARROW = [
     "one token, grouped heads, a state for each, holes",
     "less than a chunk, holes, a projection for each head",
@@ -134,22 +123,77 @@ NARROW = [
     "packed, with empty sequences",
 ]
 
+# What only the CUDA kernels can get wrong: their tile and chunk sizes.
+TILES = {
+    "narrow, 256 features": replace(ONE_HEAD, rows=130, dim=64, value_dim=64, features=256),
+    "narrow, 128 features, entry std 3": replace(
+        ONE_HEAD,
+        rows=100,
+        dim=64,
+        value_dim=64,
+        features=128,
+        bias="11S",
+        masked="holes",
+        std=3.0,
+    ),
+    "wide, two blocks of features": replace(
+        ONE_HEAD, rows=70, dim=128, value_dim=128, features=200
+    ),
+    "keys wider than values": Case(
+        batch=1, rows=70, groups=1, dim=80, value_dim=24, features=80, bias="11S"
+    ),
+    "values wider than keys, rows that are not aligned": Case(
+        rows=40, dim=20, value_dim=67, features=33, bias="BGS", masked="holes"
+    ),
+    "520 features": replace(ONE_HEAD, rows=40, value_dim=16, features=520, state=1),
+    "three heads a group, 300 features": Case(
+        batch=1, rows=70, heads=3, groups=1, dim=64, value_dim=64, features=300, bias="11S"
+    ),
+}
+# Keys that exceed all earlier ones by more than a chunk can take at once: it is cut into
+# sub-chunks. Entries of this std lie beyond what accuracy is promised for.
+SUB_CHUNKS = replace(ONE_HEAD, rows=70, dim=64, value_dim=64, features=72, std=8.0)
+GPU_SPLIT = 1024  # rows, as the kernels are built for a GPU (cc/cuda/host/schedule.h)
+
+
+def split_cases(split: int) -> dict[str, Case]:
+    """Cases whose sequences are divided into splits of that many rows."""
+    return {
+        "two splits, the first one ends in masked keys": Case(
+            rows=split + 76, groups=1, value_dim=16, bias="B1S", masked="left"
+        ),
+        "packed, splits of some sequences": Case(
+            batch=1,
+            rows=2 * split + 152,
+            heads=3,
+            groups=1,
+            value_dim=8,
+            offsets=(0, 3, split + 76, split + 76, 2 * split + 152),
+            state=4,
+            bias="11S",
+        ),
+    }
+
+
+GPU_CASES = {**TILES, **split_cases(GPU_SPLIT)}
+
 
 def cases(causal: bool) -> dict[str, Case]:
-    """By name; each form has some of its own."""
+    """The cases of every backend, by name; each form has some of its own."""
     return {**CASES, **(TOKENS if causal else BIDIRECTIONAL)}
 
 
-def parameters(leave_out=()):
-    """(causal, name, dtype) of every case that is worth its time."""
+def core_dtypes(name: str) -> list[str]:
+    """The types in which the compiled core runs a case."""
+    return ["float32", "float64", *(["bfloat16", "float16"] if name in NARROW else [])]
+
+
+def parameters(table=cases, dtypes=core_dtypes, leave_out=()) -> list[tuple]:
+    """(causal, name, dtype) of every case of `table(causal)` in each of `dtypes(name)`."""
     return [
         (causal, name, dtype)
         for causal in (False, True)
-        for name in cases(causal)
+        for name in table(causal)
         if name not in leave_out
-        for dtype in (
-            ["float32", "float64", "bfloat16", "float16"]
-            if name in NARROW
-            else ["float32", "float64"]
-        )
+        for dtype in dtypes(name)
     ]

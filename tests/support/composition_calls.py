@@ -15,7 +15,6 @@ MAPS = {
     "elu": {"feature_map": "elu", "scale": 0.7},
 }
 maps = pytest.mark.parametrize("attributes", MAPS.values(), ids=MAPS.keys())
-forms = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 INPUTS = [
     *("query", "key", "value"),
     *("query_projection", "key_projection", "feature_bias", "key_bias"),

@@ -6,17 +6,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from support.cases import ELU, RELU
-from support.core_calls import Case, cotangents, forward, make
-from support.cuda_cases import CASES, SUB_CHUNKS
-from support.emulated_calls import run
-from support.emulated_cases import SPLIT
+from support.cases import ELU, ONE_HEAD, RELU, SUB_CHUNKS, TILES
+from support.core_calls import forward
+from support.emulated_calls import SPLIT, run
+from support.inputs import cotangents, make
 
-OPS = ["Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"]
-SPLITS = Case(
-    batch=1, rows=SPLIT + 36, heads=1, groups=1, dim=16, value_dim=8, features=10, bias="11S"
-)
-NARROW, WIDE = CASES["narrow, 256 features"], CASES["wide, two groups of features"]
+SPLITS = replace(ONE_HEAD, rows=SPLIT + 36, value_dim=8, bias="11S")
+NARROW, WIDE = TILES["narrow, 256 features"], TILES["wide, two blocks of features"]
 CALLS = {
     "narrow": (replace(NARROW, bias="11S", masked="holes"), "bfloat16"),
     "narrow half": (replace(NARROW, rows=70, features=136), "float16"),
@@ -26,7 +22,7 @@ CALLS = {
     "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
     "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
     "grouped heads": (replace(NARROW, rows=70, heads=2, features=40), "bfloat16"),
-    "sub-chunks of chunks": (SUB_CHUNKS, "bfloat16"),
+    "sub-chunks": (SUB_CHUNKS, "bfloat16"),
     "splits": (SPLITS, "bfloat16"),
 }
 

@@ -1,4 +1,4 @@
-"""The raw TensorFlow operators on dicts of arrays, and what they should give."""
+"""Calls of the raw TensorFlow operators, eager and traced, and of their plain composition."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from tensorflow.python.framework import kernels, op_def_registry
 
 from performer import composition, loader
 from performer.ops import gradients as gradients  # registers the gradients of the operators
+from support.inputs import OPS
 
-OPS = ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad")
 FORWARD = OPS[:3]
+needs_xla = pytest.mark.skipif(
+    loader.xla_status().state != "loaded",
+    reason=loader.xla_status().message or "the operators for XLA are loaded",
+)
 needs_library = pytest.mark.skipif(
     loader.ops() is None, reason="the compiled operators are not installed"
 )

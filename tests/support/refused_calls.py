@@ -4,9 +4,73 @@ A row is what is wrong and what the message must say: the argument, the rule, th
 the good call: B 2, L = S 5, H 4, G 2, D 3, E 2, M 6 (packed: D 16, E 5, M 10).
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
 import numpy as np
 
-from support.bad_call import Bad
+from support.core_calls import forward
+from support.inputs import Case, cotangents, make
+
+GOOD = Case(
+    batch=2,
+    rows=5,
+    heads=4,
+    groups=2,
+    dim=3,
+    value_dim=2,
+    features=6,
+    query_projections=4,
+    key_projections=2,
+    feature_biases=2,
+    bias="BGS",
+    state=2,
+)
+PACKED = Case(batch=1, rows=5, offsets=(0, 2, 5), state=2, bias="11S", masked="")
+
+
+def good_inputs(case: Case = GOOD, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Inputs of all six operators, float32 or another type."""
+    x = make(case, dtype)
+    return {**x, **cotangents(case, dtype), **forward(x, causal=True, **case.options)}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call to refuse.
+
+    Attributes:
+        op: operator.
+        shapes: wrong shapes, by argument.
+        says: parts of the message.
+        attributes: of the operator.
+        offsets: for packed calls.
+        late: only the values are wrong, so that tracing cannot know.
+    """
+
+    op: str
+    shapes: dict = field(default_factory=dict)
+    says: tuple[str, ...] = ()
+    attributes: dict = field(default_factory=dict)
+    offsets: tuple[int, ...] | None = None
+    late: bool = False
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """All inputs of the call."""
+        x = good_inputs(GOOD if self.offsets is None else PACKED)
+        x.update({name: np.zeros(shape, x[name].dtype) for name, shape in self.shapes.items()})
+        if self.offsets is not None:
+            x["offsets"] = np.array(self.offsets, np.int64)
+        return x
+
+
+def name_of(bad: Bad) -> str:
+    """For the test's name."""
+    what = [f"{name}={list(shape)}" for name, shape in bad.shapes.items()]
+    what += [f"{name}={value!r}" for name, value in bad.attributes.items() if name != "packed"]
+    what += [] if bad.offsets is None else [f"offsets={list(bad.offsets)}"]
+    return f"{bad.op} {' '.join(what)}"
 
 
 def _row(op, argument, shape, *says):
@@ -14,94 +78,93 @@ def _row(op, argument, shape, *says):
     return Bad(op, {argument: shape}, (argument, *says, text))
 
 
-def _shapes():
-    """One argument of a wrong shape: operator, argument, shape, rule."""
-    return [
-        _row("Summarize", "key", (), "rank 4", "rank 0"),
-        _row("Summarize", "key", (2, 5, 2), "rank 4", "rank 3"),
-        _row("Summarize", "key", (2, 5, 2, 3, 1), "rank 4", "rank 5"),
-        _row("Summarize", "value", (2, 5, 2), "rank 4", "rank 3"),
-        _row("Summarize", "value", (2, 5, 2, 2, 1), "rank 4", "rank 5"),
-        _row("Summarize", "value", (1, 5, 2, 2), "B = 2 as in key"),
-        _row("Summarize", "value", (3, 5, 2, 2), "B = 2 as in key"),
-        _row("Summarize", "value", (2, 4, 2, 2), "S = 5 as in key"),
-        _row("Summarize", "value", (2, 5, 4, 2), "G = 2 as in key"),
-        _row("Summarize", "key_projection", (6,), "rank 3", "rank 1"),
-        _row("Summarize", "key_projection", (6, 3), "rank 3", "rank 2"),
-        _row("Summarize", "key_projection", (1, 2, 6, 3), "rank 3", "rank 4"),
-        _row("Summarize", "key_projection", (3, 6, 3), "1|G", "1 or G = 2"),
-        _row("Summarize", "key_projection", (0, 6, 3), "1|G", "1 or G = 2"),
-        _row("Summarize", "key_projection", (2, 6, 4), "D = 3 as in key"),
-        _row("Summarize", "key_bias", (), "rank 3", "rank 0"),
-        _row("Summarize", "key_bias", (2, 5), "rank 3", "rank 2"),
-        _row("Summarize", "key_bias", (2, 2, 1, 5), "rank 3", "rank 4"),
-        _row("Summarize", "key_bias", (3, 1, 5), "1|B", "1 or B = 2"),
-        _row("Summarize", "key_bias", (2, 4, 5), "1|G", "1 or G = 2"),
-        _row("Summarize", "key_bias", (2, 2, 4), "1|S", "1 or S = 5"),
-        _row("Summarize", "key_bias", (2, 2, 0), "1|S", "1 or S = 5"),
-        _row("Read", "query", (), "rank 4", "rank 0"),
-        _row("Read", "query", (2, 5, 12), "rank 4", "rank 3"),
-        _row("Read", "query", (2, 5, 4, 3, 1), "rank 4", "rank 5"),
-        _row("Read", "query_projection", (3,), "rank 3", "rank 1"),
-        _row("Read", "query_projection", (4, 6, 2), "D = 3 as in query"),
-        _row("Read", "query_projection", (3, 6, 3), "1|G|H", "H = 4"),
-        _row("Read", "feature_bias", (6,), "rank 2", "rank 1"),
-        _row("Read", "feature_bias", (1, 1, 6), "rank 2", "rank 3"),
-        _row("Read", "feature_bias", (2, 5), "M = 6 as in query_projection"),
-        _row("Read", "feature_bias", (3, 6), "1|G|H", "H = 4"),
-        _row("Read", "log_mass", (2, 6), "rank 3", "rank 2"),
-        _row("Read", "log_mass", (2, 2, 5), "M = 6 as in query_projection"),
-        _row("Read", "log_mass", (1, 2, 6), "N = 2 as in the batch size"),
-        _row("Read", "log_mass", (3, 2, 6), "N = 2 as in the batch size"),
-        _row("Read", "mean", (2, 2, 6), "rank 4", "rank 3"),
-        _row("Read", "mean", (2, 2, 5, 2), "M = 6 as in query_projection"),
-        _row("Read", "mean", (2, 1, 6, 2), "G = 2 as in log_mass"),
-        _row("Read", "mean", (1, 2, 6, 2), "N = 2 as in the batch size"),
-        _row("Causal", "query", (2, 5, 3), "rank 4", "rank 3"),
-        _row("Causal", "key", (2, 5, 2), "rank 4", "rank 3"),
-        _row("Causal", "key", (1, 5, 2, 3), "B = 2 as in query"),
-        _row("Causal", "key", (2, 6, 2, 3), "L = 5 as in query"),
-        _row("Causal", "key", (2, 5, 2, 4), "D = 3 as in query"),
-        _row("Causal", "value", (2, 6, 2, 2), "L = 5 as in query"),
-        _row("Causal", "value", (2, 5, 1, 2), "G = 2 as in key"),
-        Bad(
-            "Causal", {"query_projection": (4, 7, 3)}, ("M = 7 as in query_projection", "[2, 6, 3]")
-        ),
-        _row("Causal", "key_projection", (2, 7, 3), "M = 6 as in query_projection"),
-        _row("Causal", "key_projection", (4, 6, 3), "1|G", "1 or G = 2"),
-        _row("Causal", "feature_bias", (4, 7), "M = 6 as in query_projection"),
-        _row("Causal", "key_bias", (2, 2, 6), "1|L", "1 or L = 5"),
-        _row("Causal", "initial_log_mass", (3, 2, 6), "1|N", "1 or N = 2"),
-        _row("Causal", "initial_log_mass", (2, 4, 6), "G = 2 as in key"),
-        _row("Causal", "initial_mean", (3, 2, 6, 2), "1|N", "1 or N = 2"),
-        _row("Causal", "initial_mean", (2, 2, 6, 3), "E = 2 as in value"),
-        _row("Causal", "initial_mean", (2, 2, 6), "rank 4", "rank 3"),
-        _row("SummarizeGrad", "log_mass", (2, 2, 7), "M = 6 as in key_projection"),
-        _row("SummarizeGrad", "mean", (2, 2, 6, 3), "E = 2 as in value"),
-        _row("SummarizeGrad", "mean", (0, 2, 6, 2), "N = 2 as in the batch size"),
-        _row("SummarizeGrad", "grad_log_mass", (2, 2), "rank 3", "rank 2"),
-        _row("SummarizeGrad", "grad_log_mass", (1, 2, 6), "N = 2 as in the batch size"),
-        _row("SummarizeGrad", "grad_mean", (2, 2, 6, 0), "E = 2 as in value"),
-        _row("ReadGrad", "out", (2, 4, 4, 2), "L = 5 as in query"),
-        _row("ReadGrad", "grad_out", (2, 5, 4), "rank 4", "rank 3"),
-        _row("ReadGrad", "grad_out", (2, 5, 2, 2), "H = 4 as in query"),
-        _row("ReadGrad", "grad_out", (2, 5, 4, 1), "E = 2 as in mean"),
-        _row("ReadGrad", "log_mass", (2, 2, 1), "M = 6 as in query_projection"),
-        _row("CausalGrad", "out", (1, 5, 4, 2), "B = 2 as in query"),
-        _row("CausalGrad", "grad_out", (2, 1, 4, 2), "L = 5 as in query"),
-        _row("CausalGrad", "grad_out", (), "rank 4", "rank 0"),
-        _row("CausalGrad", "log_mass", (1, 2, 6), "N = 2 as in the batch size"),
-        _row("CausalGrad", "mean", (2, 2, 6, 1), "E = 2 as in value"),
-        _row("CausalGrad", "grad_log_mass", (2, 2, 7), "M = 6 as in query_projection"),
-        _row("CausalGrad", "grad_mean", (2, 1, 6, 2), "G = 2 as in key"),
-        _row("CausalGrad", "initial_log_mass", (0, 2, 6), "1|N", "1 or N = 2"),
-    ]
+# One argument of a wrong shape: operator, argument, shape, rule.
+_SHAPES = [
+    ("Summarize", "key", (), "rank 4", "rank 0"),
+    ("Summarize", "key", (2, 5, 2), "rank 4", "rank 3"),
+    ("Summarize", "key", (2, 5, 2, 3, 1), "rank 4", "rank 5"),
+    ("Summarize", "value", (2, 5, 2), "rank 4", "rank 3"),
+    ("Summarize", "value", (2, 5, 2, 2, 1), "rank 4", "rank 5"),
+    ("Summarize", "value", (1, 5, 2, 2), "B = 2 as in key"),
+    ("Summarize", "value", (3, 5, 2, 2), "B = 2 as in key"),
+    ("Summarize", "value", (2, 4, 2, 2), "S = 5 as in key"),
+    ("Summarize", "value", (2, 5, 4, 2), "G = 2 as in key"),
+    ("Summarize", "key_projection", (6,), "rank 3", "rank 1"),
+    ("Summarize", "key_projection", (6, 3), "rank 3", "rank 2"),
+    ("Summarize", "key_projection", (1, 2, 6, 3), "rank 3", "rank 4"),
+    ("Summarize", "key_projection", (3, 6, 3), "1|G", "1 or G = 2"),
+    ("Summarize", "key_projection", (0, 6, 3), "1|G", "1 or G = 2"),
+    ("Summarize", "key_projection", (2, 6, 4), "D = 3 as in key"),
+    ("Summarize", "key_bias", (), "rank 3", "rank 0"),
+    ("Summarize", "key_bias", (2, 5), "rank 3", "rank 2"),
+    ("Summarize", "key_bias", (2, 2, 1, 5), "rank 3", "rank 4"),
+    ("Summarize", "key_bias", (3, 1, 5), "1|B", "1 or B = 2"),
+    ("Summarize", "key_bias", (2, 4, 5), "1|G", "1 or G = 2"),
+    ("Summarize", "key_bias", (2, 2, 4), "1|S", "1 or S = 5"),
+    ("Summarize", "key_bias", (2, 2, 0), "1|S", "1 or S = 5"),
+    ("Read", "query", (), "rank 4", "rank 0"),
+    ("Read", "query", (2, 5, 12), "rank 4", "rank 3"),
+    ("Read", "query", (2, 5, 4, 3, 1), "rank 4", "rank 5"),
+    ("Read", "query_projection", (3,), "rank 3", "rank 1"),
+    ("Read", "query_projection", (4, 6, 2), "D = 3 as in query"),
+    ("Read", "query_projection", (3, 6, 3), "1|G|H", "H = 4"),
+    ("Read", "feature_bias", (6,), "rank 2", "rank 1"),
+    ("Read", "feature_bias", (1, 1, 6), "rank 2", "rank 3"),
+    ("Read", "feature_bias", (2, 5), "M = 6 as in query_projection"),
+    ("Read", "feature_bias", (3, 6), "1|G|H", "H = 4"),
+    ("Read", "log_mass", (2, 6), "rank 3", "rank 2"),
+    ("Read", "log_mass", (2, 2, 5), "M = 6 as in query_projection"),
+    ("Read", "log_mass", (1, 2, 6), "N = 2 as in the batch size"),
+    ("Read", "log_mass", (3, 2, 6), "N = 2 as in the batch size"),
+    ("Read", "mean", (2, 2, 6), "rank 4", "rank 3"),
+    ("Read", "mean", (2, 2, 5, 2), "M = 6 as in query_projection"),
+    ("Read", "mean", (2, 1, 6, 2), "G = 2 as in log_mass"),
+    ("Read", "mean", (1, 2, 6, 2), "N = 2 as in the batch size"),
+    ("Causal", "query", (2, 5, 3), "rank 4", "rank 3"),
+    ("Causal", "key", (2, 5, 2), "rank 4", "rank 3"),
+    ("Causal", "key", (1, 5, 2, 3), "B = 2 as in query"),
+    ("Causal", "key", (2, 6, 2, 3), "L = 5 as in query"),
+    ("Causal", "key", (2, 5, 2, 4), "D = 3 as in query"),
+    ("Causal", "value", (2, 6, 2, 2), "L = 5 as in query"),
+    ("Causal", "value", (2, 5, 1, 2), "G = 2 as in key"),
+    ("Causal", "key_projection", (2, 7, 3), "M = 6 as in query_projection"),
+    ("Causal", "key_projection", (4, 6, 3), "1|G", "1 or G = 2"),
+    ("Causal", "feature_bias", (4, 7), "M = 6 as in query_projection"),
+    ("Causal", "key_bias", (2, 2, 6), "1|L", "1 or L = 5"),
+    ("Causal", "initial_log_mass", (3, 2, 6), "1|N", "1 or N = 2"),
+    ("Causal", "initial_log_mass", (2, 4, 6), "G = 2 as in key"),
+    ("Causal", "initial_mean", (3, 2, 6, 2), "1|N", "1 or N = 2"),
+    ("Causal", "initial_mean", (2, 2, 6, 3), "E = 2 as in value"),
+    ("Causal", "initial_mean", (2, 2, 6), "rank 4", "rank 3"),
+    ("SummarizeGrad", "log_mass", (2, 2, 7), "M = 6 as in key_projection"),
+    ("SummarizeGrad", "mean", (2, 2, 6, 3), "E = 2 as in value"),
+    ("SummarizeGrad", "mean", (0, 2, 6, 2), "N = 2 as in the batch size"),
+    ("SummarizeGrad", "grad_log_mass", (2, 2), "rank 3", "rank 2"),
+    ("SummarizeGrad", "grad_log_mass", (1, 2, 6), "N = 2 as in the batch size"),
+    ("SummarizeGrad", "grad_mean", (2, 2, 6, 0), "E = 2 as in value"),
+    ("ReadGrad", "out", (2, 4, 4, 2), "L = 5 as in query"),
+    ("ReadGrad", "grad_out", (2, 5, 4), "rank 4", "rank 3"),
+    ("ReadGrad", "grad_out", (2, 5, 2, 2), "H = 4 as in query"),
+    ("ReadGrad", "grad_out", (2, 5, 4, 1), "E = 2 as in mean"),
+    ("ReadGrad", "log_mass", (2, 2, 1), "M = 6 as in query_projection"),
+    ("CausalGrad", "out", (1, 5, 4, 2), "B = 2 as in query"),
+    ("CausalGrad", "grad_out", (2, 1, 4, 2), "L = 5 as in query"),
+    ("CausalGrad", "grad_out", (), "rank 4", "rank 0"),
+    ("CausalGrad", "log_mass", (1, 2, 6), "N = 2 as in the batch size"),
+    ("CausalGrad", "mean", (2, 2, 6, 1), "E = 2 as in value"),
+    ("CausalGrad", "grad_log_mass", (2, 2, 7), "M = 6 as in query_projection"),
+    ("CausalGrad", "grad_mean", (2, 1, 6, 2), "G = 2 as in key"),
+    ("CausalGrad", "initial_log_mass", (0, 2, 6), "1|N", "1 or N = 2"),
+]
 
 
 def _sizes():
     """Sizes that no call may have, or that do not go together."""
     keys = {"key": (2, 5, 2, 3), "value": (2, 5, 2, 2)}
     return [
+        Bad(
+            "Causal", {"query_projection": (4, 7, 3)}, ("M = 7 as in query_projection", "[2, 6, 3]")
+        ),
         Bad("Summarize", {"key": keys["value"], "value": keys["key"]}, ("key_projection", "D = 2")),
         Bad(
             "Summarize",
@@ -209,4 +272,4 @@ def _attributes():
     ]
 
 
-TABLE = [*_shapes(), *_sizes(), *_offsets(), *_attributes()]
+TABLE = [*(_row(*shape) for shape in _SHAPES), *_sizes(), *_offsets(), *_attributes()]

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import performer
 from performer import loader
-from support.xla import needs_xla
+from support.operator_calls import needs_xla
 
 X = np.random.default_rng(0).normal(size=(6, 9, 8)).astype("float32")
 Y = X[..., :1]

@@ -10,8 +10,8 @@ import tensorflow as tf
 from performer import AttentionState, favor_attention
 from support import operator_calls
 from support.compare import assert_close
-from support.composition_calls import forms
-from support.xla import needs_xla
+from support.inputs import forms
+from support.operator_calls import needs_xla
 
 pytestmark = needs_xla
 

@@ -1,23 +1,19 @@
-"""What every run of the CUDA kernels must keep, on a GPU and under emulation.
+"""What every backend promises for one call.
 
-`run` is `support.gpu_calls.run` or `support.emulated_calls.run`.
+`run` runs an operator: `support.core_calls.run`, `support.emulated_calls.run` or
+`support.gpu_calls.run`.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
+
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
-from support.core_calls import (
-    Case,
-    backward,
-    cotangents,
-    expected,
-    expected_gradients,
-    forward,
-    make,
-)
+from support.core_calls import backward, expected, expected_gradients, forward
+from support.inputs import DTYPES, Case, cotangents, make
 
 
 @cache
@@ -33,19 +29,27 @@ def wanted_gradients(case: Case, causal: bool, dtype: str) -> dict:
     return expected_gradients(x, incoming, causal, **case.options)
 
 
-def check_results(run, case: Case, causal: bool, dtype: str) -> None:
-    """They are those of the reference."""
+def check_against(results: dict, exact: dict, causal: bool, dtype: str) -> None:
+    """Results have the accuracy that is promised, and their types."""
     bound = tolerances(dtype, causal=causal)
-    results = forward(make(case, dtype), causal, run, **case.options)
-    for output, x in wanted(case, causal, dtype).items():
+    wide = np.float64 if dtype == "float64" else np.float32
+    types = {"out": DTYPES[dtype], "log_mass": wide, "mean": wide}
+    assert {name: x.dtype for name, x in results.items()} == types
+    for output, x in exact.items():
         worst = bound.worst if output == "out" else None
         assert_close(results[output], x, rms=bound.rms, worst=worst, what=output)
 
 
-def check_gradients(run, case: Case, causal: bool, dtype: str, times: float = 1) -> None:
-    """They are the analytic ones of the reference, in the type of their input.
+def check_results(run, case: Case, causal: bool, dtype: str) -> None:
+    """Results are those of the reference."""
+    results = forward(make(case, dtype), causal, run, **case.options)
+    check_against(results, wanted(case, causal, dtype), causal, dtype)
 
-    `times`: of the promised bound, for cases that it does not cover.
+
+def check_gradients(run, case: Case, causal: bool, dtype: str, times: float = 1) -> None:
+    """Gradients are the analytic ones of the reference, in the type of their input.
+
+    `times`: multiple of the promised bound, for cases that the promise does not cover.
     """
     bound, x = times * tolerances(dtype, causal=causal).gradient_rms, make(case, dtype)
     grads = backward(x, cotangents(case, dtype), causal, run, **case.options)
