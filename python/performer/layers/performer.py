@@ -25,7 +25,8 @@ from performer.layers._masks import Masks, mask_of
 from performer.layers._projection import RandomProjection
 from performer.layers._state import check_call, position_of, product, with_position, with_tensors
 from performer.layers.rotary_embedding import positions_in_runs
-from performer.ops.state import AttentionState, empty_state, merge, read
+from performer.ops.state import AttentionState, empty_state, merge
+from performer.ops.state import read as read_state
 from performer.shapes import dims
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
@@ -40,16 +41,18 @@ class Performer(keras.layers.MultiHeadAttention):
     estimator of [Choromanski et al., 2020](https://arxiv.org/abs/2009.14794) with `supports`
     random features. Dense layers, weights and shapes are those of `MultiHeadAttention`.
 
-    All heads share one projection: each has its own learned query and key kernels, so that its
-    features differ anyway, and one `[M, D]` matrix stays in the processor's cache. It is a saved
-    weight that no optimizer trains, float32 under every dtype policy.
+    All heads share one projection: each head has its own learned query and key kernels, so that
+    its features differ from those of the others, and one `[M, D]` matrix stays in the processor's
+    cache. The projection is a saved weight that no optimizer trains, float32 under every dtype
+    policy.
 
     Args:
         num_heads: Number of attention heads.
         key_dim: Size D of each attention head for query and key.
         value_dim: Size E of each attention head for value. Defaults to `key_dim`.
         dropout: Probability, in [0, 1), of dropping a key, for one head and all queries of a
-            batch row, in training; the keys left are normalised among themselves. Defaults to 0.
+            batch row, in training; the remaining keys are normalised among themselves. Defaults
+            to 0.
         use_bias: Boolean, whether the dense layers use biases. Defaults to `True`.
         output_shape: Shape of an output besides batch and sequence. Defaults to the last
             dimension of `query`.
@@ -62,16 +65,16 @@ class Performer(keras.layers.MultiHeadAttention):
         feature_map: `"softmax"` (default, FAVOR+), `"relu"` or `"elu"` (the generalised
             attention of the same paper, which does not approximate softmax), or an object like
             `performer.feature_maps.FeatureMap`.
-        redraw_interval: Number of training calls that a projection serves before the next call
-            draws another. Defaults to `None`: one projection for ever. Inference never draws.
+        redraw_interval: Number of training calls that use one projection before the next call
+            draws another. Defaults to `None`: all calls use the first one. Inference never draws.
             `performer.callbacks.RedrawProjections` redraws by epochs or batches instead.
         num_key_value_heads: Number G of heads of key and value, a divisor of `num_heads`; head h
             of the query uses head h // (num_heads / G). Defaults to `num_heads`.
-        rotary_embedding: `performer.RotaryEmbedding`, or a layer that is called like it: turns
+        rotary_embedding: `performer.RotaryEmbedding`, or a layer that is called like it: rotates
             queries and keys by their positions. Linear attention only. Defaults to `None`.
-        max_segments: Largest number of sequences in a row of `segment_ids`. Changes no output; give
-            it where XLA compiles the layer, which otherwise, as it cannot count them, reserves
-            memory for S of them in each row. Defaults to `None`.
+        max_segments: Largest number of sequences in a row of `segment_ids`. It changes no output.
+            Set it where XLA compiles the layer: XLA cannot count the sequences, and without it
+            reserves memory for S of them in each row. Defaults to `None`.
         dense_limit: Largest T * S for which scores may be formed, in calls that need them (a
             general `attention_mask`, `return_attention_scores`). Defaults to 2048 * 2048.
         seed: Integer that seeds projection and dropout, or `None`: taken from Python's random
@@ -88,7 +91,7 @@ class Performer(keras.layers.MultiHeadAttention):
         key: Tensor `(B, S, dim)`. Defaults to `value`.
         query_mask, value_mask, key_mask: Boolean `(B, T)`, `(B, S)`, `(B, S)`, or all axes but
             the channels; `True` where a position exists. Default to the masks that Keras attached.
-            A masked key takes part in nothing; a masked query attends to no key.
+            No query attends to a masked key; a masked query attends to no key.
         attention_mask: Boolean `(B, T, S)`, `True` where a query may attend to a key; batch may be
             missing, and any axis 1; `(B, H, T, S)` for a mask of every head. `(B, 1, S)`, the same
             for every query, stays linear. Any other takes the dense form: the same estimator
@@ -100,20 +103,21 @@ class Performer(keras.layers.MultiHeadAttention):
             (in row-major order of the attention axes).
         segment_ids: Integers `(B, S)`, T = S: a row holds several sequences, runs of equal ids,
             and a query attends within its own. Linear attention only.
-        prefix_mask: Boolean `(B, S)`, T = S, with `use_causal_mask`: `True` for keys that every
-            query sees, also earlier ones. Linear attention only.
-        initial_state: State of keys that come before those of the call, which every query sees:
-            what `get_initial_state`, `summarize` or a call with `return_state` returned. Linear
-            attention only, and not with scores, `segment_ids`, or a causal mask for T other than
-            S. With several attention axes a call holds a part of the first of them.
+        prefix_mask: Boolean `(B, S)`, T = S, with `use_causal_mask`: `True` for keys to which
+            every query attends, also earlier queries. Linear attention only.
+        initial_state: State of keys that come before those of the call, to which every query
+            attends: what `get_initial_state`, `summarize` or a call with `return_state` returned.
+            Linear attention only, and neither with scores, nor with `segment_ids`, nor with a
+            causal mask for T other than S. With several attention axes, a call holds a part of
+            the first of them.
         return_state: Boolean, whether to return the state after all keys, too.
 
     Returns:
         Tensor of the shape of `query`, the last axis replaced by `output_shape` if given, in the
         compute dtype. With `return_attention_scores` a pair of it and the scores `(B, H, T, S)`,
         before dropout; with `return_state` a pair of it and the `performer.AttentionState`.
-        A query that attends to no key (masked, or no key left) gets attention 0,
-        so its output is the bias of the output layer, as `MultiHeadAttention` documents it. (For
+        The attention of a query that attends to no key (it is masked, or all keys are) is 0, so
+        that its output is the bias of the output layer, as `MultiHeadAttention` documents it. (For
         3-D inputs without dropout that layer in fact returns the mean of all values.)
 
     Raises:
@@ -210,6 +214,16 @@ class Performer(keras.layers.MultiHeadAttention):
         """Number M of random features, or None."""
         return self._options.supports
 
+    @property
+    def projection(self):
+        """The weight that holds the projection, float32 `[M, D]`; None if there is none (yet)."""
+        return self._random_projection and self._random_projection.projection
+
+    @property
+    def draw(self):
+        """The weight that counts redraws, int64; None if there is none (yet)."""
+        return self._random_projection and self._random_projection.draw
+
     def __call__(self, query, *args, **kwargs):
         """Calls the layer; `query` may be a list `[query, value]` or `[query, value, key]`."""
         if isinstance(query, list | tuple) and not args and "value" not in kwargs:
@@ -220,14 +234,6 @@ class Performer(keras.layers.MultiHeadAttention):
             if kwargs.get("initial_state") is not None:
                 kwargs["initial_state"] = with_tensors(kwargs["initial_state"])
         return super().__call__(query, *args, **kwargs)
-
-    def _converted(self, x):
-        """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
-        mask = mask_of(x)
-        x = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
-        if mask is not None:
-            x._keras_mask = mask
-        return x
 
     def build(self, query_shape, value_shape, key_shape=None):
         """Creates the weights for inputs of these shapes."""
@@ -252,39 +258,6 @@ class Performer(keras.layers.MultiHeadAttention):
                 name="random_projection",
             )
             self._random_projection.build()
-
-    def _build_grouped(self, query_shape, value_shape, key_shape, groups):
-        """`MultiHeadAttention.build` for `groups` heads of key and value: the same sublayers."""
-        # Quadratic attention is the parent's, which knows one number of heads.
-        repeats = 1 if self._options.linear else self._num_heads // groups
-        self._query_dense = self._dense("query", query_shape, self._num_heads, self._key_dim)
-        self._key_dense = self._dense("key", key_shape, groups, self._key_dim, repeats)
-        if getattr(self, "_use_gate", False):
-            self._gate_dense = self._dense(
-                "gate", query_shape, self._num_heads, self._value_dim, activation="sigmoid"
-            )
-        self._value_dense = self._dense("value", value_shape, groups, self._value_dim, repeats)
-        self._build_attention(len(value_shape) + 1)
-        self._output_dense = self._make_output_dense(
-            query_shape, self._get_common_kwargs_for_sublayer(), "attention_output"
-        )
-        self._output_dense.build((*query_shape[:-1], self._num_heads, self._value_dim))
-
-    def _dense(self, name, shape, heads, dim, repeats=1, activation=None):
-        """A built sublayer from `[B, ..., channels]` (its `shape`) to `[B, ..., heads, dim]`."""
-        axes = "abcdefghijklmnopqrstuvw"[: len(shape) - 1]
-        kind = keras.layers.EinsumDense if repeats == 1 else _RepeatedHeads
-        dense = kind(
-            f"{axes}x,xyz->{axes}yz",
-            output_shape=[None] * (len(shape) - 2) + [heads, dim],
-            bias_axes="yz" if self._use_bias else None,
-            activation=activation,
-            name=name,
-            **self._get_common_kwargs_for_sublayer(),
-            **({} if repeats == 1 else {"repeats": repeats}),
-        )
-        dense.build(shape)
-        return dense
 
     def call(
         self,
@@ -328,8 +301,8 @@ class Performer(keras.layers.MultiHeadAttention):
         dense = general or return_attention_scores
         if initial_state is not None or return_state:
             check_call(masks, (query.shape, value.shape), axes, dense)
-        # The dense layers know no masks and would warn of losing one: identity leaves it behind,
-        # and leaves the caller's tensor as it is.
+        # The dense layers know no masks and would warn that they lose one: `tf.identity` gives a
+        # tensor without the attached mask, and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
         folded, start = masks.fold(query, key, axes), position_of(initial_state)
         heads = self._heads(query, key, value, start, folded.segment_ids)
@@ -363,97 +336,6 @@ class Performer(keras.layers.MultiHeadAttention):
             return output, with_position(state, start, key, axes)
         return (output, scores) if return_attention_scores else output
 
-    def _heads(self, query, key, value, start, segment_ids):
-        """Query, key and value of all heads, folded and with rotary positions.
-
-        Args:
-            query, key, value: the layer's inputs.
-            start: position of the first element of the sequence.
-            segment_ids: folded, or None: positions start again with every run of equal ones.
-
-        Returns:
-            `[B', T, H, D]`, `[B', S, G, D]` and `[B', S, G, E]`.
-        """
-        denses = (self._query_dense, self._key_dense, self._value_dense)
-        query, key, value = (
-            fold(dense(x), self._attention_axes)
-            for dense, x in zip(denses, (query, key, value), strict=True)
-        )
-        if segment_ids is None:
-            where = {"start_index": start}
-        else:
-            where = {"positions": positions_in_runs(segment_ids)}
-        return self._rotated(query, **where), self._rotated(key, **where), value
-
-    def _rotated(self, x, **where):
-        """A query or key `[B', L, H, D]`, rotated by its positions if the layer has rotary ones."""
-        return x if self._rotary_embedding is None else self._rotary_embedding(x, **where)
-
-    def _output(self, output, query, axes):
-        """The layer's output, from its input `query` and the attention of its heads.
-
-        Args:
-            output: `[B', T, H, E]`.
-            query: `[B, q1, ..., qn, channels]`.
-            axes: attention axes, as `resolve_axes` returns them.
-        """
-        output = unfold(output, axes, like=query)
-        if getattr(self, "_use_gate", False):  # not every version of Keras has it
-            output = output * self._gate_dense(query)
-        return self._output_dense(output)
-
-    def compute_output_spec(self, *args, **kwargs):
-        """Shape and dtype of the output of a symbolic call, which `call` does not see."""
-        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
-        added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
-        if not self._options.linear:
-            _refuse_in_quadratic(**added)
-            return super().compute_output_spec(**given)
-        fields = {field.name for field in dataclasses.fields(Masks)}
-        masks = Masks(**{k: v for k, v in {**given, **added}.items() if k in fields})
-        shapes = given["query"].shape, given["value"].shape
-        axes = masks.check(*shapes, self._attention_axes)
-        with_scores = given.pop("return_attention_scores", False)
-        output = super().compute_output_spec(**given)
-        dense = with_scores or masks.is_general(axes)
-        scores = ScoreShape.of(*shapes, axes, self._num_heads)
-        if dense:
-            scores.check(self._options.dense_limit)
-        if added.get("initial_state") is not None or added.get("return_state"):
-            check_call(masks, shapes, axes, dense)
-        if added.get("return_state"):
-            return output, self._state_spec(shapes[0], axes)
-        if with_scores:
-            return output, keras.KerasTensor(tuple(scores.sizes()), self.compute_dtype)
-        return output
-
-    @property
-    def projection(self):
-        """The weight that holds the projection, float32 `[M, D]`; None if there is none (yet)."""
-        return self._random_projection and self._random_projection.projection
-
-    @property
-    def draw(self):
-        """The weight that counts redraws, int64; None if there is none (yet)."""
-        return self._random_projection and self._random_projection.draw
-
-    def random_features(self):
-        """The `Features` that inference uses now, for diagnostics; the layer must be built."""
-        return self._random_projection.current_features(training=False)
-
-    def redraw(self):
-        """Replaces the projection by the next one of its seed, and counts that in `draw`.
-
-        Raises:
-            ValueError: the layer has no projection: it is quadratic, or not built.
-        """
-        if self._random_projection is None:
-            raise ValueError(
-                "`redraw` needs a projection: a built layer with attention_method='linear'. "
-                f"Received: attention_method={self._options.attention_method!r}, built={self.built}"
-            )
-        self._random_projection.redraw()
-
     def get_initial_state(self, batch_size):
         """The state before the first key, for `initial_state` of a call.
 
@@ -463,7 +345,7 @@ class Performer(keras.layers.MultiHeadAttention):
 
         Returns:
             `performer.AttentionState`, empty, N the product of `batch_size`: float32 (float64
-            under that policy), of the size of one key's features, whatever the length of a stream.
+            under that policy). Its size does not depend on the length of the sequence.
 
         Raises:
             ValueError: the layer is quadratic, or not built.
@@ -492,11 +374,11 @@ class Performer(keras.layers.MultiHeadAttention):
         )
 
     def summarize(self, value, key=None, *, value_mask=None, key_mask=None, initial_state=None):
-        """The state of keys and values alone, to be read many times: the encoder's, for example.
+        """The state of keys and values, such as an encoder's, which `read` may use many times.
 
         Args:
             value, key, value_mask, key_mask: As in a call. `key` defaults to `value`.
-            initial_state: State of keys that come before; default none.
+            initial_state: State of keys that come before. Defaults to none.
 
         Returns:
             `performer.AttentionState` of all of them. `performer.merge` joins such states.
@@ -539,7 +421,7 @@ class Performer(keras.layers.MultiHeadAttention):
         return with_position(merge(state, after), start, key, axes)
 
     def read(self, query, state, *, query_mask=None, start_index=0):
-        """The layer's output for queries that attend to all keys of a state, and to no other.
+        """The layer's output for queries that attend to all keys of a state, and to no others.
 
         Args:
             query, query_mask: As in a call.
@@ -550,9 +432,9 @@ class Performer(keras.layers.MultiHeadAttention):
             As a call.
 
         Raises:
-            ValueError: the layer is quadratic, or not built; a state that does not fit, or of
-                another draw of the projection.
-            tf.errors.InvalidArgumentError: a draw that is known only when the graph runs differs.
+            ValueError: the layer is quadratic, or not built; a state that does not fit, or that
+                comes from another draw of the projection.
+            tf.errors.InvalidArgumentError: another draw, known only when the graph runs.
 
         Example: see `summarize`.
         """
@@ -562,7 +444,7 @@ class Performer(keras.layers.MultiHeadAttention):
         query = tf.identity(query)
         axes = resolve_axes(self._attention_axes, len(query.shape))
         features = self._random_projection.current_features(training=False)
-        output = read(
+        output = read_state(
             self._rotated(fold(self._query_dense(query), axes), start_index=start_index),
             state=state,
             draw=features.draw,
@@ -570,6 +452,138 @@ class Performer(keras.layers.MultiHeadAttention):
         )
         output = hide_queries(output, masks.fold_queries(query, axes))
         return self._output(output, query, axes)
+
+    def redraw(self):
+        """Replaces the projection by the next one of its seed, and counts that in `draw`.
+
+        Raises:
+            ValueError: the layer has no projection: it is quadratic, or not built.
+        """
+        if self._random_projection is None:
+            raise ValueError(
+                "`redraw` needs a projection: a built layer with attention_method='linear'. "
+                f"Received: attention_method={self._options.attention_method!r}, built={self.built}"
+            )
+        self._random_projection.redraw()
+
+    def random_features(self):
+        """The `Features` that inference uses now, for diagnostics; the layer must be built."""
+        return self._random_projection.current_features(training=False)
+
+    def compute_output_spec(self, *args, **kwargs):
+        """Shape and dtype of the output of a symbolic call, which `call` does not see."""
+        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
+        added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
+        if not self._options.linear:
+            _refuse_in_quadratic(**added)
+            return super().compute_output_spec(**given)
+        fields = {field.name for field in dataclasses.fields(Masks)}
+        masks = Masks(**{k: v for k, v in {**given, **added}.items() if k in fields})
+        shapes = given["query"].shape, given["value"].shape
+        axes = masks.check(*shapes, self._attention_axes)
+        with_scores = given.pop("return_attention_scores", False)
+        output = super().compute_output_spec(**given)
+        dense = with_scores or masks.is_general(axes)
+        scores = ScoreShape.of(*shapes, axes, self._num_heads)
+        if dense:
+            scores.check(self._options.dense_limit)
+        if added.get("initial_state") is not None or added.get("return_state"):
+            check_call(masks, shapes, axes, dense)
+        if added.get("return_state"):
+            return output, self._state_spec(shapes[0], axes)
+        if with_scores:
+            return output, keras.KerasTensor(tuple(scores.sizes()), self.compute_dtype)
+        return output
+
+    def get_config(self):
+        """Every argument of the constructor."""
+        return {
+            **super().get_config(),
+            **self._options.config(),
+            "flash_attention": self._requested_flash_attention,
+        }
+
+    def _converted(self, x):
+        """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
+        mask = mask_of(x)
+        x = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
+        if mask is not None:
+            x._keras_mask = mask
+        return x
+
+    def _build_grouped(self, query_shape, value_shape, key_shape, groups):
+        """`MultiHeadAttention.build` for `groups` heads of key and value: the same sublayers."""
+        # Quadratic attention is the parent's, which needs as many heads of key as of query.
+        repeats = 1 if self._options.linear else self._num_heads // groups
+        self._query_dense = self._dense("query", query_shape, self._num_heads, self._key_dim)
+        self._key_dense = self._dense("key", key_shape, groups, self._key_dim, repeats)
+        if getattr(self, "_use_gate", False):
+            self._gate_dense = self._dense(
+                "gate", query_shape, self._num_heads, self._value_dim, activation="sigmoid"
+            )
+        self._value_dense = self._dense("value", value_shape, groups, self._value_dim, repeats)
+        self._build_attention(len(value_shape) + 1)
+        self._output_dense = self._make_output_dense(
+            query_shape, self._get_common_kwargs_for_sublayer(), "attention_output"
+        )
+        self._output_dense.build((*query_shape[:-1], self._num_heads, self._value_dim))
+
+    def _dense(self, name, shape, heads, dim, repeats=1, activation=None):
+        """A built sublayer from `[B, ..., channels]` (its `shape`) to `[B, ..., heads, dim]`."""
+        axes = "abcdefghijklmnopqrstuvw"[: len(shape) - 1]
+        kind = keras.layers.EinsumDense if repeats == 1 else _RepeatedHeads
+        dense = kind(
+            f"{axes}x,xyz->{axes}yz",
+            output_shape=[None] * (len(shape) - 2) + [heads, dim],
+            bias_axes="yz" if self._use_bias else None,
+            activation=activation,
+            name=name,
+            **self._get_common_kwargs_for_sublayer(),
+            **({} if repeats == 1 else {"repeats": repeats}),
+        )
+        dense.build(shape)
+        return dense
+
+    def _heads(self, query, key, value, start, segment_ids):
+        """Query, key and value of all heads, folded and with rotary positions.
+
+        Args:
+            query, key, value: the layer's inputs.
+            start: position of the first element of the sequence.
+            segment_ids: folded, or None: positions start again with every run of equal ones.
+
+        Returns:
+            `[B', T, H, D]`, `[B', S, G, D]` and `[B', S, G, E]`.
+        """
+        denses = (self._query_dense, self._key_dense, self._value_dense)
+        query, key, value = (
+            fold(dense(x), self._attention_axes)
+            for dense, x in zip(denses, (query, key, value), strict=True)
+        )
+        if self._rotary_embedding is None:
+            return query, key, value
+        if segment_ids is None:
+            where = {"start_index": start}
+        else:
+            where = {"positions": positions_in_runs(segment_ids)}
+        return self._rotated(query, **where), self._rotated(key, **where), value
+
+    def _rotated(self, x, **where):
+        """A query or key `[B', L, H, D]`, rotated by its positions if the layer has rotary ones."""
+        return x if self._rotary_embedding is None else self._rotary_embedding(x, **where)
+
+    def _output(self, output, query, axes):
+        """The layer's output, from its input `query` and the attention of its heads.
+
+        Args:
+            output: `[B', T, H, E]`.
+            query: `[B, q1, ..., qn, channels]`.
+            axes: attention axes, as `resolve_axes` returns them.
+        """
+        output = unfold(output, axes, like=query)
+        if getattr(self, "_use_gate", False):  # not every version of Keras has it
+            output = output * self._gate_dense(query)
+        return self._output_dense(output)
 
     def _check_streams(self, method):
         """Refuses `method` where there is no state: quadratic attention, or a layer not built."""
@@ -596,14 +610,6 @@ class Performer(keras.layers.MultiHeadAttention):
             keras.KerasTensor((), "int64"),
         )
 
-    def get_config(self):
-        """Every argument of the constructor."""
-        return {
-            **super().get_config(),
-            **self._options.config(),
-            "flash_attention": self._requested_flash_attention,
-        }
-
 
 class _RepeatedHeads(keras.layers.EinsumDense):
     """An `EinsumDense` to `[B, ..., G, D]` that repeats every head: `[B, ..., G * repeats, D]`.
@@ -621,7 +627,7 @@ class _RepeatedHeads(keras.layers.EinsumDense):
 
 
 def _refuse_in_quadratic(**arguments):
-    """ValueError for a call argument that the parent does not have."""
+    """Raises ValueError for a call argument that is given and that the parent does not have."""
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise ValueError(
