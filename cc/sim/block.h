@@ -1,4 +1,4 @@
-// Inside the emulator: the fibers of one block, and what its parts know of them.
+// Internal to the emulator: the fibers of one block, and the interface of the race detector.
 #pragma once
 #include <vector>
 
@@ -13,7 +13,7 @@ namespace sim {
 
 struct Warp;
 
-// Lanes that wait for each other in one warp instruction.
+// Where the lanes of `mask` wait for each other in one warp instruction.
 struct Rendezvous {
   uint32_t mask = 0, arrived = 0;
   unsigned generation = 0;
@@ -21,20 +21,21 @@ struct Rendezvous {
   void* slots[32] = {};
 };
 
+// A cp.async of `bytes`: `valid` of them are read, the others become zero.
 struct Copy {
-  void* to;
-  const void* from;
+  void* to;          // [bytes] in shared memory
+  const void* from;  // [valid] in global memory
   int bytes, valid;
 };
 
-// Where a fiber, or the scheduler, goes on.
+// Where a fiber, or the scheduler, will be resumed.
 struct Context {
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
 #endif
-  // For AddressSanitizer. The scheduler's stack is learnt from the first switch away from it.
+  // For AddressSanitizer. The stack of the scheduler becomes known with the first switch from it.
   const void* stack = nullptr;
   size_t stack_size = 0;
   void* fake_stack = nullptr;
@@ -42,7 +43,7 @@ struct Context {
 
 struct Fiber {
   char* stack = nullptr;
-  Place place;
+  Position position;
   unsigned index = 0;  // in the block
   Warp* warp = nullptr;
   bool done = false;
@@ -62,7 +63,7 @@ struct Block {
   dim3 block_dim, grid_dim, index;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<unsigned> priorities;  // of warps, the first one first
+  std::vector<unsigned> priorities;  // indices of warps, the highest priority first
   unsigned ready_count = 0, live = 0;
   unsigned arrived = 0, generation = 0;  // at the barrier
   const char* barrier_site = nullptr;
@@ -73,15 +74,16 @@ struct Block {
   uint64_t random = 1;
   const std::function<void()>* body = nullptr;
   std::string error;
-  Context main;  // of the scheduler
+  Context scheduler;
 };
 
 inline constexpr size_t kStackBytes = 512 << 10;
 
 Block* TheBlock();  // that runs now, or nullptr
 
-// The race detector's part: a thread hands its knowledge to an object, or takes what others left
-// there. Barrier generations are objects 0 and 1, __syncwarp has others.
+// The race detector (race.cc, or no_race.cc). Release merges the clock of the current thread into
+// an object, Acquire merges the object's clock into the thread's. Objects 0 and 1 are the even and
+// odd generations of __syncthreads; __syncwarp has others.
 void RaceBlockBegins(Block& block);
 void RaceBlockEnds();
 void RaceLaunchEnds();  // orders everything

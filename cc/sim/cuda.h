@@ -1,4 +1,4 @@
-// The names of CUDA C++ that kernels use, on the emulator.
+// The names of CUDA C++ that kernels use, defined for the emulator.
 #pragma once
 #include <cmath>
 #include <cstdint>

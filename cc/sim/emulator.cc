@@ -27,11 +27,11 @@ uint64_t Random(uint64_t* state) {  // xorshift64*
   return *state * 0x2545F4914F6CDD1Dull >> 16;
 }
 
-// ---- Switching between fibers. The System V ABI leaves six registers to the callee; the rounding
-// mode is the same in all of them.
+// ---- Switching between fibers
 
 #if defined(__x86_64__)
-__attribute__((naked, noinline)) void Switch(void** /*save*/, void* /*to*/) {
+// A callee has to keep six registers (System V ABI). The rounding mode is the same in all fibers.
+__attribute__((naked, noinline)) void SwitchStack(void** /*save*/, void* /*to*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -39,14 +39,14 @@ __attribute__((naked, noinline)) void Switch(void** /*save*/, void* /*to*/) {
 }
 #endif
 
-// Leaves `from`, for ever or until somebody goes on with it, and goes on with `to`.
-void GoOn(Context& from, Context& to, bool for_ever = false) {
+// Suspends `from` and resumes `to`. `ends`: nothing will resume `from`.
+void Resume(Context& from, Context& to, bool ends = false) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake_stack, to.stack, to.stack_size);
+  __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.stack, to.stack_size);
 #endif
-  (void)for_ever;
+  (void)ends;
 #if defined(__x86_64__)
-  Switch(&from.stack_pointer, to.stack_pointer);
+  SwitchStack(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.context, &to.context);
 #endif
@@ -55,12 +55,12 @@ void GoOn(Context& from, Context& to, bool for_ever = false) {
 #endif
 }
 
-void ToScheduler(bool for_ever) { GoOn(g_block->current->context, g_block->main, for_ever); }
+void ResumeScheduler(bool ends) { Resume(g_block->current->context, g_block->scheduler, ends); }
 
 // `from` is the scheduler, or a fiber that waits.
-void ToFiber(Block& block, Context& from, Fiber& fiber) {
+void ResumeFiber(Block& block, Context& from, Fiber& fiber) {
   block.current = &fiber;
-  GoOn(from, fiber.context);
+  Resume(from, fiber.context);
 }
 
 void FiberMain() {
@@ -69,8 +69,8 @@ void FiberMain() {
   const void* bottom = nullptr;
   size_t size = 0;
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  if (block.main.stack == nullptr)  // the first fiber comes from the scheduler
-    block.main.stack = bottom, block.main.stack_size = size;
+  if (block.scheduler.stack == nullptr)  // the first fiber comes from the scheduler
+    block.scheduler.stack = bottom, block.scheduler.stack_size = size;
 #endif
   try {
     (*block.body)();
@@ -81,10 +81,11 @@ void FiberMain() {
   }
   block.current->done = true;
   --block.live;
-  ToScheduler(true);
+  ResumeScheduler(true);
   std::abort();
 }
 
+// Stacks are mapped once and serve all blocks. The lowest page of each is a guard.
 char* Stack(unsigned index) {
   static std::vector<char*> stacks;
   while (stacks.size() <= index) {
@@ -97,7 +98,7 @@ char* Stack(unsigned index) {
   return stacks[index];
 }
 
-void Prepare(Fiber& fiber) {
+void PrepareContext(Fiber& fiber) {
   fiber.context = {};
   fiber.context.stack = fiber.stack;
   fiber.context.stack_size = kStackBytes;
@@ -105,10 +106,10 @@ void Prepare(Fiber& fiber) {
   __asan_unpoison_memory_region(fiber.stack + 4096, kStackBytes - 4096);
 #endif
 #if defined(__x86_64__)
-  // Not at the same place of each stack: the frames of a warp would share a few lines of the
-  // caches.
-  const size_t apart = fiber.index % 32 * (4096 + 64);
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64 - apart);
+  // The lanes of a warp begin at different offsets: otherwise their frames would compete for a few
+  // cache lines.
+  const size_t offset = fiber.index % 32 * (4096 + 64);
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64 - offset);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(FiberMain);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -125,7 +126,7 @@ void Prepare(Fiber& fiber) {
 
 // ---- Scheduling
 
-void Wake(Block& block, Fiber* fiber) {
+void MakeReady(Block& block, Fiber* fiber) {
   fiber->warp->ready[fiber->warp->ready_count++] = fiber;
   ++block.ready_count;
 }
@@ -135,7 +136,8 @@ void ShuffleOrder(std::vector<T>& list, uint64_t* random) {
   for (size_t i = list.size(); i > 1; --i) std::swap(list[i - 1], list[Random(random) % i]);
 }
 
-Fiber* Next(Block& block, Order order) {
+// Takes the fiber that runs next from those that are ready; there is one.
+Fiber* TakeNext(Block& block, Order order) {
   const bool random = order == Order::kRandom || order == Order::kFair;
   const uint64_t x = random ? Random(&block.random) : 0;
   if (order == Order::kRandom && x % 1024 == 0) ShuffleOrder(block.priorities, &block.random);
@@ -157,15 +159,15 @@ Fiber* Next(Block& block, Order order) {
   return fiber;
 }
 
-// The thread waits; whoever it waits for wakes it.
-void Park(const char* where) {
+// Suspends the current thread until what it waits for has made it ready.
+void Suspend(const char* where) {
   Block& block = *g_block;
   Fiber& fiber = *block.current;
   fiber.waits_at = where;
-  // A deadlock, or what some thread did wrong ends the block.
-  if (block.ready_count == 0 || !block.error.empty()) return ToScheduler(false);
-  Fiber& next = *Next(block, TheOptions().order);
-  if (&next != &fiber) ToFiber(block, fiber.context, next);
+  // A deadlock, or another thread's error, ends the block.
+  if (block.ready_count == 0 || !block.error.empty()) return ResumeScheduler(false);
+  Fiber& next = *TakeNext(block, TheOptions().order);
+  if (&next != &fiber) ResumeFiber(block, fiber.context, next);
 }
 
 std::string Deadlock(const Block& block) {
@@ -178,44 +180,56 @@ std::string Deadlock(const Block& block) {
          std::to_string(block.fibers.size()) + " threads have ended";
 }
 
+void CreateFibers(Block& block, unsigned count) {
+  block.live = count;
+  block.fibers.resize(count);
+  block.warps.resize(count / 32);
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = block.fibers[i];
+    const dim3 d = block.block_dim;
+    fiber.position = {dim3(i % d.x, i / d.x % d.y, i / d.x / d.y), block.index, d, block.grid_dim,
+                      i % 32};
+    fiber.index = i;
+    fiber.warp = &block.warps[i / 32];
+    fiber.stack = Stack(i);
+    PrepareContext(fiber);
+    MakeReady(block, &fiber);
+  }
+}
+
+void SetPriorities(Block& block, Order order) {
+  const unsigned warps = static_cast<unsigned>(block.warps.size());
+  for (unsigned w = 0; w < warps; ++w)
+    block.priorities.push_back(order == Order::kReverse ? warps - 1 - w : w);
+  if (order == Order::kRandom) ShuffleOrder(block.priorities, &block.random);
+}
+
 void RunBlock(Block& block) {
   const unsigned count = block.block_dim.x * block.block_dim.y * block.block_dim.z;
   if (count == 0 || count > 1024 || count % 32 != 0)
     throw Error("a block must have a multiple of 32 threads, at most 1024");
   const Order order = TheOptions().order;
   g_block = &block;
-  block.live = count;
-  block.fibers.resize(count);
-  block.warps.resize(count / 32);
   ++TheCounters().blocks;
-  for (unsigned i = 0; i < count; ++i) {
-    Fiber& fiber = block.fibers[i];
-    const dim3 d = block.block_dim;
-    fiber.place = {dim3(i % d.x, i / d.x % d.y, i / d.x / d.y), block.index, d, block.grid_dim,
-                   i % 32};
-    fiber.index = i;
-    fiber.warp = &block.warps[i / 32];
-    fiber.stack = Stack(i);
-    Prepare(fiber);
-    Wake(block, &fiber);
-  }
-  for (unsigned w = 0; w < count / 32; ++w)
-    block.priorities.push_back(order == Order::kReverse ? count / 32 - 1 - w : w);
-  if (order == Order::kRandom) ShuffleOrder(block.priorities, &block.random);
+  CreateFibers(block, count);
+  SetPriorities(block, order);
   while (block.ready_count > 0 && block.error.empty())
-    ToFiber(block, block.main, *Next(block, order));
+    ResumeFiber(block, block.scheduler, *TakeNext(block, order));
   if (block.error.empty() && block.live > 0) block.error = Deadlock(block);
   g_block = nullptr;
 }
 
-void Perform(const Copy& copy, void* instruction) {
+// ---- Memory
+
+void PerformCopy(const Copy& copy, void* instruction) {
   RaceAccess(copy.to, copy.bytes, true, instruction);
   RaceAccess(copy.from, copy.valid, false, instruction);
   std::memcpy(copy.to, copy.from, copy.valid);
   std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
 }
 
-Rendezvous& Find(Warp& warp, uint32_t mask) {
+// Where the lanes of `mask` wait for each other.
+Rendezvous& FindRendezvous(Warp& warp, uint32_t mask) {
   for (Rendezvous& known : warp.rendezvous)
     if (known.mask == mask) return known;
   if (warp.rendezvous.empty()) warp.rendezvous.reserve(16);  // references stay valid
@@ -225,9 +239,42 @@ Rendezvous& Find(Warp& warp, uint32_t mask) {
   return warp.rendezvous.back();
 }
 
-struct FreeDeleter {
-  void operator()(unsigned char* p) const { std::free(p); }
+// Shared memory of one block. It starts as NaN, in every type.
+class SharedBuffer {
+ public:
+  explicit SharedBuffer(size_t bytes) : bytes_(bytes), rounded_((bytes + 127) / 128 * 128) {
+    if (bytes == 0) return;
+    data_.reset(static_cast<unsigned char*>(std::aligned_alloc(128, rounded_)));
+    if (!data_) throw Error("no memory for emulated shared memory");
+    std::memset(data_.get(), 0xFF, rounded_);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(data_.get() + bytes_, rounded_ - bytes_);
+#endif
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  ~SharedBuffer() {
+    if (data_) __asan_unpoison_memory_region(data_.get(), rounded_);
+  }
+#endif
+  unsigned char* data() const { return data_.get(); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  struct FreeDeleter {
+    void operator()(unsigned char* p) const { std::free(p); }
+  };
+
+  const size_t bytes_, rounded_;
+  std::unique_ptr<unsigned char, FreeDeleter> data_;
 };
+
+// The order in which the blocks of a launch run.
+std::vector<uint64_t> BlockOrder(uint64_t count, Order order, uint64_t* random) {
+  std::vector<uint64_t> blocks(count);
+  for (uint64_t i = 0; i < count; ++i) blocks[i] = order == Order::kReverse ? count - 1 - i : i;
+  if (order == Order::kRandom) ShuffleOrder(blocks, random);
+  return blocks;
+}
 
 }  // namespace
 
@@ -248,11 +295,11 @@ Races& TheRaces() {
   return races;
 }
 Block* TheBlock() { return g_block; }
-const Place& Here() { return g_block->current->place; }
+const Position& Here() { return g_block->current->position; }
 unsigned char* SharedMemory() { return g_block->shared; }
 
 void Fail(const std::string& message) {
-  const Place& here = Here();
+  const Position& here = Here();
   throw Error(message + " [block " + std::to_string(here.block.x) + "," +
               std::to_string(here.block.y) + "," + std::to_string(here.block.z) + " thread " +
               std::to_string(g_block->current->index) + "]");
@@ -271,35 +318,35 @@ void SyncThreads(const char* site) {
     ++TheCounters().barriers;
     block.arrived = 0;
     ++block.generation;
-    for (Fiber* fiber : block.at_barrier) Wake(block, fiber);
+    for (Fiber* fiber : block.at_barrier) MakeReady(block, fiber);
     block.at_barrier.clear();
-    Wake(block, block.current);
+    MakeReady(block, block.current);
   } else {
     block.at_barrier.push_back(block.current);
   }
-  Park(site);
+  Suspend(site);
   RaceAcquire(object);
 }
 
 void Collective(uint32_t mask, const char* name, void* slot, void (*apply)(void**, uint32_t)) {
   Block& block = *g_block;
   Fiber& fiber = *block.current;
-  const unsigned lane = fiber.place.lane;
-  Rendezvous& meeting = Find(*fiber.warp, mask);
+  const unsigned lane = fiber.position.lane;
+  Rendezvous& rendezvous = FindRendezvous(*fiber.warp, mask);
   if ((mask >> lane & 1) == 0) Fail(std::string(name) + ": the lane is not in its own mask");
-  if (meeting.arrived != 0 && meeting.name != name && std::strcmp(meeting.name, name) != 0)
-    Fail(std::string("a warp diverges: ") + name + " meets " + meeting.name);
-  meeting.name = name;
-  meeting.slots[lane] = slot;
-  meeting.arrived |= 1u << lane;
-  if (meeting.arrived == mask) {
-    if (apply != nullptr) apply(meeting.slots, mask);
-    meeting.arrived = 0;
-    ++meeting.generation;
+  if (rendezvous.arrived != 0 && rendezvous.name != name && std::strcmp(rendezvous.name, name) != 0)
+    Fail(std::string("a warp diverges: ") + name + " meets " + rendezvous.name);
+  rendezvous.name = name;
+  rendezvous.slots[lane] = slot;
+  rendezvous.arrived |= 1u << lane;
+  if (rendezvous.arrived == mask) {
+    if (apply != nullptr) apply(rendezvous.slots, mask);
+    rendezvous.arrived = 0;
+    ++rendezvous.generation;
     for (unsigned other = 0; other < 32; ++other)
-      if (mask >> other & 1) Wake(block, &block.fibers[fiber.index - lane + other]);
+      if (mask >> other & 1) MakeReady(block, &block.fibers[fiber.index - lane + other]);
   }
-  Park(name);
+  Suspend(name);
 }
 
 void SyncWarp(uint32_t mask, const char* site) {
@@ -307,10 +354,10 @@ void SyncWarp(uint32_t mask, const char* site) {
   if (block.current->index == 0) Sites().insert(site);
   if (!TheOptions().skip.empty() && TheOptions().skip == site) return;
   Warp& warp = *block.current->warp;
-  const Rendezvous& meeting = Find(warp, mask);
+  const Rendezvous& rendezvous = FindRendezvous(warp, mask);
   const auto of_warp = static_cast<unsigned>(&warp - block.warps.data());
-  const auto of_mask = static_cast<unsigned>(&meeting - warp.rendezvous.data());
-  const unsigned object = 2 + (of_warp * 16 + of_mask) * 2 + (meeting.generation & 1);
+  const auto of_mask = static_cast<unsigned>(&rendezvous - warp.rendezvous.data());
+  const unsigned object = 2 + (of_warp * 16 + of_mask) * 2 + (rendezvous.generation & 1);
   RaceRelease(object);
   Collective(mask, "bar.warp.sync", nullptr, nullptr);
   RaceAcquire(object);
@@ -325,7 +372,7 @@ void CopyAsync(void* to, const void* from, int bytes, int valid) {
   RaceAccess(to, bytes, true, instruction);  // it may be written from here on
   const Copy copy = {to, from, bytes, valid};
   if (TheOptions().order == Order::kRandom && Random(&g_block->random) % 4 == 0) {
-    Perform(copy, instruction);
+    PerformCopy(copy, instruction);
   } else {
     g_block->current->open.push_back(copy);
   }
@@ -344,20 +391,16 @@ void CopyAsyncWait(int groups_left, const char* file, int line) {
   if (TheOptions().skip == site) return;
   void* const instruction = __builtin_return_address(0);
   while (fiber.groups.size() > static_cast<size_t>(groups_left)) {
-    for (const Copy& copy : fiber.groups.front()) Perform(copy, instruction);
+    for (const Copy& copy : fiber.groups.front()) PerformCopy(copy, instruction);
     fiber.groups.erase(fiber.groups.begin());
   }
 }
 
 void Launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& body) {
-  const Order order = TheOptions().order;
-  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
-  std::vector<uint64_t> blocks(count);
-  for (uint64_t i = 0; i < count; ++i) blocks[i] = order == Order::kReverse ? count - 1 - i : i;
   uint64_t random = TheOptions().seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
-  if (order == Order::kRandom) ShuffleOrder(blocks, &random);
-  const size_t rounded = (shared_bytes + 127) / 128 * 128;
-  for (const uint64_t i : blocks) {
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  for (const uint64_t i : BlockOrder(count, TheOptions().order, &random)) {
+    const SharedBuffer shared(shared_bytes);
     const auto block = std::make_unique<Block>();
     block->grid_dim = grid;
     block->block_dim = block_dim;
@@ -366,23 +409,11 @@ void Launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<
              static_cast<unsigned>(i / grid.x / grid.y));
     block->random = Random(&random) | 1;
     block->body = &body;
-    block->shared_bytes = shared_bytes;
-    std::unique_ptr<unsigned char, FreeDeleter> shared;
-    if (shared_bytes > 0) {
-      shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, rounded)));
-      if (!shared) throw Error("no memory for emulated shared memory");
-      std::memset(shared.get(), 0xFF, rounded);  // NaN, in every type
-#if defined(__SANITIZE_ADDRESS__)
-      __asan_poison_memory_region(shared.get() + shared_bytes, rounded - shared_bytes);
-#endif
-      block->shared = shared.get();
-    }
+    block->shared = shared.data();
+    block->shared_bytes = shared.bytes();
     RaceBlockBegins(*block);
     RunBlock(*block);
     RaceBlockEnds();
-#if defined(__SANITIZE_ADDRESS__)
-    if (shared) __asan_unpoison_memory_region(shared.get(), rounded);
-#endif
     if (!block->error.empty()) throw Error(block->error);
   }
   RaceLaunchEnds();

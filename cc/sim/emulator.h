@@ -1,11 +1,12 @@
-// Runs CUDA kernels on the CPU, as ordinary C++: one fiber for each CUDA thread, one block after
-// another, switched only where CUDA threads wait for each other. For tests of machines without a
-// GPU; sim/cuda.h gives kernels the names they need, cuda/device/ptx.h the instructions.
+// Runs CUDA kernels on the CPU as ordinary C++, for tests on machines without a GPU. Each CUDA
+// thread is a fiber; blocks run one after another, and fibers are switched only where CUDA threads
+// wait for each other. sim/cuda.h gives kernels the names they need, cuda/device/ptx.h the
+// instructions.
 //
 // What it can find:
 //   - wrong results, under several schedules: shared memory starts as NaN, asynchronous copies
-//     happen as late as they are allowed to (kRandom: or at any moment before), warps run in orders
-//     of the worst skew (kForward, kReverse), with priorities that change (kRandom), or thread by
+//     happen as late as they are allowed to (in kRandom also at any moment before), and warps run
+//     with the greatest skew (kForward, kReverse), with changing priorities (kRandom), or thread by
 //     thread at random (kFair)
 //   - deadlocks, barriers and warp instructions in divergent code, shuffles from lanes that do not
 //     take part, misaligned copies and ldmatrix rows, copies in flight when a thread ends
@@ -15,14 +16,14 @@
 //   - bank conflicts of ldmatrix, numbers of instructions (Counters)
 //   - tests that notice nothing: any barrier or wait can be left out (Options::skip)
 //
-// What it cannot:
-//   - PTX itself: the strings, and how a GPU rounds, above all inside the sums of mma
-//   - that a warp's threads run ahead of each other within a block without barriers is modelled, a
-//     GPU's weak ordering of global memory between blocks of one launch is not: the race detector
-//     calls every such exchange a race
+// What it cannot find or run:
+//   - errors in the PTX strings, and how a GPU rounds, above all inside the sums of mma
+//   - errors of memory order between the blocks of a launch: threads of one block do run ahead of
+//     each other, but a GPU's weak ordering of global memory is not modelled. The race detector
+//     calls every exchange between blocks a race
 //   - time, occupancy, registers
-//   - kernels that spin on another block: blocks run one after another to their end
-//   - static shared memory, which is not poisoned: kernels use dynamic shared memory only
+//   - kernels that spin on another block: each block runs to its end before the next one starts
+//   - static shared memory, which does not start as NaN: kernels use dynamic shared memory only
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -36,8 +37,8 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Functions that move values between threads' registers: no accesses to memory, as far as the race
-// detector should see.
+// For functions that move values between threads' registers: the race detector must not take these
+// for accesses to memory.
 #if defined(__SANITIZE_THREAD__)
 #define PERFORMER_SIM_REGISTERS __attribute__((no_sanitize("thread"), noinline))
 #else
@@ -82,11 +83,12 @@ void Launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 
 // ---- Called by threads of a kernel
 
-struct Place {
+// What CUDA calls threadIdx, blockIdx, blockDim and gridDim; and the lane in the warp.
+struct Position {
   dim3 thread, block, block_dim, grid_dim;
   unsigned lane;
 };
-const Place& Here();
+const Position& Here();  // of the current thread
 unsigned char* SharedMemory();
 [[noreturn]] void Fail(const std::string& message);
 

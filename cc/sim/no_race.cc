@@ -1,4 +1,4 @@
-// The race detector's part in builds without it.
+// Stands in for the race detector in builds without it.
 #include "sim/block.h"
 
 namespace performer {

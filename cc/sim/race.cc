@@ -4,13 +4,15 @@
 // __tsan_writeN at every access. The program is linked without that option, and the functions below
 // stand in for the library. This file and the emulator are not instrumented.
 //
-// Every thread has a clock of what it knows of the others (a vector clock). __syncthreads and
-// __syncwarp are the only events that pass knowledge on inside a launch; nothing does between
-// blocks. An access races with an earlier one of the same bytes, one of the two a write, that its
-// thread does not know of. Kept for every two bytes: the last write; for shared memory the last
-// reads of each warp by two different lanes; for global memory (tracked buffers only) the last
-// reads by two different blocks. So of many unordered reads before a write at least one is
-// reported, not each. Atomic operations are performed and are no accesses.
+// Every thread has a vector clock: for each thread, the last of its epochs whose accesses this
+// thread knows of. Inside a launch only __syncthreads and __syncwarp pass this knowledge on, and
+// nothing passes it between blocks. An access races with an earlier one of the same bytes that its
+// thread does not know of, where one of the two is a write.
+//
+// Every two bytes keep the last write; in shared memory the last reads of each warp by two different
+// lanes; in global memory (tracked buffers only) the last reads by two different blocks. So at least
+// one of many unordered reads before a write is reported, but not each. Atomic operations are
+// performed and do not count as accesses.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +25,7 @@ namespace performer {
 namespace sim {
 namespace {
 
-// Addresses of instructions are kept as distances from here.
+// Addresses of instructions are stored relative to this one, in 32 bits.
 char* Origin() { return reinterpret_cast<char*>(&Origin); }
 
 struct Access {
@@ -34,17 +36,19 @@ struct Access {
 struct WarpReads {
   Access last, other_lane;
 };
-// What it holds is of `block`, and nothing to any other: so nothing need be cleared.
+// Two bytes of shared memory. The content counts only in block number `block`, so that nothing has
+// to be cleared between blocks.
 struct SharedCell {
   uint32_t block = 0;
-  uint32_t readers = 0;  // warps that have read since the last write
+  uint32_t readers = 0;  // bit w: warp w has read since the last write
   Access write;
 };
 struct GlobalAccess {
   Access access;
   uint32_t block = 0;
 };
-struct GlobalCell {  // of this launch, where its blocks are
+// Two bytes of global memory. Accesses by blocks of earlier launches do not count.
+struct GlobalCell {
   GlobalAccess write, read, other_block;
 };
 struct FreeDeleter {
@@ -52,32 +56,33 @@ struct FreeDeleter {
 };
 struct Buffer {
   size_t bytes = 0;
-  std::unique_ptr<GlobalCell, FreeDeleter> cells;  // calloc: pages that nobody touches cost nothing
+  // [bytes / 2], from calloc: pages that are never touched cost nothing.
+  std::unique_ptr<GlobalCell, FreeDeleter> cells;
 };
 
 struct Detector {
-  bool busy = false;  // no recursion, should a function here be instrumented after all
+  bool recording = false;  // prevents recursion, should a function here be instrumented after all
   Block* block = nullptr;
   uint32_t block_number = 0, first_of_launch = 1;
   size_t threads = 0, warps = 0;
-  std::vector<uint32_t> clocks;                // [thread][thread]
-  std::vector<std::vector<uint32_t>> objects;  // clocks, empty until released
+  std::vector<uint32_t> clocks;                // [thread][thread]: row t is the clock of thread t
+  std::vector<std::vector<uint32_t>> objects;  // their clocks; empty until the first release
   std::vector<SharedCell> shared;
-  std::vector<WarpReads> reads;  // [cell][warp], where `readers` says so
+  std::vector<WarpReads> reads;  // [cell][warp]; valid where the bit in `readers` is set
   std::map<uintptr_t, Buffer> buffers;
   std::set<std::pair<int32_t, int32_t>> reported;
 };
 
-Detector& The() {
+Detector& TheDetector() {
   static Detector detector;
   return detector;
 }
 
 void Report(const char* kind, const char* where, size_t byte, const Access& before,
             uint32_t block_before, const Access& now) {
-  Detector& d = The();
+  Detector& d = TheDetector();
   if (!d.reported.insert({before.instruction, now.instruction}).second) return;
-  // A mutant has been caught: the rest of its run would tell no more.
+  // A run with a skipped barrier ends with its first race: that is all its test asks for.
   if (!TheOptions().skip.empty() && d.block->error.empty()) d.block->error = "data race";
   Races& races = TheRaces();
   if (++races.count > 20) return;
@@ -91,37 +96,38 @@ void Report(const char* kind, const char* where, size_t byte, const Access& befo
   races.report += text;
 }
 
-bool Knows(const Access& now, const Access& before) {
-  const Detector& d = The();
+bool HappensBefore(const Access& before, const Access& now) {
+  const Detector& d = TheDetector();
   return before.epoch == 0 || before.thread == now.thread ||
          before.epoch <= d.clocks[now.thread * d.threads + before.thread];
 }
 
 void RecordShared(size_t index, bool write, const Access& now) {
-  Detector& d = The();
+  Detector& d = TheDetector();
   SharedCell& cell = d.shared[index];
   if (cell.block != d.block_number) cell = {d.block_number, 0, {}};
   const auto report = [&](const char* kind, const Access& before) {
     Report(kind, "shared", index * 2, before, d.block_number, now);
   };
-  if (!Knows(now, cell.write)) report(write ? "write after write" : "read after write", cell.write);
+  if (!HappensBefore(cell.write, now))
+    report(write ? "write after write" : "read after write", cell.write);
   WarpReads* const reads = &d.reads[index * d.warps];
   if (!write) {
-    WarpReads& mine = reads[now.thread / 32];
+    WarpReads& own_warp = reads[now.thread / 32];
     const uint32_t bit = 1u << now.thread / 32;
     if ((cell.readers & bit) == 0) {
-      mine = WarpReads();
+      own_warp = WarpReads();
       cell.readers |= bit;
-    } else if (mine.last.thread != now.thread) {
-      mine.other_lane = mine.last;
+    } else if (own_warp.last.thread != now.thread) {
+      own_warp.other_lane = own_warp.last;
     }
-    mine.last = now;
+    own_warp.last = now;
     return;
   }
   for (size_t w = 0; cell.readers >> w != 0; ++w) {
     if ((cell.readers >> w & 1) == 0) continue;
     for (const Access& read : {reads[w].last, reads[w].other_lane})
-      if (!Knows(now, read)) report("write after read", read);
+      if (!HappensBefore(read, now)) report("write after read", read);
     if (w == 31) break;
   }
   cell.readers = 0;
@@ -129,26 +135,27 @@ void RecordShared(size_t index, bool write, const Access& now) {
 }
 
 void RecordGlobal(GlobalCell& cell, size_t byte, bool write, const Access& now) {
-  Detector& d = The();
+  Detector& d = TheDetector();
   const auto check = [&](const GlobalAccess& before, const char* kind) {
     if (before.access.epoch == 0 || before.block < d.first_of_launch) return;
-    if (before.block != d.block_number || !Knows(now, before.access))
+    if (before.block != d.block_number || !HappensBefore(before.access, now))
       Report(kind, "global", byte, before.access, before.block, now);
   };
   check(cell.write, write ? "write after write" : "read after write");
-  const GlobalAccess mine = {now, d.block_number};
+  const GlobalAccess access = {now, d.block_number};
   if (!write) {
-    if (cell.read.access.epoch != 0 && cell.read.block != mine.block) cell.other_block = cell.read;
-    cell.read = mine;
+    if (cell.read.access.epoch != 0 && cell.read.block != access.block)
+      cell.other_block = cell.read;
+    cell.read = access;
     return;
   }
   check(cell.read, "write after read");
   check(cell.other_block, "write after read");
-  cell.write = mine;
+  cell.write = access;
 }
 
 void Record(const void* at, size_t bytes, bool write, void* instruction) {
-  Detector& d = The();
+  Detector& d = TheDetector();
   const unsigned thread = d.block->current->index;
   const Access now = {d.clocks[thread * d.threads + thread], thread,
                       static_cast<int32_t>(static_cast<char*>(instruction) - Origin())};
@@ -170,7 +177,8 @@ void Record(const void* at, size_t bytes, bool write, void* instruction) {
     RecordGlobal(buffer.cells.get()[cell], cell * 2, write, now);
 }
 
-// The later of both, of every thread. Blocks have a multiple of 32.
+// Merges the clock `from` into `to`: the later epoch of each thread. Blocks have a multiple of 32
+// threads.
 void Join(std::vector<uint32_t>::iterator to, std::vector<uint32_t>::const_iterator from,
           size_t threads) {
   for (size_t first = 0; first < threads; first += 32)
@@ -180,7 +188,7 @@ void Join(std::vector<uint32_t>::iterator to, std::vector<uint32_t>::const_itera
 }  // namespace
 
 void RaceBlockBegins(Block& block) {
-  Detector& d = The();
+  Detector& d = TheDetector();
   d.block = &block;
   ++d.block_number;
   d.threads = block.block_dim.x * block.block_dim.y * block.block_dim.z;
@@ -192,11 +200,11 @@ void RaceBlockBegins(Block& block) {
   if (d.shared.size() < cells) d.shared.resize(cells);
   if (d.reads.size() < cells * d.warps) d.reads.resize(cells * d.warps);
 }
-void RaceBlockEnds() { The().block = nullptr; }
-void RaceLaunchEnds() { The().first_of_launch = The().block_number + 1; }
+void RaceBlockEnds() { TheDetector().block = nullptr; }
+void RaceLaunchEnds() { TheDetector().first_of_launch = TheDetector().block_number + 1; }
 
 void RaceRelease(unsigned object) {
-  Detector& d = The();
+  Detector& d = TheDetector();
   const unsigned thread = d.block->current->index;
   if (d.objects.size() <= object) d.objects.resize(object + 1);
   if (d.objects[object].empty()) d.objects[object].resize(d.threads);
@@ -205,35 +213,35 @@ void RaceRelease(unsigned object) {
   ++own[thread];
 }
 void RaceAcquire(unsigned object) {
-  Detector& d = The();
+  Detector& d = TheDetector();
   Join(d.clocks.begin() + d.block->current->index * d.threads, d.objects[object].begin(),
        d.threads);
 }
 
 void RaceAccess(const void* at, size_t bytes, bool write, void* instruction) {
-  Detector& d = The();
-  if (d.busy || d.block == nullptr || d.block->current == nullptr || bytes == 0) return;
+  Detector& d = TheDetector();
+  if (d.recording || d.block == nullptr || d.block->current == nullptr || bytes == 0) return;
   // Most accesses are to the thread's own stack.
   const auto begin = reinterpret_cast<uintptr_t>(at);
   const auto stack = reinterpret_cast<uintptr_t>(d.block->current->stack);
   if (begin - stack < kStackBytes) return;
-  d.busy = true;
+  d.recording = true;
   Record(at, bytes, write, instruction);
-  d.busy = false;
+  d.recording = false;
 }
 
 void Track(const void* begin, size_t bytes) {
   if (bytes == 0) return;
   auto* cells = static_cast<GlobalCell*>(std::calloc((bytes + 1) / 2, sizeof(GlobalCell)));
   if (cells == nullptr) throw Error("no memory for the race detector");
-  Buffer& buffer = The().buffers[reinterpret_cast<uintptr_t>(begin)];
+  Buffer& buffer = TheDetector().buffers[reinterpret_cast<uintptr_t>(begin)];
   buffer.bytes = bytes;
   buffer.cells.reset(cells);
 }
-void UntrackAll() { The().buffers.clear(); }
+void UntrackAll() { TheDetector().buffers.clear(); }
 void ResetRaces() {
   TheRaces() = Races();
-  The().reported.clear();
+  TheDetector().reported.clear();
 }
 bool DetectsRaces() { return true; }
 
