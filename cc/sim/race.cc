@@ -9,9 +9,9 @@
 // nothing passes it between blocks. An access races with an earlier one of the same bytes that its
 // thread does not know of, where one of the two is a write.
 //
-// Every two bytes keep the last write; in shared memory the last reads of each warp by two different
-// lanes; in global memory (tracked buffers only) the last reads by two different blocks. So at least
-// one of many unordered reads before a write is reported, but not each. Atomic operations are
+// Every two bytes keep the last write; in shared memory the last reads by two different lanes of
+// each warp; in global memory (tracked buffers only) the last reads by two different blocks. So at
+// least one of many unordered reads before a write is reported, but not each. Atomic operations are
 // performed and do not count as accesses.
 #include <algorithm>
 #include <cstdio>

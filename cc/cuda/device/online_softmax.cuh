@@ -15,6 +15,20 @@
 namespace performer {
 namespace cuda {
 
+// The A operand of row tile m and summed indices 16 s .. 16 s + 15 for the softmax of a warp: from
+// `registers`, or from its rows [16 kRowTiles][W] in shared memory, from first_row on.
+template <bool kInRegisters, class T, int W, int kRowTiles>
+PERFORMER_DEVICE void LoadRowOperand(uint32_t (&a)[kFragment<T>],
+                                     const uint32_t (&registers)[kRowTiles][W / 16][kFragment<T>],
+                                     const T* rows, int first_row, int m, int s, int lane) {
+  if constexpr (kInRegisters) {
+#pragma unroll
+    for (int i = 0; i < kFragment<T>; ++i) a[i] = registers[m][s][i];
+  } else {
+    LoadA<T, W>(a, rows, first_row + m * 16, s * 16, lane);
+  }
+}
+
 // 16 * kRowTiles rows, W columns of values. rows(a, m, s) loads the A operand of row tile m and
 // summed indices 16 s .. 16 s + 15.
 template <class T, int W, int kRowTiles>

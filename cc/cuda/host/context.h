@@ -1,5 +1,5 @@
-// What all launchers are given: one Context, filled once for a call. Beside it, how the tensors of a
-// call become kernel parameters.
+// What all launchers are given: one Context, filled once for a call. It also fills the parameters
+// that kernels share.
 #pragma once
 #include <cmath>
 #include <vector>

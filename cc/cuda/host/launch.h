@@ -42,7 +42,7 @@ inline int SharedBytes(const Device& device) {
     return bytes;
   (void)cudaGetLastError();
 #endif
-  return kMostSharedBytes;
+  return kMaxSharedBytes;
 }
 
 class Launcher {
@@ -50,7 +50,7 @@ class Launcher {
   explicit Launcher(const Device& device) : device_(device), shared_bytes_(SharedBytes(device)) {}
 
   // Whether blocks must do with kSmallSharedBytes.
-  bool HasSmallBlocks() const { return shared_bytes_ < kMostSharedBytes; }
+  bool HasSmallBlocks() const { return shared_bytes_ < kMaxSharedBytes; }
 
   // Workspace of `count` elements.
   template <class T>

@@ -1,5 +1,5 @@
-// The operators by type: run.cu chooses among them, the files instantiations/NAME_TYPE.cu define one
-// type each, so that they compile side by side.
+// The operators by type. run.cu chooses among them; each file instantiations/NAME_TYPE.cu defines
+// those of one kernel family and type, so that they compile in parallel.
 #pragma once
 #include "core/params.h"
 #include "core/status.h"

@@ -1,6 +1,6 @@
 // How the rows of a call are divided among blocks, and the shared memory of a block. The division
-// depends on the lengths only, never on the batch size, the number of heads or the GPU: results are
-// the same bits for any of these.
+// depends on the lengths of the sequences only, never on the batch size, the number of heads or the
+// GPU: results are the same bits for any of these.
 #pragma once
 #include <cstdint>
 
@@ -9,17 +9,17 @@
 namespace performer {
 namespace cuda {
 
-// Shared memory of a block at most: on sm_80, and on sm_86, sm_89 and sm_120, which have least
-// ("Compute Capabilities" in the CUDA C++ Programming Guide).
-inline constexpr int kMostSharedBytes = 163 * 1024, kSmallSharedBytes = 99 * 1024;
-// Of a block for rows of `width`: where it has 4 warps, it does with the least, if rows are narrow.
-inline constexpr int MostSharedBytes(int width, int warps) {
-  return width <= 64 && warps <= 4 ? kSmallSharedBytes : kMostSharedBytes;
+// The most shared memory of a block: on sm_80, and on the GPUs that have least, sm_86, sm_89 and
+// sm_120 ("Compute Capabilities" in the CUDA C++ Programming Guide).
+inline constexpr int kMaxSharedBytes = 163 * 1024, kSmallSharedBytes = 99 * 1024;
+// The limit of a block that has rows of `width`: narrow rows and 4 warps must fit on every GPU.
+inline constexpr int MaxSharedBytes(int width, int warps) {
+  return width <= 64 && warps <= 4 ? kSmallSharedBytes : kMaxSharedBytes;
 }
 
-// Splits of a sequence are summed apart and merged in order. Each costs a state in memory (M E
-// floats) and, in the causal forms, the work of summing its keys twice; each is a block's work.
-// (The emulator's tests are built with shorter ones: they cross more of them in less time.)
+// Splits of a sequence are summed separately and merged in order; a split is the work of one block.
+// Each costs a state in memory (M E floats) and, in the causal operators, a second pass over its
+// keys. (Tests on the emulator are built with shorter splits, to cross more of them in less time.)
 #ifndef PERFORMER_SPLIT_ROWS
 #define PERFORMER_SPLIT_ROWS 1024
 #endif

@@ -20,7 +20,7 @@ struct BackwardLayout {
   // Of a warp: sums over tokens, twice 16 kRowTiles x W, fill half of the registers.
   static constexpr int kRowTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
   static constexpr int kFeatures = 16 * kRowTiles * kWarps;
-  static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
+  static constexpr int kMostBytes = MaxSharedBytes(W, kWarps);
   static constexpr int kStages = kIs16Bit<T> ? 2 : 1;  // of tiles, as shared memory allows
   // Sums over features: 16 tokens of a warp and this many columns, kColumns at a time.
   static constexpr int kWarpColumns = W / (kWarps / 4);

@@ -31,7 +31,7 @@ struct RowStatisticsLayout {
   static constexpr int kMean = kProjection + kStages * kTileBytes;
   static constexpr int kBias = kMean + kStages * kTileBytes;
   static constexpr int kBytes = kBias + 2 * kTile * 4;
-  static_assert(kBytes <= MostSharedBytes(W, kWarps));
+  static_assert(kBytes <= MaxSharedBytes(W, kWarps));
 };
 
 template <class T, int W>

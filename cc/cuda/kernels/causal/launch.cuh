@@ -27,7 +27,7 @@ inline MergeParams MakeInitialMergeParams(const Context& context, const Division
   return params;
 }
 
-// The states that splits begin with: the initial ones, or those of the splits before merged to them.
+// The states that splits begin with: the initial states, or these merged with the splits before.
 template <class T, int W>
 Status PrepareStatesBefore(const Context& context, const performer::CausalParams& call,
                            const Division& splits, CausalParams<T>* params) {

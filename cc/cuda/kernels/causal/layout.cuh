@@ -88,7 +88,7 @@ struct CausalLayout {
   static constexpr int kCuts = kPoison + W * 4;  // int [kWarps]
   static constexpr int kPlace = kCuts + kWarps * 4;
   static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalPlace<T>));
-  static_assert(kBytes <= (kSmall ? kSmallSharedBytes : kMostSharedBytes));
+  static_assert(kBytes <= (kSmall ? kSmallSharedBytes : kMaxSharedBytes));
 };
 
 // Neither infinite nor NaN.

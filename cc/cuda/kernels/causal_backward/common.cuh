@@ -42,7 +42,7 @@ template <class T, int W, int kWarps_>
 struct CausalBackwardLayout {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kFeatures = 16 * kWarps;
-  static constexpr int kMostBytes = MostSharedBytes(W, kWarps);
+  static constexpr int kMostBytes = MaxSharedBytes(W, kWarps);
   static constexpr int kRows = kChunkRows<T>;
   // Sums over features: 16 tokens of a warp and kWarpColumns, kColumns at a time.
   static constexpr int kParts = kWarps / (kRows / 16);

@@ -1,7 +1,7 @@
-// States of splits, merged in their order: to one state for each sequence, or (causal) to the
-// state before each split.
+// Merges the states of splits in their order: to one state for each sequence or, for causal
+// attention, to the state before each split.
 //
-// Grid: one warp for each sequence, head and feature.
+// Grid: one warp for each sequence, key/value head and feature.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 
@@ -14,31 +14,31 @@ struct MergeParams {
   int width = 0;
   float* part_log_mass = nullptr;  // [splits, G, M]
   float* part_mean = nullptr;      // [splits, G, M, E]
-  // The state that a sequence begins with, [count, G, M(, E)]; count 0: none.
+  // The state that a sequence begins with, [initial_count, G, M(, E)].
   const float* initial_log_mass = nullptr;
   const float* initial_mean = nullptr;
-  int64_t initial_count = 0;
-  // [N, G, M(, E)], or nullptr: instead, the parts become the states before their splits, and the
-  // last split's is not read.
+  int64_t initial_count = 0;  // 0: there is none, 1: the same for all sequences, or N
+  // The results [N, G, M(, E)], or nullptr: then part_log_mass and part_mean become the states
+  // before their splits, and the state of a sequence's last split is not read.
   float* log_mass = nullptr;
   float* mean = nullptr;
-  bool only_empty = false;  // only sequences without rows are written: theirs is the initial state
+  bool only_empty = false;  // write only sequences without rows: their state is the initial one
 };
 
-inline constexpr int kMergeColumns = 4;  // of a lane: E <= 128
+inline constexpr int kMergeColumns = 4;  // columns of mean in a lane: E <= 128
 
-// (log_mass, mean) merged with another one, mean by this lane's columns.
+// Merges another state into (log_mass, mean). A lane has kMergeColumns columns of the means.
 PERFORMER_DEVICE void MergeState(float& log_mass, float (&mean)[kMergeColumns],
                                  float other_log_mass, const float (&other)[kMergeColumns]) {
-  const float top = fmaxf(log_mass, other_log_mass), base = ZeroIfNone(top);
-  const float mine = expf(log_mass - base), theirs = expf(other_log_mass - base);
-  const float sum = mine + theirs;
+  const float reference = ZeroIfNone(fmaxf(log_mass, other_log_mass));
+  const float mass = expf(log_mass - reference), other_mass = expf(other_log_mass - reference);
+  const float sum = mass + other_mass;
   if (sum == 0.f) return;  // both are empty
 #pragma unroll
   for (int i = 0; i < kMergeColumns; ++i)
-    mean[i] = (mine == 0.f ? 0.f : mine / sum * mean[i]) +
-              (theirs == 0.f ? 0.f : theirs / sum * other[i]);
-  log_mass = base + logf(sum);
+    mean[i] = (mass == 0.f ? 0.f : mass / sum * mean[i]) +
+              (other_mass == 0.f ? 0.f : other_mass / sum * other[i]);
+  log_mass = reference + logf(sum);
 }
 
 static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {

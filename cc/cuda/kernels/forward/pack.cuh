@@ -1,4 +1,4 @@
-// Operands in T, padded, from float32: projections and means of a state.
+// Rounds float32 matrices to T and pads them, as operands of products: projections and means.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 
@@ -6,15 +6,14 @@ namespace performer {
 namespace cuda {
 
 struct PackParams {
-  const float* from = nullptr;  // [matrices][rows][width]
-  const float* log_mass =
-      nullptr;         // [matrices][rows] or nullptr: rows of -inf are written as zeros
-  void* to = nullptr;  // T [matrices][rows_pad][W], zeros in the padding
+  const float* from = nullptr;      // [matrices, rows, width]
+  const float* log_mass = nullptr;  // [matrices, rows]: rows of -inf become zeros; or nullptr
+  void* to = nullptr;               // T [matrices, rows_pad, W], with zeros in the padding
   int64_t matrices = 0, rows = 0, rows_pad = 0;
   int width = 0;
 };
 
-// One warp for each row of the result: numbers are rounded once.
+// Grid: one warp for each row of the result.
 template <class T, int W>
 __global__ void __launch_bounds__(256) PackKernel(PackParams p) {
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
@@ -27,10 +26,10 @@ __global__ void __launch_bounds__(256) PackKernel(PackParams p) {
     to[column] = FromFloat<T>(given && column < p.width ? p.from[source * p.width + column] : 0.f);
 }
 
-// The same numbers as A operands (mma_tile.cuh), each lane's registers side by side, so that a warp
-// loads an operand from global memory at once:
-//   uint32 [matrices][rows_pad / 16][W / 16][32 lanes][kFragment]
-// One thread for each register.
+// The same numbers as A operands (mma_tile.cuh), with the registers of a lane side by side, so that
+// a warp loads an operand from global memory at once:
+//   uint32 [matrices, rows_pad / 16, W / 16, 32 lanes, kFragment]
+// Grid: one thread for each register.
 template <class T, int W>
 __global__ void __launch_bounds__(256) PackOperandsKernel(PackParams p) {
   constexpr int kRegisters = kFragment<T>;
@@ -40,7 +39,7 @@ __global__ void __launch_bounds__(256) PackOperandsKernel(PackParams p) {
   rest /= kRegisters;
   const int lane = static_cast<int>(rest % 32);
   rest /= 32;
-  const int step = static_cast<int>(rest % (W / 16));
+  const int stride = static_cast<int>(rest % (W / 16));
   rest /= W / 16;
   const int64_t tiles = p.rows_pad / 16;
   if (rest >= p.matrices * tiles) return;
@@ -51,10 +50,10 @@ __global__ void __launch_bounds__(256) PackOperandsKernel(PackParams p) {
   };
   uint32_t bits;
   if constexpr (kIs16Bit<T>) {
-    const int column = step * 16 + 2 * (lane & 3) + 8 * (i >> 1);
+    const int column = stride * 16 + 2 * (lane & 3) + 8 * (i >> 1);
     bits = Pack<T>(at(column), at(column + 1));
   } else {
-    bits = AsBits(at(step * 16 + 2 * (lane & 3) + (i >> 1 & 1) + 8 * (i >> 2)));
+    bits = AsBits(at(stride * 16 + 2 * (lane & 3) + (i >> 1 & 1) + 8 * (i >> 2)));
   }
   static_cast<uint32_t*>(p.to)[number] = bits;
 }

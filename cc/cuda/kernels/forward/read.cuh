@@ -1,8 +1,8 @@
-// Bidirectional attention, second half: queries read the features.
+// Bidirectional attention, second half: the queries read the state.
 //   out[i] = softmax_m(a[i, :] + log_mass) mean
 //
-// Grid: (row tiles of all sequences, query heads). A block holds its queries and walks the
-// features in tiles of 64: w and mean, double buffered.
+// Grid: (row tiles of all sequences, query heads). A block holds its queries and walks the features
+// in tiles of 64, rows of the projection w and of mean, which are double buffered.
 #pragma once
 #include "cuda/device/online_softmax.cuh"
 #include "cuda/device/row_pipeline.cuh"
@@ -15,12 +15,12 @@ struct ReadParams : StateReadParams<T> {
   RowsOf<T> out;  // [B L, H, E]
 };
 
-// Where a block works; in shared memory, because registers are short.
+// The pointers of a block, kept in shared memory because registers are short.
 template <class T>
-struct ReadPlace {
-  const T *projection, *mean;            // of the head, from the first feature on
-  const float *log_mass, *feature_bias;  // likewise
-  T* out;                                // the first row
+struct ReadPointers {
+  const T *projection, *mean;            // [M_pad, W] of the head
+  const float *log_mass, *feature_bias;  // [M] of the head
+  T* out;                                // [rows, .., E], strided: the block's first row
   int rows;
 };
 
@@ -29,16 +29,16 @@ struct ReadTraits {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kRowTiles = kIs16Bit<T> ? 2 : 1;
   static constexpr int kRows = 16 * kRowTiles * kWarps;
-  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // the queries' operands
+  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // operands of queries
 
   // Shared memory, in bytes.
   static constexpr int kTileBytes = kTile * W * sizeof(T);
   static constexpr int kProjection = kRows * W * static_cast<int>(sizeof(T));
   static constexpr int kMean = kProjection + 2 * kTileBytes;
   static constexpr int kBias = kMean + 2 * kTileBytes;
-  static constexpr int kPlace = kBias + 2 * kTile * 4;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(ReadPlace<T>));
-  static_assert(kBytes <= MostSharedBytes(W, kWarps));
+  static constexpr int kPointers = kBias + 2 * kTile * 4;
+  static constexpr int kBytes = kPointers + static_cast<int>(sizeof(ReadPointers<T>));
+  static_assert(kBytes <= MaxSharedBytes(W, kWarps));
 };
 
 template <class T, int W>
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
   T* const mean = reinterpret_cast<T*>(shared + Traits::kMean);              // [2] tiles
   float* const bias = reinterpret_cast<float*>(shared + Traits::kBias);      // [2][kTile]
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  ReadPlace<T>* const place = reinterpret_cast<ReadPlace<T>*>(shared + Traits::kPlace);
+  ReadPointers<T>* const block = reinterpret_cast<ReadPointers<T>*>(shared + Traits::kPointers);
   {
     const WorkTile work = GetWorkTile(p.work, blockIdx.x);
     const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
     const int rows = static_cast<int>(work.end - work.begin);
     if (tid == 0) {
       const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + group;
-      *place = {
+      *block = {
           p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), p.features_pad,
                           W),
           p.mean + state * p.features_pad * W,
@@ -71,28 +71,23 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
     CopyRows<T, W, Traits::kRows, kThreads>(queries, p.query.Row(row, head), 0, p.query, tid,
                                             [&](int r) { return r < rows; });
   }
-  __syncthreads();  // the place is known
-  const auto issue = [&](int first, int buffer) {
+  __syncthreads();  // the pointers are visible
+  const auto load_tile = [&](int first, int buffer) {
     CopyOperand<T, W, kTile, kThreads>(projection + buffer * kTile * W,
-                                       place->projection + first * W, kTile, tid);
-    CopyOperand<T, W, kTile, kThreads>(mean + buffer * kTile * W, place->mean + first * W, kTile,
+                                       block->projection + first * W, kTile, tid);
+    CopyOperand<T, W, kTile, kThreads>(mean + buffer * kTile * W, block->mean + first * W, kTile,
                                        tid);
     CpAsyncCommit();
     const int m = first + tid;
     if (tid < kTile)
       bias[buffer * kTile + tid] =
-          m < p.features ? (place->log_mass[m] + place->feature_bias[m]) * p.map.inverse_root
+          m < p.features ? (block->log_mass[m] + block->feature_bias[m]) * p.map.inverse_root
                          : -kInfinity;
   };
-  issue(0, 0);
+  load_tile(0, 0);
   uint32_t q[kRowTiles][W / 16][kFragment<T>];
   const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
-    if constexpr (Traits::kInRegisters) {
-#pragma unroll
-      for (int i = 0; i < kFragment<T>; ++i) a[i] = q[m][s][i];
-    } else {
-      LoadA<T, W>(a, queries, (warp * kRowTiles + m) * 16, s * 16, lane);
-    }
+    LoadRowOperand<Traits::kInRegisters, T, W>(a, q, queries, warp * kRowTiles * 16, m, s, lane);
   };
   Softmax<T, W, kRowTiles> softmax;
   softmax.Init();
@@ -102,7 +97,7 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
     const int buffer = first / kTile & 1;
     CpAsyncWait<0>();
     __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
-    if (first + kTile < features) issue(first + kTile, buffer ^ 1);
+    if (first + kTile < features) load_tile(first + kTile, buffer ^ 1);
     if constexpr (Traits::kInRegisters) {
       if (first == 0)
 #pragma unroll
@@ -122,8 +117,8 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
       float sum;
       const float inverse = softmax.Inverse(m, e, &sum);
       const int row = (warp * kRowTiles + m) * 16 + g + 8 * e;
-      if (row >= place->rows) continue;
-      T* to = place->out + static_cast<int64_t>(row) * p.out.stride;
+      if (row >= block->rows) continue;
+      T* to = block->out + static_cast<int64_t>(row) * p.out.stride;
 #pragma unroll
       for (int n = 0; n < W / 8; ++n)
         StoreColumns(to, n * 8 + 2 * t, p.out.width, p.out.aligned,

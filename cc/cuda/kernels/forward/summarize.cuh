@@ -1,9 +1,9 @@
 // Bidirectional attention, first half: keys and values to a state of M features.
 //   log_mass[m] = log sum_j exp(b[m, j])      mean[m] = softmax_j(b[m, :]) v
 //
-// Grid: (splits of all sequences, key/value heads, groups of features). A block walks the keys
-// of its split in tiles of 64 with its features as rows of the softmax; splits are merged in
-// order (forward/merge_states.cuh).
+// Grid: (splits of all sequences, key/value heads, blocks of features). A block walks the keys of
+// its split in tiles of 64, with its features as the rows of the softmax. The states of splits are
+// then merged in their order (forward/merge_states.cuh).
 #pragma once
 #include "cuda/device/online_softmax.cuh"
 #include "cuda/device/row_pipeline.cuh"
@@ -21,10 +21,10 @@ struct SummarizeParams : KeyReadParams<T> {
 template <class T, int W>
 struct SummarizeTraits {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kRowTiles =
-      kIs16Bit<T> ? 2 : 1;  // registers: float32 operands are twice as large
+  // Limited by registers: float32 operands are twice as large.
+  static constexpr int kRowTiles = kIs16Bit<T> ? 2 : 1;
   static constexpr int kFeatures = 16 * kRowTiles * kWarps;
-  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // the features' operands
+  static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // operands of features
   static_assert(kFeatures % kFeatureUnit == 0);
 
   // Shared memory, in bytes.
@@ -33,7 +33,7 @@ struct SummarizeTraits {
   static constexpr int kValues = kKeys + 2 * kTileBytes;
   static constexpr int kStream = kValues + 2 * kTileBytes;
   static constexpr int kBytes = kStream + KeyStream<T, W, kThreads>::kSharedBytes;
-  static_assert(kBytes <= MostSharedBytes(W, kWarps));
+  static_assert(kBytes <= MaxSharedBytes(W, kWarps));
 };
 
 template <class T, int W>
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
 
   const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
                static_cast<int64_t>(first_feature) * W;
-  // Rows past features_pad (of the last group) are read from the group before: never written.
+  // In the last block of features, rows past features_pad repeat an earlier one; their results are
+  // not written.
   const int rows_here = static_cast<int>(p.features_pad) - first_feature;
   uint32_t w_registers[kRowTiles][W / 16][kFragment<T>];
   if constexpr (Traits::kInRegisters) {
@@ -72,12 +73,8 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
     CopyOperand<T, W, Traits::kFeatures, kThreads>(features, w, rows_here, tid);
   }
   const auto rows = [&](uint32_t (&a)[kFragment<T>], int m, int s) {
-    if constexpr (Traits::kInRegisters) {
-#pragma unroll
-      for (int i = 0; i < kFragment<T>; ++i) a[i] = w_registers[m][s][i];
-    } else {
-      LoadA<T, W>(a, features, (warp * kRowTiles + m) * 16, s * 16, lane);
-    }
+    LoadRowOperand<Traits::kInRegisters, T, W>(a, w_registers, features, warp * kRowTiles * 16, m,
+                                               s, lane);
   };
 
   Softmax<T, W, kRowTiles> state;
