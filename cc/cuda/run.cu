@@ -1,3 +1,4 @@
+#include "cuda/device/ptx.h"  // BFloat16, Half
 #include "cuda/host/operators.h"
 #include "cuda/run.h"
 
@@ -30,9 +31,9 @@ Status Supports(Op, DType dtype, const Dims& dims) {
   if (dtype == DType::kFloat64)
     return Status::InvalidArgument(
         "the CUDA kernels take float32, bfloat16 and half; got float64, which runs on the CPU");
-  const auto check = [](const char* name, int64_t size, int64_t most) {
-    if (size <= most) return Status();
-    return Status::InvalidArgument(std::string(name) + " must be at most " + std::to_string(most) +
+  const auto check = [](const char* name, int64_t size, int64_t max) {
+    if (size <= max) return Status();
+    return Status::InvalidArgument(std::string(name) + " must be at most " + std::to_string(max) +
                                    " on a GPU; got " + std::to_string(size));
   };
   PERFORMER_RETURN_IF_ERROR(check("key dimension D", dims.key_dim, kMaxHeadWidth));
