@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from gpukit import cases, checking, report, sides, timing
-from performer.bench import torch_kernels
+from performer.bench.implementations import torch_kernels
 
 
 def parser() -> argparse.ArgumentParser:

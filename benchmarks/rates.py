@@ -20,8 +20,9 @@ from rich.progress import track
 from rich.table import Table
 
 from performer import _core
-from performer.bench import checking, tensorflow_calls
+from performer.bench import checking
 from performer.bench.cases import Case
+from performer.bench.implementations import tensorflow_calls
 
 SETTINGS = [  # M, D, type
     (256, 64, "float32"),

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from performer.bench import tensorflow_calls
 from performer.bench.cases import Case
 from performer.bench.checking import LENGTH, check
+from performer.bench.implementations import tensorflow_calls
 
 ROUNDS = 9
 

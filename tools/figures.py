@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from performer.bench import plots, render
+from performer.bench.report import plots, render
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

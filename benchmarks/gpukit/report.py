@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from gpukit import cases, sides
-from performer.bench.results import crossover
+from performer.bench.report.results import crossover
 
 COLUMNS = ("", "M", "D", "L", *(side.label + ", ms" for side in sides.SIDES.values()))
 COLUMNS += ("TFLOP/s", "of product", "of copy", "flash / Performer")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from performer.bench import torch_kernels
+from performer.bench.implementations import torch_kernels
 
 INPUTS = ("query", "key", "value")
 

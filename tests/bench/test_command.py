@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from performer.bench import command, plan, processes, results
+from performer.bench import command, plan, processes
 from performer.bench.cases import Case
 from performer.bench.checking import WrongResult
+from performer.bench.report import results
 from performer.cli import main
 
 

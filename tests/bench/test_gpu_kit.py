@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from performer import _build_info, _core
-from performer.bench import torch_kernels
+from performer.bench.implementations import torch_kernels
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from performer.bench import memory
-from performer.bench import tensorflow_calls as calls
 from performer.bench.cases import Case
 from performer.bench.checking import WrongResult, check
 from performer.bench.expected import distance_from_favor, expected
-from performer.bench.sides import EPSILON, FAVOR, SIDES, SOFTMAX
+from performer.bench.implementations import tensorflow_calls as calls
+from performer.bench.implementations.catalogue import EPSILON, FAVOR, SIDES, SOFTMAX
 from performer.bench.worker import Worker
 
 MODES = list(itertools.product((False, True), repeat=2))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from performer.bench import render, results, run, tables
-from performer.bench.sides import SIDES
+from performer.bench import run
+from performer.bench.implementations.catalogue import SIDES
+from performer.bench.report import render, results, tables
 from support.measurements import measurements
 
 ROOT = Path(__file__).parents[2]

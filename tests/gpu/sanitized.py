@@ -1,6 +1,6 @@
 """Small calls of every operator on the GPU, for compute-sanitizer: outputs are not looked at."""
 
-from performer.bench import torch_kernels
+from performer.bench.implementations import torch_kernels
 from support.cases import GPU_CASES
 from support.gpu_calls import DTYPES, has_small_blocks, to_torch
 from support.inputs import cotangents, make

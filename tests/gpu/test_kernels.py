@@ -94,7 +94,7 @@ def test_long_sequences_are_split_and_merged(dtype):
 
 def test_memory_that_is_not_there_is_an_error_and_the_next_call_works():
     from performer import _core
-    from performer.bench import torch_kernels
+    from performer.bench.implementations import torch_kernels
 
     case = GPU_CASES["two splits, the first one ends in masked keys"]
     x = make(case, "bfloat16")

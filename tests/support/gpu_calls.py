@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from performer.bench import torch_kernels
+from performer.bench.implementations import torch_kernels
 from support.core_calls import signature_names
 
 DTYPES = ["float32", "bfloat16", "float16"]

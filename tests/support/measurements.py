@@ -3,7 +3,7 @@
 import itertools
 
 from performer.bench.cases import Case
-from performer.bench.sides import EPSILON, SIDES
+from performer.bench.implementations.catalogue import EPSILON, SIDES
 
 LENGTHS = (256, 1024, 4096)
 

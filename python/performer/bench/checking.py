@@ -6,7 +6,7 @@ import numpy as np
 
 from performer.bench.cases import Case
 from performer.bench.expected import distance_from_favor, expected
-from performer.bench.sides import SIDES
+from performer.bench.implementations.catalogue import SIDES
 from performer.features.tolerances import tolerances
 
 LENGTH = 256  # of the check: four chunks of the causal forms, and the reference can afford it

@@ -63,8 +63,9 @@ def main(arguments) -> int:
 
     from rich.console import Console
 
-    from performer.bench import results, run
+    from performer.bench import run
     from performer.bench.checking import WrongResult
+    from performer.bench.report import results
 
     console = Console()
     try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from performer import reference
 from performer.bench.cases import Case
-from performer.bench.sides import EPSILON, FAVOR, SOFTMAX, TWO_EPSILONS
+from performer.bench.implementations.catalogue import EPSILON, FAVOR, SOFTMAX, TWO_EPSILONS
 
 _FEATURE_EPSILON, _DENOMINATOR_EPSILON = 1e-4, 1e-6
 

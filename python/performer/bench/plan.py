@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from performer.bench.cases import Case
-from performer.bench.sides import SIDES
+from performer.bench.implementations.catalogue import SIDES
 
 MODES = {
     "bidirectional": (False, False),

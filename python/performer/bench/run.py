@@ -14,8 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from performer.bench import plots, processes, render, results
+from performer.bench import processes
 from performer.bench.plan import Plan
+from performer.bench.report import plots, render, results
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "torch", "performer-pytorch")
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from performer.bench import checking, memory, timing
 from performer.bench.cases import Case
-from performer.bench.sides import SIDES
+from performer.bench.implementations.catalogue import SIDES
 
 _SHORT = 64  # length of the call that warms up a process for the measurement of memory
 
@@ -43,7 +43,7 @@ class Worker:
     """
 
     def __init__(self, framework, threads, rounds, most_seconds, emit):
-        self.calls = importlib.import_module(f"performer.bench.{framework}_calls")
+        self.calls = importlib.import_module(f"performer.bench.implementations.{framework}_calls")
         self.threads, self.rounds, self.most_seconds = threads, rounds, most_seconds
         self.emit = emit
         self.checked: set = set()

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from performer.bench import results
-from performer.bench.sides import SIDES
+from performer.bench.implementations.catalogue import SIDES
+from performer.bench.report import results
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from performer.bench import results
-from performer.bench.sides import SIDES
+from performer.bench.implementations.catalogue import SIDES
+from performer.bench.report import results
 
 _APART = 0.055  # of labels, in heights of a panel
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 
 from performer.bench.cases import Case
-from performer.bench.sides import SIDES
+from performer.bench.implementations.catalogue import SIDES
 
 
 def of_kind(run: dict, kind: str) -> list[dict]:

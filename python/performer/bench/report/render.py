@@ -6,7 +6,7 @@ import rich.box
 import rich.table
 from rich.console import Console
 
-from performer.bench import tables
+from performer.bench.report import tables
 
 
 def machine(run: dict) -> str:

@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from performer import loader, ops
-from performer.bench import compositions
 from performer.bench.cases import Case
-from performer.bench.sides import SIDES
+from performer.bench.implementations import compositions
+from performer.bench.implementations.catalogue import SIDES
 
 
 def prepare(threads: int) -> None:

@@ -1,0 +1,1 @@
+"""What is compared: the catalogue of implementations, and each framework's as functions."""

@@ -1,0 +1,1 @@
+"""What the figures of a run say: conclusions, tables, text and plots."""
