@@ -43,7 +43,7 @@ struct Isa {
 
 #define PERFORMER_ISA_ENTRY(isa, usable) {#isa, usable, isa::KernelsFor, isa::KernelsFor}
 
-// All that were compiled, the best last.
+// All that were compiled; the best is the last.
 const std::vector<Isa>& Compiled() {
   static const std::vector<Isa>& compiled = *new std::vector<Isa>{
 #ifdef PERFORMER_HAVE_GENERIC

@@ -8,7 +8,7 @@
 namespace performer {
 namespace cpu {
 
-// The kernels of `isa`, or of the one in force if it is "" (see run.h).
+// The kernels of `isa`; "" means the instruction set in force (run.h).
 Status FindKernels(const std::string& isa, const Kernels<float>** kernels);
 Status FindKernels(const std::string& isa, const Kernels<double>** kernels);
 

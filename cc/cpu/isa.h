@@ -1,9 +1,9 @@
-// Which instruction sets the kernels are compiled for, and the namespace of each.
+// The namespace of the instruction set that kernels are compiled for.
 //
-// kernels.cc is compiled once per instruction set with PERFORMER_ISA defined. Everything such a
-// file defines lives in the namespace performer::cpu::PERFORMER_ISA, and it uses no inline function
-// of other headers beyond the compiler's built-ins: the linker keeps one copy of an inline
-// function, and it must not be one that needs a newer processor.
+// kernels.cc is compiled once for each instruction set, with PERFORMER_ISA defined. Everything that
+// it defines lives in the namespace performer::cpu::PERFORMER_ISA. It calls no inline function of
+// other headers that is not always inlined: the linker keeps one copy of an inline function, and
+// that copy must not need a newer processor.
 #pragma once
 
 #ifndef PERFORMER_ISA

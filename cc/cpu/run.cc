@@ -12,27 +12,25 @@ template <class Acc>
 Status RunTyped(Op op, const Call& call, const Threads& threads, const std::string& isa) {
   const Kernels<Acc>* kernels = nullptr;
   PERFORMER_RETURN_IF_ERROR(FindKernels(isa, &kernels));
-  using Forward = ForwardDriver<Acc>;
-  using Backward = BackwardDriver<Acc>;
-  const auto run = [&](const auto& params, auto method, auto make) {
-    auto driver = make(params);
-    return (driver.*method)(params);
+  const auto forward = [&](const auto& params) {
+    return ForwardDriver<Acc>(params, *kernels, threads).Run(params);
   };
-  const auto forward = [&](const Common& common) { return Forward(common, *kernels, threads); };
-  const auto backward = [&](const Common& common) { return Backward(common, *kernels, threads); };
+  const auto backward = [&](const auto& params) {
+    return BackwardDriver<Acc>(params, *kernels, threads).Run(params);
+  };
   switch (op) {
     case Op::kSummarize:
-      return run(MakeSummarizeParams(call), &Forward::Summarize, forward);
+      return forward(MakeSummarizeParams(call));
     case Op::kRead:
-      return run(MakeReadParams(call), &Forward::Read, forward);
+      return forward(MakeReadParams(call));
     case Op::kCausal:
-      return run(MakeCausalParams(call), &Forward::Causal, forward);
+      return forward(MakeCausalParams(call));
     case Op::kSummarizeGrad:
-      return run(MakeSummarizeGradParams(call), &Backward::SummarizeGrad, backward);
+      return backward(MakeSummarizeGradParams(call));
     case Op::kReadGrad:
-      return run(MakeReadGradParams(call), &Backward::ReadGrad, backward);
+      return backward(MakeReadGradParams(call));
     case Op::kCausalGrad:
-      return run(MakeCausalGradParams(call), &Backward::CausalGrad, backward);
+      return backward(MakeCausalGradParams(call));
   }
   return Status::InvalidArgument("unknown operator");
 }

@@ -11,17 +11,17 @@ class BackwardDriver : public Driver<Acc> {
  public:
   using Driver<Acc>::Driver;
 
-  Status SummarizeGrad(const SummarizeGradParams& params) {
+  Status Run(const SummarizeGradParams& params) {
     Buffer<Acc> projection, key_bias;
     Totals<Acc> total;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
+        PackProjections(kernels_.pack_bidirectional, params.keys, &projection));
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(
         total.Start(params.keys.projection_heads, strides_.m, strides_.d, strides_.d_pad));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(KeySplits(&list));
+    PERFORMER_RETURN_IF_ERROR(DivideKeys(call_, &list));
     const auto run = [&](const WorkRange& range, Acc* partial) {
       return kernels_.summarize_grad(params, projection.get(), range, key_bias.get(), partial);
     };
@@ -30,7 +30,7 @@ class BackwardDriver : public Driver<Acc> {
         list, size, Cost(10), parallel_for_, run, [&](int64_t first, int64_t last, Acc* partials) {
           FoldRows(total, [&](int64_t row) {
             for (int64_t i = first; i < last; ++i)
-              total.Add(params.keys.projection_heads == 1 ? 0 : list.ranges[i].head, row,
+              total.Add(KeyHeadIndex(params.keys.projection_heads, list.ranges[i].head), row,
                         partials + (i - first) * size);
           });
         }));
@@ -39,16 +39,16 @@ class BackwardDriver : public Driver<Acc> {
     return Status();
   }
 
-  Status ReadGrad(const ReadGradParams& params) {
+  Status Run(const ReadGradParams& params) {
     Buffer<Acc> projection;
     Totals<Acc> total, bias;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
+        PackProjections(kernels_.pack_bidirectional, params.queries, &projection));
     PERFORMER_RETURN_IF_ERROR(
         total.Start(params.queries.projection_heads, strides_.m, strides_.d, strides_.d_pad));
     PERFORMER_RETURN_IF_ERROR(bias.Start(params.queries.feature_bias_heads, strides_.m, 1, 1));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(Divide(call_, dims_.heads, dims_.queries, false, SplitRows, &list));
+    PERFORMER_RETURN_IF_ERROR(DivideQueries(call_, SplitRows, &list));
     std::fill_n(static_cast<Acc*>(params.grad_state.log_mass),
                 dims_.sequences * dims_.groups * strides_.m, Acc(0));
     std::fill_n(static_cast<Acc*>(params.grad_state.mean),
@@ -79,14 +79,14 @@ class BackwardDriver : public Driver<Acc> {
     return Status();
   }
 
-  Status CausalGrad(const CausalGradParams& params) {
+  Status Run(const CausalGradParams& params) {
     Buffer<Acc> query_projection, key_projection, key_bias;
     Totals<Acc> query_total, key_total, bias, log_mass, mean;
     const int64_t states = params.initial.count * dims_.groups;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, true, &query_projection));
+        PackProjections(kernels_.pack_projection, params.queries, &query_projection));
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
+        PackProjections(kernels_.pack_projection, params.keys, &key_projection));
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(
@@ -97,7 +97,7 @@ class BackwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(log_mass.Start(states, strides_.m, 1, 1));
     PERFORMER_RETURN_IF_ERROR(mean.Start(states, strides_.m, strides_.e, strides_.e_pad));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
+    PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
     const int64_t group = GroupSize(dims_), size = CausalGradPartial<Acc>::Size(strides_, group);
     const auto run = [&](const WorkRange& range, Acc* partial) {
       return kernels_.causal_grad(params, query_projection.get(), key_projection.get(), range,
@@ -113,7 +113,7 @@ class BackwardDriver : public Driver<Acc> {
                   CausalGradPartial<Acc>::At(partials + (i - first) * size, strides_, group);
               const int64_t state =
                   (params.initial.count == 1 ? 0 : range.sequence) * dims_.groups + range.head;
-              key_total.Add(params.keys.projection_heads == 1 ? 0 : range.head, row,
+              key_total.Add(KeyHeadIndex(params.keys.projection_heads, range.head), row,
                             partial.key_projection);
               log_mass.Add(state, row, partial.log_mass);
               mean.Add(state, row, partial.mean);
@@ -139,7 +139,7 @@ class BackwardDriver : public Driver<Acc> {
  private:
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::parallel_for_;
-  using Base::Cost, Base::KeySplits, Base::Pack, Base::WholeSequences, Base::RootScale;
+  using Base::Cost, Base::PackProjections, Base::RootScale;
 
   // fold(row) for every row (feature) of the totals, in parallel.
   template <class Fold>

@@ -1,4 +1,4 @@
-// What the drivers of all operators share: widths, kernels, threads, packed projections.
+// What the drivers of all operators share: strides, kernels, threads, packed projections.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -23,31 +23,24 @@ class Driver {
  protected:
   double RootScale() const { return std::sqrt(call_.attributes.ResolvedScale(strides_.d)); }
 
-  // Nanoseconds for one row that needs `factor` M D multiply-adds or additions. For the caller's
-  // scheduler, which weighs them against the price of waking a thread. The rate is assumed, for all
-  // processors and operators alike; wide vectors are several times as fast.
+  // Nanoseconds for one row that needs factor * M * D multiply-adds or additions. They are for the
+  // caller's scheduler, which compares them with the price of waking a thread. The rate is an
+  // assumption for all processors and operators alike; wide vectors are several times as fast.
   int64_t Cost(int64_t factor) const {
     constexpr int64_t kAssumedPerNanosecond = 20;
     return factor * strides_.m * std::max(strides_.d, strides_.e) / kAssumedPerNanosecond + 1;
   }
 
-  Status KeySplits(WorkList* list) const {
-    return Divide(call_, dims_.groups, dims_.keys, true, SplitRows, list);
-  }
-  Status WholeSequences(WorkList* list) const {
-    return Divide(
-        call_, dims_.groups, dims_.keys, true,
-        [](int64_t rows) { return std::max<int64_t>(rows, 1); }, list);
-  }
-
-  Status Pack(const void* projection, int64_t heads, bool causal, Buffer<Acc>* packed) const {
+  // Packs the projections of `side` (KeySide or QuerySide): `pack` is one of the kernels that do.
+  template <class Pack, class Side>
+  Status PackProjections(Pack pack, const Side& side, Buffer<Acc>* packed) const {
     const int64_t size = PackedProjection<Acc>::Size(strides_), given = strides_.m * strides_.d;
-    PERFORMER_RETURN_IF_ERROR(Allocate(heads * size, "the packed projection", packed));
-    parallel_for_(heads, given, [&](int64_t begin, int64_t end) {
+    PERFORMER_RETURN_IF_ERROR(
+        Allocate(side.projection_heads * size, "the packed projection", packed));
+    parallel_for_(side.projection_heads, given, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
-        (causal ? kernels_.pack_projection : kernels_.pack_bidirectional)(
-            call_.attributes, call_.dtype, strides_,
-            static_cast<const Acc*>(projection) + h * given, packed->get() + h * size);
+        pack(call_.attributes, call_.dtype, strides_,
+             static_cast<const Acc*>(side.projection) + h * given, packed->get() + h * size);
     });
     return Status();
   }

@@ -11,12 +11,12 @@ class ForwardDriver : public Driver<Acc> {
  public:
   using Driver<Acc>::Driver;
 
-  Status Summarize(const SummarizeParams& params) {
+  Status Run(const SummarizeParams& params) {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, false, &projection));
+        PackProjections(kernels_.pack_bidirectional, params.keys, &projection));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(KeySplits(&list));
+    PERFORMER_RETURN_IF_ERROR(DivideKeys(call_, &list));
     const auto run = [&](const WorkRange& range, Acc* partial) {
       return kernels_.summarize(params, projection.get(), range,
                                 SummaryPartial<Acc>::At(partial, strides_));
@@ -37,56 +37,52 @@ class ForwardDriver : public Driver<Acc> {
         });
   }
 
-  Status Read(const ReadParams& params) {
+  Status Run(const ReadParams& params) {
     Buffer<Acc> projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, false, &projection));
+        PackProjections(kernels_.pack_bidirectional, params.queries, &projection));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(Divide(
-        call_, dims_.heads, dims_.queries, false, [](int64_t) { return kSplitUnit; }, &list));
-    const bool ok = ForEachItem(list, 0, list.count, Cost(4), parallel_for_,
-                                [&](const WorkRange& range, int64_t) {
-                                  return kernels_.read(params, projection.get(), range);
-                                });
-    return ok ? Status() : Status::ResourceExhausted(kNoScratch);
+    PERFORMER_RETURN_IF_ERROR(DivideQueries(call_, [](int64_t) { return kSplitUnit; }, &list));
+    return ForEachItem(list, 0, list.count, Cost(4), parallel_for_,
+                       [&](const WorkRange& range, int64_t) {
+                         return kernels_.read(params, projection.get(), range);
+                       });
   }
 
-  Status Causal(const CausalParams& params) {
-    return dims_.keys == 1 && !call_.offsets ? DecodeTokens(params) : CausalSequences(params);
+  Status Run(const CausalParams& params) {
+    return dims_.keys == 1 && !call_.offsets ? Decode(params) : RunSequences(params);
   }
 
  private:
-  Status DecodeTokens(const CausalParams& params) {
+  Status Decode(const CausalParams& params) {
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
-    const bool ok = ForEachItem(
+    PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
+    return ForEachItem(
         list, 0, list.count, Cost(8), parallel_for_,
         [&](const WorkRange& range, int64_t) { return kernels_.decode(params, range); });
-    return ok ? Status() : Status::ResourceExhausted(kNoScratch);
   }
 
-  Status CausalSequences(const CausalParams& params) {
+  Status RunSequences(const CausalParams& params) {
     Buffer<Acc> query_projection, key_projection;
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.queries.projection, params.queries.projection_heads, true, &query_projection));
+        PackProjections(kernels_.pack_projection, params.queries, &query_projection));
     PERFORMER_RETURN_IF_ERROR(
-        Pack(params.keys.projection, params.keys.projection_heads, true, &key_projection));
+        PackProjections(kernels_.pack_projection, params.keys, &key_projection));
     WorkList list;
-    PERFORMER_RETURN_IF_ERROR(WholeSequences(&list));
+    PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
     if (CausalPipeline<Acc>::IsWorthSplitting(list, strides_, threads_))
       return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())
           .Run(list, threads_, Cost(8));
-    const bool ok = ForEachItem(
+    return ForEachItem(
         list, 0, list.count, Cost(8), parallel_for_, [&](const WorkRange& range, int64_t) {
           return kernels_.causal(params, query_projection.get(), key_projection.get(), range);
         });
-    return ok ? Status() : Status::ResourceExhausted(kNoScratch);
   }
 
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::threads_,
       Base::parallel_for_;
-  using Base::Cost, Base::KeySplits, Base::Pack, Base::WholeSequences;
+  using Base::Cost, Base::PackProjections;
 
   // body(begin, end) for the items of every sequence and head among [first, last), in parallel.
   template <class Body>

@@ -1,9 +1,9 @@
 // Causal attention for fewer sequences and heads than threads. Only the keys of a sequence depend
-// on one another: each chain of keys runs one window of sub-chunks ahead, and all threads share the
-// queries of the window before meanwhile.
-//   step 0: keys of window 0      step 1: keys of window 1, queries of window 0      ...
-// Bits are those of Kernels::causal: the same functions on the same numbers. Memory is two windows
-// for each chain, whatever its length.
+// on one another: each chain of keys runs one window of sub-chunks ahead, while all threads share
+// the queries of the window before.
+//   stage 0: keys of window 0      stage 1: keys of window 1, queries of window 0      ...
+// The bits are those of Kernels::causal, as the same functions work on the same numbers. Memory is
+// two windows for each chain, whatever its length.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -14,15 +14,15 @@
 namespace performer {
 namespace cpu {
 
-// For all windows, which should stay in the last cache on the way from thread to thread. As the
-// work on a sub-chunk grows like its size, it also fixes the work of a step, after which threads have
-// to come together.
+// The size of all windows together, which should stay in the last cache on the way from thread to
+// thread. As the work on a sub-chunk grows with its size, this also fixes the work of a stage,
+// after which the threads wait for one another.
 inline constexpr int64_t kPipelineBytes = 8 << 20;
 
 template <class Acc>
 class CausalPipeline {
  public:
-  // True where threads would idle otherwise and a sequence would fill the windows.
+  // Whether threads would idle otherwise, and a sequence is long enough to fill the windows.
   static bool IsWorthSplitting(const WorkList& list, const Strides& strides,
                                const Threads& threads) {
     return list.count < threads.count && LongestChunks(list) >= Slots(strides, 1);
@@ -36,21 +36,21 @@ class CausalPipeline {
         key_projection_(key_projection),
         strides_(MakeStrides<Acc>(params.dims)) {}
 
-  // `cost_per_row`: of a row's key and queries, in nanoseconds.
+  // cost_per_row: nanoseconds for the key and the queries of one row.
   Status Run(const WorkList& list, const Threads& threads, int64_t cost_per_row) {
-    PERFORMER_RETURN_IF_ERROR(Place(list));
-    // The first windows are short: before there is one, only the chains have work.
+    PERFORMER_RETURN_IF_ERROR(Start(list));
+    // The first windows are short: before one is complete, only the chains have work.
     int64_t slots = slots_ / 8 + 1;
     for (int stage = 0; HasWork(); stage = 1 - stage, slots = std::min(2 * slots, slots_)) {
       for (int64_t c = 0; c < count_; ++c) Window(c, stage).slots = slots;
-      // An item is what one thread gets done: the chains are far longer than other work, and nobody
-      // could cut the range evenly beforehand.
+      // An item is whatever one thread gets done: the chains take far longer than other work, so
+      // that no even division is known beforehand.
       const int64_t cost = count_ * slots * kCausalChunk * cost_per_row / threads.count + 1;
       next_chain_ = 0;
       threads.parallel_for(threads.count, cost, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) Work(stage);
       });
-      if (!ok_) return Status::ResourceExhausted(kNoScratch);
+      if (!ok_) return NoScratch();
       for (int64_t c = 0; c < count_; ++c) Clear(Window(c, 1 - stage));
     }
     return Status();
@@ -71,7 +71,7 @@ class CausalPipeline {
   static void Clear(CausalWindow<Acc>& window) { window.count = window.taken = 0; }
   CausalWindow<Acc>& Window(int64_t chain, int which) const { return windows_[2 * chain + which]; }
 
-  Status Place(const WorkList& list) {
+  Status Start(const WorkList& list) {
     count_ = list.count;
     const int64_t slot = CausalWindow<Acc>::SlotSize(strides_),
                   state = SummaryPartial<Acc>::Size(strides_);
@@ -80,7 +80,7 @@ class CausalPipeline {
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_, "windows", &windows_));
     PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_, "sub-chunks", &sub_chunks_));
     PERFORMER_RETURN_IF_ERROR(Allocate(count_ * state, "states of causal attention", &states_));
-    PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_ * slot, "key weights", &memory_));
+    PERFORMER_RETURN_IF_ERROR(Allocate(2 * count_ * slots_ * slot, "key features", &memory_));
     for (int64_t c = 0; c < count_; ++c) {
       const WorkRange& range = list.ranges[c];
       chains_[c] = {range, range.begin, false,
@@ -98,7 +98,7 @@ class CausalPipeline {
     return false;
   }
 
-  // One thread's share of a step: chains first, as the next step waits for them.
+  // One thread's share of a stage: chains first, as the next stage waits for them.
   void Work(int stage) {
     for (int64_t c = next_chain_++; c < count_; c = next_chain_++)
       if (!chains_[c].done &&
@@ -114,13 +114,14 @@ class CausalPipeline {
 
   const CausalParams& params_;
   const Kernels<Acc>& kernels_;
-  const Acc *query_projection_, *key_projection_;
+  const Acc *query_projection_, *key_projection_;  // [projection_heads][PackedProjection::Size]
   const Strides strides_;
-  int64_t count_ = 0, slots_ = 0;  // chains, sub-chunks of a window
-  Buffer<CausalChain<Acc>> chains_;
-  Buffer<CausalWindow<Acc>> windows_;  // [chains][2]
-  Buffer<CausalSubChunk<Acc>> sub_chunks_;
-  Buffer<Acc> states_, memory_;
+  int64_t count_ = 0, slots_ = 0;           // chains, sub-chunks of a window
+  Buffer<CausalChain<Acc>> chains_;         // [count]
+  Buffer<CausalWindow<Acc>> windows_;       // [count][2]
+  Buffer<CausalSubChunk<Acc>> sub_chunks_;  // [count][2][slots]
+  Buffer<Acc> states_;                      // [count][SummaryPartial::Size]
+  Buffer<Acc> memory_;                      // [count][2][slots][CausalWindow::SlotSize]
   std::atomic<int64_t> next_chain_{0};
   std::atomic<bool> ok_{true};
 };

@@ -5,7 +5,7 @@
 namespace performer {
 namespace cpu {
 
-// Sum of [rows][width] blocks (rows `stride` apart) for each of several heads.
+// The sum of blocks [rows][width], rows `stride` apart, for each of several heads.
 template <class Acc>
 class Totals {
  public:
@@ -15,11 +15,13 @@ class Totals {
     std::fill_n(sums_.get(), heads * rows * width, 0.0);
     return Status();
   }
+  // Adds one row of a block to the sum of a head.
   void Add(int64_t head, int64_t row, const Acc* block) {
     double* sum = sums_.get() + (head * rows_ + row) * width_;
     for (int64_t i = 0; i < width_; ++i) sum[i] += static_cast<double>(block[row * stride_ + i]);
   }
   int64_t rows() const { return rows_; }
+  // to [heads][rows][width] = factor * the sums.
   void Store(double factor, void* to) const {
     for (int64_t i = 0; i < heads_ * rows_ * width_; ++i)
       static_cast<Acc*>(to)[i] = static_cast<Acc>(sums_[i] * factor);
@@ -27,7 +29,7 @@ class Totals {
 
  private:
   int64_t heads_ = 0, rows_ = 0, width_ = 0, stride_ = 0;
-  Buffer<double> sums_;
+  Buffer<double> sums_;  // [heads][rows][width]
 };
 
 // Gradient of key_bias [1|B, 1|G, 1|S] from that of the log weights [B, G, S].

@@ -1,48 +1,26 @@
-// How the drivers divide a call into work items, and memory for their partial results.
+// How the drivers divide a call into work items, and run these in parallel.
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 
 #include "core/splits.h"
+#include "cpu/memory/buffer.h"
 #include "cpu/memory/layout.h"
 #include "cpu/run.h"
 
 namespace performer {
 namespace cpu {
 
-inline constexpr char kNoScratch[] = "out of memory for scratch rows";
-
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], FreeDeleter>;
-
-// `count` values on a cache line, or an error that says what they are for.
-template <class T>
-Status Allocate(int64_t count, const char* purpose, Buffer<T>* buffer) {
-  int64_t bytes;
-  void* block = nullptr;
-  if (__builtin_mul_overflow(count, static_cast<int64_t>(sizeof(T)), &bytes) ||
-      posix_memalign(&block, kAlignment, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0)
-    return Status::ResourceExhausted("out of memory: " + std::to_string(count) + " values for " +
-                                     purpose);
-  buffer->reset(static_cast<T*>(block));
-  return Status();
-}
-
-// Work items of a call, ordered by sequence, head and row; `ends` marks where each sequence and
-// head that has items ends in the list.
+// Work items of a call, ordered by sequence, head and row. A pair is a sequence and head that has
+// items.
 struct WorkList {
-  Buffer<WorkRange> ranges;
-  Buffer<int64_t> ends;
-  int64_t count = 0, pairs = 0;  // ranges; ends
+  Buffer<WorkRange> ranges;  // [count]
+  Buffer<int64_t> ends;      // [pairs]: where the items of each pair end in the list
+  int64_t count = 0, pairs = 0;
 };
 
-// One item for each sequence, head and block of `rows_of(length)` rows. A sequence without rows has
-// one empty item if `keep_empty`, else none.
+// One item for each sequence, head and block of rows_of(length) rows, where `length` is that of the
+// sequence. A sequence without rows has one empty item if `keep_empty`, else none.
 template <class RowsOf>
 Status Divide(const Common& call, int64_t heads, int64_t rows_per_batch, bool keep_empty,
               RowsOf rows_of, WorkList* list) {
@@ -51,7 +29,8 @@ Status Divide(const Common& call, int64_t heads, int64_t rows_per_batch, bool ke
     const int64_t block = rows_of(rows);
     return rows > 0 ? (rows - 1) / block + 1 : int64_t{keep_empty};
   };
-  int64_t blocks = 0, used = 0;  // of all sequences for one head; sequences that have some
+  int64_t blocks = 0;  // of all sequences, for one head
+  int64_t used = 0;    // sequences that have blocks
   bool overflow = false;
   if (call.offsets == nullptr) {
     const int64_t each = blocks_of(rows_per_batch);
@@ -91,11 +70,29 @@ Status Divide(const Common& call, int64_t heads, int64_t rows_per_batch, bool ke
   return Status();
 }
 
-// Runs body(item, i) for the items [first, last) in parallel; false if one of them returned false.
+// The keys of the call: splits of every sequence, for each key/value head.
+inline Status DivideKeys(const Common& call, WorkList* list) {
+  return Divide(call, call.dims.groups, call.dims.keys, true, SplitRows, list);
+}
+
+// The keys of the call: whole sequences, for each key/value head.
+inline Status DivideSequences(const Common& call, WorkList* list) {
+  const auto all = [](int64_t rows) { return std::max<int64_t>(rows, 1); };
+  return Divide(call, call.dims.groups, call.dims.keys, true, all, list);
+}
+
+// The queries of the call: blocks of rows_of(length) rows, for each query head.
+template <class RowsOf>
+Status DivideQueries(const Common& call, RowsOf rows_of, WorkList* list) {
+  return Divide(call, call.dims.heads, call.dims.queries, false, rows_of, list);
+}
+
+// Runs body(item, i) for the items [first, last) in parallel; it returns false if it found no
+// scratch memory.
 template <class Body>
-bool ForEachItem(const WorkList& list, int64_t first, int64_t last, int64_t cost_per_row,
-                 const ParallelFor& parallel_for, Body body) {
-  if (first == last) return true;
+Status ForEachItem(const WorkList& list, int64_t first, int64_t last, int64_t cost_per_row,
+                   const ParallelFor& parallel_for, Body body) {
+  if (first == last) return Status();
   std::atomic<bool> ok{true};
   int64_t rows = 0;
   for (int64_t i = first; i < last; ++i) rows += list.ranges[i].end - list.ranges[i].begin;
@@ -104,30 +101,29 @@ bool ForEachItem(const WorkList& list, int64_t first, int64_t last, int64_t cost
     for (int64_t i = begin; i < end; ++i)
       if (!body(list.ranges[first + i], i)) ok = false;
   });
-  return ok;
+  return ok ? Status() : NoScratch();
 }
 
-// Partial results are kept for a wave of whole (sequence, head) pairs at a time.
+// Partial results are kept for a wave of items at a time: those of whole pairs.
 inline constexpr int64_t kWaveBytes = 32 << 20;
 
-// For waves of items: body(item, partial) in parallel, then fold(first, last, partials) for the
-// wave's items in their order. `size` is that of one partial result.
+// For each wave of items: body(item, partial) in parallel, then fold(first, last, partials) for the
+// items of the wave in their order. `size` is the number of values in one partial result.
 template <class Acc, class Body, class Fold>
 Status ForWaves(const WorkList& list, int64_t size, int64_t cost_per_row,
                 const ParallelFor& parallel_for, Body body, Fold fold) {
   const int64_t fit = kWaveBytes / (size * static_cast<int64_t>(sizeof(Acc)));
-  const int64_t most = std::min(std::max(fit, kMaxSplits), list.count);
+  const int64_t max_items = std::min(std::max(fit, kMaxSplits), list.count);
   Buffer<Acc> partials;
-  PERFORMER_RETURN_IF_ERROR(Allocate(most * size, "partial results", &partials));
+  PERFORMER_RETURN_IF_ERROR(Allocate(max_items * size, "partial results", &partials));
   for (int64_t pair = 0; pair < list.pairs;) {
     const int64_t first = pair == 0 ? 0 : list.ends[pair - 1];
     int64_t last = list.ends[pair++];
-    while (pair < list.pairs && list.ends[pair] - first <= most) last = list.ends[pair++];
+    while (pair < list.pairs && list.ends[pair] - first <= max_items) last = list.ends[pair++];
     const auto run = [&](const WorkRange& range, int64_t i) {
       return body(range, partials.get() + i * size);
     };
-    if (!ForEachItem(list, first, last, cost_per_row, parallel_for, run))
-      return Status::ResourceExhausted(kNoScratch);
+    PERFORMER_RETURN_IF_ERROR(ForEachItem(list, first, last, cost_per_row, parallel_for, run));
     fold(first, last, partials.get());
   }
   return Status();

@@ -1,10 +1,10 @@
-// Causal attention of one token: the state takes in its key and value, and its queries read the
-// state. One pass over the means; packing a projection would not pay for one row.
+// Causal attention of one token: the state takes in its key and value, then its queries read the
+// state. This is one pass over the means; packing a projection would not pay for one row.
 //   anchor' = max(log_mass, b)   mass' = 2^(log_mass - anchor') + 2^(b - anchor')
 //   mean' = (2^(log_mass - anchor') mean + 2^(b - anchor') v) / mass'
 //   log_mass' = anchor' + log2 mass'         out = softmax_m(a + log_mass') mean'
 #pragma once
-#include "cpu/kernels/log_features.h"
+#include "cpu/kernels/key_chunk.h"
 #include "cpu/kernels/read.h"
 #include "cpu/kernels/state.h"
 
@@ -13,12 +13,14 @@ PERFORMER_ISA_BEGIN
 template <class Acc>
 struct DecodeScratch {
   KeyChunk<Acc> keys;
-  Acc *weights, *b, *keep, *add, *log_mass, *bias;  // [d_pad], then [m_pad] each
-  Acc *q, *f, *out;                                 // [d_pad], [group][m_pad], [group][e_pad]
-  Acc *row_max, *shift, *den;                       // [kLanes], [group], [group]
+  Acc* weights;                // [d_pad]: one row of the projection
+  Acc *b, *log_mass, *bias;    // [m_pad]; log_mass in base 2, of the state after the token
+  Acc *keep, *add;             // [m_pad]: weights of the state before and of the value in mean'
+  Acc *q, *f, *out;            // [d_pad], [group][m_stride], [group][e_pad]
+  Acc *row_max, *shift, *den;  // [kLanes], [group], [group]
 
-  void Place(Arena& arena, const Strides& strides, int64_t group) {
-    keys.Place(arena, strides, 1);
+  void SetPointers(Arena& arena, const Strides& strides, int64_t group) {
+    keys.SetPointers(arena, strides, 1);
     weights = arena.Take<Acc>(strides.d_pad);
     for (Acc** row : {&b, &keep, &add, &log_mass, &bias}) *row = arena.Take<Acc>(strides.m_pad);
     q = arena.Take<Acc>(strides.d_pad);
@@ -30,7 +32,7 @@ struct DecodeScratch {
   }
 };
 
-// f[m] = log2 phi_m(x) without biases and norms, from a projection [m, d] as given.
+// f[m] = log2 phi_m(x) without biases and norms, from a projection [m, d] as the caller gave it.
 template <class Acc>
 void LogFeaturesOfOne(const Common& call, const Map<Acc>& map, const Strides& strides,
                       const Acc* projection, const Acc* x, Acc* weights, Acc* f) {
@@ -49,7 +51,7 @@ void LogFeaturesOfOne(const Common& call, const Map<Acc>& map, const Strides& st
   ApplyMap<Acc>(map, 1, strides.m_pad, strides.m_stride, f, nullptr);
 }
 
-// The weights of the state before and of the key, and log2 of the mass after.
+// keep, add and log_mass.
 template <class Acc>
 void DecodeWeights(const Strides& strides, const Acc* before, Acc offset, DecodeScratch<Acc>& s) {
   for (int64_t m = 0; m < strides.m_pad; ++m)
@@ -57,9 +59,9 @@ void DecodeWeights(const Strides& strides, const Acc* before, Acc offset, Decode
   for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
     const Vec<Acc> zero = {}, one = Splat(Acc(1)), a = Load(s.log_mass + m),
                    b = Load(s.b + m) + offset;
-    const Vec<Acc> top = Max(b, a);  // in this order NaN is passed over
-    const IntVec<Acc> nothing = top == -kInf<Acc>;
-    const Vec<Acc> anchor = nothing ? zero : top;
+    const Vec<Acc> highest = Max(b, a);  // in this order NaN is ignored
+    const IntVec<Acc> nothing = highest == -kInf<Acc>;
+    const Vec<Acc> anchor = nothing ? zero : highest;
     const Vec<Acc> keep = Exp2(a - anchor), add = Exp2(b - anchor), mass = keep + add;
     const Vec<Acc> inverse = nothing ? zero : one / mass;
     Store(s.keep + m, keep * inverse);
@@ -68,45 +70,32 @@ void DecodeWeights(const Strides& strides, const Acc* before, Acc offset, Decode
   }
 }
 
+// f and den of the queries of all heads of the group.
 template <class Acc>
-bool Decode(const CausalParams& params, WorkRange range) {
+PERFORMER_INLINE void DecodeQueries(const CausalParams& params, const WorkRange& range,
+                                    const Map<Acc>& map, const Strides& strides,
+                                    Prefetcher* prefetcher, DecodeScratch<Acc>& s) {
   const Dims& dims = params.dims;
-  const Strides strides = MakeStrides<Acc>(dims);
-  const Map<Acc> map(params);
   const int64_t group = GroupSize(dims);
-  Arena arena;
-  DecodeScratch<Acc> s;
-  s.Place(arena, strides, group);
-  if (!arena.Allocate()) return false;
-  s.Place(arena, strides, group);
-  Prefetcher prefetcher;
-  const auto projection = [&](const void* data, int64_t index) {
-    return static_cast<const Acc*>(data) + index * strides.m * strides.d;
-  };
-
-  s.keys.Load(params, params.keys, map, strides, range, range.begin, 1, &prefetcher);
-  const int64_t index = params.keys.projection_heads == 1 ? 0 : range.head;
-  LogFeaturesOfOne(params, map, strides, projection(params.keys.projection, index), s.keys.k,
-                   s.weights, s.b);
-  const LoadedState<Acc> before(params.initial, dims, range.sequence, range.head);
-  DecodeWeights(strides, before.log_mass, s.keys.offset[0], s);
-
   for (int64_t i = 0; i < group; ++i) {
     const int64_t head = range.head * group + i;
-    const int64_t query_index = QueryHeadIndex(params.queries.projection_heads, head, dims);
+    const int64_t index = QueryHeadIndex(params.queries.projection_heads, head, dims);
+    const Acc* projection =
+        static_cast<const Acc*>(params.queries.projection) + index * strides.m * strides.d;
     LoadRows<Acc>({params.queries.query, params.dtype, dims.heads, head, strides.d}, range.begin, 1,
-                  nullptr, s.q, strides.d_pad, &prefetcher);
+                  nullptr, s.q, strides.d_pad, prefetcher);
     Acc* f = s.f + i * strides.m_stride;
-    LogFeaturesOfOne(params, map, strides, projection(params.queries.projection, query_index), s.q,
-                     s.weights, f);
+    LogFeaturesOfOne(params, map, strides, projection, s.q, s.weights, f);
     SetBias(s.log_mass, 1.0, FeatureBias<Acc>(params.queries, head, dims), strides, s.bias);
     ComputeRowMax(1, strides, s.bias, f, s.row_max);
     QueryFeatures<false, Acc>(1, strides, s.bias, nullptr, s.row_max, f, s.shift + i, s.den + i);
   }
+}
 
-  const int64_t at = (range.sequence * dims.groups + range.head) * strides.m;
-  Acc* log_mass = static_cast<Acc*>(params.state.log_mass) + at;
-  Acc* mean = static_cast<Acc*>(params.state.mean) + at * strides.e;
+// The state after the token, and the unnormalised out of all heads of the group.
+template <class Acc>
+PERFORMER_INLINE void DecodeState(const LoadedState<Acc>& before, const Strides& strides,
+                                  int64_t group, Acc* log_mass, Acc* mean, DecodeScratch<Acc>& s) {
   for (int64_t i = 0; i < group * strides.e_pad; ++i) s.out[i] = 0;
   for (int64_t m = 0; m < strides.m; ++m) {
     const bool empty = before.log_mass[m] == -kInf<Acc>;  // its mean may hold anything
@@ -121,6 +110,31 @@ bool Decode(const CausalParams& params, WorkRange range) {
       for (int64_t e = 0; e < strides.e; ++e) out[e] += f * to[e];
     }
   }
+}
+
+template <class Acc>
+bool Decode(const CausalParams& params, WorkRange range) {
+  const Dims& dims = params.dims;
+  const Strides strides = MakeStrides<Acc>(dims);
+  const Map<Acc> map(params);
+  const int64_t group = GroupSize(dims);
+  Arena arena;
+  DecodeScratch<Acc> s;
+  if (!arena.Allocate([&] { s.SetPointers(arena, strides, group); })) return false;
+  Prefetcher prefetcher;
+
+  s.keys.Load(params, params.keys, map, strides, range, range.begin, 1, &prefetcher);
+  const int64_t index = KeyHeadIndex(params.keys.projection_heads, range.head);
+  const Acc* projection =
+      static_cast<const Acc*>(params.keys.projection) + index * strides.m * strides.d;
+  LogFeaturesOfOne(params, map, strides, projection, s.keys.k, s.weights, s.b);
+  const LoadedState<Acc> before(params.initial, dims, range.sequence, range.head);
+  DecodeWeights(strides, before.log_mass, s.keys.offset[0], s);
+  DecodeQueries(params, range, map, strides, &prefetcher, s);
+
+  const int64_t at = (range.sequence * dims.groups + range.head) * strides.m;
+  DecodeState(before, strides, group, static_cast<Acc*>(params.state.log_mass) + at,
+              static_cast<Acc*>(params.state.mean) + at * strides.e, s);
   for (int64_t i = 0; i < group; ++i) {
     ScaleRows(1, strides.e_pad, s.den + i, s.out + i * strides.e_pad);
     StoreRows<Acc>({params.out, params.dtype, dims.heads, range.head * group + i, strides.e},

@@ -1,14 +1,16 @@
-// The kernels of one instruction set (PERFORMER_ISA) and one type of sums (PERFORMER_ACC): compiled
-// once for each pair.
+// The kernels of one instruction set (PERFORMER_ISA) and one type of sums (PERFORMER_ACC). This
+// file is compiled once for each pair.
 #include "cpu/kernels/kernels.h"
 
 #include <type_traits>
 
-#include "cpu/kernels/causal.h"
+#include "cpu/kernels/causal/causal.h"
 #include "cpu/kernels/causal_backward/causal_backward.h"
 #include "cpu/kernels/decode.h"
 #include "cpu/kernels/read.h"
+#include "cpu/kernels/read_backward.h"
 #include "cpu/kernels/summarize.h"
+#include "cpu/kernels/summarize_backward.h"
 
 PERFORMER_ISA_BEGIN
 
@@ -24,7 +26,7 @@ void Finish(const Strides& strides, SummaryPartial<Acc> partial, Acc* log_mass, 
   WriteState(strides, partial.anchor, partial.mass, partial.sum, log_mass, mean);
 }
 
-// Bidirectional products of a bfloat16 call multiply bfloat16 where the processor can.
+// The bidirectional products of a bfloat16 call multiply bfloat16 where the processor can.
 template <class Acc>
 using BFloat16Operand = std::conditional_t<kHasPairs && std::is_same_v<Acc, float>, Pair, Acc>;
 
@@ -36,7 +38,7 @@ void PackBidirectional(const Attributes& attributes, DType dtype, const Strides&
   PackProjection<Acc>(attributes, dtype, strides, from, to);
 }
 
-// kernel<Acc, In> for the call's type.
+// kernel<Acc, In> for the type of the call.
 #define PERFORMER_BIDIRECTIONAL(kernel)                                                          \
   [](const auto& params, auto... rest) {                                                         \
     return params.dtype == DType::kBFloat16 ? kernel<Acc, BFloat16Operand<Acc>>(params, rest...) \

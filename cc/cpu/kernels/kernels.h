@@ -1,56 +1,55 @@
-// What one compiled instruction set offers: single-threaded kernels, each for one work item. The
-// drivers (run.h) divide the work.
+// The kernels of one instruction set. They are single-threaded, and each call handles one work
+// item; the drivers divide the work.
 #pragma once
-#include "cpu/kernels/sub_chunks.h"
+#include "cpu/kernels/causal/sub_chunks.h"
 #include "cpu/memory/layout.h"
 
 namespace performer {
 namespace cpu {
 
-// Every kernel returns false if scratch memory could not be allocated, and has then written nothing
-// that counts. `projection` is indexed as the heads of params' projection:
-// PackedProjection<Acc>::Size elements each.
+// Every kernel returns false if it found no scratch memory; its outputs are then not valid.
+// `projection` holds PackedProjection<Acc>::Size values for each head of the projection in params.
 template <class Acc>
 struct Kernels {
-  // to[PackedProjection::Size] = w [m, d] rounded once to `dtype`, packed.
+  // to[PackedProjection::Size] = the projection [m, d], rounded once to `dtype` and packed.
   void (*pack_projection)(const Attributes& attributes, DType dtype, const Strides& strides,
                           const Acc* projection, Acc* to);
 
-  // The same for the bidirectional kernels, which may want it in another form.
+  // The same for the bidirectional kernels, which may use another form.
   void (*pack_bidirectional)(const Attributes& attributes, DType dtype, const Strides& strides,
                              const Acc* projection, Acc* to);
 
-  // Keys of the range (head: a key/value head) into `partial`.
+  // Summarizes the keys of the range, of a key/value head, into `partial`.
   bool (*summarize)(const SummarizeParams& params, const Acc* projection, WorkRange range,
                     SummaryPartial<Acc> partial);
 
-  // into = into merged with `more`: partial results of the same head.
+  // Merges `more` into `into`; both are partial results of the same head.
   void (*merge)(const Strides& strides, SummaryPartial<Acc> into, SummaryPartial<Acc> more);
 
   // log_mass[m] and mean[m][e] of a partial result.
   void (*finish)(const Strides& strides, SummaryPartial<Acc> partial, Acc* log_mass, Acc* mean);
 
-  // Rows of params.out for the range.
+  // Rows of params.out for the range, of a query head.
   bool (*read)(const ReadParams& params, const Acc* projection, WorkRange range);
 
-  // A whole sequence and key/value head: out of its query heads, and the final state.
+  // A whole sequence and key/value head: writes out of its query heads, and the final state.
   bool (*causal)(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
                  WorkRange range);
 
-  // The same in parts, on several threads. causal_keys: the next sub-chunks of the chain into `window`,
-  // window->slots of them or all that are left, and then the final state. causal_queries: out of
-  // the items of `window` (a sub-chunk and one of the query heads of key/value head `group`) that no
-  // other call takes meanwhile.
+  // The same in parts, on several threads. causal_keys writes the next sub-chunks of the chain to
+  // `window`, window->slots of them or all that are left; at the end of the chain it writes the
+  // final state. An item of a window is one of its sub-chunks and one query head of key/value head
+  // `group`: causal_queries writes out of those items that no other call takes.
   bool (*causal_keys)(const CausalParams& params, const Acc* key_projection,
                       CausalChain<Acc>* chain, CausalWindow<Acc>* window);
   bool (*causal_queries)(const CausalParams& params, const Acc* query_projection, int64_t group,
                          CausalWindow<Acc>* window);
 
-  // A whole sequence and key/value head for one token, range.end = range.begin + 1; the projections
-  // are those of params.
+  // A whole sequence and key/value head for one token, range.end = range.begin + 1. It uses the
+  // projections in params.
   bool (*decode)(const CausalParams& params, WorkRange range);
 
-  // key_bias: gradient of the log weights of the keys, [B, G, S].
+  // Gradients. key_bias [B, G, S] receives that of the log weights of the keys.
   bool (*summarize_grad)(const SummarizeGradParams& params, const Acc* projection, WorkRange range,
                          Acc* key_bias, Acc* partial_projection);
 

@@ -1,17 +1,13 @@
-// Log-features of rows, their weights, and what both sides of the attention share. Everything
-// inside is in base 2.
+// Log-features of rows, the features 2^(log-features - shift), and what else the query side and the
+// key side share. Logarithms are in base 2 throughout.
 #pragma once
 #include <type_traits>
 
-#include "cpu/memory/arena.h"
-#include "cpu/memory/layout.h"
-#include "cpu/simd/convert.h"
-#include "cpu/simd/math.h"
-#include "cpu/simd/tile.h"
+#include "cpu/memory/packed_operands.h"
 
 PERFORMER_ISA_BEGIN
 
-// The feature map of a call with the numbers it needs.
+// The feature map of a call, with the numbers that it needs.
 template <class Acc>
 struct Map {
   FeatureMap kind;
@@ -23,47 +19,9 @@ struct Map {
         epsilon(static_cast<Acc>(call.attributes.feature_epsilon)),
         scale(static_cast<Acc>(call.attributes.ResolvedScale(call.dims.key_dim))),
         key_norm(call.attributes.key_norm && call.attributes.feature_map == FeatureMap::kSoftmax) {}
+  // Whether log-features are linear in the products with the projection.
   bool linear() const { return kind == FeatureMap::kSoftmax; }
 };
-
-// x [m][width], rows `stride` apart, to panels of its transpose [m_panels][width][kPanel], padded
-// with zeros: a row stride of m would use a part of the L1 sets.
-template <class Acc>
-PERFORMER_INLINE void TransposeToPanels(const Acc* x, int64_t m, int64_t width, int64_t stride,
-                                        Acc* panels) {
-  for (int64_t first = 0; first < m; first += kPanel, panels += width * kPanel) {
-    const Acc* from = x + first * stride;
-    const int64_t rows = m - first < kPanel ? m - first : kPanel;
-    const int64_t whole_rows = rows / 4 * 4, whole_width = width / 4 * 4;
-    Transpose(from, stride, whole_rows, whole_width, panels, kPanel);
-    for (int64_t e = 0; e < width; ++e)
-      for (int64_t r = e < whole_width ? whole_rows : 0; r < kPanel; ++r)
-        panels[e * kPanel + r] = r < rows ? from[r * stride + e] : Acc(0);
-  }
-}
-
-// Writes one [m, d] projection, rounded once to `dtype`, times sqrt(scale), in the layouts of
-// PackedProjection.
-template <class Acc>
-void PackProjection(const Attributes& attributes, DType dtype, const Strides& strides,
-                    const Acc* from, Acc* to) {
-  const double root = __builtin_sqrt(attributes.ResolvedScale(strides.d));
-  const double base = attributes.feature_map == FeatureMap::kSoftmax ? kLog2eDouble : 1.0;
-  Acc* panels = to;
-  Acc* rows = to + strides.m_panels * kPanel * strides.d;
-  Acc* base2_rows = rows + strides.m * strides.d_pad;
-  for (int64_t m = 0; m < strides.m; ++m) {
-    Acc *row = rows + m * strides.d_pad, *base2_row = base2_rows + m * strides.d_pad;
-    for (int64_t d = 0; d < strides.d_pad; ++d)
-      row[d] = d < strides.d ? RoundTo(dtype, from[m * strides.d + d]) : Acc(0);
-    for (int64_t d = 0; d < strides.d_pad; d += kLanes<Acc>) {
-      const Vec<Acc> x = Load(row + d);
-      Store(row + d, x * static_cast<Acc>(root));
-      Store(base2_row + d, x * static_cast<Acc>(root * base));
-    }
-  }
-  TransposeToPanels(base2_rows, strides.m, strides.d, strides.d_pad, panels);
-}
 
 template <class Acc>
 PERFORMER_INLINE Acc Dot(const Acc* a, const Acc* b, int64_t n) {
@@ -72,7 +30,8 @@ PERFORMER_INLINE Acc Dot(const Acc* a, const Acc* b, int64_t n) {
   return ReduceAdd<Acc>(sum);
 }
 
-// sum_i x_i^2, for a width that is a multiple of the lanes: of x in any type what its copy gives.
+// sum_i x_i^2, for a width that is a multiple of the lanes. For x of any type the result is that of
+// its copy in Acc.
 template <class Acc, class T>
 PERFORMER_INLINE Acc SquaredNorm(const T* x, int64_t width) {
   Vec<Acc> sum = {};
@@ -84,13 +43,12 @@ PERFORMER_INLINE Acc SquaredNorm(const T* x, int64_t width) {
   return ReduceAdd<Acc>(sum);
 }
 
-// Hooks of MatMulPanels: fetch the rows ahead, and gather maxima while the results are in
-// registers.
+// Hooks of MatMulPanels: they prefetch rows, and gather maxima while the results are in registers.
 template <class Acc>
 struct RowMaxima {
   Prefetcher* prefetcher;
   const Acc* bias;  // [m_pad], added first
-  Acc* row_max;     // [n][kLanes]: its lanes' maximum is the row's
+  Acc* row_max;     // [n][kLanes]: the maximum of a row is that of its lanes
   int64_t column = 0;
 
   PERFORMER_INLINE void Before() { prefetcher->Before(); }
@@ -101,10 +59,10 @@ struct RowMaxima {
     for (int j = 0; j < Tile::kVecs; ++j) added[j] = Load(bias + column + c0 + j * kLanes<Acc>);
     PERFORMER_UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
-      Vec<Acc> top = Load(row_max + (r0 + r) * kLanes<Acc>);
+      Vec<Acc> highest = Load(row_max + (r0 + r) * kLanes<Acc>);
       PERFORMER_UNROLL
-      for (int j = 0; j < Tile::kVecs; ++j) top = Max(tile.v[r][j] + added[j], top);
-      Store(row_max + (r0 + r) * kLanes<Acc>, top);
+      for (int j = 0; j < Tile::kVecs; ++j) highest = Max(tile.v[r][j] + added[j], highest);
+      Store(row_max + (r0 + r) * kLanes<Acc>, highest);
     }
   }
 };
@@ -121,17 +79,17 @@ struct ColumnMaxima {
     PERFORMER_UNROLL
     for (int j = 0; j < Tile::kVecs; ++j) {
       Acc* to = column_max + column + c0 + j * kLanes<Acc>;
-      Vec<Acc> top = Load(to);
+      Vec<Acc> highest = Load(to);
       PERFORMER_UNROLL
       for (int r = 0; r < Tile::kRows; ++r)
-        top = Max(tile.v[r][j] + offset[r0 + r], top);  // in this order NaN is passed over
-      Store(to, top);
+        highest = Max(tile.v[r][j] + offset[r0 + r], highest);  // in this order NaN is ignored
+      Store(to, highest);
     }
   }
 };
 
 // c[n][m_pad] = a [n][depth] times panels [m_panels][depth][kPanel]; rows of c are m_stride apart.
-// Fetches the rows ahead; hook and scale as in MatMul.
+// The prefetcher works meanwhile; the hook and the scale are those of MatMul.
 template <class In, class Acc, class Hook>
 PERFORMER_INLINE void MatMulPanelsWith(const In* a, int64_t lda, int64_t n, const In* panels,
                                        int64_t depth, const Strides& strides, Acc* c,
@@ -151,8 +109,8 @@ PERFORMER_INLINE void MatMulPanels(const In* a, int64_t lda, int64_t n, const In
   MatMulPanelsWith(a, lda, n, panels, depth, strides, c, prefetcher, prefetcher, scale);
 }
 
-// The epilogue of the maps that are not linear: u to log2 phi(u) in place, and slope = d log phi /
-// du where asked for.
+// The epilogue of the maps that are not linear: replaces u by log2 phi(u) and, if kSlope, sets
+// slope = d log phi / du.
 template <class Acc, bool kSlope>
 void ApplyEpilogue(const Map<Acc>& map, int64_t n, int64_t width, int64_t stride, Acc* f,
                    Acc* slope) {
@@ -181,7 +139,7 @@ PERFORMER_INLINE void ApplyMap(const Map<Acc>& map, int64_t n, int64_t width, in
   }
 }
 
-// f[i][m] = log2 phi_m(x_i) without biases and norms; slope (d log phi / du) may be nullptr, and is
+// f[i][m] = log2 phi_m(x_i) without biases and norms. slope (d log phi / du) may be nullptr; it is
 // not written for linear maps.
 template <class Acc>
 PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Acc* x, int64_t n, const Acc* panels,
@@ -191,7 +149,26 @@ PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Acc* x, int64_t n, 
   ApplyMap(map, n, strides.m_pad, strides.m_stride, f, slope);
 }
 
-// g[i][m] *= slope[i][m].
+// The same for operands of any type, with the maxima that the hook gathers. For maps that are not
+// linear the hook would come too early, and `pass` gathers them afterwards.
+template <class Acc, class In, class Hook, class Pass>
+PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Left<In>& x, int64_t n,
+                                  const ProjectionOperands<Acc, In>& projection,
+                                  const Strides& strides, Acc* f, Acc* slope, Hook hook,
+                                  Pass pass) {
+  constexpr auto kDepth = Operands<Acc, In>::Depth;
+  if (map.linear()) {
+    MatMulPanelsWith(x.data, x.row_stride, n, projection.panels, kDepth(strides.d), strides, f,
+                     hook.prefetcher, &hook, projection.feature_scale);
+  } else {
+    MatMulPanels(x.data, x.row_stride, n, projection.panels, kDepth(strides.d), strides, f,
+                 hook.prefetcher, projection.feature_scale);
+    ApplyMap(map, n, strides.m_pad, strides.m_stride, f, slope);
+    pass();
+  }
+}
+
+// g[i][m] *= slope[i][m]: the chain rule through the epilogue.
 template <class Acc>
 PERFORMER_INLINE void ChainSlope(const Map<Acc>& map, int64_t n, const Strides& strides,
                                  const Acc* slope, Acc* g) {
@@ -202,65 +179,8 @@ PERFORMER_INLINE void ChainSlope(const Map<Acc>& map, int64_t n, const Strides& 
       Store(g + m, Load(g + m) * Load(slope + m));
 }
 
-// One chunk of keys and values in scratch memory.
-template <class Acc>
-struct KeyChunk {
-  Acc *k, *v, *offset;  // [chunk][d_pad], [chunk][e_pad], [chunk]: what to add to the log-features,
-                        // -inf where masked
-  uint8_t* skip;        // [chunk]: masked
-  bool any, all;        // of the chunk's keys: seen, not masked
-
-  void Place(Arena& arena, const Strides& strides, int64_t chunk) {
-    k = arena.Take<Acc>(chunk * strides.d_pad);
-    v = arena.Take<Acc>(chunk * strides.e_pad);
-    offset = arena.Take<Acc>(chunk);
-    skip = arena.Take<uint8_t>(chunk);
-  }
-
-  // Rows [row, row + n) of the range's head; masked rows are replaced by 0, whatever they hold.
-  void Load(const Common& call, const KeySide& keys, const Map<Acc>& map, const Strides& strides,
-            const WorkRange& range, int64_t row, int64_t n, Prefetcher* prefetcher) {
-    LoadBias(call, keys, range, row, n);
-    LoadRows<Acc>(Keys(call, keys, range), row, n, skip, k, strides.d_pad, prefetcher);
-    LoadRows<Acc>(Values(call, keys, range), row, n, skip, v, strides.e_pad, prefetcher);
-    FinishOffsets(
-        map, n, [&](int64_t j) { return SquaredNorm<Acc>(k + j * strides.d_pad, strides.d_pad); });
-  }
-
-  static ConstRows Keys(const Common& call, const KeySide& keys, const WorkRange& range) {
-    return {keys.key, call.dtype, call.dims.groups, range.head, call.dims.key_dim};
-  }
-  static ConstRows Values(const Common& call, const KeySide& keys, const WorkRange& range) {
-    return {keys.value, call.dtype, call.dims.groups, range.head, call.dims.value_dim};
-  }
-  // The key biases, and what they mask.
-  void LoadBias(const Common& call, const KeySide& keys, const WorkRange& range, int64_t row,
-                int64_t n) {
-    const int64_t batch = call.offsets ? 0 : range.sequence;
-    const Acc* bias =
-        static_cast<const Acc*>(keys.bias) + ((keys.bias_batch == 1 ? 0 : batch) * keys.bias_heads +
-                                              (keys.bias_heads == 1 ? 0 : range.head)) *
-                                                 keys.bias_length;
-    const int64_t first = row - batch * call.dims.keys, step = keys.bias_length == 1 ? 0 : 1;
-    any = false, all = true;
-    for (int64_t j = 0; j < n; ++j) {
-      offset[j] = bias[(first + j) * step];
-      skip[j] = offset[j] == -kInf<Acc>;
-      any |= !skip[j];
-      all &= !skip[j];
-    }
-  }
-  // From biases to offsets: less the norms, in base 2.
-  template <class Norm>
-  PERFORMER_INLINE void FinishOffsets(const Map<Acc>& map, int64_t n, Norm squared_norm) {
-    const Acc half = map.key_norm ? map.scale / 2 : Acc(0);
-    for (int64_t j = 0; j < n; ++j)
-      offset[j] = kLog2e<Acc> * (offset[j] - (map.key_norm ? half * squared_norm(j) : Acc(0)));
-  }
-};
-
-// f[j][m] = 2^(f + offset_j - anchor_m) and, if asked for, mass[m] += sum_j; where the anchor is
-// -inf, f + offset is -inf too.
+// Features of keys: f[j][m] = 2^(f + offset_j - anchor_m) and, unless mass is nullptr, mass[m] +=
+// sum_j f[j][m]. Where the anchor is -inf, f + offset is -inf too.
 template <class Acc>
 void KeyFeatures(int64_t n, const Strides& strides, const Acc* offset, const Acc* anchor, Acc* f,
                  Acc* mass) {
@@ -277,8 +197,8 @@ void KeyFeatures(int64_t n, const Strides& strides, const Acc* offset, const Acc
   }
 }
 
-// bias[m] = log2 of what feature m weighs: the state's log_mass (in base 2, or natural) and the
-// feature bias; -inf in the padding.
+// bias[m] = log2 of the weight of feature m: unit * log_mass, where the unit is 1 in base 2 and
+// log2(e) for natural logarithms, and the feature bias; -inf in the padding.
 template <class Acc>
 void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const Strides& strides,
              Acc* bias) {
@@ -288,19 +208,19 @@ void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const St
                             : -kInf<Acc>;
 }
 
-// tops[i] = lanes whose maximum is that of f[i] + bias.
+// row_max[i]: lanes whose maximum is that of f[i] + bias.
 template <class Acc>
 void ComputeRowMax(int64_t n, const Strides& strides, const Acc* bias, const Acc* f, Acc* row_max) {
   for (int64_t i = 0; i < n; ++i, f += strides.m_stride) {
-    Vec<Acc> top = Splat(-kInf<Acc>);
+    Vec<Acc> highest = Splat(-kInf<Acc>);
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
-      top = Max(Load(f + m) + Load(bias + m), top);
-    Store(row_max + i * kLanes<Acc>, top);
+      highest = Max(Load(f + m) + Load(bias + m), highest);
+    Store(row_max + i * kLanes<Acc>, highest);
   }
 }
 
-// f[i] = 2^(f[i] + bias - shift_i), shift_i the row's maximum (0 if that is -inf), from ComputeRowMax;
-// den_i = sum_m f[i][m] * weight[m], or of f alone.
+// Features of queries: f[i] = 2^(f[i] + bias - shift_i), where shift_i is the maximum of the row (0
+// if that is -inf). den_i = sum_m f[i][m] * weight[m], or the sum of f alone without kWeighted.
 template <bool kWeighted, class Acc>
 void QueryFeatures(int64_t n, const Strides& strides, const Acc* bias, const Acc* weight,
                    const Acc* row_max, Acc* f, Acc* shift, Acc* den) {
@@ -317,7 +237,7 @@ void QueryFeatures(int64_t n, const Strides& strides, const Acc* bias, const Acc
   }
 }
 
-// 1 / den; a row that sees no key has den = 0 and gives 0.
+// 1 / den, and 0 for a row that sees no key, whose den is 0.
 template <class Acc>
 PERFORMER_INLINE Acc Inverse(Acc den) {
   return den == 0 ? Acc(0) : 1 / den;

@@ -1,13 +1,13 @@
-// Bidirectional attention, second half: queries read the features.
+// Bidirectional attention, second half: queries read the state.
 //   out[i] = softmax_m(a[i, :] + log_mass) mean
 #pragma once
 #include "core/splits.h"
+#include "cpu/kernels/log_features.h"
 #include "cpu/kernels/state.h"
-#include "cpu/memory/packed_operands.h"
 
 PERFORMER_ISA_BEGIN
 
-// [m] of one query head.
+// The feature bias [m] of one query head.
 template <class Acc>
 PERFORMER_INLINE const Acc* FeatureBias(const QuerySide& queries, int64_t head, const Dims& dims) {
   return static_cast<const Acc*>(queries.feature_bias) +
@@ -18,7 +18,7 @@ PERFORMER_INLINE const Acc* FeatureBias(const QuerySide& queries, int64_t head, 
 template <class Acc, class In = Acc>
 struct QueryHead {
   ProjectionOperands<Acc, In> projection;
-  const Acc* feature_bias;
+  const Acc* feature_bias;  // [m]
 
   QueryHead(const Common& call, const QuerySide& queries, const Acc* packed, const Strides& strides,
             int64_t head)
@@ -30,7 +30,7 @@ struct QueryHead {
         feature_bias(FeatureBias<Acc>(queries, head, call.dims)) {}
 };
 
-// f and the maxima of f + bias that QueryFeatures wants.
+// Query log-features f, and the row maxima of f + bias that QueryFeatures needs.
 template <class Acc, class In>
 void QueryLogFeatures(const Map<Acc>& map, const Left<In>& q, int64_t n,
                       const ProjectionOperands<Acc, In>& projection, const Strides& strides,
@@ -43,16 +43,15 @@ void QueryLogFeatures(const Map<Acc>& map, const Left<In>& q, int64_t n,
 
 template <class Acc, class In>
 struct ReadScratch {
-  Acc *q, *f, *out, *mean, *bias, *row_max, *shift, *den;
-  In *q_operand, *f_operand, *mean_operand;
+  In *q_left, *f_left, *mean_right;  // copies for q, f, mean as operands
+  Acc *q, *f, *out;                  // [chunk][d_pad], [chunk][m_stride], [chunk][e_pad]
+  Acc *mean, *bias;                  // [m][e_pad], [m_pad]
+  Acc *row_max, *shift, *den;        // [chunk][kLanes], [chunk], [chunk]
 
-  void Place(Arena& arena, const Strides& strides, int64_t chunk) {
-    const auto take = [&](int64_t numbers) {
-      return arena.Take<In>(Operands<Acc, In>::Size(numbers));
-    };
-    q_operand = take(chunk * strides.d_pad);
-    f_operand = take(chunk * strides.m_stride);
-    mean_operand = take((strides.m + 1) * strides.e_pad);
+  void SetPointers(Arena& arena, const Strides& strides, int64_t chunk) {
+    q_left = TakeOperand<Acc, In>(arena, chunk * strides.d_pad);
+    f_left = TakeOperand<Acc, In>(arena, chunk * strides.m_stride);
+    mean_right = TakeOperand<Acc, In>(arena, (strides.m + 1) * strides.e_pad);
     q = arena.Take<Acc>(chunk * strides.d_pad);
     f = arena.Take<Acc>(chunk * strides.m_stride);
     out = arena.Take<Acc>(chunk * strides.e_pad);
@@ -66,11 +65,11 @@ struct ReadScratch {
 
 // Hook of a product: divides its rows by den, as ScaleRows does.
 template <class Acc>
-struct ScaledRows {
-  const Acc* inverse;
+struct DivideRows {
+  const Acc* inverse;  // [n]
 
-  // Replaces den by its inverse.
-  ScaledRows(int64_t n, Acc* den) : inverse(den) {
+  // Replaces den [n] by its inverse.
+  DivideRows(int64_t n, Acc* den) : inverse(den) {
     for (int64_t i = 0; i < n; ++i) den[i] = Inverse(den[i]);
   }
   PERFORMER_INLINE void Before() {}
@@ -82,6 +81,7 @@ struct ScaledRows {
   }
 };
 
+// Rows of params.out for the range.
 template <class Acc, class In>
 bool Read(const ReadParams& params, const Acc* projection, WorkRange range) {
   const Dims& dims = params.dims;
@@ -91,14 +91,12 @@ bool Read(const ReadParams& params, const Acc* projection, WorkRange range) {
   Arena arena;
   using Operand = Operands<Acc, In>;
   ReadScratch<Acc, In> s;
-  s.Place(arena, strides, chunk);
-  if (!arena.Allocate()) return false;
-  s.Place(arena, strides, chunk);
+  if (!arena.Allocate([&] { s.SetPointers(arena, strides, chunk); })) return false;
   const QueryHead<Acc, In> head(params, params.queries, projection, strides, range.head);
   const LoadedState<Acc> state(params.state, dims, range.sequence, range.head / GroupSize(dims));
   state.CopyMean(strides, s.mean);
   const Right<In> mean =
-      Operand::Stack(s.mean, strides.m, strides.e_pad, strides.e_pad, s.mean_operand);
+      Operand::MakeRight(s.mean, strides.m, strides.e_pad, strides.e_pad, s.mean_right);
   SetBias(state.log_mass, kLog2eDouble, head.feature_bias, strides, s.bias);
 
   Prefetcher prefetcher;
@@ -107,18 +105,18 @@ bool Read(const ReadParams& params, const Acc* projection, WorkRange range) {
   const bool in_place = out.dtype == kOwnType<Acc> && out.width == strides.e_pad;
   for (int64_t row = range.begin; row < range.end; row += chunk) {
     const int64_t n = range.end - row < chunk ? range.end - row : chunk;
-    const Left<In> q = LoadLeft(queries, row, n, strides.d_pad, s.q, s.q_operand, &prefetcher);
+    const Left<In> q = LoadLeft(queries, row, n, strides.d_pad, s.q, s.q_left, &prefetcher);
     prefetcher.Request(out, row, n);
     QueryLogFeatures(map, q, n, head.projection, strides, s.bias, s.f, static_cast<Acc*>(nullptr),
                      s.row_max, &prefetcher);
     QueryFeatures<false, Acc>(n, strides, s.bias, nullptr, s.row_max, s.f, s.shift, s.den);
-    const Left<In> f = Operand::Rows(s.f, n, strides.m_pad, strides.m_stride, s.f_operand);
-    ScaledRows<Acc> scaled(n, s.den);
+    const Left<In> f = Operand::MakeLeft(s.f, n, strides.m_pad, strides.m_stride, s.f_left);
+    DivideRows<Acc> divide(n, s.den);
     if (in_place) {
       Product<false>(f, mean, strides.m, out.At<Acc>(row), out.heads * out.width, n, strides.e_pad,
-                     &scaled);
+                     &divide);
     } else {
-      Product<false>(f, mean, strides.m, s.out, strides.e_pad, n, strides.e_pad, &scaled);
+      Product<false>(f, mean, strides.m, s.out, strides.e_pad, n, strides.e_pad, &divide);
       StoreRows(out, row, n, s.out, strides.e_pad);
     }
   }

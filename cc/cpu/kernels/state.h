@@ -1,23 +1,23 @@
-// The state of one sequence and key/value head, inside (sums relative to 2^anchor) and outside
-// (log_mass, mean).
+// The state of one sequence and key/value head: its form in tensors (log_mass, mean), and its form
+// in kernels, sums relative to 2^anchor.
 #pragma once
 #include "cpu/memory/layout.h"
 #include "cpu/simd/math.h"
 
 PERFORMER_ISA_BEGIN
 
-// A state as given: natural logarithms, rows without padding.
+// A state in tensors: natural logarithms, rows without padding.
 template <class Acc>
 struct LoadedState {
-  const Acc* log_mass;  // [m], natural logarithms, as given
-  const Acc* mean;      // [m][e], as given
+  const Acc* log_mass;  // [m]
+  const Acc* mean;      // [m][e]
 
   LoadedState(const State& state, const Dims& dims, int64_t sequence, int64_t group) {
     const int64_t at = ((state.count == 1 ? 0 : sequence) * dims.groups + group) * dims.features;
     log_mass = static_cast<const Acc*>(state.log_mass) + at;
     mean = static_cast<const Acc*>(state.mean) + at * dims.value_dim;
   }
-  // to [m][e_pad]: means with padding, zero where nothing was seen.
+  // to [m][e_pad] = the means with padding, 0 where the feature has seen no key.
   void CopyMean(const Strides& strides, Acc* to) const {
     for (int64_t m = 0; m < strides.m; ++m) {
       const Acc* from = mean + m * strides.e;
@@ -45,14 +45,14 @@ void WriteState(const Strides& strides, const Acc* anchor, const Acc* mass, cons
   }
 }
 
-// into = into merged with `more`, relative to the larger anchor.
+// Merges `more` into `into`, relative to the larger anchor.
 template <class Acc>
 void MergeSummaries(const Strides& strides, SummaryPartial<Acc> into, SummaryPartial<Acc> more) {
   for (int64_t m0 = 0; m0 < strides.m; m0 += kLanes<Acc>) {
     const Vec<Acc> a = Load(into.anchor + m0), b = Load(more.anchor + m0), zero = {};
-    const Vec<Acc> top = Max(a, b), base = top == -kInf<Acc> ? zero : top;
+    const Vec<Acc> anchor = Max(a, b), base = anchor == -kInf<Acc> ? zero : anchor;
     const Vec<Acc> keep = Exp2(a - base), add = Exp2(b - base);
-    Store(into.anchor + m0, top);
+    Store(into.anchor + m0, anchor);
     Store(into.mass + m0, keep * Load(into.mass + m0) + add * Load(more.mass + m0));
     for (int64_t m = m0; m < m0 + kLanes<Acc> && m < strides.m; ++m)
       for (int64_t e = m * strides.e_pad; e < (m + 1) * strides.e_pad; e += kLanes<Acc>)

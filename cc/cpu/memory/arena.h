@@ -8,9 +8,10 @@
 
 PERFORMER_ISA_BEGIN
 
-// Hands out aligned sub-chunks of one block. A first pass without a block measures, a second one
-// places:
-//   Arena arena; s.Place(arena, ...); if (!arena.Allocate()) return false; s.Place(arena, ...);
+// Hands out aligned arrays of one block:
+//   Arena arena;
+//   if (!arena.Allocate([&] { s.SetPointers(arena, ...); })) return false;
+// where SetPointers calls Take for each of its arrays.
 class Arena {
  public:
   Arena() = default;
@@ -18,19 +19,25 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
   ~Arena() { std::free(block_); }
 
+  // An array of `count` values, uninitialised.
   template <class T>
   T* Take(int64_t count) {
     char* at = block_ == nullptr ? nullptr : block_ + used_;
     used_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), kAlignment);
     return reinterpret_cast<T*>(at);
   }
-  bool Allocate() {
+  // Runs set_pointers() twice: first without a block, which measures, then with one. False if there
+  // is no memory; the pointers are then not valid.
+  template <class SetPointers>
+  bool Allocate(SetPointers set_pointers) {
+    set_pointers();
     void* block = nullptr;
     if (posix_memalign(&block, kAlignment, static_cast<size_t>(used_ > 0 ? used_ : kAlignment)) !=
         0)
       return false;
     block_ = static_cast<char*>(block);
     used_ = 0;
+    set_pointers();
     return true;
   }
 

@@ -1,5 +1,5 @@
-// Layouts shared by the drivers and the kernels of every instruction set. Acc is the type of sums
-// and state: float or double.
+// Layouts that the drivers share with the kernels of every instruction set. Acc is the type of sums
+// and of the state: float or double.
 #pragma once
 #include <cstdint>
 
@@ -11,19 +11,22 @@ namespace performer {
 namespace cpu {
 
 inline constexpr int64_t kAlignment = 64;  // bytes: a cache line, the widest vector
-inline constexpr int64_t kPanel =
-    64;  // columns of a panel: B operands of features lie as panels [depth][kPanel]
+// A right operand with one column for each feature is stored as panels, blocks of kPanel features:
+// [m_panels][depth][kPanel].
+inline constexpr int64_t kPanel = 64;
 
+// Rows in scratch memory are padded to a multiple of this.
 template <class Acc>
 constexpr int64_t kPad = kAlignment / static_cast<int64_t>(sizeof(Acc));
 
-// Strides of rows in scratch memory: padded to whole vectors, the padding is zero.
+// Sizes of a call, and strides of rows in scratch memory: rows are padded with zeros to whole
+// vectors.
 struct Strides {
-  int64_t d, e, m;              // as in the call
-  int64_t d_pad, e_pad, m_pad;  // of padded rows
-  int64_t m_panels;             // panels that hold m columns
-  int64_t m_stride;  // of rows of features: one vector more than m_pad, spreads them over all cache
-                     // sets
+  int64_t d, e, m;              // key dim, value dim and features, as in the call
+  int64_t d_pad, e_pad, m_pad;  // the same, padded
+  int64_t m_panels;             // number of panels that hold m features
+  // Of rows of features: one vector more than m_pad, which spreads the rows over all cache sets.
+  int64_t m_stride;
 };
 
 template <class Acc>
@@ -40,8 +43,8 @@ PERFORMER_INLINE constexpr Strides MakeStrides(const Dims& dims) {
           m_pad + kUnit};
 }
 
-// One projection [M, D] prepared for the products, times sqrt(scale); the softmax map works in
-// base 2.
+// One projection w [M, D], prepared for the products and times sqrt(scale). The softmax map works
+// in base 2.
 template <class Acc>
 struct PackedProjection {
   const Acc* panels = nullptr;      // [m_panels][d][kPanel]: w^T, times log2(e) for the softmax map
@@ -58,9 +61,15 @@ struct PackedProjection {
 };
 
 // Partial results of one work item, in memory of the driver. Each starts on a cache line.
+
+// The state of some keys: sums relative to 2^anchor. An anchor, the running reference maximum of a
+// feature's log-features, is -inf as long as the feature has seen no key.
 template <class Acc>
-struct SummaryPartial {      // sums relative to 2^anchor
-  Acc *anchor, *mass, *sum;  // [m_pad], [m_pad], [m][e_pad]; anchor -inf: nothing yet
+struct SummaryPartial {
+  Acc* anchor;  // [m_pad]
+  Acc* mass;    // [m_pad]
+  Acc* sum;     // [m][e_pad]
+
   static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides) {
     return 2 * strides.m_pad + strides.m * strides.e_pad;
   }
@@ -68,10 +77,13 @@ struct SummaryPartial {      // sums relative to 2^anchor
     return {base, base + strides.m_pad, base + 2 * strides.m_pad};
   }
 };
+
 template <class Acc>
 struct ReadGradPartial {
-  Acc *log_mass, *mean, *projection;  // [m_pad] (also the gradient of feature_bias), [m][e_pad],
-                                      // [m][d_pad] / sqrt(scale)
+  Acc* log_mass;    // [m_pad]; also the gradient of the feature bias
+  Acc* mean;        // [m][e_pad]
+  Acc* projection;  // [m][d_pad], divided by sqrt(scale)
+
   static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides) {
     return strides.m_pad + strides.m * (strides.e_pad + strides.d_pad);
   }
@@ -79,12 +91,16 @@ struct ReadGradPartial {
     return {base, base + strides.m_pad, base + strides.m_pad + strides.m * strides.e_pad};
   }
 };
+
+// Gradients of one key/value head and of the group of query heads that share it.
 template <class Acc>
 struct CausalGradPartial {
-  Acc *log_mass, *mean,
-      *key_projection;  // of the initial state [m_pad], [m][e_pad]; [m][d_pad] / sqrt(scale)
-  Acc *feature_bias, *query_projection;  // [heads of the group][m_pad], [heads of the
-                                         // group][m][d_pad] / sqrt(scale)
+  Acc* log_mass;          // [m_pad], of the initial state
+  Acc* mean;              // [m][e_pad], of the initial state
+  Acc* key_projection;    // [m][d_pad], divided by sqrt(scale)
+  Acc* feature_bias;      // [group_size][m_pad]
+  Acc* query_projection;  // [group_size][m][d_pad], divided by sqrt(scale)
+
   static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides, int64_t group_size) {
     return strides.m_pad + strides.m * (strides.e_pad + strides.d_pad) +
            group_size * (strides.m_pad + strides.m * strides.d_pad);
@@ -98,7 +114,7 @@ struct CausalGradPartial {
   }
 };
 
-// Query heads that share a key/value head.
+// Number of query heads that share a key/value head; these heads are its group.
 PERFORMER_INLINE int64_t GroupSize(const Dims& dims) { return dims.heads / dims.groups; }
 
 // Index of query head `head` in a tensor with `count` heads: 1, G or H.
@@ -106,8 +122,11 @@ PERFORMER_INLINE int64_t QueryHeadIndex(int64_t count, int64_t head, const Dims&
   return performer::QueryHeadIndex(count, head, dims.heads, head / GroupSize(dims));
 }
 
-// A work item: rows [begin, end) of one sequence and one head, rows counted through the whole
-// tensor [B * L].
+// Index of key/value head `head` in a tensor with `count` heads: 1 or G.
+PERFORMER_INLINE int64_t KeyHeadIndex(int64_t count, int64_t head) { return count == 1 ? 0 : head; }
+
+// A work item: rows [begin, end) of one sequence and one head. Rows are counted through the whole
+// tensor, [B * L].
 struct WorkRange {
   int64_t sequence, head, begin, end;
 };

@@ -1,68 +1,115 @@
-// Operands of the bidirectional products, made from rows of Acc in scratch memory.
+// Packing of operands for the products.
 //
-// In = Acc: they are those rows. In = Pair (bfloat16 calls, where the processor multiplies
-// bfloat16): copies rounded to bfloat16, in pairs of neighbours along the summed index; sums,
-// masses, maxima and states stay float32. The projection is rounded to bfloat16 by the
-// definition of the operators; its scale would round it once more, so it multiplies the products.
+// The operands of bidirectional attention have the element type In. With In = Acc they are the rows
+// of Acc in scratch memory. With In = Pair (bfloat16 calls, where the processor multiplies
+// bfloat16) they are copies, rounded to bfloat16, in pairs of neighbours along the summed index;
+// sums, masses, maxima and states stay float32. The operators define that the projection is rounded
+// to bfloat16. As its scale would round it once more, the scale multiplies the products instead.
 #pragma once
 #include <type_traits>
 
-#include "cpu/kernels/log_features.h"
+#include "cpu/memory/arena.h"
+#include "cpu/memory/layout.h"
+#include "cpu/simd/convert.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/tile.h"
 
 PERFORMER_ISA_BEGIN
 
-// a[r * row + k * step]
+// x [m][width], rows `stride` apart, to panels of its transpose [m_panels][width][kPanel], padded
+// with zeros. (Rows m apart would use only a part of the L1 sets.)
+template <class Acc>
+PERFORMER_INLINE void TransposeToPanels(const Acc* x, int64_t m, int64_t width, int64_t stride,
+                                        Acc* panels) {
+  for (int64_t first = 0; first < m; first += kPanel, panels += width * kPanel) {
+    const Acc* from = x + first * stride;
+    const int64_t rows = m - first < kPanel ? m - first : kPanel;
+    const int64_t whole_rows = rows / 4 * 4, whole_width = width / 4 * 4;
+    Transpose(from, stride, whole_rows, whole_width, panels, kPanel);
+    for (int64_t e = 0; e < width; ++e)
+      for (int64_t r = e < whole_width ? whole_rows : 0; r < kPanel; ++r)
+        panels[e * kPanel + r] = r < rows ? from[r * stride + e] : Acc(0);
+  }
+}
+
+// Writes one projection [m, d], rounded once to `dtype` and times sqrt(scale), in the layouts of
+// PackedProjection.
+template <class Acc>
+void PackProjection(const Attributes& attributes, DType dtype, const Strides& strides,
+                    const Acc* from, Acc* to) {
+  const double root = __builtin_sqrt(attributes.ResolvedScale(strides.d));
+  const double base = attributes.feature_map == FeatureMap::kSoftmax ? kLog2eDouble : 1.0;
+  Acc* panels = to;
+  Acc* rows = to + strides.m_panels * kPanel * strides.d;
+  Acc* base2_rows = rows + strides.m * strides.d_pad;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    Acc *row = rows + m * strides.d_pad, *base2_row = base2_rows + m * strides.d_pad;
+    for (int64_t d = 0; d < strides.d_pad; ++d)
+      row[d] = d < strides.d ? RoundTo(dtype, from[m * strides.d + d]) : Acc(0);
+    for (int64_t d = 0; d < strides.d_pad; d += kLanes<Acc>) {
+      const Vec<Acc> x = Load(row + d);
+      Store(row + d, x * static_cast<Acc>(root));
+      Store(base2_row + d, x * static_cast<Acc>(root * base));
+    }
+  }
+  TransposeToPanels(base2_rows, strides.m, strides.d, strides.d_pad, panels);
+}
+
+// The left operand a of a product: a[r][k] is data[r * row_stride + k * depth_stride].
 template <class In>
 struct Left {
-  const In* at;
-  int64_t row, step;
+  const In* data;  // [rows][depth] with these strides
+  int64_t row_stride, depth_stride;
 };
-// b[k * stride + c]
+// The right operand b of a product: b[k][c] is data[k * stride + c].
 template <class In>
 struct Right {
-  const In* at;
+  const In* data;  // [depth][stride]
   int64_t stride;
 };
 
-// The projection as a right operand: of log-features (its transpose, in panels) and of gradients.
+// The projection as right operand of log-features (its transpose, in panels) and of gradients.
 template <class Acc, class In>
 struct ProjectionOperands {
-  const In* panels;  // [m_panels][Depth(d)][kPanel]
-  Right<In> rows;    // [Depth(m)][d_pad]
-  Acc feature_scale, row_scale;
+  const In* panels;              // [m_panels][Depth(d)][kPanel]
+  Right<In> rows;                // [Depth(m)][d_pad]
+  Acc feature_scale, row_scale;  // multiply the products with panels, with rows
 };
 
 template <class Acc, class In>
 struct Operands {
+  // Elements along the summed index for a sum of n terms.
   static constexpr int64_t Depth(int64_t n) { return n; }
-  static constexpr int64_t Size(int64_t) { return 0; }  // of the copy of as many numbers
+  // Elements of the copy of an operand of so many numbers.
+  static constexpr int64_t Size(int64_t) { return 0; }
 
-  // Whether rows of a tensor, to be padded to `width`, are a left operand as they lie; and that.
-  static bool Fits(const ConstRows& rows, int64_t width) {
+  // Whether rows of a tensor, to be padded to `width`, can serve as left operand without a copy.
+  static bool IsLeftInPlace(const ConstRows& rows, int64_t width) {
     return rows.dtype == kOwnType<Acc> && rows.width == width;
   }
-  static Left<In> InPlace(const ConstRows& rows, int64_t row) {
+  static Left<In> LeftInPlace(const ConstRows& rows, int64_t row) {
     return {rows.At<In>(row), rows.heads * rows.width, 1};
   }
-  // x [n][width] as left operand, summed over its columns; or over its rows.
-  static Left<In> Rows(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
+  // x [n][width] as left operand, summed over its columns.
+  static Left<In> MakeLeft(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
     return {x, stride, 1};
   }
-  static Left<In> Columns(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
+  // x^T as left operand, summed over the rows of x.
+  static Left<In> MakeLeftTransposed(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
     return {x, 1, stride};
   }
   // x [n][width] as right operand, summed over its rows.
-  static Right<In> Stack(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
+  static Right<In> MakeRight(const Acc* x, int64_t, int64_t, int64_t stride, In*) {
     return {x, stride};
   }
-  // The same of rows of a tensor, masked ones as 0, by way of a copy of Acc if it takes one.
-  static Right<In> StackOf(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
-                           int64_t stride, Acc* copy, In*, Prefetcher* prefetcher) {
+  // The same of rows of a tensor, with 0 for masked rows; `copy` serves if a copy of Acc is needed.
+  static Right<In> LoadRight(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
+                             int64_t stride, Acc* copy, In*, Prefetcher* prefetcher) {
     LoadRows(rows, row, n, skip, copy, stride, prefetcher);
     return {copy, stride};
   }
-  // Panels [m_panels][width][kPanel] as right operand, in place.
-  static const In* Panels(Acc* panels, int64_t, int64_t) { return panels; }
+  // Panels [m_panels][width][kPanel] as right operand, packed in place.
+  static const In* MakePanels(Acc* panels, int64_t, int64_t) { return panels; }
 
   static ProjectionOperands<Acc, In> Projection(const Attributes&, const Acc* packed,
                                                 const Strides& strides) {
@@ -96,42 +143,43 @@ PERFORMER_INLINE void Interleave(const T* a, const T* b, int64_t width, Pair* to
 template <>
 struct Operands<float, Pair> {
   static constexpr int64_t Depth(int64_t n) { return (n + 1) / 2; }
-  static constexpr int64_t Size(int64_t numbers) { return numbers; }  // enough for an odd row more
+  static constexpr int64_t Size(int64_t numbers) { return numbers; }  // room for an odd row
 
-  static bool Fits(const ConstRows& rows, int64_t width) {
+  static bool IsLeftInPlace(const ConstRows& rows, int64_t width) {
     return rows.dtype == DType::kBFloat16 && rows.width == width;
   }
-  static Left<Pair> InPlace(const ConstRows& rows, int64_t row) {
+  static Left<Pair> LeftInPlace(const ConstRows& rows, int64_t row) {
     return {reinterpret_cast<const Pair*>(rows.At<BFloat16>(row)), rows.heads * rows.width / 2, 1};
   }
-  static Left<Pair> Rows(const float* x, int64_t n, int64_t width, int64_t stride, Pair* to) {
-    const int64_t step = stride / 2;
+  static Left<Pair> MakeLeft(const float* x, int64_t n, int64_t width, int64_t stride, Pair* to) {
+    const int64_t pair_stride = stride / 2;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t c = 0; c < width; c += 16)
         _mm256_storeu_si256(
-            reinterpret_cast<__m256i*>(to + i * step + c / 2),
+            reinterpret_cast<__m256i*>(to + i * pair_stride + c / 2),
             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(Load(x + i * stride + c))));
-    return {to, step, 1};
+    return {to, pair_stride, 1};
   }
-  static Left<Pair> Columns(const float* x, int64_t n, int64_t width, int64_t stride, Pair* to) {
-    const Right<Pair> stack = Stack(x, n, width, stride, to);
-    return {stack.at, 1, stack.stride};
+  static Left<Pair> MakeLeftTransposed(const float* x, int64_t n, int64_t width, int64_t stride,
+                                       Pair* to) {
+    const Right<Pair> right = MakeRight(x, n, width, stride, to);
+    return {right.data, 1, right.stride};
   }
-  static Right<Pair> Stack(const float* x, int64_t n, int64_t width, int64_t stride, Pair* to) {
+  static Right<Pair> MakeRight(const float* x, int64_t n, int64_t width, int64_t stride, Pair* to) {
     for (int64_t i = 0; i + 1 < n; i += 2)
       Interleave(x + i * stride, x + (i + 1) * stride, width, to + i / 2 * stride);
     if (n % 2 != 0) {
       Pair* last = to + n / 2 * stride;
       for (int64_t c = 0; c < width; ++c)
-        last[c] = {Half16(x[(n - 1) * stride + c])};  // and 0 above
+        last[c] = {BFloat16Bits(x[(n - 1) * stride + c])};  // the upper half is 0
     }
     return {to, stride};
   }
-  static Right<Pair> StackOf(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
-                             int64_t stride, float* copy, Pair* to, Prefetcher* prefetcher) {
-    if (!Fits(rows, stride)) {
+  static Right<Pair> LoadRight(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip,
+                               int64_t stride, float* copy, Pair* to, Prefetcher* prefetcher) {
+    if (!IsLeftInPlace(rows, stride)) {
       LoadRows(rows, row, n, skip, copy, stride, prefetcher);
-      return Stack(copy, n, stride, stride, to);
+      return MakeRight(copy, n, stride, stride, to);
     }
     prefetcher->RequestNext(rows, row, n);
     BFloat16* zeros = reinterpret_cast<BFloat16*>(copy);
@@ -142,14 +190,14 @@ struct Operands<float, Pair> {
     for (int64_t i = 0; i < n; i += 2) Interleave(at(i), at(i + 1), stride, to + i / 2 * stride);
     return {to, stride};
   }
-  static const Pair* Panels(float* panels, int64_t count, int64_t width) {
+  static const Pair* MakePanels(float* panels, int64_t count, int64_t width) {
     Pair* to = reinterpret_cast<Pair*>(panels);
     for (int64_t p = 0; p < count; ++p, panels += width * kPanel, to += Depth(width) * kPanel)
-      Stack(panels, width, kPanel, kPanel, to);  // never ahead of what it reads
+      MakeRight(panels, width, kPanel, kPanel, to);  // it never writes beyond what it has read
     return reinterpret_cast<const Pair*>(to - count * Depth(width) * kPanel);
   }
 
-  // As `Pack` wrote it.
+  // The projection as Pack wrote it.
   static ProjectionOperands<float, Pair> Projection(const Attributes& attributes,
                                                     const float* packed, const Strides& strides) {
     const Pair* panels = reinterpret_cast<const Pair*>(packed);
@@ -160,7 +208,8 @@ struct Operands<float, Pair> {
             static_cast<float>(root * base),
             static_cast<float>(root)};
   }
-  // Half of the memory of PackedProjection is enough.
+  // Writes one projection [m, d], rounded to bfloat16; half of the memory of PackedProjection is
+  // enough.
   static void Pack(const Strides& strides, const float* from, float* to) {
     Pair* panels = reinterpret_cast<Pair*>(to);
     Pair* rows = panels + strides.m_panels * Depth(strides.d) * kPanel;
@@ -168,7 +217,7 @@ struct Operands<float, Pair> {
                      static_cast<size_t>(PackedProjection<float>::Size(strides)) * sizeof(float));
     for (int64_t m = 0; m < strides.m; ++m)
       for (int64_t d = 0; d < strides.d; ++d) {
-        const uint32_t bits = Half16(from[m * strides.d + d]);
+        const uint32_t bits = BFloat16Bits(from[m * strides.d + d]);
         panels[(m / kPanel * Depth(strides.d) + d / 2) * kPanel + m % kPanel].bits |= bits
                                                                                       << d % 2 * 16;
         rows[m / 2 * strides.d_pad + d].bits |= bits << m % 2 * 16;
@@ -176,7 +225,7 @@ struct Operands<float, Pair> {
   }
 
  private:
-  static PERFORMER_INLINE uint32_t Half16(float x) {
+  static PERFORMER_INLINE uint32_t BFloat16Bits(float x) {
     BFloat16 narrow;
     Narrow(x, &narrow);
     return narrow.bits;
@@ -184,63 +233,32 @@ struct Operands<float, Pair> {
 };
 #endif
 
-// Rows of a tensor as left operand summed over their columns, without a copy if it can be.
+// Memory for the copy of an operand of `numbers` numbers.
+template <class Acc, class In>
+PERFORMER_INLINE In* TakeOperand(Arena& arena, int64_t numbers) {
+  return arena.Take<In>(Operands<Acc, In>::Size(numbers));
+}
+
+// Rows of a tensor as left operand, summed over their columns, without a copy if that is possible.
 template <class Acc, class In>
 PERFORMER_INLINE Left<In> LoadLeft(const ConstRows& rows, int64_t row, int64_t n, int64_t width,
                                    Acc* copy, In* operand, Prefetcher* prefetcher) {
-  if (Operands<Acc, In>::Fits(rows, width)) {
+  if (Operands<Acc, In>::IsLeftInPlace(rows, width)) {
     prefetcher->RequestNext(rows, row, n);
-    return Operands<Acc, In>::InPlace(rows, row);
+    return Operands<Acc, In>::LeftInPlace(rows, row);
   }
   LoadRows(rows, row, n, nullptr, copy, width, prefetcher);
-  return Operands<Acc, In>::Rows(copy, n, width, width, operand);
+  return Operands<Acc, In>::MakeLeft(copy, n, width, width, operand);
 }
 
-// The keys of a chunk likewise, if none is masked; with their offsets.
-template <class Acc, class In>
-PERFORMER_INLINE Left<In> LoadKeys(const ConstRows& rows, int64_t row, int64_t n,
-                                   const Map<Acc>& map, int64_t width, KeyChunk<Acc>* keys,
-                                   In* operand, Prefetcher* prefetcher) {
-  using T = std::conditional_t<std::is_same_v<In, Acc>, Acc, BFloat16>;
-  if (keys->all && Operands<Acc, In>::Fits(rows, width)) {
-    prefetcher->RequestNext(rows, row, n);
-    keys->FinishOffsets(
-        map, n, [&](int64_t j) { return SquaredNorm<Acc>(rows.template At<T>(row + j), width); });
-    return Operands<Acc, In>::InPlace(rows, row);
-  }
-  LoadRows(rows, row, n, keys->skip, keys->k, width, prefetcher);
-  keys->FinishOffsets(map, n,
-                      [&](int64_t j) { return SquaredNorm<Acc>(keys->k + j * width, width); });
-  return Operands<Acc, In>::Rows(keys->k, n, width, width, operand);
-}
-
-// Log-features as in log_features.h, of any operands, with the maxima that hook gathers; of maps that
-// are not linear it cannot, and `pass` does so afterwards.
-template <class Acc, class In, class Hook, class Pass>
-PERFORMER_INLINE void LogFeatures(const Map<Acc>& map, const Left<In>& x, int64_t n,
-                                  const ProjectionOperands<Acc, In>& projection,
-                                  const Strides& strides, Acc* f, Acc* slope, Hook hook,
-                                  Pass pass) {
-  constexpr auto kDepth = Operands<Acc, In>::Depth;
-  if (map.linear()) {
-    MatMulPanelsWith(x.at, x.row, n, projection.panels, kDepth(strides.d), strides, f,
-                     hook.prefetcher, &hook, projection.feature_scale);
-  } else {
-    MatMulPanels(x.at, x.row, n, projection.panels, kDepth(strides.d), strides, f, hook.prefetcher,
-                 projection.feature_scale);
-    ApplyMap(map, n, strides.m_pad, strides.m_stride, f, slope);
-    pass();
-  }
-}
-
-// c[rows][cols] = a b, or += with kAdd; summed over `terms` rows of what b was made from. A hook or
-// a scale as in MatMul.
+// c[rows][cols] = a b, or += with kAdd, summed over `terms` rows of what b was made from. The hook
+// and the scale are those of MatMul.
 template <bool kAdd, class Acc, class In, class Hook = void>
 PERFORMER_INLINE void Product(const Left<In>& a, const Right<In>& b, int64_t terms, Acc* c,
                               int64_t ldc, int64_t rows, int64_t cols, Hook* hook = nullptr,
                               Acc scale = 1) {
-  MatMul<kAdd>(a.at, a.row, a.step, b.at, b.stride, Operands<Acc, In>::Depth(terms), c, ldc, rows,
-               cols, hook, scale);
+  MatMul<kAdd>(a.data, a.row_stride, a.depth_stride, b.data, b.stride,
+               Operands<Acc, In>::Depth(terms), c, ldc, rows, cols, hook, scale);
 }
 
 PERFORMER_ISA_END

@@ -1,5 +1,5 @@
-// Rows of tensors to rows of Acc in scratch memory and back. Conversions to bfloat16 and half round
-// to nearest even.
+// Converts rows of tensors to rows of Acc in scratch memory, and back. Conversions to bfloat16 and
+// half round to nearest even.
 #pragma once
 #include "core/params.h"
 #include "cpu/memory/layout.h"
@@ -9,7 +9,7 @@ PERFORMER_ISA_BEGIN
 
 // One head of a tensor [rows, heads, width].
 struct ConstRows {
-  const void* data;
+  const void* data;  // the tensor
   DType dtype;
   int64_t heads, head, width;
 
@@ -19,7 +19,7 @@ struct ConstRows {
   }
 };
 struct MutableRows {
-  void* data;
+  void* data;  // the tensor
   DType dtype;
   int64_t heads, head, width;
 
@@ -33,27 +33,27 @@ PERFORMER_INLINE constexpr int64_t SizeOf(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Rows that will be wanted soon. They are fetched a few cache lines at a time, in the course of a
-// product: all at once they would be waited for, as a core has only so many lines on the way.
+// Prefetches rows that will be needed soon, a few cache lines at a time, in the course of a
+// product. All at once they would stall it, as a core can wait for only so many cache lines.
 class Prefetcher {
  public:
   explicit Prefetcher(bool backwards = false) : backwards_(backwards) {}
 
-  // Rows [row, row + n). Only a hint: they may lie outside of the tensor.
+  // Requests rows [row, row + n). This is only a hint: they may lie outside of the tensor.
   template <class Rows>
   void Request(const Rows& rows, int64_t row, int64_t n) {
     if (n == 0 || entries_ == kMaxRanges) return;
-    const int64_t width = rows.width * SizeOf(rows.dtype), step = rows.heads * width;
+    const int64_t width = rows.width * SizeOf(rows.dtype), stride = rows.heads * width;
     const auto at = reinterpret_cast<uintptr_t>(rows.data) +
-                    static_cast<uintptr_t>(row * step + rows.head * width);
-    entry_[entries_++] = {at, step, width, n, 0};
+                    static_cast<uintptr_t>(row * stride + rows.head * width);
+    entry_[entries_++] = {at, stride, width, n, 0};
     lines_ += n * ((width + kAlignment - 1) / kAlignment);
   }
-  // The rows that come after [row, row + n), as many.
+  // Requests as many rows after [row, row + n), or before them if `backwards`.
   void RequestNext(const ConstRows& rows, int64_t row, int64_t n) {
     Request(rows, backwards_ ? row - n : row + n, n);
   }
-  // Each of `calls` of Before() fetches the same share; none if a product has no terms.
+  // Each of `calls` of Before() prefetches the same share. A product without terms has no calls.
   PERFORMER_INLINE void Divide(int64_t calls) {
     share_ = calls == 0 ? 0 : (lines_ + calls - 1) / calls;
   }
@@ -66,7 +66,7 @@ class Prefetcher {
       entry.offset += kAlignment;
       if (entry.offset < entry.bytes) continue;
       entry.offset = 0;
-      entry.at += static_cast<uintptr_t>(entry.step);
+      entry.at += static_cast<uintptr_t>(entry.stride);
       if (--entry.rows == 0) --entries_;
     }
   }
@@ -76,7 +76,8 @@ class Prefetcher {
  private:
   struct Entry {
     uintptr_t at;
-    int64_t step, bytes, rows, offset;
+    int64_t stride, bytes, rows,
+        offset;  // between rows, of a row; rows left, bytes done of this row
   };
   static constexpr int64_t kMaxRanges = 4;
   Entry entry_[kMaxRanges];
@@ -107,8 +108,8 @@ PERFORMER_INLINE double Widen(double x) { return x; }
 PERFORMER_INLINE float Widen(BFloat16 x) { return FromBits(static_cast<uint32_t>(x.bits) << 16); }
 PERFORMER_INLINE float Widen(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-  const uint32_t finite =
-      BitsOf(FromBits(rest << 13) * 0x1p112f);  // the product also normalises subnormals
+  // The product also normalises subnormals.
+  const uint32_t finite = BitsOf(FromBits(rest << 13) * 0x1p112f);
   return FromBits(sign | (rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : finite));
 }
 
@@ -121,10 +122,10 @@ PERFORMER_INLINE void Narrow(float x, BFloat16* to) {
 PERFORMER_INLINE void Narrow(float x, Half* to) {
   const uint32_t bits = BitsOf(x), rest = bits & 0x7fffffff;
   const uint32_t special = rest > 0x7f800000 ? 0x7e00u : 0x7c00u;
-  const uint32_t subnormal =
-      BitsOf(FromBits(rest) + 0.5f) - BitsOf(0.5f);  // the sum rounds at half's last place
-  const uint32_t normal =
-      (rest + 0xc8000fffu + ((rest >> 13) & 1)) >> 13;  // rebias the exponent by 15 - 127, round
+  // The sum rounds at the last place of a half.
+  const uint32_t subnormal = BitsOf(FromBits(rest) + 0.5f) - BitsOf(0.5f);
+  // Rebias the exponent by 15 - 127, and round.
+  const uint32_t normal = (rest + 0xc8000fffu + ((rest >> 13) & 1)) >> 13;
   const uint32_t magnitude = rest >= 0x47800000 ? special : rest < 0x38800000 ? subnormal : normal;
   to->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000) | magnitude);
 }
@@ -132,9 +133,9 @@ PERFORMER_INLINE void Narrow(float x, Half* to) {
 template <class T, class Acc>
 PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t n,
                                     const uint8_t* skip, Acc* to, int64_t stride) {
-  const int64_t step = rows.heads * rows.width;
+  const int64_t from_stride = rows.heads * rows.width;
   const T* from = rows.template At<T>(row);
-  for (int64_t i = 0; i < n; ++i, from += step, to += stride) {
+  for (int64_t i = 0; i < n; ++i, from += from_stride, to += stride) {
     if (skip && skip[i]) {
       for (int64_t d = 0; d < stride; ++d) to[d] = 0;
     } else {
@@ -144,8 +145,9 @@ PERFORMER_INLINE void LoadTypedRows(const ConstRows& rows, int64_t row, int64_t 
   }
 }
 
-// to[i][0 : stride] = rows[row + i], zero beyond the width and, whatever the row holds, where
-// skip[i] (skip may be nullptr). The next n rows are wanted.
+// to[i][0 : stride] = rows[row + i] for n rows, with zeros behind the width. Where skip[i] is set
+// the row becomes 0, whatever it holds; skip [n] may be nullptr. Requests the n rows that come
+// next.
 template <class Acc>
 void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip, Acc* to,
               int64_t stride, Prefetcher* prefetcher) {
@@ -162,12 +164,13 @@ void LoadRows(const ConstRows& rows, int64_t row, int64_t n, const uint8_t* skip
 template <class T, class Acc>
 PERFORMER_INLINE void StoreTypedRows(const MutableRows& rows, int64_t row, int64_t n,
                                      const Acc* from, int64_t stride) {
-  const int64_t step = rows.heads * rows.width;
+  const int64_t to_stride = rows.heads * rows.width;
   T* to = rows.template At<T>(row);
-  for (int64_t i = 0; i < n; ++i, to += step, from += stride)
+  for (int64_t i = 0; i < n; ++i, to += to_stride, from += stride)
     for (int64_t d = 0; d < rows.width; ++d) Narrow(from[d], to + d);
 }
 
+// rows[row + i] = from[i][0 : width] for n rows.
 template <class Acc>
 void StoreRows(const MutableRows& rows, int64_t row, int64_t n, const Acc* from, int64_t stride) {
   if constexpr (sizeof(Acc) == sizeof(double)) {

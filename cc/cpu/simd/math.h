@@ -23,25 +23,26 @@ PERFORMER_INLINE Vec<float> Exp2Polynomial(Vec<float> r) {
   return p;
 }
 
-// 2^x. Max error 1.2 ulp (0.95 with FMA) on [-125.5, 127]; 2^-inf and everything below -150 is 0,
-// 128 and above inf, NaN gives NaN.
+// 2^x. The largest error is 1.2 ulp (0.95 with FMA) on [-125.5, 127]. 2^-inf and everything below
+// -150 give 0, 128 and above give inf, NaN gives NaN.
 PERFORMER_INLINE Vec<float> Exp2(Vec<float> x) {
 #if defined(__AVX512F__)
   const Vec<float> n = _mm512_roundscale_ps(x, 8);    // to nearest, no exceptions
-  return _mm512_scalef_ps(Exp2Polynomial(x - n), n);  // scalef(NaN, -inf) is 0: what -inf needs
+  return _mm512_scalef_ps(Exp2Polynomial(x - n), n);  // for -inf, scalef(NaN, -inf) is 0
 #else
   x = x < -127.0f ? Splat(-127.0f) : x;  // in this order NaN stays NaN
   x = x > 128.0f ? Splat(128.0f) : x;
-  const Vec<float> shifted =
-      x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low mantissa bits
+  // Adding 1.5 * 2^23 moves the integer part to the low mantissa bits.
+  const Vec<float> shifted = x + 12582912.0f;
   const Vec<float> p = Exp2Polynomial(x - (shifted - 12582912.0f));
-  const IntVec<float> scale =
-      (reinterpret_cast<IntVec<float>>(shifted) << 23) + (127 << 23);  // -127 -> 0.0, 128 -> inf
+  // -127 gives 0, 128 gives inf.
+  const IntVec<float> scale = (reinterpret_cast<IntVec<float>>(shifted) << 23) + (127 << 23);
   return p * reinterpret_cast<Vec<float>>(scale);
 #endif
 }
 
-// log2(x) for x >= 0. Max error 2 ulp, or 1.2e-7 near 1; 0 gives -inf, inf inf, NaN NaN.
+// log2(x) for x >= 0. The largest error is 2 ulp, or 1.2e-7 near 1. 0 gives -inf, inf gives inf,
+// NaN gives NaN.
 PERFORMER_INLINE Vec<float> Log2(Vec<float> x) {
   const IntVec<float> tiny = x < 0x1p-126f;
   const Vec<float> y = tiny ? x * 0x1p24f : x;
@@ -58,8 +59,8 @@ PERFORMER_INLINE Vec<float> Log2(Vec<float> x) {
   return (x == 0.0f) | (x == kInf<float>) | (x != x) ? special : result;
 }
 
-// In double, lane by lane: only gradient checks run in double. The C library's error is below 1
-// ulp.
+// In double, lane by lane: only gradient checks run in double. The error of the C library is below
+// 1 ulp.
 PERFORMER_INLINE Vec<double> Exp2(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;

@@ -1,5 +1,6 @@
-// The one matrix product of all kernels: R rows x NV vectors of accumulators in registers, A
-// broadcast with any strides, B rows contiguous.
+// The matrix product that all kernels use. A tile of R rows x NV vectors of accumulators stays in
+// registers; elements of the left operand are broadcast and may have any strides; rows of the right
+// operand are contiguous.
 #pragma once
 #include <type_traits>
 
@@ -15,7 +16,8 @@ struct Tile {
   PERFORMER_INLINE void Zero() {
     ForEach([](int, int, Vec<T>& x) { x = Vec<T>{}; });
   }
-  // v[r][:] += sum_k a[r * row + k * step] * b[k * ldb + :]; In: T, or Pair (two terms each).
+  // v[r][:] += sum_k a[r * row_stride + k * depth_stride] * b[k * ldb + :]. In is T, or Pair with
+  // two terms in each element.
   template <class In>
   PERFORMER_INLINE void Multiply(const In* a, int64_t row_stride, int64_t depth_stride, const In* b,
                                  int64_t ldb, int64_t depth) {
@@ -36,7 +38,7 @@ struct Tile {
   PERFORMER_INLINE void StoreTo(T* to, int64_t stride) {
     ForEach([&](int r, int j, Vec<T> x) { Store(to + r * stride + j * kLanes<T>, x); });
   }
-  // f(r, j, v[r][j]); an explicit unrolled loop, or GCC keeps the tile in memory.
+  // Calls f(r, j, v[r][j]). Without explicit unrolling GCC keeps the tile in memory.
   template <class F>
   PERFORMER_INLINE void ForEach(F f) {
     PERFORMER_UNROLL
@@ -71,7 +73,7 @@ struct Tile {
 };
 
 namespace tile_internal {
-// body(tile, r, c) with a Tile<T, rows, vecs> for run-time rows <= R and vecs <= NV.
+// body(tile) with a Tile<T, rows, NV> for a run-time number of rows <= R.
 template <class T, int R, int NV, class Body>
 PERFORMER_INLINE void WithRows(int64_t rows, Body body) {
   if constexpr (R > 0) {
@@ -106,7 +108,7 @@ PERFORMER_INLINE void LastColumns(int64_t vecs, int64_t rows, int64_t c, Body bo
 }
 }  // namespace tile_internal
 
-// body(tile, r, c) for every tile of a rows x cols matrix, column by column of tiles; cols a
+// body(tile, r, c) for every tile of a rows x cols matrix, column by column of tiles. cols is a
 // multiple of the lanes.
 template <class T, class Body>
 PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
@@ -116,7 +118,8 @@ PERFORMER_INLINE void ForTiles(int64_t rows, int64_t cols, Body body) {
   if (c < cols) tile_internal::LastColumns<T, kTileVecs - 1>((cols - c) / kLanes<T>, rows, c, body);
 }
 
-// Terms of a sum between two calls of a hook: what it does there does not come in bursts.
+// Terms of a sum between two calls of a hook. As it is called often, its memory accesses do not
+// come in bursts.
 constexpr int64_t kHookStride = 8;
 // How often a product [rows][depth] [depth][cols] calls hook->Before().
 template <class T>
@@ -126,10 +129,10 @@ constexpr int64_t HookCalls(int64_t rows, int64_t depth, int64_t cols) {
          ((cols + kCols - 1) / kCols);
 }
 
-// c[rows][cols] = A B, or += with kAdd. A hook, if given, is called on the way, hook->Before(), and
-// with the results of every tile, hook->After(tile, r, c). Products of pairs are multiplied by
-// `scale`. The bits of an entry depend on its row of A and its column of B only, not on where it
-// lies in the matrix.
+// c[rows][cols] = A B, or += with kAdd, where A[r][k] is a[r * row_stride + k * depth_stride]. A
+// hook, if there is one, is called between terms, hook->Before(), and with the results of every
+// tile, hook->After(tile, r, c). Products of pairs are multiplied by `scale`. The bits of an entry
+// depend only on its row of A and its column of B, not on its place in the matrix.
 template <bool kAdd, class In, class T, class Hook = void>
 PERFORMER_NOINLINE void MatMul(const In* a, int64_t row_stride, int64_t depth_stride, const In* b,
                                int64_t ldb, int64_t depth, T* c, int64_t ldc, int64_t rows,

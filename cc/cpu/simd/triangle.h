@@ -1,13 +1,13 @@
-// Products with a triangle of a pairwise matrix: rows see columns up to themselves (queries and
-// their keys) or from themselves on (keys and their queries). No entry beyond the diagonal is
-// multiplied with anything, so that what lies there, even NaN, reaches no result.
+// Products with one triangle of a pairwise matrix. Row r uses the columns up to r (a query and its
+// keys) or those from r on (a key and its queries). No entry on the other side of the diagonal is
+// multiplied with anything, so that what it holds, even NaN, reaches no result.
 #pragma once
 #include "cpu/simd/tile.h"
 
 PERFORMER_ISA_BEGIN
 
-// to[r][c] = a[r] . b[:, c] for c <= begin + r; of the other entries some are written, some are
-// not. Rows of `to` hold whole vectors.
+// to[r][c] = a[r] . b[:, c] for c <= begin + r. Of the other entries some are written. Rows of `to`
+// hold whole vectors.
 template <class T>
 PERFORMER_NOINLINE void LowerProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
                                      int64_t depth, int64_t rows, int64_t begin, T* to,
@@ -25,7 +25,7 @@ PERFORMER_NOINLINE void LowerProduct(const T* a, int64_t lda, const T* b, int64_
   }
 }
 
-// to[r][c] = a[r] . b[:, c] for c >= r, n x n; as above.
+// to[r][c] = a[r] . b[:, c] for c >= r, n x n. Of the other entries some are written.
 template <class T>
 PERFORMER_NOINLINE void UpperProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
                                      int64_t depth, int64_t n, T* to, int64_t ldto) {

@@ -1,4 +1,4 @@
-// Vectors of float or double through the compiler's vector extensions: one source for x86-64-v2,
+// Vectors of float or double, with the compiler's vector extensions: one source serves x86-64-v2,
 // v3, v4 and aarch64.
 #pragma once
 #include <cstdint>
@@ -14,11 +14,11 @@
 PERFORMER_ISA_BEGIN
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 6,
-              kTileVecs = 4;  // 24 accumulators + 4 + 1 of 32 registers
+// 24 accumulators + 4 + 1 of 32 registers.
+constexpr int kVectorBytes = 64, kTileRows = 6, kTileVecs = 4;
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kTileRows = 6,
-              kTileVecs = 2;  // 12 accumulators + 2 + 1 of 16 registers
+// 12 accumulators + 2 + 1 of 16 registers.
+constexpr int kVectorBytes = 32, kTileRows = 6, kTileVecs = 2;
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16, kTileRows = 6, kTileVecs = 4;
 #else
@@ -65,7 +65,7 @@ PERFORMER_INLINE Vec<double> MultiplyAdd(Vec<double> a, Vec<double> b, Vec<doubl
   return a * b + c;
 }
 
-// Two bfloat16 that are neighbours along the summed index of a product; the first in the low half.
+// Two bfloat16 that are neighbours along the summed index of a product; the first is the low half.
 struct Pair {
   uint32_t bits;
 };
@@ -85,13 +85,13 @@ PERFORMER_INLINE Vec<float> MultiplyAdd(__m512bh a, __m512bh b, Vec<float> c) {
 constexpr bool kHasPairs = false;
 #endif
 
-// Elementwise a > b ? a : b. Where a is NaN the result is b: Max(x, top) passes over NaN.
+// Elementwise a > b ? a : b. Where a is NaN the result is b: Max(x, highest) ignores a NaN in x.
 template <class V>
 PERFORMER_INLINE V Max(V a, V b) {
   return a > b ? a : b;
 }
 
-// Folds the halves of a vector together until one lane is left: the same tree for every lane count.
+// Folds the halves of a vector together until one lane is left: a tree, in a fixed order.
 template <class T, class Fold>
 PERFORMER_INLINE T Reduce(Vec<T> x, Fold fold) {
   T lane[kLanes<T>];
@@ -110,7 +110,7 @@ PERFORMER_INLINE T ReduceMax(Vec<T> x) {
   return Reduce<T>(x, [](T a, T b) { return a > b ? a : b; });
 }
 #if defined(__AVX__)
-// The same trees in registers.
+// The same trees, in registers.
 #define PERFORMER_SHUFFLE __builtin_shufflevector
 template <class Fold>
 PERFORMER_INLINE float ReduceFloat(Vec<float> x, Fold fold) {
@@ -137,7 +137,7 @@ PERFORMER_INLINE float ReduceMax<float>(Vec<float> x) {
 #undef PERFORMER_SHUFFLE
 #endif
 
-// dst[c][r] = src[r][c]; rows and cols multiples of 4. 4 x 4 blocks on every target.
+// dst[c][r] = src[r][c], in blocks of 4 x 4 on every target; rows and cols are multiples of 4.
 template <class T>
 PERFORMER_INLINE void Transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols,
                                 T* dst, int64_t dst_stride) {

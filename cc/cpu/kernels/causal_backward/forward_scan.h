@@ -1,173 +1,221 @@
-// Forward scan of the gradient of causal attention; the formulas are in causal_backward.h.
+// Forward scan of the gradient of causal attention: dq, the query projection's gradient, and lse
+// and delta of each row. The formulas are in causal_backward.h.
 #pragma once
-#include "cpu/kernels/causal_backward/causal_backward.h"
+#include "cpu/kernels/causal_backward/gradient.h"
 #include "cpu/simd/triangle.h"
 
 PERFORMER_ISA_BEGIN
 
-// Column m of the panels, the prefix sum of feature m, times keep.
+// Rescales sum and mass of feature m, column m of the panels.
 template <class Acc>
-void CausalGradient<Acc>::ScaleForwardState(int64_t m, Acc keep) {
-  Acc* column = s_.panels + m / kPanel * kPanel * strides_.e_pad + m % kPanel;
-  for (int64_t e = 0; e < strides_.e_pad; ++e) column[e * kPanel] *= keep;
-  s_.mass[m] *= keep;
+void ScaleForwardState(CausalGradient<Acc>& gradient, int64_t m, Acc keep) {
+  const Strides& strides = gradient.strides;
+  Acc* column = gradient.s.sum_panels + m / kPanel * kPanel * strides.e_pad + m % kPanel;
+  for (int64_t e = 0; e < strides.e_pad; ++e) column[e * kPanel] *= keep;
+  gradient.s.mass[m] *= keep;
 }
 
+// Appends the anchors in force as a new set.
 template <class Acc>
-bool CausalGradient<Acc>::SaveAnchors() {
-  Acc* set = anchors_.Append(strides_.m_pad);
+bool SaveAnchors(CausalGradient<Acc>& gradient) {
+  Acc* set = gradient.anchors.Append(gradient.strides.m_pad);
   if (set == nullptr) return false;
-  for (int64_t m = 0; m < strides_.m_pad; ++m) set[m] = s_.anchor[m];
+  for (int64_t m = 0; m < gradient.strides.m_pad; ++m) set[m] = gradient.s.anchor[m];
   return true;
 }
 
+// The forward state before the first row: the initial state.
 template <class Acc>
-int64_t CausalGradient<Acc>::AnchorSets() const {
-  return anchors_.size() / strides_.m_pad;
-}
-
-template <class Acc>
-void CausalGradient<Acc>::StartForwardState() {
-  initial_.CopyMean(strides_, s_.initial_mean);
-  TransposeToPanels(s_.initial_mean, strides_.m, strides_.e_pad, strides_.e_pad, s_.panels);
-  for (int64_t m = 0; m < strides_.m_pad; ++m) {
-    s_.anchor[m] = m < strides_.m ? initial_.log_mass[m] * kLog2e<Acc>
-                                  : kInf<Acc>;  // the padding weighs nothing
-    s_.mass[m] = m < strides_.m && s_.anchor[m] != -kInf<Acc> ? 1 : 0;
+void StartForwardState(CausalGradient<Acc>& gradient) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  gradient.initial.CopyMean(strides, s.initial_mean);
+  TransposeToPanels(s.initial_mean, strides.m, strides.e_pad, strides.e_pad, s.sum_panels);
+  for (int64_t m = 0; m < strides.m_pad; ++m) {
+    // The padding weighs nothing.
+    s.anchor[m] = m < strides.m ? gradient.initial.log_mass[m] * kLog2e<Acc> : kInf<Acc>;
+    s.mass[m] = m < strides.m && s.anchor[m] != -kInf<Acc> ? 1 : 0;
   }
 }
 
+// Whether no key has been seen yet.
 template <class Acc>
-bool CausalGradient<Acc>::ForwardScan() {
-  StartForwardState();
-  if (!SaveAnchors()) return false;
-  for (int64_t row = range_.begin; row < range_.end; row += C) {
-    const int64_t n = range_.end - row < C ? range_.end - row : C;
-    LoadKeys(row, n);
-    for (int64_t begin = 0, end; begin < n; begin = end) {
-      end = begin + 1;
-      if (s_.keys.skip[begin] && Empty()) {
-        ZeroRows(row + begin);
-        continue;
-      }
-      if (!s_.keys.skip[begin] && Exceeds(begin)) {
-        RaiseForwardState(s_.b + begin * strides_.m_stride);
-        if (!SaveAnchors()) return false;
-      }
-      while (end < n && !Exceeds(end)) ++end;
-      GradSubChunk* sub_chunk = sub_chunks_.Append(1);
-      if (sub_chunk == nullptr) return false;
-      *sub_chunk = {row + begin, begin, end - begin, AnchorSets() - 1};
-      ApplyFeatureMap(*sub_chunk);
-      for (int64_t i = 0; i < GroupSize(dims_); ++i) ForwardQueries(*sub_chunk, i);
-      if (UpdateForwardState(*sub_chunk) && !SaveAnchors()) return false;
-    }
-  }
+bool IsEmpty(const CausalGradient<Acc>& gradient) {
+  for (int64_t m = 0; m < gradient.strides.m; ++m)
+    if (gradient.s.anchor[m] != -kInf<Acc>) return false;
   return true;
 }
 
-// A row that sees no key.
+// Whether key j of the chunk exceeds an anchor by more than kCutBits.
 template <class Acc>
-void CausalGradient<Acc>::ZeroRows(int64_t row) {
-  for (int64_t d = 0; d < strides_.d_pad; ++d) s_.dq[d] = s_.dk[d] = 0;
-  for (int64_t e = 0; e < strides_.e_pad; ++e) s_.dv[e] = 0;
-  for (int64_t i = 0; i < GroupSize(dims_); ++i)
+bool Exceeds(const CausalGradient<Acc>& gradient, int64_t j) {
+  const auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  IntVec<Acc> any = {};
+  for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
+    any |= Load(s.key_log_features + j * strides.m_stride + m) > Load(s.anchor + m) + kCutBits<Acc>;
+  for (int l = 0; l < kLanes<Acc>; ++l)
+    if (any[l]) return true;
+  return false;
+}
+
+// Raises the anchors to the key of row `row` of the chunk.
+template <class Acc>
+void RaiseForwardState(CausalGradient<Acc>& gradient, int64_t row) {
+  auto& s = gradient.s;
+  const Acc* b = s.key_log_features + row * gradient.strides.m_stride;
+  for (int64_t m = 0; m < gradient.strides.m; ++m) {
+    if (!(b[m] > s.anchor[m])) continue;
+    ScaleForwardState(gradient, m, Exp2(s.anchor[m] - b[m]));
+    s.anchor[m] = b[m];
+  }
+}
+
+// Gradients of a row that sees no key.
+template <class Acc>
+void ZeroRows(CausalGradient<Acc>& gradient, int64_t row) {
+  auto& s = gradient.s;
+  const auto& params = gradient.params;
+  const Dims& dims = gradient.dims;
+  const Strides& strides = gradient.strides;
+  for (int64_t d = 0; d < strides.d_pad; ++d) s.dq[d] = s.dk[d] = 0;
+  for (int64_t e = 0; e < strides.e_pad; ++e) s.dv[e] = 0;
+  for (int64_t i = 0; i < GroupSize(dims); ++i)
     StoreRows<Acc>(
-        {params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, strides_.d}, row,
-        1, s_.dq, strides_.d_pad);
-  StoreRows(key_rows_.key, row, 1, s_.dk, strides_.d_pad);
-  StoreRows(key_rows_.value, row, 1, s_.dv, strides_.e_pad);
-  key_rows_.bias[row] = 0;
+        {params.grad_queries.query, params.dtype, dims.heads, gradient.FirstHead() + i, strides.d},
+        row, 1, s.dq, strides.d_pad);
+  StoreRows(gradient.key_rows.key, row, 1, s.dk, strides.d_pad);
+  StoreRows(gradient.key_rows.value, row, 1, s.dv, strides.e_pad);
+  gradient.key_rows.bias[row] = 0;
 }
 
+// g = y sum^T + tril(y v^T) p.
 template <class Acc>
-void CausalGradient<Acc>::RaiseForwardState(const Acc* b) {
-  for (int64_t m = 0; m < strides_.m; ++m) {
-    if (!(b[m] > s_.anchor[m])) continue;
-    ScaleForwardState(m, Exp2(s_.anchor[m] - b[m]));
-    s_.anchor[m] = b[m];
+void FeatureGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
+  using Gradient = CausalGradient<Acc>;
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  const int64_t n = sub_chunk.rows;
+  Gradient::TransposeRows(gradient.Values(sub_chunk), strides.e_pad, n, strides.e_pad,
+                          s.transposed);
+  LowerProduct(s.y, strides.e_pad, s.transposed, Gradient::C, strides.e_pad, n, 0, s.grad_scores,
+               Gradient::kPairStride);
+  for (int64_t m = 0; m < strides.m_pad; m += kPanel) {
+    const int64_t cols = strides.m_pad - m < kPanel ? strides.m_pad - m : kPanel;
+    CausalProduct(s.y, strides.e_pad, s.sum_panels + m * strides.e_pad, kPanel, strides.e_pad,
+                  s.grad_scores, Gradient::kPairStride, s.key_features + m, strides.m_stride,
+                  s.g + m, strides.m_stride, n, cols);
   }
 }
 
+// g = da, summed into the feature bias's gradient; keeps lse and delta of each row.
 template <class Acc>
-void CausalGradient<Acc>::ForwardQueries(const GradSubChunk& sub_chunk, int64_t i) {
-  const QueryHead<Acc> head = Head(i);
-  const int64_t n = sub_chunk.rows;
-  LoadQueries(sub_chunk, i);
-  SetBias(s_.anchor, 1.0, head.feature_bias, strides_, s_.bias);
-  QueryLogFeatures(map_, {s_.q, strides_.d_pad, 1}, n, head.projection, strides_, s_.bias, s_.f,
-                   s_.query_slope, s_.row_max, &prefetcher_);
-  QueryFeatures<false, Acc>(n, strides_, s_.bias, nullptr, s_.row_max, s_.f, s_.shift, s_.den);
-  for (int64_t r = 0; r < n; ++r)
-    s_.den[r] = Dot(s_.f + r * strides_.m_stride, s_.cum + r * strides_.m_stride, strides_.m_pad);
-  ScaleRows(n, strides_.e_pad, s_.den, s_.y);
-  FeatureGradient(sub_chunk);
-  LogitGradient(sub_chunk, i);
-  ChainSlope(map_, n, strides_, s_.query_slope, s_.g);
-  MatMul<false>(s_.g, strides_.m_stride, 1, head.projection.rows.at, strides_.d_pad, strides_.m,
-                s_.dq, strides_.d_pad, n, strides_.d_pad);
-  StoreRows<Acc>(
-      {params_.grad_queries.query, params_.dtype, dims_.heads, FirstHead() + i, strides_.d},
-      sub_chunk.row, n, s_.dq, strides_.d_pad);
-  MatMul<true>(s_.g, 1, strides_.m_stride, s_.q, strides_.d_pad, n,
-               partial_.query_projection + i * strides_.m * strides_.d_pad, strides_.d_pad,
-               strides_.m, strides_.d_pad);
-}
-
-// g = y sum^T + tril(y v^T) key_features.
-template <class Acc>
-void CausalGradient<Acc>::FeatureGradient(const GradSubChunk& sub_chunk) {
-  const int64_t n = sub_chunk.rows;
-  TransposeRows(SubChunkValues(sub_chunk), strides_.e_pad, n, strides_.e_pad, s_.transposed);
-  LowerProduct(s_.y, strides_.e_pad, s_.transposed, C, strides_.e_pad, n, 0, s_.pair, kPairStride);
-  for (int64_t m = 0; m < strides_.m_pad; m += kPanel) {
-    const int64_t cols = strides_.m_pad - m < kPanel ? strides_.m_pad - m : kPanel;
-    CausalProduct(s_.y, strides_.e_pad, s_.panels + m * strides_.e_pad, kPanel, strides_.e_pad,
-                  s_.pair, kPairStride, s_.key_features + m, strides_.m_stride, s_.g + m,
-                  strides_.m_stride, n, cols);
-  }
-}
-
-// g = da; keeps lse and delta of each row.
-template <class Acc>
-void CausalGradient<Acc>::LogitGradient(const GradSubChunk& sub_chunk, int64_t i) {
-  Acc* lse = OfHead(lse_, i, sub_chunk.row);
-  Acc* delta = OfHead(delta_, i, sub_chunk.row);
-  Acc* feature_bias = partial_.feature_bias + i * strides_.m_pad;
+void CausalLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  Acc* lse = gradient.OfHead(gradient.lse, i, sub_chunk.row);
+  Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
+  Acc* feature_bias = gradient.partial.feature_bias + i * strides.m_pad;
   for (int64_t r = 0; r < sub_chunk.rows; ++r) {
-    const Acc *f = s_.f + r * strides_.m_stride, *cum = s_.cum + r * strides_.m_stride;
-    Acc* g = s_.g + r * strides_.m_stride;
-    delta[r] = Dot(f, g, strides_.m_pad);
-    lse[r] = s_.den[r] == 0 ? kInf<Acc> : s_.shift[r] + Log2(s_.den[r]);
-    const Acc scaled = delta[r] * Inverse(s_.den[r]);
-    for (int64_t m = 0; m < strides_.m_pad; m += kLanes<Acc>) {
-      const Vec<Acc> x = Load(f + m) * (Load(g + m) - scaled * Load(cum + m));
-      Store(g + m, x);
-      Store(feature_bias + m, Load(feature_bias + m) + x);
+    const Acc *f = s.f + r * strides.m_stride, *cumulative = s.cumulative + r * strides.m_stride;
+    Acc* g = s.g + r * strides.m_stride;
+    delta[r] = Dot(f, g, strides.m_pad);
+    lse[r] = s.den[r] == 0 ? kInf<Acc> : s.shift[r] + Log2(s.den[r]);
+    const Acc scaled = delta[r] * Inverse(s.den[r]);
+    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
+      const Vec<Acc> da = Load(f + m) * (Load(g + m) - scaled * Load(cumulative + m));
+      Store(g + m, da);
+      Store(feature_bias + m, Load(feature_bias + m) + da);
     }
   }
 }
 
-// Adds the keys of the sub-chunk to the prefix; true if an anchor changed.
+// Queries of head i of the group: dq and the query projection's gradient.
 template <class Acc>
-bool CausalGradient<Acc>::UpdateForwardState(const GradSubChunk& sub_chunk) {
-  for (int64_t m = 0; m < strides_.m_pad; m += kPanel) {
-    const int64_t cols = strides_.m_pad - m < kPanel ? strides_.m_pad - m : kPanel;
-    MatMul<true>(SubChunkValues(sub_chunk), 1, strides_.e_pad, s_.key_features + m,
-                 strides_.m_stride, sub_chunk.rows, s_.panels + m * strides_.e_pad, kPanel,
-                 strides_.e_pad, cols);
+void ForwardQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+  auto& s = gradient.s;
+  const auto& params = gradient.params;
+  const auto& map = gradient.map;
+  const Strides& strides = gradient.strides;
+  const QueryHead<Acc> head = gradient.Head(i);
+  const int64_t n = sub_chunk.rows;
+  gradient.LoadQueries(sub_chunk, i);
+  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.bias);
+  QueryLogFeatures(map, {s.q, strides.d_pad, 1}, n, head.projection, strides, s.bias, s.f,
+                   s.query_slope, s.row_max, &gradient.prefetcher);
+  QueryFeatures<false, Acc>(n, strides, s.bias, nullptr, s.row_max, s.f, s.shift, s.den);
+  for (int64_t r = 0; r < n; ++r)
+    s.den[r] = Dot(s.f + r * strides.m_stride, s.cumulative + r * strides.m_stride, strides.m_pad);
+  ScaleRows(n, strides.e_pad, s.den, s.y);
+  FeatureGradient(gradient, sub_chunk);
+  CausalLogitGradient(gradient, sub_chunk, i);
+  ChainSlope(map, n, strides, s.query_slope, s.g);
+  MatMul<false>(s.g, strides.m_stride, 1, head.projection.rows.data, strides.d_pad, strides.m, s.dq,
+                strides.d_pad, n, strides.d_pad);
+  StoreRows<Acc>({params.grad_queries.query, params.dtype, gradient.dims.heads,
+                  gradient.FirstHead() + i, strides.d},
+                 sub_chunk.row, n, s.dq, strides.d_pad);
+  MatMul<true>(s.g, 1, strides.m_stride, s.q, strides.d_pad, n,
+               gradient.partial.query_projection + i * strides.m * strides.d_pad, strides.d_pad,
+               strides.m, strides.d_pad);
+}
+
+// Adds the keys of the sub-chunk to the forward state; true if an anchor changed.
+template <class Acc>
+bool UpdateForwardState(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  for (int64_t m = 0; m < strides.m_pad; m += kPanel) {
+    const int64_t cols = strides.m_pad - m < kPanel ? strides.m_pad - m : kPanel;
+    MatMul<true>(gradient.Values(sub_chunk), 1, strides.e_pad, s.key_features + m, strides.m_stride,
+                 sub_chunk.rows, s.sum_panels + m * strides.e_pad, kPanel, strides.e_pad, cols);
   }
   bool rescaled = false;
-  const Acc* mass = s_.cum + (sub_chunk.rows - 1) * strides_.m_stride;
-  for (int64_t m = 0; m < strides_.m; ++m) {
-    s_.mass[m] = mass[m];
-    if (!(s_.mass[m] > kRescaleThreshold<Acc>)) continue;
-    const Acc raised = s_.anchor[m] + Log2(s_.mass[m]);
-    ScaleForwardState(m, Exp2(s_.anchor[m] - raised));
-    s_.anchor[m] = raised;
+  const Acc* mass = s.cumulative + (sub_chunk.rows - 1) * strides.m_stride;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    s.mass[m] = mass[m];
+    if (!(s.mass[m] > kRescaleThreshold<Acc>)) continue;
+    const Acc raised = s.anchor[m] + Log2(s.mass[m]);
+    ScaleForwardState(gradient, m, Exp2(s.anchor[m] - raised));
+    s.anchor[m] = raised;
     rescaled = true;
   }
   return rescaled;
+}
+
+// False if there is no memory.
+template <class Acc>
+bool ForwardScan(CausalGradient<Acc>& gradient) {
+  constexpr int64_t C = CausalGradient<Acc>::C;
+  auto& s = gradient.s;
+  const WorkRange& range = gradient.range;
+  StartForwardState(gradient);
+  if (!SaveAnchors(gradient)) return false;
+  for (int64_t row = range.begin; row < range.end; row += C) {
+    const int64_t n = range.end - row < C ? range.end - row : C;
+    gradient.LoadKeys(row, n);
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+      end = begin + 1;
+      if (s.keys.skip[begin] && IsEmpty(gradient)) {
+        ZeroRows(gradient, row + begin);
+        continue;
+      }
+      if (!s.keys.skip[begin] && Exceeds(gradient, begin)) {
+        RaiseForwardState(gradient, begin);
+        if (!SaveAnchors(gradient)) return false;
+      }
+      while (end < n && !Exceeds(gradient, end)) ++end;
+      GradSubChunk* sub_chunk = gradient.sub_chunks.Append(1);
+      if (sub_chunk == nullptr) return false;
+      const int64_t sets = gradient.anchors.size() / gradient.strides.m_pad;
+      *sub_chunk = {row + begin, begin, end - begin, sets - 1};
+      gradient.ComputeKeyFeatures(*sub_chunk);
+      for (int64_t i = 0; i < GroupSize(gradient.dims); ++i)
+        ForwardQueries(gradient, *sub_chunk, i);
+      if (UpdateForwardState(gradient, *sub_chunk) && !SaveAnchors(gradient)) return false;
+    }
+  }
+  return true;
 }
 
 PERFORMER_ISA_END

@@ -1,125 +1,168 @@
-// Reverse scan of the gradient of causal attention; the formulas are in causal_backward.h.
+// Reverse scan of the gradient of causal attention: dk, dv, the key projection's gradient and that
+// of the initial state. The formulas are in causal_backward.h.
 #pragma once
-#include "cpu/kernels/causal_backward/causal_backward.h"
+#include "cpu/kernels/causal_backward/gradient.h"
 #include "cpu/simd/triangle.h"
 
 PERFORMER_ISA_BEGIN
 
 // The gradient of the final state as reverse state, relative to the last anchors.
 template <class Acc>
-void CausalGradient<Acc>::StartReverseState() {
-  const LoadedState<Acc> grad(params_.grad_state, dims_, range_.sequence, range_.head);
-  for (int64_t m = 0; m < strides_.m; ++m) {
-    const Acc inverse = Inverse(s_.mass[m]);
-    const Acc* sum = s_.panels + m / kPanel * kPanel * strides_.e_pad + m % kPanel;
+void StartReverseState(CausalGradient<Acc>& gradient) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  const LoadedState<Acc> grad(gradient.params.grad_state, gradient.dims, gradient.range.sequence,
+                              gradient.range.head);
+  for (int64_t m = 0; m < strides.m; ++m) {
+    const Acc inverse = Inverse(s.mass[m]);
+    const Acc* sum = s.sum_panels + m / kPanel * kPanel * strides.e_pad + m % kPanel;
     Acc r = -grad.log_mass[m] * inverse;
-    for (int64_t e = 0; e < strides_.e_pad; ++e) {
-      const Acc x =
-          e < strides_.e && inverse != 0 ? grad.mean[m * strides_.e + e] * inverse : Acc(0);
-      s_.reverse_state[m * strides_.e_pad + e] = x;
-      if (e < strides_.e && inverse != 0) r += x * (sum[e * kPanel] * inverse);
+    for (int64_t e = 0; e < strides.e_pad; ++e) {
+      const bool given = e < strides.e && inverse != 0;
+      const Acc x = given ? grad.mean[m * strides.e + e] * inverse : Acc(0);
+      s.reverse_sum[m * strides.e_pad + e] = x;
+      if (given) r += x * (sum[e * kPanel] * inverse);
     }
-    s_.mass[m] = inverse == 0 ? Acc(0) : r;
+    s.reverse_mass[m] = inverse == 0 ? Acc(0) : r;
   }
-  for (int64_t m = strides_.m; m < strides_.m_pad; ++m) s_.mass[m] = 0;
+  for (int64_t m = strides.m; m < strides.m_pad; ++m) s.reverse_mass[m] = 0;
 }
 
-// Makes the reverse state relative to other, earlier anchors.
+// Makes the reverse state relative to other, earlier anchors [m_pad].
 template <class Acc>
-void CausalGradient<Acc>::RescaleReverseState(const Acc* anchors) {
-  for (int64_t m = 0; m < strides_.m; ++m) {
-    if (anchors[m] == s_.anchor[m]) continue;
-    const Acc keep = Exp2(anchors[m] - s_.anchor[m]);
-    for (int64_t e = 0; e < strides_.e_pad; ++e) s_.reverse_state[m * strides_.e_pad + e] *= keep;
-    s_.mass[m] *= keep;
-    s_.anchor[m] = anchors[m];
-  }
-}
-
-template <class Acc>
-void CausalGradient<Acc>::ReverseScan() {
-  prefetcher_ = Prefetcher(true);
-  StartReverseState();
-  for (int64_t p = sub_chunks_.size() - 1; p >= 0; --p) {
-    const GradSubChunk sub_chunk = sub_chunks_[p];
-    RescaleReverseState(&anchors_[sub_chunk.anchors * strides_.m_pad]);
-    ReverseSubChunk(sub_chunk);
-  }
-  RescaleReverseState(&anchors_[0]);
-  for (int64_t m = 0; m < strides_.m; ++m) {
-    if (s_.anchor[m] == -kInf<Acc>) continue;  // an empty initial state: gradient 0
-    Acc* mean = partial_.mean + m * strides_.e_pad;
-    Acc sum = -s_.mass[m];
-    for (int64_t e = 0; e < strides_.e_pad; ++e) {
-      mean[e] = s_.reverse_state[m * strides_.e_pad + e];
-      sum += mean[e] * s_.initial_mean[m * strides_.e_pad + e];
-    }
-    partial_.log_mass[m] = sum;
+void RescaleReverseState(CausalGradient<Acc>& gradient, const Acc* anchors) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    if (anchors[m] == s.anchor[m]) continue;
+    const Acc keep = Exp2(anchors[m] - s.anchor[m]);
+    for (int64_t e = 0; e < strides.e_pad; ++e) s.reverse_sum[m * strides.e_pad + e] *= keep;
+    s.reverse_mass[m] *= keep;
+    s.anchor[m] = anchors[m];
   }
 }
 
+// f of the queries of one head, normalised; y is 0 in rows that see no key.
 template <class Acc>
-void CausalGradient<Acc>::ReverseSubChunk(const GradSubChunk& given) {
-  const GradSubChunk sub_chunk = {given.row, 0, given.rows,
-                                  given.anchors};  // here the chunk is the sub-chunk
-  const int64_t n = sub_chunk.rows;
-  LoadKeys(sub_chunk.row, n);
-  ApplyFeatureMap(sub_chunk);
-  TransposeToPanels(s_.reverse_state, strides_.m, strides_.e_pad, strides_.e_pad, s_.panels);
-  for (int64_t m = 0; m < strides_.m_pad; ++m) s_.saved[m] = s_.mass[m];
-  MatMul<false>(s_.key_features, strides_.m_stride, 1, s_.reverse_state, strides_.e_pad, strides_.m,
-                s_.dv, strides_.e_pad, n, strides_.e_pad);
-  MatMulPanels(s_.keys.v, strides_.e_pad, n, s_.panels, strides_.e_pad, strides_, s_.b,
-               &prefetcher_);  // g of the keys, in the buffer of the log-features
-  for (int64_t i = 0; i < GroupSize(dims_); ++i) ReverseQueries(sub_chunk, i);
-  KeyLogitGradient(n, strides_, s_.keys.skip, s_.saved, s_.key_features, s_.b, s_.row_sum);
-  ChainSlope(map_, n, strides_, s_.key_slope, s_.b);
-  MatMul<false>(s_.b, strides_.m_stride, 1, key_projection_.rows, strides_.d_pad, strides_.m, s_.dk,
-                strides_.d_pad, n, strides_.d_pad);
-  StoreKeyGradients(key_rows_, map_, strides_, s_.keys, s_.row_sum, sub_chunk.row, n, s_.dk, s_.dv);
-  MatMul<true>(s_.b, 1, strides_.m_stride, s_.keys.k, strides_.d_pad, n, partial_.key_projection,
-               strides_.d_pad, strides_.m, strides_.d_pad);
-}
-
-// The queries of one head: adds to the keys' g and dv, then to the reverse state.
-template <class Acc>
-void CausalGradient<Acc>::ReverseQueries(const GradSubChunk& sub_chunk, int64_t i) {
-  const int64_t n = sub_chunk.rows;
-  const QueryHead<Acc> head = Head(i);
-  const Acc *lse = OfHead(lse_, i, sub_chunk.row), *delta = OfHead(delta_, i, sub_chunk.row);
-  LoadQueries(sub_chunk, i);
-  LogFeatures<Acc>(map_, s_.q, n, head.projection.panels, strides_, s_.f, nullptr, &prefetcher_);
-  SetBias(s_.anchor, 1.0, head.feature_bias, strides_, s_.bias);
+void NormalisedQueryFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>& head, int64_t n,
+                             const Acc* lse) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  LogFeatures<Acc>(gradient.map, s.q, n, head.projection.panels, strides, s.f, nullptr,
+                   &gradient.prefetcher);
+  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.bias);
   for (int64_t r = 0; r < n; ++r) {
-    for (int64_t m = 0; m < strides_.m_pad; m += kLanes<Acc>) {
-      Acc* f = s_.f + r * strides_.m_stride + m;
-      Store(f, Exp2(Load(f) + Load(s_.bias + m) - lse[r]));
+    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
+      Acc* f = s.f + r * strides.m_stride + m;
+      Store(f, Exp2(Load(f) + Load(s.bias + m) - lse[r]));
     }
     if (lse[r] == kInf<Acc>)
-      for (int64_t e = 0; e < strides_.e_pad; ++e) s_.y[r * strides_.e_pad + e] = 0;
+      for (int64_t e = 0; e < strides.e_pad; ++e) s.y[r * strides.e_pad + e] = 0;
   }
-  TransposeRows(s_.y, strides_.e_pad, n, strides_.e_pad, s_.transposed);
-  TransposeRows(s_.f, strides_.m_stride, n, strides_.m_pad, s_.f_transposed);
-  for (int64_t r = 0; r < n; ++r) s_.shift[r] = delta[r];
-  for (int64_t r = n; r < C; ++r) s_.shift[r] = 0;
-  UpperProduct(s_.keys.v, strides_.e_pad, s_.transposed, C, strides_.e_pad, n, s_.pair,
+}
+
+// Pairs of a key and a query of the sub-chunk: adds triu(v dout^T - delta) f to the keys' gradient,
+// and triu(p f^T) dout to dv.
+template <class Acc>
+void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* delta) {
+  using Gradient = CausalGradient<Acc>;
+  constexpr int64_t C = Gradient::C, kPairStride = Gradient::kPairStride;
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  Gradient::TransposeRows(s.y, strides.e_pad, n, strides.e_pad, s.transposed);
+  Gradient::TransposeRows(s.f, strides.m_stride, n, strides.m_pad, s.f_transposed);
+  for (int64_t r = 0; r < n; ++r) s.padded_delta[r] = delta[r];
+  for (int64_t r = n; r < C; ++r) s.padded_delta[r] = 0;
+  UpperProduct(s.keys.v, strides.e_pad, s.transposed, C, strides.e_pad, n, s.grad_scores,
                kPairStride);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t c = 0; c < C; c += kLanes<Acc>) {
-      Acc* pair = s_.pair + r * kPairStride + c;
-      Store(pair, Load(pair) - Load(s_.shift + c));
+      Acc* pair = s.grad_scores + r * kPairStride + c;
+      Store(pair, Load(pair) - Load(s.padded_delta + c));
     }
-  UpperProduct(s_.key_features, strides_.m_stride, s_.f_transposed, C, strides_.m, n, s_.weights,
+  UpperProduct(s.key_features, strides.m_stride, s.f_transposed, C, strides.m, n, s.scores,
                kPairStride);
-  AddReverseCausalProduct(s_.pair, kPairStride, s_.f, strides_.m_stride, s_.b, strides_.m_stride, n,
-                          strides_.m_pad);
-  AddReverseCausalProduct(s_.weights, kPairStride, s_.y, strides_.e_pad, s_.dv, strides_.e_pad, n,
-                          strides_.e_pad);
-  MatMul<true>(s_.f, 1, strides_.m_stride, s_.y, strides_.e_pad, n, s_.reverse_state,
-               strides_.e_pad, strides_.m, strides_.e_pad);
+  AddReverseCausalProduct(s.grad_scores, kPairStride, s.f, strides.m_stride, s.grad_key_logits,
+                          strides.m_stride, n, strides.m_pad);
+  AddReverseCausalProduct(s.scores, kPairStride, s.y, strides.e_pad, s.dv, strides.e_pad, n,
+                          strides.e_pad);
+}
+
+// The queries of head i of the group: adds to the keys' gradient and dv, then to the reverse state.
+template <class Acc>
+void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  const int64_t n = sub_chunk.rows;
+  const Acc* lse = gradient.OfHead(gradient.lse, i, sub_chunk.row);
+  const Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
+  gradient.LoadQueries(sub_chunk, i);
+  NormalisedQueryFeatures(gradient, gradient.Head(i), n, lse);
+  AddPairGradients(gradient, n, delta);
+  MatMul<true>(s.f, 1, strides.m_stride, s.y, strides.e_pad, n, s.reverse_sum, strides.e_pad,
+               strides.m, strides.e_pad);
   for (int64_t r = 0; r < n; ++r)
-    for (int64_t m = 0; m < strides_.m_pad; m += kLanes<Acc>)
-      Store(s_.mass + m, Load(s_.mass + m) + delta[r] * Load(s_.f + r * strides_.m_stride + m));
+    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
+      Store(s.reverse_mass + m,
+            Load(s.reverse_mass + m) + delta[r] * Load(s.f + r * strides.m_stride + m));
+}
+
+template <class Acc>
+void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
+  auto& s = gradient.s;
+  const auto& map = gradient.map;
+  const Strides& strides = gradient.strides;
+  // Only the rows of the sub-chunk are loaded: it begins at row 0 of the buffers.
+  const GradSubChunk sub_chunk = {given.row, 0, given.rows, given.anchors};
+  const int64_t n = sub_chunk.rows;
+  gradient.LoadKeys(sub_chunk.row, n);
+  gradient.ComputeKeyFeatures(sub_chunk);
+  TransposeToPanels(s.reverse_sum, strides.m, strides.e_pad, strides.e_pad, s.reverse_panels);
+  for (int64_t m = 0; m < strides.m_pad; ++m) s.reverse_mass_before[m] = s.reverse_mass[m];
+  MatMul<false>(s.key_features, strides.m_stride, 1, s.reverse_sum, strides.e_pad, strides.m, s.dv,
+                strides.e_pad, n, strides.e_pad);
+  MatMulPanels(s.keys.v, strides.e_pad, n, s.reverse_panels, strides.e_pad, strides,
+               s.grad_key_logits, &gradient.prefetcher);
+  for (int64_t i = 0; i < GroupSize(gradient.dims); ++i) ReverseQueries(gradient, sub_chunk, i);
+  KeyLogitGradient(n, strides, s.keys.skip, s.reverse_mass_before, s.key_features,
+                   s.grad_key_logits, s.row_sum);
+  ChainSlope(map, n, strides, s.key_slope, s.grad_key_logits);
+  MatMul<false>(s.grad_key_logits, strides.m_stride, 1, gradient.key_projection.rows, strides.d_pad,
+                strides.m, s.dk, strides.d_pad, n, strides.d_pad);
+  StoreKeyGradients(gradient.key_rows, map, strides, s.keys, s.row_sum, sub_chunk.row, n, s.dk,
+                    s.dv);
+  MatMul<true>(s.grad_key_logits, 1, strides.m_stride, s.keys.k, strides.d_pad, n,
+               gradient.partial.key_projection, strides.d_pad, strides.m, strides.d_pad);
+}
+
+// The reverse state before the first row: the gradient of the initial state.
+template <class Acc>
+void StoreInitialGradient(CausalGradient<Acc>& gradient) {
+  const auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    if (s.anchor[m] == -kInf<Acc>) continue;  // an empty initial state: the gradient is 0
+    Acc* mean = gradient.partial.mean + m * strides.e_pad;
+    Acc sum = -s.reverse_mass[m];
+    for (int64_t e = 0; e < strides.e_pad; ++e) {
+      mean[e] = s.reverse_sum[m * strides.e_pad + e];
+      sum += mean[e] * s.initial_mean[m * strides.e_pad + e];
+    }
+    gradient.partial.log_mass[m] = sum;
+  }
+}
+
+template <class Acc>
+void ReverseScan(CausalGradient<Acc>& gradient) {
+  gradient.prefetcher = Prefetcher(true);
+  StartReverseState(gradient);
+  for (int64_t p = gradient.sub_chunks.size() - 1; p >= 0; --p) {
+    const GradSubChunk sub_chunk = gradient.sub_chunks[p];
+    RescaleReverseState(gradient, &gradient.anchors[sub_chunk.anchors * gradient.strides.m_pad]);
+    ReverseSubChunk(gradient, sub_chunk);
+  }
+  RescaleReverseState(gradient, &gradient.anchors[0]);
+  StoreInitialGradient(gradient);
 }
 
 PERFORMER_ISA_END

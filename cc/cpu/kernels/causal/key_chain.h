@@ -1,36 +1,39 @@
-// The keys of causal attention: a chain that makes the sub-chunks of a sequence one after another, each
-// with the state before it.
-//   key_features[m][j] = 2^(b - anchor[m])      sum += key_features v      mass += row sums of key_features
-// Features of keys are made transposed ([M][C]), so that both f key_features and key_features v stream rows of B.
+// The keys of causal attention: a chain that makes the sub-chunks of a sequence one after another,
+// each with the state before it.
+//   p[m][j] = 2^(b - anchor[m])      sum += p v      mass += row sums of p
+// The key features p are made transposed, [m][C], so that both f p and p v read rows of their right
+// operand. An anchor is the running reference maximum of a feature: sums are relative to 2^anchor.
 //
-// Why no later key changes a bit of an earlier row: boundaries of chunks are fixed; a chunk is
-// processed in sub-chunks, nearly always one. The anchors of a sub-chunk come from the past and from the
-// key of its first row, and a sub-chunk ends before any later key that exceeds an anchor by more than
-// kCutBits, so that rows before the cut do the same arithmetic either way. Products end at their
-// row (triangle.h).
+// No later key changes a bit of an earlier row, for these reasons. Boundaries of chunks are fixed.
+// A chunk is processed in sub-chunks, nearly always one. The anchors of a sub-chunk come from the
+// past and from the key of its first row. A sub-chunk ends before any later key that exceeds an
+// anchor by more than kCutBits, and rows before the cut do the same arithmetic with or without it.
+// Products end at the row itself (triangle.h).
 #pragma once
-#include "cpu/kernels/log_features.h"
+#include "cpu/kernels/causal/sub_chunks.h"
+#include "cpu/kernels/key_chunk.h"
 #include "cpu/kernels/state.h"
-#include "cpu/kernels/sub_chunks.h"
 
 PERFORMER_ISA_BEGIN
 
 template <class Acc>
 constexpr Acc kCutBits = 43;  // 30 nats above an anchor
+// An anchor is raised, and its sums rescaled, when the mass relative to it exceeds this.
 template <class Acc>
-constexpr Acc kRescaleThreshold =
-    static_cast<Acc>(0x1p30);  // an anchor is rescaled when the mass relative to it passes this
+constexpr Acc kRescaleThreshold = static_cast<Acc>(0x1p30);
 
 template <class Acc>
 PERFORMER_INLINE void Copy(const Acc* from, int64_t count, Acc* to) {
   for (int64_t i = 0; i < count; i += kLanes<Acc>) Store(to + i, Load(from + i));
 }
 
-// The prefix state as sums relative to 2^anchor, in memory of somebody else; an anchor of -inf
-// means nothing yet.
+// The forward state as sums relative to 2^anchor, in memory of its owner. An anchor of -inf means
+// that the feature has seen no key.
 template <class Acc>
 struct ForwardState {
-  Acc *sum = nullptr, *mass = nullptr, *anchor = nullptr;  // [m][e_pad], [m_pad], [m_pad]
+  Acc* sum = nullptr;     // [m][e_pad]
+  Acc* mass = nullptr;    // [m_pad]
+  Acc* anchor = nullptr;  // [m_pad]
 
   ForwardState() = default;
   explicit ForwardState(const SummaryPartial<Acc>& at)
@@ -62,7 +65,7 @@ struct ForwardState {
   }
 };
 
-// A chunk of keys, and the state before the next sub-chunk of it.
+// A chunk of keys, and the state before its next sub-chunk.
 template <class Acc>
 struct KeyScratch {
   static constexpr int64_t C = kCausalChunk;
@@ -70,17 +73,19 @@ struct KeyScratch {
   Prefetcher prefetcher;
   KeyChunk<Acc> keys;
   ForwardState<Acc> state;
-  Acc *kt, *b, *sub_chunk_mass;  // [d][C], [m][C], [m]
+  Acc* k_transposed;    // [d_pad][C]
+  Acc* b;               // [m][C]: log-features
+  Acc* sub_chunk_mass;  // [m]: row sums of p
 
-  void Place(Arena& arena, const Strides& strides) {
-    keys.Place(arena, strides, C);
-    kt = arena.Take<Acc>(strides.d_pad * C);
+  void SetPointers(Arena& arena, const Strides& strides) {
+    keys.SetPointers(arena, strides, C);
+    k_transposed = arena.Take<Acc>(strides.d_pad * C);
     b = arena.Take<Acc>(strides.m * C);
     sub_chunk_mass = arena.Take<Acc>(strides.m);
   }
 };
 
-// b[m][j] of the chunk's keys; columns from n on, as far as vectors reach, are -inf.
+// b[m][j] of the n keys of a chunk; the columns behind them, up to a whole vector, are -inf.
 template <class Acc>
 void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection,
                     const Strides& strides, int64_t n, KeyScratch<Acc>& s) {
@@ -91,17 +96,17 @@ void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection
     s.keys.skip[j] = 1;
     for (int64_t d = 0; d < strides.d_pad; ++d) s.keys.k[j * strides.d_pad + d] = 0;
   }
-  Transpose(s.keys.k, strides.d_pad, RoundUp(width, 4), strides.d_pad, s.kt, C);
+  Transpose(s.keys.k, strides.d_pad, RoundUp(width, 4), strides.d_pad, s.k_transposed, C);
   s.prefetcher.Divide(HookCalls<Acc>(strides.m, strides.d, width));
-  MatMul<false>(projection.base2_rows, strides.d_pad, 1, s.kt, C, strides.d, s.b, C, strides.m,
-                width, &s.prefetcher);
+  MatMul<false>(projection.base2_rows, strides.d_pad, 1, s.k_transposed, C, strides.d, s.b, C,
+                strides.m, width, &s.prefetcher);
   ApplyMap<Acc>(map, strides.m, width, C, s.b, nullptr);
   for (int64_t m = 0; m < strides.m; ++m)
     for (int64_t j = 0; j < width; j += kLanes<Acc>)
       Store(s.b + m * C + j, Load(s.b + m * C + j) + Load(s.keys.offset + j));
 }
 
-// Sets the anchors for a sub-chunk that begins at an unmasked row, from the past and that row.
+// Sets the anchors for a sub-chunk that begins at an unmasked row, from the past and from that row.
 template <class Acc>
 void AnchorSubChunk(int64_t begin, const Strides& strides, KeyScratch<Acc>& s) {
   const Acc* column = s.b + begin;
@@ -128,8 +133,8 @@ int64_t SubChunkEnd(int64_t begin, int64_t n, const Strides& strides, const KeyS
   return n;
 }
 
-// key_features [m][C] and its row sums for the columns [first, last); 0 in the others, as far as vectors
-// reach, whatever these keys hold.
+// p [m][C] and its row sums for the columns [first, last). The others, up to a whole vector, become
+// 0, whatever these keys hold.
 template <class Acc>
 void SubChunkKeyFeatures(int64_t first, int64_t last, const Strides& strides, Acc* key_features,
                          KeyScratch<Acc>& s) {
@@ -151,7 +156,7 @@ void SubChunkKeyFeatures(int64_t first, int64_t last, const Strides& strides, Ac
   }
 }
 
-// next = the state and the keys of a sub-chunk; it may lie in the same memory.
+// next = the state with the keys of a sub-chunk added; it may lie in the same memory.
 template <class Acc>
 void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides,
                     KeyScratch<Acc>& s, ForwardState<Acc>& next) {
@@ -168,8 +173,11 @@ void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides
 }
 
 // The chain of one sequence and key/value head:
-//   while (chain.Next(key_features, &sub-chunk)) { read the sub-chunk; chain.Add(sub-chunk, next_state); }
-// It may be left after any sub-chunk and continued by another object with the same bits.
+//   while (chain.Next(key_features, &sub_chunk)) {
+//     ...  // use the sub-chunk
+//     chain.Add(sub_chunk, next_state);
+//   }
+// It may be left after any sub-chunk and continued by another object, with the same bits.
 template <class Acc>
 class KeyChain {
  public:
@@ -179,14 +187,14 @@ class KeyChain {
         range_(range),
         strides_(MakeStrides<Acc>(params.dims)),
         projection_(PackedProjection<Acc>::At(
-            projections + (params.keys.projection_heads == 1 ? 0 : range.head) *
+            projections + KeyHeadIndex(params.keys.projection_heads, range.head) *
                               PackedProjection<Acc>::Size(strides_),
             strides_)) {}
 
-  void Place(Arena& arena) { s_.Place(arena, strides_); }
+  void SetPointers(Arena& arena) { s_.SetPointers(arena, strides_); }
 
-  // Before Next: the next sub-chunk begins at tensor row `row`, with the given state before it; at the
-  // range's first row that becomes the initial state.
+  // To be called before Next: the next sub-chunk begins at tensor row `row`, with the given state
+  // before it. At the first row of the range that memory receives the initial state.
   void Start(int64_t row, SummaryPartial<Acc> state) {
     row_ = row;
     s_.state = ForwardState<Acc>(state);
@@ -195,8 +203,9 @@ class KeyChain {
                    strides_);
   }
 
-  // The next sub-chunk, its key weights in key_features [m][C]; false at the end of the range. The sub-chunk points
-  // into the memory of the state and into rows that the next call replaces.
+  // The next sub-chunk, with its key features in key_features [m][C]; false at the end of the
+  // range. The sub-chunk points into the memory of the state and to rows that the next call
+  // replaces.
   bool Next(Acc* key_features, CausalSubChunk<Acc>* sub_chunk) {
     if (row_ == range_.end) return false;
     const int64_t begin = (row_ - range_.begin) % kCausalChunk;
@@ -222,7 +231,8 @@ class KeyChain {
     return true;
   }
 
-  // The state after the sub-chunk goes to `memory`, which may be that of the state before it.
+  // Adds the keys of the sub-chunk to the state. The new state goes to `memory`, which may be that
+  // of the state before it.
   void Add(const CausalSubChunk<Acc>& sub_chunk, const SummaryPartial<Acc>& memory) {
     ForwardState<Acc> next(memory);
     if (!sub_chunk.fully_masked) {
@@ -236,7 +246,7 @@ class KeyChain {
 
   int64_t row() const { return row_; }
 
-  // At the end: the final state.
+  // Writes the final state, at the end of the range.
   void Finish() const {
     const int64_t at = (range_.sequence * params_.dims.groups + range_.head) * strides_.m;
     WriteState(strides_, s_.state.anchor, s_.state.mass, s_.state.sum,

@@ -1,14 +1,14 @@
 // Causal attention: out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j], in chunks, with a
 // running state.
 //
-// The keys are a chain of sub-chunks (causal_keys.h); the queries of a sub-chunk need of it the key weights
-// key_features, the values, and the state before it:
-//   f[i][m] = 2^(a + anchor - shift_i)      local = tril(f key_features)
-//   out = (f sum + local v) / (f mass + row sums of local)
-// So they may follow each sub-chunk at once, or later, from a window of sub-chunks, by other threads: the
-// arithmetic is the same.
+// The keys are a chain of sub-chunks (key_chain.h). The queries of a sub-chunk need its key
+// features p, its values, and the state before it:
+//   f[i][m] = 2^(a + anchor - shift_i)      scores = tril(f p)
+//   out = (f sum + scores v) / (f mass + row sums of scores)
+// So they may follow each sub-chunk at once, or later, from a window of sub-chunks and on other
+// threads: the arithmetic is the same.
 #pragma once
-#include "cpu/kernels/causal_keys.h"
+#include "cpu/kernels/causal/key_chain.h"
 #include "cpu/kernels/read.h"
 #include "cpu/simd/triangle.h"
 
@@ -16,15 +16,15 @@ PERFORMER_ISA_BEGIN
 
 template <class Acc>
 struct QueryScratch {
-  static constexpr int64_t C = kCausalChunk, kLocalStride = C + kPad<Acc>;
+  static constexpr int64_t C = kCausalChunk, kScoreStride = C + kPad<Acc>;
   Prefetcher prefetcher;
-  Acc *q, *f, *local, *out;           // [C][d_pad], [C][m_stride], [C][kLocalStride], [C][e_pad]
+  Acc *q, *f, *scores, *out;          // [C][d_pad], [C][m_stride], [C][kScoreStride], [C][e_pad]
   Acc *bias, *row_max, *shift, *den;  // [m_pad], [C][kLanes], [C], [C]
 
-  void Place(Arena& arena, const Strides& strides) {
+  void SetPointers(Arena& arena, const Strides& strides) {
     q = arena.Take<Acc>(C * strides.d_pad);
     f = arena.Take<Acc>(C * strides.m_stride);
-    local = arena.Take<Acc>(C * kLocalStride);
+    scores = arena.Take<Acc>(C * kScoreStride);
     out = arena.Take<Acc>(C * strides.e_pad);
     bias = arena.Take<Acc>(strides.m_pad);
     row_max = arena.Take<Acc>(C * kLanes<Acc>);
@@ -33,15 +33,15 @@ struct QueryScratch {
   }
 };
 
-// local[i][j] = f[i] . key_features[:, j] for the keys j <= piece.begin + i; den[i] += their sum.
+// scores[i][j] = f[i] . p[:, j] for the keys j <= sub_chunk.begin + i; den[i] += their sum.
 template <class Acc>
 void SubChunkScores(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides,
                     QueryScratch<Acc>& s) {
-  constexpr int64_t kStride = QueryScratch<Acc>::kLocalStride;
+  constexpr int64_t kStride = QueryScratch<Acc>::kScoreStride;
   LowerProduct(s.f, strides.m_stride, sub_chunk.key_features, s.C, strides.m, sub_chunk.rows,
-               sub_chunk.begin, s.local, kStride);
+               sub_chunk.begin, s.scores, kStride);
   for (int64_t i = 0; i < sub_chunk.rows; ++i) {
-    Acc* row = s.local + i * kStride;
+    Acc* row = s.scores + i * kStride;
     const int64_t last = sub_chunk.begin + i, stop = RoundUp(last + 1, kLanes<Acc>);
     for (int64_t j = last + 1; j < stop; ++j) row[j] = 0;
     Vec<Acc> sum = {};
@@ -51,12 +51,12 @@ void SubChunkScores(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides
   }
 }
 
-// Queries of one head for the rows of a piece.
+// Rows of out of one query head for the rows of a sub-chunk.
 template <class Acc>
 void SubChunkQueries(const CausalParams& params, const Acc* projections, const Map<Acc>& map,
                      const Strides& strides, int64_t query_head,
                      const CausalSubChunk<Acc>& sub_chunk, QueryScratch<Acc>& s) {
-  constexpr int64_t kStride = QueryScratch<Acc>::kLocalStride;
+  constexpr int64_t kStride = QueryScratch<Acc>::kScoreStride;
   const int64_t rows = sub_chunk.rows;
   if (sub_chunk.fully_masked) {
     for (int64_t i = 0; i < rows * strides.e_pad; ++i) s.out[i] = 0;
@@ -70,7 +70,7 @@ void SubChunkQueries(const CausalParams& params, const Acc* projections, const M
     QueryFeatures<true>(rows, strides, s.bias, sub_chunk.mass, s.row_max, s.f, s.shift, s.den);
     SubChunkScores(sub_chunk, strides, s);
     CausalProduct(s.f, strides.m_stride, sub_chunk.sum, strides.e_pad, strides.m,
-                  s.local + sub_chunk.begin, kStride, sub_chunk.v, strides.e_pad, s.out,
+                  s.scores + sub_chunk.begin, kStride, sub_chunk.v, strides.e_pad, s.out,
                   strides.e_pad, rows, strides.e_pad);
     ScaleRows(rows, strides.e_pad, s.den, s.out);
   }
@@ -78,7 +78,7 @@ void SubChunkQueries(const CausalParams& params, const Acc* projections, const M
                  sub_chunk.row, rows, s.out, strides.e_pad);
 }
 
-// A whole sequence and key/value head, the queries of each sub-chunk at once.
+// A whole sequence and key/value head; the queries of each sub-chunk follow at once.
 template <class Acc>
 bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* key_projection,
             WorkRange range) {
@@ -87,16 +87,14 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
   KeyChain<Acc> chain(params, key_projection, range);
   Arena arena;
   QueryScratch<Acc> s;
-  Acc *state, *key_features;
-  const auto place = [&] {
-    chain.Place(arena);
-    s.Place(arena, strides);
+  Acc *state, *key_features;  // [SummaryPartial::Size], [m][kCausalChunk]
+  const bool allocated = arena.Allocate([&] {
+    chain.SetPointers(arena);
+    s.SetPointers(arena, strides);
     state = arena.Take<Acc>(SummaryPartial<Acc>::Size(strides));
     key_features = arena.Take<Acc>(strides.m * kCausalChunk);
-  };
-  place();
-  if (!arena.Allocate()) return false;
-  place();
+  });
+  if (!allocated) return false;
   const auto before = SummaryPartial<Acc>::At(state, strides);
   chain.Start(range.begin, before);
   const int64_t group = GroupSize(params.dims);
@@ -108,17 +106,15 @@ bool Causal(const CausalParams& params, const Acc* query_projection, const Acc* 
   return true;
 }
 
-// The next window of a chain.
+// Keys of the chain into its next window.
 template <class Acc>
 bool CausalKeys(const CausalParams& params, const Acc* projection, CausalChain<Acc>* at,
                 CausalWindow<Acc>* window) {
   const Strides strides = MakeStrides<Acc>(params.dims);
   KeyChain<Acc> chain(params, projection, at->range);
   Arena arena;
-  chain.Place(arena);
-  if (!arena.Allocate()) return false;
-  chain.Place(arena);
-  // The state before each sub-chunk stays in its slot; only the one before the first is copied.
+  if (!arena.Allocate([&] { chain.SetPointers(arena); })) return false;
+  // The state before each sub-chunk stays in its slot; only the state before the first is copied.
   const SummaryPartial<Acc> first = window->At(0, strides).state;
   if (at->row > at->range.begin)
     ForwardState<Acc>(at->state).CopyTo(ForwardState<Acc>(first), strides);
@@ -139,8 +135,8 @@ bool CausalKeys(const CausalParams& params, const Acc* projection, CausalChain<A
   return true;
 }
 
-// Queries of the window, one sub-chunk and head at a time, as long as there are some that nobody has
-// taken.
+// Queries of the window, one sub-chunk and query head at a time, as long as there are some that no
+// other thread has taken.
 template <class Acc>
 bool CausalQueries(const CausalParams& params, const Acc* projection, int64_t group_head,
                    CausalWindow<Acc>* window) {
@@ -149,9 +145,7 @@ bool CausalQueries(const CausalParams& params, const Acc* projection, int64_t gr
   const int64_t group = GroupSize(params.dims);
   Arena arena;
   QueryScratch<Acc> s;
-  s.Place(arena, strides);
-  if (!arena.Allocate()) return false;
-  s.Place(arena, strides);
+  if (!arena.Allocate([&] { s.SetPointers(arena, strides); })) return false;
   for (int64_t i = window->Take(); i < window->count * group; i = window->Take())
     SubChunkQueries(params, projection, map, strides, group_head * group + i % group,
                     window->sub_chunks[i / group], s);

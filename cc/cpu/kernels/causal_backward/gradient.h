@@ -1,0 +1,186 @@
+// The gradient of causal attention for one sequence and key/value head: its arguments, its scratch
+// memory, and the steps that both scans take. The formulas are in causal_backward.h.
+#pragma once
+#include "cpu/kernels/causal/key_chain.h"
+#include "cpu/kernels/key_gradients.h"
+#include "cpu/kernels/read.h"
+
+PERFORMER_ISA_BEGIN
+
+// C is the number of rows of a chunk, the largest sub-chunk.
+template <class Acc>
+struct CausalGradScratch {
+  static constexpr int64_t C = kCausalGradChunk, kPairStride = C + kPad<Acc>;
+  static_assert(C % kPad<Acc> == 0);
+  KeyChunk<Acc> keys;
+  // Keys: log-features of the chunk; features, running sums of features and slopes of the
+  // sub-chunk.
+  Acc *key_log_features, *key_features, *cumulative, *key_slope;  // [C][m_stride]
+  Acc *dk, *dv, *row_sum;                                         // [C][d_pad], [C][e_pad], [C]
+  // Queries of the sub-chunk.
+  Acc *q, *dq;                 // [C][d_pad]
+  Acc* y;                      // [C][e_pad]
+  Acc *f, *g, *query_slope;    // [C][m_stride]
+  Acc *row_max, *shift, *den;  // [C][kLanes], [C], [C]
+  Acc* bias;                   // [m_pad]
+  // Pairs of a query and a key.
+  Acc *scores, *grad_scores;  // [C][kPairStride]
+  Acc* transposed;            // [e_pad][C]: v^T in the forward scan, dout^T in the reverse scan
+  Acc* f_transposed;          // [m_pad][C]
+  // The forward state before the sub-chunk.
+  Acc* initial_mean;   // [m][e_pad]
+  Acc* sum_panels;     // [m_panels][e_pad][kPanel]: sum^T
+  Acc *mass, *anchor;  // [m_pad]; the anchor is also that of the reverse state
+  // The reverse state after the sub-chunk.
+  Acc* reverse_sum;          // [m][e_pad]: R
+  Acc* reverse_mass_before;  // [m_pad]: r, before the queries of the sub-chunk add to it
+
+  // Names that the reverse scan gives to memory of the forward scan.
+  Acc* grad_key_logits;  // [C][m_stride], over key_log_features: db
+  Acc* reverse_mass;     // [m_pad], over mass: r
+  Acc* reverse_panels;   // [m_panels][e_pad][kPanel], over sum_panels: R^T
+  Acc* padded_delta;     // [C], over shift: delta of a row, 0 behind the last row
+
+  void SetPointers(Arena& arena, const Map<Acc>& map, const Strides& strides) {
+    keys.SetPointers(arena, strides, C);
+    for (Acc** rows : {&key_log_features, &key_features, &cumulative, &f, &g})
+      *rows = arena.Take<Acc>(C * strides.m_stride);
+    for (Acc** rows : {&key_slope, &query_slope})
+      *rows = map.linear() ? nullptr : arena.Take<Acc>(C * strides.m_stride);
+    for (Acc** rows : {&q, &dq, &dk}) *rows = arena.Take<Acc>(C * strides.d_pad);
+    for (Acc** rows : {&y, &dv}) *rows = arena.Take<Acc>(C * strides.e_pad);
+    transposed = arena.Take<Acc>(strides.e_pad * C);
+    f_transposed = arena.Take<Acc>(strides.m_pad * C);
+    for (Acc** pairs : {&grad_scores, &scores}) *pairs = arena.Take<Acc>(C * kPairStride);
+    row_max = arena.Take<Acc>(C * kLanes<Acc>);
+    for (Acc** column : {&shift, &den, &row_sum}) *column = arena.Take<Acc>(C);
+    sum_panels = arena.Take<Acc>(strides.m_panels * kPanel * strides.e_pad);
+    for (Acc** sum : {&reverse_sum, &initial_mean})
+      *sum = arena.Take<Acc>(strides.m * strides.e_pad);
+    for (Acc** row : {&bias, &mass, &anchor, &reverse_mass_before})
+      *row = arena.Take<Acc>(strides.m_pad);
+    grad_key_logits = key_log_features;
+    reverse_mass = mass;
+    reverse_panels = sum_panels;
+    padded_delta = shift;
+  }
+};
+
+// A sub-chunk of the forward scan, and the set of anchors that it used.
+struct GradSubChunk {
+  int64_t row, chunk_begin, rows, anchors;
+};
+
+template <class Acc>
+struct CausalGradient {
+  using Scratch = CausalGradScratch<Acc>;
+  static constexpr int64_t C = Scratch::C, kPairStride = Scratch::kPairStride;
+
+  CausalGradient(const CausalGradParams& params, const Acc* query_projection,
+                 const Acc* key_projection, const WorkRange& range, Acc* key_bias,
+                 CausalGradPartial<Acc> partial)
+      : params(params),
+        dims(params.dims),
+        strides(MakeStrides<Acc>(params.dims)),
+        map(params),
+        query_projection(query_projection),
+        key_projection(PackedProjection<Acc>::At(
+            key_projection + KeyHeadIndex(params.keys.projection_heads, range.head) *
+                                 PackedProjection<Acc>::Size(strides),
+            strides)),
+        range(range),
+        partial(partial),
+        key_rows(params, params.grad_keys, range, key_bias),
+        initial(params.initial, params.dims, range.sequence, range.head) {}
+
+  // Sets the scratch memory, and the partial results to 0; false if there is no memory.
+  bool Start() {
+    if (!arena.Allocate([&] { s.SetPointers(arena, map, strides); })) return false;
+    const int64_t rows = range.end - range.begin;
+    lse = row_values.Append(2 * rows * GroupSize(dims));
+    if (lse == nullptr && rows > 0) return false;
+    delta = lse + rows * GroupSize(dims);
+    for (int64_t i = 0; i < CausalGradPartial<Acc>::Size(strides, GroupSize(dims)); ++i)
+      partial.log_mass[i] = 0;
+    return true;
+  }
+
+  int64_t FirstHead() const { return range.head * GroupSize(dims); }
+  // Of lse or delta: the values of query head i of the group from tensor row `row` on.
+  Acc* OfHead(Acc* values, int64_t i, int64_t row) const {
+    return values + i * (range.end - range.begin) + row - range.begin;
+  }
+  QueryHead<Acc> Head(int64_t i) const {
+    return {params, params.queries, query_projection, strides, FirstHead() + i};
+  }
+  const Acc* Values(const GradSubChunk& sub_chunk) const {
+    return s.keys.v + sub_chunk.chunk_begin * strides.e_pad;
+  }
+
+  // Log-features of the keys of a chunk, with offsets.
+  void LoadKeys(int64_t row, int64_t n) {
+    s.keys.Load(params, params.keys, map, strides, range, row, n, &prefetcher);
+    LogFeatures(map, s.keys.k, n, key_projection.panels, strides, s.key_log_features, s.key_slope,
+                &prefetcher);
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t first = j * strides.m_stride;
+      for (int64_t m = first; m < first + strides.m_pad; m += kLanes<Acc>)
+        Store(s.key_log_features + m, Load(s.key_log_features + m) + s.keys.offset[j]);
+    }
+  }
+
+  // Features of the keys of the sub-chunk and their running sums, from row 0 of these buffers on.
+  void ComputeKeyFeatures(const GradSubChunk& sub_chunk) {
+    const int64_t first = sub_chunk.chunk_begin * strides.m_stride;
+    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
+      const Vec<Acc> given = Load(s.anchor + m), zero = {};
+      const Vec<Acc> anchor = given == -kInf<Acc> ? zero : given;
+      Vec<Acc> sum = Load(s.mass + m);
+      for (int64_t j = 0; j < sub_chunk.rows; ++j) {
+        const int64_t at = j * strides.m_stride + m;
+        const Vec<Acc> feature = Exp2(Load(s.key_log_features + first + at) - anchor);
+        sum += feature;
+        Store(s.key_features + at, feature);
+        Store(s.cumulative + at, sum);
+      }
+    }
+  }
+
+  // Queries of head i of the group in q, their output gradients in y.
+  void LoadQueries(const GradSubChunk& sub_chunk, int64_t i) {
+    const int64_t head = FirstHead() + i;
+    LoadRows<Acc>({params.queries.query, params.dtype, dims.heads, head, strides.d}, sub_chunk.row,
+                  sub_chunk.rows, nullptr, s.q, strides.d_pad, &prefetcher);
+    LoadRows<Acc>({params.grad_out, params.dtype, dims.heads, head, strides.e}, sub_chunk.row,
+                  sub_chunk.rows, nullptr, s.y, strides.e_pad, &prefetcher);
+  }
+
+  // to[cols][C] = from[n][cols]^T, zero in the columns from n on.
+  static void TransposeRows(const Acc* from, int64_t stride, int64_t n, int64_t cols, Acc* to) {
+    const int64_t whole = n / 4 * 4;
+    Transpose(from, stride, whole, cols, to, C);
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = whole; r < C; ++r) to[c * C + r] = r < n ? from[r * stride + c] : Acc(0);
+  }
+
+  const CausalGradParams& params;
+  const Dims& dims;
+  const Strides strides;
+  const Map<Acc> map;
+  const Acc* query_projection;  // [projection_heads][PackedProjection::Size]
+  const PackedProjection<Acc> key_projection;
+  const WorkRange range;
+  const CausalGradPartial<Acc> partial;
+  const KeyGradientRows<Acc> key_rows;
+  const LoadedState<Acc> initial;
+  Arena arena;
+  Scratch s;
+  Prefetcher prefetcher;
+  GrowingArray<GradSubChunk> sub_chunks;
+  GrowingArray<Acc> anchors;  // [sets][m_pad], a new set only when an anchor changed
+  GrowingArray<Acc> row_values;
+  Acc* lse = nullptr;    // [heads of the group][rows], base 2
+  Acc* delta = nullptr;  // [heads of the group][rows], natural
+};
+
+PERFORMER_ISA_END
