@@ -354,9 +354,9 @@ def test_a_decoder_needs_the_encoder_that_it_was_built_with():
             both(x, initial_state=state)
     state = both.get_initial_state(1, encoded)
     for name, mask in (("padding", [1, 5]), ("attention", [1, 6, 5])):
-        with pytest.raises(ValueError, match="go with `encoder_sequence` only"):
+        with pytest.raises(ValueError, match="need `encoder_sequence`"):
             both(x, initial_state=state, **{f"encoder_{name}_mask": np.zeros(mask, bool)})
-    with pytest.raises(ValueError, match="does not go with `encoder_attention_mask`"):
+    with pytest.raises(ValueError, match="cannot be combined with `encoder_attention_mask`"):
         both(x, encoded, encoder_attention_mask=np.ones((1, 6, 5), bool), return_state=True)
 
 

@@ -278,9 +278,9 @@ def test_gradients_flow_through_states():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"return_attention_scores": True}, "do not go with scores"),
-        ({"attention_mask": np.ones((2, 6, 6), bool)}, "do not go with scores"),
-        ({"segment_ids": np.zeros((2, 6), int)}, "do not go with `segment_ids`"),
+        ({"return_attention_scores": True}, "cannot be combined with scores"),
+        ({"attention_mask": np.ones((2, 6, 6), bool)}, "cannot be combined with scores"),
+        ({"segment_ids": np.zeros((2, 6), int)}, "cannot be combined with `segment_ids`"),
     ],
 )
 def test_what_has_no_state_is_refused(change, message):

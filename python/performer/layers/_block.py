@@ -1,6 +1,7 @@
-"""What the encoder and the decoder block have in common: their arguments and the feed-forward."""
+"""The base of encoder and decoder block: their arguments, residual sums and feed-forward."""
 
 import zlib
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -8,14 +9,24 @@ import tensorflow as tf
 from performer.layers._arguments import clone_initializer
 from performer.layers.performer import Performer
 
-_OF_THE_BLOCK = (
+# Arguments of the attention layers that the block sets.
+_SET_BY_BLOCK = (
     "num_heads", "key_dim", "dropout", "attention_method", "supports", "rotary_embedding", "seed",
     "name", "dtype",
 )  # fmt: skip
 
 
 class Block(keras.layers.Layer):
-    """Base of `PerformerEncoder` and `PerformerDecoder`, which describe the arguments."""
+    """Base of `PerformerEncoder` and `PerformerDecoder`, which describe the arguments.
+
+    A block is a sequence of residual parts ("self_attention", "cross_attention", "feedforward").
+    The sublayers of a part are attributes: `_<part>_layer_norm`, `_<part>_dropout`, and
+    `_<part>_layer` if it is attention. They, and the names of weights, are those of keras-hub.
+    """
+
+    _self_attention_layer: Any
+    _cross_attention_layer: Any
+    _feedforward_layer_norm: Any
 
     def __init__(
         self,
@@ -37,7 +48,7 @@ class Block(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
-        # Without autocast, which would round states; the sublayers cast what they compute with.
+        # Autocast would round states; the sublayers cast what they compute with.
         super().__init__(autocast=False, **kwargs)
         deserialize = keras.saving.deserialize_keras_object
         self.intermediate_dim = intermediate_dim
@@ -55,11 +66,11 @@ class Block(keras.layers.Layer):
         if isinstance(rotary_embedding, dict):
             rotary_embedding = deserialize(rotary_embedding)
         self.rotary_embedding = rotary_embedding
-        taken = sorted(set(attention_options or {}) & set(_OF_THE_BLOCK))
-        if taken:
+        conflicts = sorted(set(attention_options or {}) & set(_SET_BY_BLOCK))
+        if conflicts:
             raise ValueError(
                 "`attention_options` must not hold what the block decides or takes as an argument "
-                f"of its own ({', '.join(_OF_THE_BLOCK)}). Received: {', '.join(taken)}"
+                f"of its own ({', '.join(_SET_BY_BLOCK)}). Received: {', '.join(conflicts)}"
             )
         self.attention_options = {
             name: deserialize(value) if isinstance(value, dict) else value
@@ -67,11 +78,12 @@ class Block(keras.layers.Layer):
         }
         self.seed = seed
         self.supports_masking = True
-        # Made now, an attention layer refuses wrong options now, and knows whether XLA can take it.
+        # An attention layer made here refuses wrong options here, and says whether XLA can compile
+        # it.
         self.supports_jit = self._attention(1, "attention").supports_jit
 
     def _attention(self, key_dim, name, **options):
-        """An attention layer as the arguments say."""
+        """An attention layer of the block's arguments and `options`."""
         return Performer(
             **{
                 "num_heads": self.num_heads,
@@ -82,14 +94,14 @@ class Block(keras.layers.Layer):
                 "seed": self.seed,
                 "dtype": self.dtype_policy,
                 "name": name,
-                **self._kernels(),
+                **self._kernel_options(),
                 **self.attention_options,
                 **options,
             }
         )
 
     def _make_attention(self, name, query_shape, value_shape, layer_name=None, **options):
-        """Returns an attention layer, its norm and its dropout, built."""
+        """Creates the sublayers of the part `name`, which is attention."""
         hidden = query_shape[-1]
         if hidden < self.num_heads:
             raise ValueError(
@@ -98,10 +110,15 @@ class Block(keras.layers.Layer):
             )
         layer = self._attention(hidden // self.num_heads, layer_name or name, **options)
         layer.build(query_shape, value_shape)
-        return layer, self._norm(f"{name}_layer_norm", query_shape), self._drop(f"{name}_dropout")
+        setattr(self, f"_{name}_layer", layer)
+        setattr(self, f"_{name}_layer_norm", self._norm(f"{name}_layer_norm", query_shape))
+        setattr(self, f"_{name}_dropout", self._drop(f"{name}_dropout"))
 
     def _build_feedforward(self, shape):
-        """Creates the layers of the feed-forward but for its norm."""
+        """Creates the sublayers of the feed-forward, all but its norm.
+
+        The subclass creates the norm, because its place in `weights` differs between the blocks.
+        """
         inner = (*shape[:-1], self.intermediate_dim)
         self._feedforward_intermediate_dense = self._dense(
             self.intermediate_dim, "intermediate", shape, activation=self.activation
@@ -115,7 +132,7 @@ class Block(keras.layers.Layer):
             activation=activation,
             dtype=self.dtype_policy,
             name=f"feedforward_{name}_dense",
-            **self._kernels(),
+            **self._kernel_options(),
         )
         layer.build(shape)
         return layer
@@ -128,12 +145,12 @@ class Block(keras.layers.Layer):
         return layer
 
     def _drop(self, name):
-        # With one seed for all, the sublayers would drop the same entries.
+        # If all had the same seed, the sublayers would drop the same entries.
         seed = None if self.seed is None else (self.seed + zlib.crc32(name.encode())) % 2**31
         return keras.layers.Dropout(self.dropout, seed=seed, dtype=self.dtype_policy, name=name)
 
-    def _kernels(self):
-        """The arguments that say how a sublayer's weights begin and what holds them back."""
+    def _kernel_options(self):
+        """Initializers and regularizers for a sublayer."""
         return {
             "kernel_initializer": clone_initializer(self.kernel_initializer),
             "bias_initializer": clone_initializer(self.bias_initializer),
@@ -141,28 +158,29 @@ class Block(keras.layers.Layer):
             "bias_regularizer": self.bias_regularizer,
         }
 
-    def _residual(self, x, branch, norm, dropout, training):
-        """`x` plus what `branch` makes of it, normalized before the branch or after the sum.
+    def _residual(self, part, branch, x, training):
+        """`x` plus `branch(x)`, with the norm of the part before the branch or after the sum.
 
         Args:
+            part: name of the part, which names its norm and its dropout.
+            branch: function of `(B, L, dim)` to a pair, of which the first is `(B, L, dim)`.
             x: `(B, L, dim)`.
-            branch: function of `(B, L, dim)` to a pair, the first of it `(B, L, dim)`.
 
         Returns:
             The sum, and the second of the pair.
         """
-        y, more = branch(norm(x) if self.normalize_first else x)
+        norm, dropout = getattr(self, f"_{part}_layer_norm"), getattr(self, f"_{part}_dropout")
+        y, second = branch(norm(x) if self.normalize_first else x)
         x = x + dropout(y, training=training)
-        return x if self.normalize_first else norm(x), more
+        return x if self.normalize_first else norm(x), second
 
     def _feedforward(self, x, training):
-        """The second half of a block."""
+        """The last part of a block."""
 
         def branch(y):
             return self._feedforward_output_dense(self._feedforward_intermediate_dense(y)), None
 
-        norm, dropout = self._feedforward_layer_norm, self._feedforward_dropout
-        return self._residual(x, branch, norm, dropout, training)[0]
+        return self._residual("feedforward", branch, x, training)[0]
 
     def _cast(self, x):
         """An input in the compute dtype, without an attached mask."""

@@ -65,7 +65,7 @@ def check_call(masks, shapes, axes, dense):
         if lengths[0] != lengths[1] and None not in lengths[0] + lengths[1]:
             what = f"`use_causal_mask` for {lengths[0]} queries and {lengths[1]} keys"
     if what:
-        raise ValueError(f"`initial_state` and `return_state` do not go with {what}.")
+        raise ValueError(f"`initial_state` and `return_state` cannot be combined with {what}.")
 
 
 def product(sizes):

@@ -1,6 +1,4 @@
-"""The decoder block of a Transformer, over linear attention, with its state."""
-
-from typing import Any
+"""The decoder block of a Transformer, with linear attention and a state of constant size."""
 
 import keras
 import tensorflow as tf
@@ -16,20 +14,21 @@ class PerformerDecoder(Block):
     """Transformer decoder block with linear attention; stack several for a decoder.
 
     Arguments, calls, and names and shapes of weights are those of
-    `keras_hub.layers.TransformerDecoder`, and what linear attention adds: in place of caches that
-    grow with the sequence, a state of constant size. Called with an encoder's output it has a
-    cross-attention layer; all calls then need that, or its state.
+    `keras_hub.layers.TransformerDecoder`, with additions for linear attention: a state of constant
+    size takes the place of caches that grow with the sequence. A block that is first called with an
+    encoder's output has a cross-attention layer; all its calls then need that output, or a state
+    that holds it.
 
     Args:
         intermediate_dim, num_heads, dropout, activation, layer_norm_epsilon, kernel_initializer,
             bias_initializer, normalize_first, kernel_regularizer, bias_regularizer,
             attention_method, supports, attention_options, seed: As `performer.PerformerEncoder`.
         rotary_embedding: As `performer.Performer`, for self-attention.
-        delay_keys: Boolean, whether the key of a position is made of the position before it. A
-            query then finds the places that followed what it has just read: an induction head
-            within one layer, for which a Transformer needs two (compare the smeared keys of Olsson
-            et al., https://arxiv.org/abs/2209.11895). Positions of padding are passed over.
-            Defaults to `False`.
+        delay_keys: Boolean, whether the key of a position is computed from the position before it.
+            A query then attends to the positions that followed earlier occurrences of its token:
+            an induction head within one layer, for which a Transformer needs two (compare the
+            smeared keys of Olsson et al., https://arxiv.org/abs/2209.11895). Positions of padding
+            are skipped. Defaults to `False`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -40,12 +39,12 @@ class PerformerDecoder(Block):
         decoder_attention_mask, encoder_attention_mask: Boolean `(B, T, T)` and `(B, T, S)`, `True`
             where a position may attend to another: dense form, see `performer.Performer`; without
             state.
-        use_causal_mask: Boolean, whether a position attends to itself and those before it only.
+        use_causal_mask: Boolean, whether a position attends only to itself and to earlier ones.
             Defaults to `True`.
         training: Python boolean.
-        segment_ids: Integers `(B, T)`: a row holds several sequences, runs of equal ids.
-        initial_state: What `get_initial_state` or an earlier call returned: the call goes on where
-            that one ended. Cross-attention reads the state of an `encoder_sequence` given then.
+        segment_ids: Integers `(B, T)`: a row holds several sequences, which are runs of equal ids.
+        initial_state: What `get_initial_state` or an earlier call returned: this call continues its
+            sequence. Cross-attention reads the `encoder_sequence` that was given there.
         return_state: Boolean, whether to return the state after the call, too.
 
     Returns:
@@ -81,20 +80,10 @@ class PerformerDecoder(Block):
         """Creates the sublayers, with cross-attention if there is an encoder."""
         shape = decoder_sequence_shape
         self._channels = shape[-1]
-        (
-            self._self_attention_layer,
-            self._self_attention_layer_norm,
-            self._self_attention_dropout,
-        ) = self._make_attention(
-            "self_attention", shape, shape, rotary_embedding=self.rotary_embedding
-        )
-        self._cross_attention_layer: Any = None
+        self._make_attention("self_attention", shape, shape, rotary_embedding=self.rotary_embedding)
+        self._cross_attention_layer = None
         if encoder_sequence_shape is not None:
-            (
-                self._cross_attention_layer,
-                self._cross_attention_layer_norm,
-                self._cross_attention_dropout,
-            ) = self._make_attention("cross_attention", shape, encoder_sequence_shape)
+            self._make_attention("cross_attention", shape, encoder_sequence_shape)
         self._build_feedforward(shape)
         self._feedforward_layer_norm = self._norm("feedforward_layer_norm", shape)
 
@@ -103,8 +92,8 @@ class PerformerDecoder(Block):
 
         Args:
             batch_size: B, an integer or an integer scalar.
-            encoder_sequence: `(B, S, any)` for cross-attention to read in every call. Without it
-                the first call has to bring one.
+            encoder_sequence: `(B, S, any)`, which cross-attention reads in every call. Without it
+                the first call needs one.
             encoder_padding_mask: As in a call.
 
         Returns:
@@ -165,9 +154,9 @@ class PerformerDecoder(Block):
             )
             return result if return_state else (result, None)
 
-        norm, dropout = self._self_attention_layer_norm, self._self_attention_dropout
-        x = self._cast(decoder_sequence)
-        x, after["self_attention"] = self._residual(x, self_attention, norm, dropout, training)
+        x, after["self_attention"] = self._residual(
+            "self_attention", self_attention, self._cast(decoder_sequence), training
+        )
 
         if self._cross_attention_layer is not None or encoder_sequence is not None:
             self._check_cross_attention()
@@ -179,14 +168,12 @@ class PerformerDecoder(Block):
                 training,
                 return_state,
             )
-            norm, dropout = self._cross_attention_layer_norm, self._cross_attention_dropout
-            x, after["cross_attention"] = self._residual(x, cross, norm, dropout, training)
-
+            x, after["cross_attention"] = self._residual("cross_attention", cross, x, training)
         x = self._feedforward(x, training)
         return (x, after) if return_state else x
 
     def _entries(self, state):
-        """The entries of an `initial_state`, none of None."""
+        """The entries of an `initial_state`; of None, there are none."""
         if state is None:
             return {}
         if not isinstance(state, dict):
@@ -206,12 +193,12 @@ class PerformerDecoder(Block):
         return accumulator(tf.as_dtype(self.compute_dtype))
 
     def _cross_attention(self, sequence, padding_mask, mask, state, training, return_state):
-        """Cross-attention as a function of its query, to a pair of its output and state."""
+        """Cross-attention, as a function of its query that returns its output and its state."""
         layer = self._cross_attention_layer
         if sequence is None and (padding_mask is not None or mask is not None):
             raise ValueError(
-                "`encoder_padding_mask` and `encoder_attention_mask` go with `encoder_sequence` "
-                "only; a state holds what its own mask let in. Received: a mask without "
+                "`encoder_padding_mask` and `encoder_attention_mask` need `encoder_sequence`: the "
+                "masks of a state were applied when it was made. Received: a mask without "
                 "`encoder_sequence`"
             )
         if sequence is None and state is None:
@@ -225,7 +212,7 @@ class PerformerDecoder(Block):
         if return_state:
             if mask is not None:
                 raise ValueError(
-                    "`return_state` does not go with `encoder_attention_mask`, which differs from "
+                    "`return_state` cannot be combined with `encoder_attention_mask`, which differs from "
                     "query to query. Received both"
                 )
             state = layer.summarize(sequence, value_mask=padding_mask)
@@ -251,14 +238,18 @@ class PerformerDecoder(Block):
 
 
 def _delayed(x, last, segment_ids, mask):
-    """For each position of `x` `(B, L, dim)` the one before it, and the last for the next call.
+    """Delays a sequence by one position.
 
     Args:
-        x: as above.
-        last: what came before it, `(B, 1, dim)`; None for zeros.
+        x: `(B, L, dim)`.
+        last: the position before the first, `(B, 1, dim)`; None for zeros.
         segment_ids: integers `(B, L)`: zeros come before every run of equal ones; or None.
-        mask: bool `(B, L)`, False for positions that do not count: the one before is the next one
-            back that does; or None.
+        mask: bool `(B, L)`, False for padding, which is skipped: the position before is the nearest
+            earlier one that is no padding; or None.
+
+    Returns:
+        `(B, L, dim)`, for each position of `x` the one before it; and the last position of `x`,
+        `(B, 1, dim)`, which is `last` of the next call.
     """
     if last is None:
         last = tf.zeros([tf.shape(x)[0], 1, x.shape[-1]], x.dtype)
@@ -270,16 +261,16 @@ def _delayed(x, last, segment_ids, mask):
         )
     if mask is None:
         delayed, last = joined[:, :-1], joined[:, -1:]
-        fresh = None if start is None else tf.equal(start, tf.range(tf.shape(x)[1]))
+        is_first = None if start is None else tf.equal(start, tf.range(tf.shape(x)[1]))
     else:
-        # What counts, `last` in front; its places in order; of every place the last one up to it.
-        counts = tf.pad(mask, [[0, 0], [1, 0]], constant_values=True)
+        # Index, for each place of `joined`, of the last place up to it that is no padding.
+        exists = tf.pad(mask, [[0, 0], [1, 0]], constant_values=True)  # `last` is no padding
         places = tf.range(tf.shape(joined)[1])
-        places = tf.sort(tf.where(counts, places, tf.size(places)), axis=1)
-        index = tf.gather(places, tf.cumsum(tf.cast(counts, tf.int32), axis=1) - 1, batch_dims=1)
+        places = tf.sort(tf.where(exists, places, tf.size(places)), axis=1)  # padding at the end
+        index = tf.gather(places, tf.cumsum(tf.cast(exists, tf.int32), axis=1) - 1, batch_dims=1)
         found = tf.gather(joined, index, axis=1, batch_dims=1)
         delayed, last = found[:, :-1], found[:, -1:]
-        fresh = None if start is None else index[:, :-1] <= start
-    if fresh is not None:
-        delayed = tf.where(fresh[..., tf.newaxis], tf.zeros_like(delayed), delayed)
+        is_first = None if start is None else index[:, :-1] <= start
+    if is_first is not None:
+        delayed = tf.where(is_first[..., tf.newaxis], tf.zeros_like(delayed), delayed)
     return delayed, last

@@ -1,4 +1,4 @@
-"""The encoder block of a Transformer, over linear attention."""
+"""The encoder block of a Transformer, with linear attention."""
 
 import keras
 
@@ -11,25 +11,25 @@ class PerformerEncoder(Block):
     """Transformer encoder block with linear attention; stack several for an encoder.
 
     Arguments, calls, and names and shapes of weights are those of
-    `keras_hub.layers.TransformerEncoder`, and what linear attention adds. Architecture: Vaswani et
-    al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
+    `keras_hub.layers.TransformerEncoder`, with additions for linear attention. Architecture:
+    Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
 
     Args:
         intermediate_dim: Size of the feed-forward's inner layer.
         num_heads: Number of attention heads, each of size `channels // num_heads`.
-        dropout: Probability of dropping keys in attention, and entries of what attention and
-            feed-forward add. Defaults to 0.
+        dropout: Probability of dropping keys in attention, and entries of the outputs of attention
+            and feed-forward. Defaults to 0.
         activation: Activation of the inner layer. Defaults to `"relu"`.
         layer_norm_epsilon: Epsilon of the layer normalizations. Defaults to 1e-5.
         kernel_initializer, bias_initializer: Of all dense layers, those of attention included.
             Default to `"glorot_uniform"` and `"zeros"`.
-        normalize_first: Boolean, whether to normalize what enters attention and feed-forward (as
+        normalize_first: Boolean, whether to normalize the inputs of attention and feed-forward (as
             GPT-2), rather than the sums after them (as BERT). Defaults to `False`.
         kernel_regularizer, bias_regularizer: Of all dense layers. Default to `None`.
         attention_method, supports, rotary_embedding: As `performer.Performer`. `supports` defaults
             to 256.
         attention_options: Dict of further arguments of `performer.Performer`, for the attention
-            layers; none that the block has itself.
+            layers; none that the block sets.
         seed: Integer that seeds projection and dropout, or `None`.
         **kwargs: Arguments of `keras.layers.Layer`, such as `activity_regularizer`.
 
@@ -41,14 +41,14 @@ class PerformerEncoder(Block):
             form, see `performer.Performer`.
         training: Python boolean.
         return_attention_scores: Boolean, whether to return the scores too: dense form.
-        segment_ids: Integers `(B, L)`: a row holds several sequences, runs of equal ids.
+        segment_ids: Integers `(B, L)`: a row holds several sequences, which are runs of equal ids.
 
     Returns:
         `(B, L, channels)`; with `return_attention_scores` a pair of it and `(B, H, L, L)`.
 
     Raises:
         ValueError, RuntimeError: As `performer.Performer`; fewer channels than heads;
-            `attention_options` that the block has itself.
+            `attention_options` that the block sets.
 
     Example:
 
@@ -61,11 +61,7 @@ class PerformerEncoder(Block):
 
     def build(self, inputs_shape):
         """Creates the sublayers."""
-        (
-            self._self_attention_layer,
-            self._self_attention_layer_norm,
-            self._self_attention_dropout,
-        ) = self._make_attention(
+        self._make_attention(
             "self_attention",
             inputs_shape,
             inputs_shape,
@@ -100,7 +96,6 @@ class PerformerEncoder(Block):
             )
             return result if return_attention_scores else (result, None)
 
-        norm, dropout = self._self_attention_layer_norm, self._self_attention_dropout
-        x, scores = self._residual(self._cast(inputs), attention, norm, dropout, training)
+        x, scores = self._residual("self_attention", attention, self._cast(inputs), training)
         x = self._feedforward(x, training)
         return (x, scores) if return_attention_scores else x
