@@ -1,5 +1,5 @@
 // Calls of the operators on NumPy arrays: from a dict of arrays to a checked Call whose outputs are
-// new arrays. Shared by the Python modules that run kernels on NumPy buffers.
+// new arrays. The Python modules that run kernels on NumPy buffers share this.
 #pragma once
 #include <pybind11/numpy.h>
 
@@ -17,10 +17,9 @@ struct ArrayCall {
   py::dict results;               // what call.outputs points to, by name
 };
 
-// Raises ValueError for a wrong argument.
+// Raises ValueError for a wrong argument, and TypeError as TakeAttributes does.
 inline ArrayCall MakeArrayCall(const std::string& name, const py::dict& given,
-                               const std::string& feature_map, float scale, bool key_norm,
-                               float feature_epsilon, bool packed) {
+                               const py::kwargs& attributes) {
   ArrayCall made;
   made.op = FindOp(name);
   std::vector<py::array>& inputs = made.inputs;
@@ -35,9 +34,7 @@ inline ArrayCall MakeArrayCall(const std::string& name, const py::dict& given,
     return tensor;
   };
   std::vector<Shape> output_shapes;
-  made.call =
-      CheckedCall(made.op, MakeAttributes(feature_map, scale, key_norm, feature_epsilon, packed),
-                  find, &output_shapes);
+  made.call = CheckedCall(made.op, TakeAttributes(attributes), find, &output_shapes);
   const Signature& signature = SignatureOf(made.op);
   for (size_t i = 0; i < signature.outputs.size(); ++i) {
     const Argument& output = signature.outputs[i];

@@ -1,4 +1,5 @@
-// From Python's arguments to a checked Call, wherever the tensors lie. Errors become exceptions.
+// From the arguments of a Python function to a checked Call, whether the tensors lie on the host or
+// on a GPU. Errors become exceptions.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,8 +33,10 @@ inline void ThrowIfError(const Status& status) {
 }
 
 inline Op FindOp(const std::string& name) {
-  for (const Op op : kAllOps)
-    if (SignatureOf(op).name == "Performer>" + name) return op;
+#define PERFORMER_FIND_OP(op) \
+  if (name == #op) return Op::k##op;
+  PERFORMER_FOR_EACH_OP(PERFORMER_FIND_OP)
+#undef PERFORMER_FIND_OP
   throw py::value_error(
       "op must be Summarize, Read, Causal, SummarizeGrad, ReadGrad or CausalGrad; got '" + name +
       "'");
@@ -58,26 +61,40 @@ inline DType ParseDType(const std::string& argument, const std::string& name) {
   return found->second;
 }
 
-// A tensor that Python gave.
+// A tensor that comes from Python.
 struct Tensor {
   const void* data = nullptr;
   Shape shape;
   std::string dtype;
 };
 
-inline Attributes MakeAttributes(const std::string& feature_map, float scale, bool key_norm,
-                                 float feature_epsilon, bool packed) {
+// One attribute from a Python object.
+inline void Assign(const py::object& object, bool* value) { *value = object.cast<bool>(); }
+inline void Assign(const py::object& object, double* value) { *value = object.cast<double>(); }
+inline void Assign(const py::object& object, FeatureMap* value) {
+  ThrowIfError(ParseFeatureMap(object.cast<std::string>(), value));
+}
+
+// The attributes among the keyword arguments of a function; the others have their defaults. Takes
+// them out of `given`. Doubles are rounded to float32, as the attributes of the TensorFlow ops are.
+// Raises TypeError for other keyword arguments and for values of a wrong type.
+inline Attributes TakeAttributes(py::kwargs given) {
   Attributes attributes;
-  ThrowIfError(ParseFeatureMap(feature_map, &attributes.feature_map));
-  attributes.scale = scale;
-  attributes.key_norm = key_norm;
-  attributes.feature_epsilon = feature_epsilon;
-  attributes.packed = packed;
+  VisitAttributes(attributes, [&](const char* name, auto& value) {
+    try {
+      if (given.contains(name)) Assign(given.attr("pop")(name), &value);
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(name) + " has a value of a wrong type");
+    }
+    if constexpr (std::is_same_v<decltype(value), double&>) value = static_cast<float>(value);
+  });
+  for (const auto& argument : given)
+    throw py::type_error("unexpected keyword argument " + std::string(py::repr(argument.first)));
   return attributes;
 }
 
-// A call without outputs, and the shapes that these must have. `find` gives an input by its name.
-// "offsets" lies in the host's memory. Raises ValueError for a wrong argument.
+// A call without outputs, and the shapes that the outputs must have. find(name) returns an input as
+// a Tensor; "offsets" lies in host memory. Raises ValueError for a wrong argument.
 template <class Find>
 Call CheckedCall(Op op, const Attributes& attributes, const Find& find,
                  std::vector<Shape>* output_shapes) {
@@ -91,7 +108,7 @@ Call CheckedCall(Op op, const Attributes& attributes, const Find& find,
       throw py::value_error(std::string(argument.name) + " must have dtype " +
                             TypeName(call.dtype, argument.type) + "; got " + tensor.dtype);
     for (const int64_t dim : tensor.shape.dims)
-      if (dim < 0)  // -1 would pass as a dimension that is not known yet
+      if (dim < 0)  // -1 would pass as an unknown dimension
         throw py::value_error(std::string(argument.name) +
                               " must have dimensions of at least 0; got shape " +
                               std::string(py::str(py::cast(tensor.shape.dims))));

@@ -32,8 +32,7 @@ py::list Gpus() {
 // Outputs and workspace are allocated through Python, so that a caller's allocator owns every byte.
 py::dict RunOnGpu(const std::string& name, const std::map<std::string, GivenTensor>& given,
                   const py::function& make_output, const py::function& allocate, uintptr_t stream,
-                  const std::string& feature_map, float scale, bool key_norm, float feature_epsilon,
-                  bool packed) {
+                  const py::kwargs& attributes) {
   const Op op = FindOp(name);
   const auto find = [&](const char* argument) {
     const auto found = given.find(argument);
@@ -46,8 +45,7 @@ py::dict RunOnGpu(const std::string& name, const std::map<std::string, GivenTens
     return tensor;
   };
   std::vector<Shape> output_shapes;
-  Call call = CheckedCall(op, MakeAttributes(feature_map, scale, key_norm, feature_epsilon, packed),
-                          find, &output_shapes);
+  Call call = CheckedCall(op, TakeAttributes(attributes), find, &output_shapes);
   ThrowIfError(cuda::Supports(op, call.dtype, call.dims));
   const Signature& signature = SignatureOf(op);
   py::dict results;
@@ -81,14 +79,14 @@ void DefineGpu(py::module_& module) {
              "text, where there is no driver or no device.");
   module.def(
       "run_on_gpu", RunOnGpu, arg("op"), arg("inputs"), arg("make_output"), arg("allocate"),
-      py::kw_only(), arg("stream"), arg("feature_map") = "softmax", arg("scale") = 0.0,
-      arg("key_norm") = true, arg("feature_epsilon") = 1e-3, arg("packed") = false,
+      py::kw_only(), arg("stream"),
       "Enqueues one operator on a stream of the current GPU; returns without waiting.\n\n"
       "inputs: by name (address, shape, dtype), contiguous, in the memory of the GPU; \"offsets\" "
       "in that of the host. make_output(shape, dtype) gives (object, address) for each output; "
       "the objects are returned by name. allocate(bytes) gives the address of workspace, aligned "
-      "to 16, that lives until the stream has passed the call, or 0. stream: address of a "
-      "CUstream, 0 the default one. The addresses are trusted.\n"
+      "to 16, that lives until the stream has passed the call, or 0. stream: the address of a "
+      "CUstream, or 0 for the default stream. Other keyword arguments are the attributes, as in "
+      "`run`. The addresses are trusted.\n"
       "Raises ValueError for a wrong argument, MemoryError, and RuntimeError with CUDA's text.");
 #else
   module.attr("HAS_GPU_KERNELS") = false;

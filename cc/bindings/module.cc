@@ -15,10 +15,10 @@ namespace {
 
 using namespace bindings;
 
-// Every parallel loop starts its threads anew.
+// The most threads of a call. Every parallel loop starts its own.
 constexpr int64_t kMaxThreads = 1024;
 
-// `threads` threads, or one for each item where these are fewer, with equal shares of the items.
+// `threads` threads with equal shares of the items, or one for each item where these are fewer.
 cpu::Threads MakeThreads(int64_t threads) {
   const auto parallel_for = [threads](int64_t count, int64_t,
                                       const std::function<void(int64_t, int64_t)>& body) {
@@ -34,7 +34,7 @@ cpu::Threads MakeThreads(int64_t threads) {
     try {
       for (; started < shares; ++started) workers.emplace_back(run, started);
     } catch (const std::system_error&) {
-      // The system gives no more threads: this one does what they would have done.
+      // The system gives no more threads: this one does their work.
     }
     run(0);
     for (int64_t share = started; share < shares; ++share) run(share);
@@ -43,15 +43,13 @@ cpu::Threads MakeThreads(int64_t threads) {
   return {threads, parallel_for};
 }
 
-py::dict Run(const std::string& name, const py::dict& given, const std::string& feature_map,
-             float scale, bool key_norm, float feature_epsilon, bool packed, int64_t threads,
-             const std::string& isa) {
+py::dict Run(const std::string& name, const py::dict& given, int64_t threads,
+             const std::string& isa, const py::kwargs& attributes) {
   FindOp(name);
   if (threads < 1 || threads > kMaxThreads)
     throw py::value_error("threads must be at least 1 and at most " + std::to_string(kMaxThreads) +
                           "; got " + std::to_string(threads));
-  const ArrayCall made =
-      MakeArrayCall(name, given, feature_map, scale, key_norm, feature_epsilon, packed);
+  const ArrayCall made = MakeArrayCall(name, given, attributes);
   Status status;
   {
     py::gil_scoped_release release;
@@ -111,15 +109,15 @@ std::string ChosenIsa() {
 PYBIND11_MODULE(_core, module) {
   using py::arg;
   module.doc() = "Performer's operators on NumPy arrays, without TensorFlow.";
-  module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(),
-             arg("feature_map") = "softmax", arg("scale") = 0.0, arg("key_norm") = true,
-             arg("feature_epsilon") = 1e-3, arg("packed") = false, arg("threads") = 1,
+  module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(), arg("threads") = 1,
              arg("isa") = "",
              "Runs one operator (\"Summarize\", ..., \"CausalGrad\") on a dict of arrays by input "
              "name; returns a dict of its outputs.\n\n"
-             "scale and feature_epsilon are rounded to float32, as the attributes of the "
-             "TensorFlow ops are. threads: at most 1024.\n"
-             "Raises ValueError for a wrong argument and MemoryError.");
+             "threads: at most 1024. Other keyword arguments are the attributes of the operator: "
+             "feature_map, scale, feature_epsilon, packed, key_norm. scale and feature_epsilon "
+             "are rounded to float32, as the attributes of the TensorFlow ops are.\n"
+             "Raises ValueError for a wrong argument, TypeError for an unknown one, and "
+             "MemoryError.");
   module.def("signature", performer::SignatureDict, arg("op"),
              "Names, types and shapes of an operator's inputs and outputs.");
   module.def("isas", performer::cpu::AvailableIsas,

@@ -10,6 +10,8 @@ double Attributes::ResolvedScale(int64_t key_dim) const {
   return feature_map == FeatureMap::kSoftmax ? 1.0 / std::sqrt(static_cast<double>(key_dim)) : 1.0;
 }
 
+bool HasAttribute(Op op, const std::string& name) { return HasKeys(op) || name != "key_norm"; }
+
 static Status FiniteAndNotNegative(const char* name, const char* zero, double value) {
   if (std::isfinite(value) && value >= 0) return Status();
   std::ostringstream message;
@@ -23,17 +25,13 @@ Status ValidateAttributes(const Attributes& attributes) {
 }
 
 Status ParseFeatureMap(const std::string& name, FeatureMap* map) {
-  if (name == "softmax") {
-    *map = FeatureMap::kSoftmax;
-  } else if (name == "relu") {
-    *map = FeatureMap::kRelu;
-  } else if (name == "elu") {
-    *map = FeatureMap::kElu;
-  } else {
-    return Status::InvalidArgument("feature_map must be 'softmax', 'relu' or 'elu'; got '" + name +
-                                   "'");
-  }
-  return Status();
+  for (const FeatureMap known : {FeatureMap::kSoftmax, FeatureMap::kRelu, FeatureMap::kElu})
+    if (name == NameOf(known)) {
+      *map = known;
+      return Status();
+    }
+  return Status::InvalidArgument("feature_map must be 'softmax', 'relu' or 'elu'; got '" + name +
+                                 "'");
 }
 
 }  // namespace performer

@@ -1,35 +1,51 @@
-// Attributes of the operators, and what they mean.
+// The attributes of the operators: their names, meanings and defaults.
 #pragma once
 #include <cstdint>
 #include <string>
 
+#include "core/op.h"
 #include "core/status.h"
 
 namespace performer {
 
 enum class DType { kFloat32, kBFloat16, kHalf, kFloat64 };
 
-// The positive feature map phi; kernels work with its logarithm. With u = sqrt(scale) * (w . x):
-//   kSoftmax  log phi = u (keys also - scale |k|^2 / 2 if key_norm)    FAVOR+, arXiv:2009.14794
-//   kRelu     log phi = log(max(u, 0) + feature_epsilon)               generalised attention, ibid.
-//   kElu      log phi = log(elu(u) + 1)                                arXiv:2006.16236
+// The positive feature map phi; the kernels work with its logarithm. With u = sqrt(scale) (w . x):
+//   kSoftmax  log phi = u (for keys also - scale |k|^2 / 2 if key_norm)  FAVOR+, arXiv:2009.14794
+//   kRelu     log phi = log(max(u, 0) + feature_epsilon)                 generalised attention, ibid.
+//   kElu      log phi = log(elu(u) + 1)                                  arXiv:2006.16236
 enum class FeatureMap { kSoftmax, kRelu, kElu };
+inline constexpr const char* kFeatureMapNames[] = {"softmax", "relu", "elu"};  // by FeatureMap
 
 struct Attributes {
   FeatureMap feature_map = FeatureMap::kSoftmax;
-  double scale = 0;  // multiplies q . k; 0: D**-0.5 for kSoftmax, 1 otherwise
-  bool key_norm = true;
+  double scale = 0;  // multiplies q . k; 0 stands for D**-0.5 for kSoftmax, and for 1 otherwise
   double feature_epsilon = 1e-3;
   bool packed = false;
+  bool key_norm = true;
 
   // The scale in force for key dimension `key_dim` > 0.
   double ResolvedScale(int64_t key_dim) const;
 };
 
-// scale and feature_epsilon are finite and >= 0.
+// Calls visit(name, member) for each attribute of `attributes`, which may be const. A member is a
+// FeatureMap, a double or a bool.
+template <class MaybeConstAttributes, class Visit>
+void VisitAttributes(MaybeConstAttributes& attributes, const Visit& visit) {
+  visit("feature_map", attributes.feature_map);
+  visit("scale", attributes.scale);
+  visit("feature_epsilon", attributes.feature_epsilon);
+  visit("packed", attributes.packed);
+  visit("key_norm", attributes.key_norm);
+}
+
+// Whether a TensorFlow op has the attribute: key_norm is one of those that take keys.
+bool HasAttribute(Op op, const std::string& name);
+
+// Requires scale and feature_epsilon to be finite and >= 0.
 Status ValidateAttributes(const Attributes& attributes);
 
-// "softmax", "relu", "elu".
+inline const char* NameOf(FeatureMap map) { return kFeatureMapNames[static_cast<int>(map)]; }
 Status ParseFeatureMap(const std::string& name, FeatureMap* map);
 
 }  // namespace performer

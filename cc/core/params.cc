@@ -5,7 +5,7 @@
 namespace performer {
 namespace {
 
-// Looks arguments up by name in one call.
+// The arguments of one call, found by name.
 class Arguments {
  public:
   Arguments(Op op, const Call& call) : signature_(SignatureOf(op)), call_(call) {}
@@ -16,14 +16,9 @@ class Arguments {
     return call_.input_shapes[Index(signature_.inputs, name)].dims[axis];
   }
 
-  template <class Params>
-  Params Start() const {
-    Params params;
-    params.dtype = call_.dtype;
-    params.attributes = call_.attributes;
-    params.dims = call_.dims;
-    if (call_.attributes.packed) params.offsets = static_cast<const int64_t*>(In("offsets"));
-    return params;
+  Common Shared() const {
+    const void* offsets = call_.attributes.packed ? In("offsets") : nullptr;
+    return {call_.dtype, call_.attributes, call_.dims, static_cast<const int64_t*>(offsets)};
   }
   QuerySide Queries() const {
     return {In("query"), In("query_projection"), Dim("query_projection", 0), In("feature_bias"),
@@ -61,72 +56,51 @@ class Arguments {
 
 Status CheckOffsets(Op op, const Call& call) {
   if (!call.attributes.packed) return Status();
-  const bool reads = op == Op::kRead || op == Op::kReadGrad;
   return ValidateOffsets(static_cast<const int64_t*>(call.inputs[OffsetsIndex(op)]),
-                         call.dims.sequences, reads ? call.dims.queries : call.dims.keys);
+                         call.dims.sequences, HasKeys(op) ? call.dims.keys : call.dims.queries);
 }
 
+// The order of the values below is that of the members of the structs.
 SummarizeParams MakeSummarizeParams(const Call& call) {
-  const Arguments arguments(Op::kSummarize, call);
-  auto params = arguments.Start<SummarizeParams>();
-  params.keys = arguments.Keys();
-  params.state = arguments.StateOut("log_mass", "mean");
-  return params;
+  const Arguments of(Op::kSummarize, call);
+  return {of.Shared(), of.Keys(), of.StateOut("log_mass", "mean")};
 }
 
 ReadParams MakeReadParams(const Call& call) {
-  const Arguments arguments(Op::kRead, call);
-  auto params = arguments.Start<ReadParams>();
-  params.queries = arguments.Queries();
-  params.state = arguments.StateIn("log_mass", "mean");
-  params.out = arguments.Out("out");
-  return params;
+  const Arguments of(Op::kRead, call);
+  return {of.Shared(), of.Queries(), of.StateIn("log_mass", "mean"), of.Out("out")};
 }
 
 CausalParams MakeCausalParams(const Call& call) {
-  const Arguments arguments(Op::kCausal, call);
-  auto params = arguments.Start<CausalParams>();
-  params.queries = arguments.Queries();
-  params.keys = arguments.Keys();
-  params.initial = arguments.StateIn("initial_log_mass", "initial_mean");
-  params.out = arguments.Out("out");
-  params.state = arguments.StateOut("log_mass", "mean");
-  return params;
+  const Arguments of(Op::kCausal, call);
+  return {of.Shared(),   of.Queries(),
+          of.Keys(),     of.StateIn("initial_log_mass", "initial_mean"),
+          of.Out("out"), of.StateOut("log_mass", "mean")};
 }
 
 SummarizeGradParams MakeSummarizeGradParams(const Call& call) {
-  const Arguments arguments(Op::kSummarizeGrad, call);
-  auto params = arguments.Start<SummarizeGradParams>();
-  params.keys = arguments.Keys();
-  params.state = arguments.StateIn("log_mass", "mean");
-  params.grad_state = arguments.StateIn("grad_log_mass", "grad_mean");
-  params.grad_keys = arguments.KeyGrads();
-  return params;
+  const Arguments of(Op::kSummarizeGrad, call);
+  return {of.Shared(), of.Keys(), of.StateIn("log_mass", "mean"),
+          of.StateIn("grad_log_mass", "grad_mean"), of.KeyGrads()};
 }
 
 ReadGradParams MakeReadGradParams(const Call& call) {
-  const Arguments arguments(Op::kReadGrad, call);
-  auto params = arguments.Start<ReadGradParams>();
-  params.queries = arguments.Queries();
-  params.state = arguments.StateIn("log_mass", "mean");
-  params.grad_out = arguments.In("grad_out");
-  params.grad_queries = arguments.QueryGrads();
-  params.grad_state = arguments.StateOut("grad_log_mass", "grad_mean");
-  return params;
+  const Arguments of(Op::kReadGrad, call);
+  return {of.Shared(),       of.Queries(),    of.StateIn("log_mass", "mean"),
+          of.In("grad_out"), of.QueryGrads(), of.StateOut("grad_log_mass", "grad_mean")};
 }
 
 CausalGradParams MakeCausalGradParams(const Call& call) {
-  const Arguments arguments(Op::kCausalGrad, call);
-  auto params = arguments.Start<CausalGradParams>();
-  params.queries = arguments.Queries();
-  params.keys = arguments.Keys();
-  params.initial = arguments.StateIn("initial_log_mass", "initial_mean");
-  params.grad_out = arguments.In("grad_out");
-  params.grad_state = arguments.StateIn("grad_log_mass", "grad_mean");
-  params.grad_queries = arguments.QueryGrads();
-  params.grad_keys = arguments.KeyGrads();
-  params.grad_initial = arguments.StateOut("grad_initial_log_mass", "grad_initial_mean");
-  return params;
+  const Arguments of(Op::kCausalGrad, call);
+  return {of.Shared(),
+          of.Queries(),
+          of.Keys(),
+          of.StateIn("initial_log_mass", "initial_mean"),
+          of.In("grad_out"),
+          of.StateIn("grad_log_mass", "grad_mean"),
+          of.QueryGrads(),
+          of.KeyGrads(),
+          of.StateOut("grad_initial_log_mass", "grad_initial_mean")};
 }
 
 }  // namespace performer

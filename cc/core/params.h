@@ -1,13 +1,15 @@
-// Parameters of the kernels: plain pointers and sizes, valid only after InferShapes has accepted
-// the shapes.
+// The parameters of the kernels: plain pointers and sizes, valid only after InferShapes has
+// accepted the shapes.
 //
-// Tensors are contiguous. q, k, v, out and their gradients have type `dtype`; everything else
-// (projections, biases, state and gradients of these) has the state type: float64 where dtype is
-// kFloat64, else float32. Letters as in schema.h.
+// Tensors are contiguous. Queries, keys, values, outputs and their gradients have type `dtype`.
+// Everything else (projections, biases, the state and the gradients of these) has the state type:
+// float64 where dtype is kFloat64, else float32. The letters of the shapes are those of schema.h.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "core/attributes.h"
+#include "core/op.h"
 #include "core/schema.h"
 
 namespace performer {
@@ -16,8 +18,9 @@ struct Common {
   DType dtype = DType::kFloat32;
   Attributes attributes;
   Dims dims;
-  const int64_t* offsets =
-      nullptr;  // [N + 1] rows of the packed sequences; nullptr: sequence n is batch row n
+  // [N + 1]: packed sequence n has the rows offsets[n] to offsets[n + 1]. Where nullptr, sequence n
+  // is batch row n.
+  const int64_t* offsets = nullptr;
 };
 
 struct QuerySide {
@@ -38,9 +41,9 @@ struct KeySide {
 };
 
 struct State {
-  const void* log_mass = nullptr;  // [count, G, M], natural logarithms
+  const void* log_mass = nullptr;  // [count, G, M], in nats
   const void* mean = nullptr;      // [count, G, M, E]
-  int64_t count = 0;               // N, or 1: the same for all sequences
+  int64_t count = 0;               // N, or 1 where all sequences share the state
 };
 
 struct MutableState {
@@ -50,15 +53,15 @@ struct MutableState {
 
 struct QueryGradients {
   void* query = nullptr;         // [B, L, H, D]
-  void* projection = nullptr;    // as QuerySide
-  void* feature_bias = nullptr;  // as QuerySide
+  void* projection = nullptr;    // as in QuerySide
+  void* feature_bias = nullptr;  // as in QuerySide
 };
 
 struct KeyGradients {
   void* key = nullptr;         // [B, S, G, D]
   void* value = nullptr;       // [B, S, G, E]
-  void* projection = nullptr;  // as KeySide
-  void* bias = nullptr;        // as KeySide
+  void* projection = nullptr;  // as in KeySide
+  void* bias = nullptr;        // as in KeySide
 };
 
 struct SummarizeParams : Common {
@@ -99,13 +102,13 @@ struct CausalGradParams : Common {
   KeySide keys;
   State initial;
   const void* grad_out = nullptr;  // [B, L, H, E]
-  State grad_state;                // gradients of the final state
+  State grad_state;                // of the final state
   QueryGradients grad_queries;
   KeyGradients grad_keys;
   MutableState grad_initial;  // [initial.count, G, M(, E)]
 };
 
-// Inputs and outputs in the order of the signature, as the params of one operator.
+// One call of an operator: inputs and outputs in the order of its signature.
 struct Call {
   DType dtype = DType::kFloat32;
   Attributes attributes;
@@ -115,14 +118,13 @@ struct Call {
   std::vector<void*> outputs;
 };
 
-// ValidateOffsets for the call's own offsets, in host memory. OK where sequences are not packed.
+// Applies ValidateOffsets to the offsets of the call, which lie in host memory. OK where sequences
+// are not packed.
 Status CheckOffsets(Op op, const Call& call);
 
-SummarizeParams MakeSummarizeParams(const Call& call);
-ReadParams MakeReadParams(const Call& call);
-CausalParams MakeCausalParams(const Call& call);
-SummarizeGradParams MakeSummarizeGradParams(const Call& call);
-ReadGradParams MakeReadGradParams(const Call& call);
-CausalGradParams MakeCausalGradParams(const Call& call);
+// SummarizeParams MakeSummarizeParams(const Call& call), and likewise for each operator.
+#define PERFORMER_DECLARE_MAKE_PARAMS(op) op##Params Make##op##Params(const Call& call);
+PERFORMER_FOR_EACH_OP(PERFORMER_DECLARE_MAKE_PARAMS)
+#undef PERFORMER_DECLARE_MAKE_PARAMS
 
 }  // namespace performer

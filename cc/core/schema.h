@@ -1,25 +1,21 @@
-// The six operators: their arguments, the shapes these must have, and the check of both.
+// The arguments of each operator, the shapes that they must have, and the check of both.
 //
-// Shapes are written with letters: B batch, H query heads, G key/value heads, L queries, S keys, D
-// key dim, E value dim, M features, N sequences. "1|G" is a broadcast dimension. The same check
-// serves shape inference (dimensions unknown), the op kernels and the NumPy bindings, so that a
-// wrong argument gets the same sentence everywhere.
+// Shapes are written with letters: B batch, H query heads, G key/value heads, L queries, S keys,
+// D key dimension, E value dimension, M features, N sequences. "1|G" is a broadcast dimension. The
+// same check serves shape inference (where dimensions may be unknown), the op kernels and the NumPy
+// bindings, so that a wrong argument gets the same message everywhere.
 #pragma once
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "core/attributes.h"
+#include "core/op.h"
 #include "core/shape.h"
 #include "core/status.h"
 
 namespace performer {
-
-enum class Op { kSummarize, kRead, kCausal, kSummarizeGrad, kReadGrad, kCausalGrad };
-inline constexpr std::array<Op, 6> kAllOps = {Op::kSummarize,     Op::kRead,     Op::kCausal,
-                                              Op::kSummarizeGrad, Op::kReadGrad, Op::kCausalGrad};
 
 enum class ArgumentType {
   kTensor,   // T: float32, bfloat16, half or float64
@@ -40,24 +36,25 @@ struct Signature {
 
 const Signature& SignatureOf(Op op);
 
-// Where "offsets" stands among an operator's inputs; all of them have it.
+// The position of "offsets" among an operator's inputs. Every operator has it.
 size_t OffsetsIndex(Op op);
 
-// Sizes of one call; kUnknown where not known. Letters an operator does not use are 0.
+// The sizes of one call: B, H, G, L, S, D, E, M and N. A size is kUnknown where it is not known,
+// and 0 where the operator has no such letter.
 struct Dims {
   int64_t batch = 0, heads = 0, groups = 0, queries = 0, keys = 0, key_dim = 0, value_dim = 0,
           features = 0, sequences = 0;
 };
 
-// Largest D, E and M: keeps every buffer size of the kernels within int64.
+// The largest D, E and M. It keeps every buffer size of the kernels within int64.
 inline constexpr int64_t kMaxWidth = 65536;
 
-// Checks the input shapes, gives the sizes and the output shapes. inputs.size() must be that of the
-// signature. Errors (InvalidArgument) name the argument, the rule and the value.
+// Checks the input shapes and returns the sizes and the output shapes. inputs.size() must be that
+// of the signature. Errors are InvalidArgument and name the argument, the rule and the value.
 Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>& inputs,
                    Dims* dims, std::vector<Shape>* outputs);
 
-// Packed sequences: offsets [count + 1] must start at 0, never fall and end at `rows`.
+// The offsets [count + 1] of packed sequences must start at 0, never fall and end at `rows`.
 Status ValidateOffsets(const int64_t* offsets, int64_t count, int64_t rows);
 
 }  // namespace performer

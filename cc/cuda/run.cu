@@ -9,18 +9,11 @@ namespace {
 template <class T>
 Status RunTyped(Op op, const Call& call, const Device& device) {
   switch (op) {
-    case Op::kSummarize:
-      return RunSummarize<T>(MakeSummarizeParams(call), device);
-    case Op::kRead:
-      return RunRead<T>(MakeReadParams(call), device);
-    case Op::kCausal:
-      return RunCausal<T>(MakeCausalParams(call), device);
-    case Op::kSummarizeGrad:
-      return RunSummarizeGrad<T>(MakeSummarizeGradParams(call), device);
-    case Op::kReadGrad:
-      return RunReadGrad<T>(MakeReadGradParams(call), device);
-    case Op::kCausalGrad:
-      return RunCausalGrad<T>(MakeCausalGradParams(call), device);
+#define PERFORMER_CASE(op) \
+  case Op::k##op:          \
+    return Run##op<T>(Make##op##Params(call), device);
+    PERFORMER_FOR_EACH_OP(PERFORMER_CASE)
+#undef PERFORMER_CASE
   }
   return Status::Internal("unknown operator");
 }

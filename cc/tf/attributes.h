@@ -25,24 +25,37 @@ inline absl::Status ToTensorFlow(const Status& status) {
   return absl::InternalError(status.message());
 }
 
-// Reads the attributes of an op from an OpKernelConstruction or InferenceContext; checks that U
+// Reads one attribute. TensorFlow has those that are double here as float32.
+template <class Context>
+absl::Status ReadAttribute(Context* context, const char* name, bool* value) {
+  return context->GetAttr(name, value);
+}
+template <class Context>
+absl::Status ReadAttribute(Context* context, const char* name, double* value) {
+  float narrow;
+  TF_RETURN_IF_ERROR(context->GetAttr(name, &narrow));
+  *value = narrow;
+  return absl::OkStatus();
+}
+template <class Context>
+absl::Status ReadAttribute(Context* context, const char* name, FeatureMap* value) {
+  std::string map;
+  TF_RETURN_IF_ERROR(context->GetAttr(name, &map));
+  return ToTensorFlow(ParseFeatureMap(map, value));
+}
+
+// Reads the attributes of an op from an OpKernelConstruction or InferenceContext, and checks that U
 // belongs to T.
 template <class Context>
 absl::Status ReadAttributes(Context* context, Op op, Attributes* attributes) {
-  std::string feature_map;
-  float scale, feature_epsilon;
+  absl::Status status;
+  VisitAttributes(*attributes, [&](const char* name, auto& value) {
+    if (HasAttribute(op, name)) status.Update(ReadAttribute(context, name, &value));
+  });
+  TF_RETURN_IF_ERROR(status);
   tensorflow::DataType t, u;
-  TF_RETURN_IF_ERROR(context->GetAttr("feature_map", &feature_map));
-  TF_RETURN_IF_ERROR(context->GetAttr("scale", &scale));
-  TF_RETURN_IF_ERROR(context->GetAttr("feature_epsilon", &feature_epsilon));
-  TF_RETURN_IF_ERROR(context->GetAttr("packed", &attributes->packed));
   TF_RETURN_IF_ERROR(context->GetAttr("T", &t));
   TF_RETURN_IF_ERROR(context->GetAttr("U", &u));
-  if (op != Op::kRead && op != Op::kReadGrad)
-    TF_RETURN_IF_ERROR(context->GetAttr("key_norm", &attributes->key_norm));
-  TF_RETURN_IF_ERROR(ToTensorFlow(ParseFeatureMap(feature_map, &attributes->feature_map)));
-  attributes->scale = scale;
-  attributes->feature_epsilon = feature_epsilon;
   TF_RETURN_IF_ERROR(ToTensorFlow(ValidateAttributes(*attributes)));
   if ((t == tensorflow::DT_DOUBLE) != (u == tensorflow::DT_DOUBLE))
     return absl::InvalidArgumentError(

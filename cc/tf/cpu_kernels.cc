@@ -18,24 +18,18 @@ struct CpuDevice {
   }
 };
 
-#define PERFORMER_REGISTER(name, op, type, state)             \
-  REGISTER_KERNEL_BUILDER(Name(name)                          \
+#define PERFORMER_REGISTER_TYPE(op, type, state)              \
+  REGISTER_KERNEL_BUILDER(Name("Performer>" #op)              \
                               .Device(tensorflow::DEVICE_CPU) \
                               .TypeConstraint<type>("T")      \
                               .TypeConstraint<state>("U"),    \
-                          CallOp<op, CpuDevice>)
-#define PERFORMER_REGISTER_ALL(name, op)                     \
-  PERFORMER_REGISTER(name, op, float, float);                \
-  PERFORMER_REGISTER(name, op, tensorflow::bfloat16, float); \
-  PERFORMER_REGISTER(name, op, Eigen::half, float);          \
-  PERFORMER_REGISTER(name, op, double, double)
-
-PERFORMER_REGISTER_ALL("Performer>Summarize", Op::kSummarize);
-PERFORMER_REGISTER_ALL("Performer>Read", Op::kRead);
-PERFORMER_REGISTER_ALL("Performer>Causal", Op::kCausal);
-PERFORMER_REGISTER_ALL("Performer>SummarizeGrad", Op::kSummarizeGrad);
-PERFORMER_REGISTER_ALL("Performer>ReadGrad", Op::kReadGrad);
-PERFORMER_REGISTER_ALL("Performer>CausalGrad", Op::kCausalGrad);
+                          CallOp<Op::k##op, CpuDevice>);
+#define PERFORMER_REGISTER(op)                             \
+  PERFORMER_REGISTER_TYPE(op, float, float)                \
+  PERFORMER_REGISTER_TYPE(op, tensorflow::bfloat16, float) \
+  PERFORMER_REGISTER_TYPE(op, Eigen::half, float)          \
+  PERFORMER_REGISTER_TYPE(op, double, double)
+PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
 
 }  // namespace
 }  // namespace performer

@@ -33,24 +33,18 @@ struct GpuDevice {
   }
 };
 
-#define PERFORMER_REGISTER(name, op, type)                    \
-  REGISTER_KERNEL_BUILDER(Name(name)                          \
+#define PERFORMER_REGISTER_TYPE(op, type)                     \
+  REGISTER_KERNEL_BUILDER(Name("Performer>" #op)              \
                               .Device(tensorflow::DEVICE_GPU) \
                               .TypeConstraint<type>("T")      \
                               .TypeConstraint<float>("U")     \
                               .HostMemory("offsets"),         \
-                          CallOp<op, GpuDevice>)
-#define PERFORMER_REGISTER_ALL(name, op)              \
-  PERFORMER_REGISTER(name, op, float);                \
-  PERFORMER_REGISTER(name, op, tensorflow::bfloat16); \
-  PERFORMER_REGISTER(name, op, Eigen::half)
-
-PERFORMER_REGISTER_ALL("Performer>Summarize", Op::kSummarize);
-PERFORMER_REGISTER_ALL("Performer>Read", Op::kRead);
-PERFORMER_REGISTER_ALL("Performer>Causal", Op::kCausal);
-PERFORMER_REGISTER_ALL("Performer>SummarizeGrad", Op::kSummarizeGrad);
-PERFORMER_REGISTER_ALL("Performer>ReadGrad", Op::kReadGrad);
-PERFORMER_REGISTER_ALL("Performer>CausalGrad", Op::kCausalGrad);
+                          CallOp<Op::k##op, GpuDevice>);
+#define PERFORMER_REGISTER(op)                      \
+  PERFORMER_REGISTER_TYPE(op, float)                \
+  PERFORMER_REGISTER_TYPE(op, tensorflow::bfloat16) \
+  PERFORMER_REGISTER_TYPE(op, Eigen::half)
+PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
 
 }  // namespace
 }  // namespace performer

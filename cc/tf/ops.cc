@@ -1,5 +1,7 @@
-// Registration of the operators: arguments, attributes, documentation, shape functions. schema.h
-// holds the rules for shapes.
+// Registration of the operators with TensorFlow: arguments and attributes as the schema has them,
+// documentation, shape functions.
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "core/schema.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -42,47 +44,41 @@ absl::Status InferOpShapes(InferenceContext* context) {
   return absl::OkStatus();
 }
 
-}  // namespace
+// Specifications as the registration of TensorFlow wants them.
+std::string Specification(const Argument& argument) {
+  const char* type = argument.type == ArgumentType::kTensor  ? "T"
+                     : argument.type == ArgumentType::kState ? "U"
+                                                             : "int64";
+  return absl::StrCat(argument.name, ": ", type);
+}
+std::string Specification(const char* name, FeatureMap value) {
+  return absl::StrCat(name, ": {'", absl::StrJoin(kFeatureMapNames, "', '"), "'} = '",
+                      NameOf(value), "'");
+}
+std::string Specification(const char* name, double value) {
+  return absl::StrCat(name, ": float = ", value);
+}
+std::string Specification(const char* name, bool value) {
+  return absl::StrCat(name, ": bool = ", value ? "true" : "false");
+}
 
-#define PERFORMER_ATTRIBUTES                                  \
-  Attr("feature_map: {'softmax', 'relu', 'elu'} = 'softmax'") \
-      .Attr("scale: float = 0")                               \
-      .Attr("feature_epsilon: float = 1e-3")                  \
-      .Attr("packed: bool = false")                           \
-      .Attr("T: {float, bfloat16, half, double}")             \
-      .Attr("U: {float, double} = DT_FLOAT")
-#define PERFORMER_KEY_ATTRIBUTES PERFORMER_ATTRIBUTES.Attr("key_norm: bool = true")
+// An operator as the schema has it.
+template <Op op>
+tensorflow::register_op::OpDefBuilderWrapper Define(const char* doc) {
+  tensorflow::register_op::OpDefBuilderWrapper definition(SignatureOf(op).name);
+  for (const Argument& input : SignatureOf(op).inputs) definition.Input(Specification(input));
+  for (const Argument& output : SignatureOf(op).outputs) definition.Output(Specification(output));
+  definition.Attr("T: {float, bfloat16, half, double}").Attr("U: {float, double} = DT_FLOAT");
+  const Attributes defaults;
+  VisitAttributes(defaults, [&](const char* name, const auto& value) {
+    if (HasAttribute(op, name)) definition.Attr(Specification(name, value));
+  });
+  return definition.SetShapeFn(InferOpShapes<op>).Doc(doc);
+}
 
-#define PERFORMER_SUMMARIZE_INPUTS \
-  Input("key: T")                  \
-      .Input("value: T")           \
-      .Input("key_projection: U")  \
-      .Input("key_bias: U")        \
-      .Input("offsets: int64")
-#define PERFORMER_READ_INPUTS       \
-  Input("query: T")                 \
-      .Input("query_projection: U") \
-      .Input("feature_bias: U")     \
-      .Input("log_mass: U")         \
-      .Input("mean: U")             \
-      .Input("offsets: int64")
-#define PERFORMER_CAUSAL_INPUTS     \
-  Input("query: T")                 \
-      .Input("key: T")              \
-      .Input("value: T")            \
-      .Input("query_projection: U") \
-      .Input("key_projection: U")   \
-      .Input("feature_bias: U")     \
-      .Input("key_bias: U")         \
-      .Input("initial_log_mass: U") \
-      .Input("initial_mean: U")     \
-      .Input("offsets: int64")
-
-REGISTER_OP("Performer>Summarize")
-    .PERFORMER_SUMMARIZE_INPUTS.Output("log_mass: U")
-    .Output("mean: U")
-    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kSummarize>)
-    .Doc(R"doc(
+[[maybe_unused]] const tensorflow::InitOnStartupMarker registered =
+    tensorflow::InitOnStartupMarker{}
+    << Define<Op::kSummarize>(R"doc(
 Summarizes keys and values into the state of M features, the first half of linear attention.
 
 With b[m, j] the log-feature m of key j plus key_bias[j]: log_mass[m] = logsumexp_j b[m, j], mean[m] = softmax_j(b[m, :]) value.
@@ -99,12 +95,9 @@ scale: multiplies q.k; 0 stands for D**-0.5 for softmax and for 1 otherwise.
 feature_epsilon: of the relu map.
 packed: B is 1 and holds N sequences one after another; otherwise N = B.
 key_norm: whether the softmax map subtracts scale |k|^2 / 2.
-)doc");
+)doc")
 
-REGISTER_OP("Performer>Read")
-    .PERFORMER_READ_INPUTS.Output("out: T")
-    .PERFORMER_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kRead>)
-    .Doc(R"doc(
+    << Define<Op::kRead>(R"doc(
 Reads a state with queries, the second half of linear attention.
 
 With a[i, m] the log-feature m of query i plus feature_bias[m]: out[i] = softmax_m(a[i, :] + log_mass) mean.
@@ -116,14 +109,9 @@ log_mass: [N, G, M].
 mean: [N, G, M, E].
 offsets: [N + 1], where packed sequences begin and end; ignored unless packed.
 out: [B, L, H, E]; 0 where the state is empty.
-)doc");
+)doc")
 
-REGISTER_OP("Performer>Causal")
-    .PERFORMER_CAUSAL_INPUTS.Output("out: T")
-    .Output("log_mass: U")
-    .Output("mean: U")
-    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kCausal>)
-    .Doc(R"doc(
+    << Define<Op::kCausal>(R"doc(
 Causal linear attention: query i attends to the initial state and to keys j <= i. Later keys cannot change a bit of earlier rows.
 
 query: [B, L, H, D].
@@ -139,50 +127,18 @@ offsets: [N + 1], where packed sequences begin and end; ignored unless packed.
 out: [B, L, H, E]; 0 in rows that see no key.
 log_mass: [N, G, M], of the state after the last row.
 mean: [N, G, M, E].
-)doc");
+)doc")
 
-REGISTER_OP("Performer>SummarizeGrad")
-    .PERFORMER_SUMMARIZE_INPUTS.Input("log_mass: U")
-    .Input("mean: U")
-    .Input("grad_log_mass: U")
-    .Input("grad_mean: U")
-    .Output("grad_key: T")
-    .Output("grad_value: T")
-    .Output("grad_key_projection: U")
-    .Output("grad_key_bias: U")
-    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kSummarizeGrad>)
-    .Doc(
-        "Gradient of Performer>Summarize for each of its inputs, summed over broadcast "
-        "dimensions.");
+    << Define<Op::kSummarizeGrad>(
+           "Gradient of Performer>Summarize for each of its inputs, summed over broadcast "
+           "dimensions.")
 
-REGISTER_OP("Performer>ReadGrad")
-    .PERFORMER_READ_INPUTS.Input("out: T")
-    .Input("grad_out: T")
-    .Output("grad_query: T")
-    .Output("grad_query_projection: U")
-    .Output("grad_feature_bias: U")
-    .Output("grad_log_mass: U")
-    .Output("grad_mean: U")
-    .PERFORMER_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kReadGrad>)
-    .Doc("Gradient of Performer>Read for each of its inputs, summed over broadcast dimensions.");
+    << Define<Op::kReadGrad>(
+           "Gradient of Performer>Read for each of its inputs, summed over broadcast dimensions.")
 
-REGISTER_OP("Performer>CausalGrad")
-    .PERFORMER_CAUSAL_INPUTS.Input("out: T")
-    .Input("log_mass: U")
-    .Input("mean: U")
-    .Input("grad_out: T")
-    .Input("grad_log_mass: U")
-    .Input("grad_mean: U")
-    .Output("grad_query: T")
-    .Output("grad_key: T")
-    .Output("grad_value: T")
-    .Output("grad_query_projection: U")
-    .Output("grad_key_projection: U")
-    .Output("grad_feature_bias: U")
-    .Output("grad_key_bias: U")
-    .Output("grad_initial_log_mass: U")
-    .Output("grad_initial_mean: U")
-    .PERFORMER_KEY_ATTRIBUTES.SetShapeFn(InferOpShapes<Op::kCausalGrad>)
-    .Doc("Gradient of Performer>Causal for each of its inputs, summed over broadcast dimensions.");
+    << Define<Op::kCausalGrad>(
+           "Gradient of Performer>Causal for each of its inputs, summed over broadcast "
+           "dimensions.");
 
+}  // namespace
 }  // namespace performer

@@ -55,12 +55,10 @@ class Memory {
   std::vector<std::unique_ptr<void, FreeDeleter>> blocks_;
 };
 
-py::dict Run(const std::string& name, const py::dict& given, const std::string& feature_map,
-             float scale, bool key_norm, float feature_epsilon, bool packed,
-             const std::string& order, uint64_t seed, const std::string& skip, int allocations,
-             int shared_bytes) {
-  const ArrayCall made =
-      MakeArrayCall(name, given, feature_map, scale, key_norm, feature_epsilon, packed);
+py::dict Run(const std::string& name, const py::dict& given, const std::string& order,
+             uint64_t seed, const std::string& skip, int allocations, int shared_bytes,
+             const py::kwargs& attributes) {
+  const ArrayCall made = MakeArrayCall(name, given, attributes);
   sim::TheOptions() = {ParseOrder(order), seed, skip};
   for (auto result : made.results) {
     auto array = py::reinterpret_borrow<py::array>(result.second);
@@ -122,9 +120,8 @@ PYBIND11_MODULE(performer_emulated, module) {
   using py::arg;
   module.doc() = "The CUDA kernels on NumPy arrays, under emulation.";
   module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(),
-             arg("feature_map") = "softmax", arg("scale") = 0.0, arg("key_norm") = true,
-             arg("feature_epsilon") = 1e-3, arg("packed") = false, arg("order") = "random",
-             arg("seed") = 1, arg("skip") = "", arg("allocations") = -1, arg("shared_bytes") = 0,
+             arg("order") = "random", arg("seed") = 1, arg("skip") = "", arg("allocations") = -1,
+             arg("shared_bytes") = 0,
              "As performer._core.run. `order` and `seed`: the schedule; `skip`: a barrier or wait "
              "that is left out; `allocations`: how many the device has memory for, -1 all; "
              "`shared_bytes`: of a block at most, 0 as on sm_80.\n"

@@ -7,13 +7,11 @@ namespace performer {
 namespace {
 
 template <Op op>
-ffi::Error RunOnHost(ffi::ThreadPool pool, std::string_view feature_map, double scale,
-                     bool key_norm, double feature_epsilon, bool packed,
-                     ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+ffi::Error RunOnHost(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::RemainingArgs arguments,
+                     ffi::RemainingRets results) {
   const auto run = [&]() -> Status {
     Call call;
-    PERFORMER_RETURN_IF_ERROR(MakeCall(op, {feature_map, scale, key_norm, feature_epsilon, packed},
-                                       arguments, results, &call));
+    PERFORMER_RETURN_IF_ERROR(MakeCall(op, attributes, arguments, results, &call));
     PERFORMER_RETURN_IF_ERROR(CheckOffsets(op, call));
     return cpu::Run(op, call, ThreadsOf(pool));
   };
@@ -28,12 +26,9 @@ XLA_FFI_Error* Handler(XLA_FFI_CallFrame* frame) {
 }
 
 [[maybe_unused]] const bool registered = [] {
-  RegisterHandler(Op::kSummarize, "Host", Handler<Op::kSummarize>);
-  RegisterHandler(Op::kRead, "Host", Handler<Op::kRead>);
-  RegisterHandler(Op::kCausal, "Host", Handler<Op::kCausal>);
-  RegisterHandler(Op::kSummarizeGrad, "Host", Handler<Op::kSummarizeGrad>);
-  RegisterHandler(Op::kReadGrad, "Host", Handler<Op::kReadGrad>);
-  RegisterHandler(Op::kCausalGrad, "Host", Handler<Op::kCausalGrad>);
+#define PERFORMER_REGISTER(op) RegisterHandler(Op::k##op, "Host", Handler<Op::k##op>);
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+#undef PERFORMER_REGISTER
   return true;
 }();
 

@@ -25,14 +25,11 @@ Status FetchOffsets(Op op, CUstream_st* stream, std::vector<int64_t>* offsets, C
 }
 
 template <Op op>
-ffi::Error RunOnGpu(CUstream_st* stream, ffi::ScratchAllocator scratch,
-                    std::string_view feature_map, double scale, bool key_norm,
-                    double feature_epsilon, bool packed, ffi::RemainingArgs arguments,
-                    ffi::RemainingRets results) {
+ffi::Error RunOnGpu(CUstream_st* stream, ffi::ScratchAllocator scratch, ffi::Dictionary attributes,
+                    ffi::RemainingArgs arguments, ffi::RemainingRets results) {
   const auto run = [&]() -> Status {
     Call call;
-    PERFORMER_RETURN_IF_ERROR(MakeCall(op, {feature_map, scale, key_norm, feature_epsilon, packed},
-                                       arguments, results, &call));
+    PERFORMER_RETURN_IF_ERROR(MakeCall(op, attributes, arguments, results, &call));
     PERFORMER_RETURN_IF_ERROR(cuda::Supports(op, call.dtype, call.dims));
     std::vector<int64_t> offsets;
     PERFORMER_RETURN_IF_ERROR(FetchOffsets(op, stream, &offsets, &call));
@@ -58,12 +55,9 @@ XLA_FFI_Error* Handler(XLA_FFI_CallFrame* frame) {
 
 // Not as fit for command buffers (CUDA graphs), which cannot hold the wait of packed sequences.
 [[maybe_unused]] const bool registered = [] {
-  RegisterHandler(Op::kSummarize, "CUDA", Handler<Op::kSummarize>);
-  RegisterHandler(Op::kRead, "CUDA", Handler<Op::kRead>);
-  RegisterHandler(Op::kCausal, "CUDA", Handler<Op::kCausal>);
-  RegisterHandler(Op::kSummarizeGrad, "CUDA", Handler<Op::kSummarizeGrad>);
-  RegisterHandler(Op::kReadGrad, "CUDA", Handler<Op::kReadGrad>);
-  RegisterHandler(Op::kCausalGrad, "CUDA", Handler<Op::kCausalGrad>);
+#define PERFORMER_REGISTER(op) RegisterHandler(Op::k##op, "CUDA", Handler<Op::k##op>);
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+#undef PERFORMER_REGISTER
   return true;
 }();
 

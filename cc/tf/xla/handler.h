@@ -1,5 +1,11 @@
-// What the handlers of all platforms do alike: a custom call's operands, results and attributes to
-// a Call, and registration with TensorFlow's copy of XLA. custom_call.h has the contract.
+// What the handlers of all platforms share: they turn the operands, results and attributes of a
+// custom call into a Call, and register with TensorFlow's copy of XLA.
+//
+// The custom calls are the contract between the lowering (in _xla.so), which writes them, and the
+// handlers (in _ops.so), which read them. There is one target for each operator, with the
+// operator's name. Operands and results are its inputs and outputs in the order of the signature,
+// row-major. The attributes are those of VisitAttributes: a feature map is a string with its name,
+// a double is f64.
 #pragma once
 #include <string>
 #include <string_view>
@@ -7,13 +13,12 @@
 #include <vector>
 
 #include "core/params.h"
-#include "tf/xla/custom_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla {
 namespace ffi {
-// Declared by a header that would bring all of XLA. Weak: where TensorFlow does not have it, the
-// library still loads, and only jit_compile=True does not work.
+// The header that declares it would include all of XLA. The symbol is weak: where TensorFlow does
+// not have it, the library still loads, and only jit_compile=True does not work.
 __attribute__((weak)) const XLA_FFI_Api* GetXlaFfiApi();
 }  // namespace ffi
 }  // namespace xla
@@ -63,26 +68,28 @@ inline Shape FromXla(ffi::AnyBuffer::Dimensions dimensions) {
   return {true, {dimensions.begin(), dimensions.end()}};
 }
 
-// The attributes of a custom call.
-struct CallAttributes {
-  std::string_view feature_map;
-  double scale;
-  bool key_norm;
-  double feature_epsilon;
-  bool packed;
-};
+// Reads one attribute of a custom call.
+template <class T>
+bool ReadAttribute(const ffi::Dictionary& attributes, const char* name, T* value) {
+  const ffi::ErrorOr<T> found = attributes.get<T>(name);
+  if (found.has_value()) *value = *found;
+  return found.has_value();
+}
+inline bool ReadAttribute(const ffi::Dictionary& attributes, const char* name, FeatureMap* value) {
+  std::string_view map;
+  return ReadAttribute(attributes, name, &map) && ParseFeatureMap(std::string(map), value).ok();
+}
 
 // Operands and results as the Call of an operator, its shapes accepted by InferShapes.
-inline Status MakeCall(Op op, const CallAttributes& attributes, ffi::RemainingArgs arguments,
+inline Status MakeCall(Op op, const ffi::Dictionary& attributes, ffi::RemainingArgs arguments,
                        ffi::RemainingRets results, Call* call) {
-  PERFORMER_RETURN_IF_ERROR(
-      ParseFeatureMap(std::string(attributes.feature_map), &call->attributes.feature_map));
-  call->attributes.scale = attributes.scale;
-  call->attributes.key_norm = attributes.key_norm;
-  call->attributes.feature_epsilon = attributes.feature_epsilon;
-  call->attributes.packed = attributes.packed;
   const Signature& signature = SignatureOf(op);
-  if (arguments.size() != signature.inputs.size() || results.size() != signature.outputs.size())
+  bool fits =
+      arguments.size() == signature.inputs.size() && results.size() == signature.outputs.size();
+  VisitAttributes(call->attributes, [&](const char* name, auto& value) {
+    fits = fits && ReadAttribute(attributes, name, &value);
+  });
+  if (!fits)
     return Status::InvalidArgument(std::string(signature.name) +
                                    ": the XLA program was made by another version of Performer");
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -100,21 +107,14 @@ inline Status MakeCall(Op op, const CallAttributes& attributes, ffi::RemainingAr
 // Completes a binding that has the context of its platform.
 template <class Binding>
 auto WithArguments(Binding binding) {
-  return std::move(binding)
-      .template Attr<std::string_view>(kFeatureMapAttribute)
-      .template Attr<double>(kScaleAttribute)
-      .template Attr<bool>(kKeyNormAttribute)
-      .template Attr<double>(kFeatureEpsilonAttribute)
-      .template Attr<bool>(kPackedAttribute)
-      .RemainingArgs()
-      .RemainingRets();
+  return std::move(binding).Attrs().RemainingArgs().RemainingRets();
 }
 
 // Registers a handler for one operator and platform.
 inline void RegisterHandler(Op op, const char* platform, XLA_FFI_Handler* handler) {
   if (&ffi::GetXlaFfiApi == nullptr) return;
   const XLA_FFI_Api* api = ffi::GetXlaFfiApi();
-  // A refusal leaves the target unknown, which XLA reports when it meets it.
+  // Where XLA refuses, the target stays unknown, and XLA reports that when it meets the target.
   if (XLA_FFI_Error* error =
           ffi::Ffi::RegisterStaticHandler(api, SignatureOf(op).name, platform, handler)) {
     XLA_FFI_Error_Destroy_Args destroy{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};

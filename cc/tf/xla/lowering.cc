@@ -1,15 +1,16 @@
-// XLA kernels: each operator becomes a custom call, which the handlers in _ops.so serve. The only
-// file of _xla.so, so that trouble with XLA leaves the rest alone; and the only one that includes
-// xla_op_kernel.h, which takes half a minute to compile.
+// XLA kernels: each operator becomes a custom call, which the handlers in _ops.so serve (handler.h
+// has the contract). This is the only file of _xla.so, so that trouble with XLA leaves the rest
+// alone, and the only one that includes xla_op_kernel.h, which takes half a minute to compile.
 #include <cstring>
 #include <map>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "core/schema.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tf/attributes.h"
-#include "tf/xla/custom_call.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape_util.h"
@@ -21,26 +22,30 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::XlaOpKernel;
 using tensorflow::XlaOpKernelContext;
 
-// The attributes as text of an MLIR dictionary.
-std::string Configuration(const std::string& feature_map, const Attributes& attributes) {
-  const auto boolean = [](bool value) { return value ? "true" : "false"; };
-  return absl::StrFormat("{%s = \"%s\", %s = %.17e : f64, %s = %s, %s = %.17e : f64, %s = %s}",
-                         kFeatureMapAttribute, feature_map, kScaleAttribute, attributes.scale,
-                         kKeyNormAttribute, boolean(attributes.key_norm), kFeatureEpsilonAttribute,
-                         attributes.feature_epsilon, kPackedAttribute, boolean(attributes.packed));
+// The attributes as the text of an MLIR dictionary.
+std::string Text(FeatureMap map) { return absl::StrCat("\"", NameOf(map), "\""); }
+std::string Text(double value) { return absl::StrFormat("%.17e : f64", value); }
+std::string Text(bool value) { return value ? "true" : "false"; }
+std::string Configuration(const Attributes& attributes) {
+  std::vector<std::string> entries;
+  VisitAttributes(attributes, [&](const char* name, const auto& value) {
+    entries.push_back(absl::StrCat(name, " = ", Text(value)));
+  });
+  return absl::StrCat("{", absl::StrJoin(entries, ", "), "}");
 }
 
 xla::Shape RowMajor(xla::PrimitiveType type, const std::vector<int64_t>& dims) {
   return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, dims);
 }
 
-// The number N of packed sequences may be known when the program runs only (tf.where found their
-// starts); XLA then compiles for a bound of it. The operator runs on that many sequences, of which
-// the last are empty, and the results are cut. For each input with such an N, by name:
+// The number N of packed sequences may be known only when the program runs (where tf.where found
+// their starts). XLA then compiles for an upper bound of N. The operator runs on that many
+// sequences, of which the last are empty, and the results are cut. By the name of each input with
+// such an N, the true N:
 using Counts = std::map<std::string, xla::XlaOp>;
 
-// Fills an input of known rank up to the bound, and notes its count. `rows` is where empty
-// sequences lie.
+// Fills an input of known rank up to the bound, and notes its count. Empty sequences begin and end
+// at `rows`.
 absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows, xla::XlaOp* input,
                  Counts* counts) {
   const std::string letter(argument.shape, std::strcspn(argument.shape, " "));
@@ -64,7 +69,7 @@ absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows
   return absl::OkStatus();
 }
 
-// An output with as many sequences as there are.
+// Cuts an output to the true number of sequences.
 xla::XlaOp Trim(const Argument& argument, xla::XlaOp output, const Counts& counts) {
   const std::string shape = argument.shape;
   const auto count = counts.find(shape[0] == '='             ? shape.substr(1)
@@ -77,12 +82,8 @@ template <Op op>
 class PerformerXlaOp : public XlaOpKernel {
  public:
   explicit PerformerXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
-    Attributes attributes;
-    std::string feature_map;
-    OP_REQUIRES_OK(context, ReadAttributes(context, op, &attributes));
-    OP_REQUIRES_OK(context, context->GetAttr("feature_map", &feature_map));
-    attributes_ = attributes;
-    configuration_ = Configuration(feature_map, attributes);
+    OP_REQUIRES_OK(context, ReadAttributes(context, op, &attributes_));
+    configuration_ = Configuration(attributes_);
   }
 
   void Compile(XlaOpKernelContext* context) override {
@@ -130,28 +131,22 @@ class PerformerXlaOp : public XlaOpKernel {
   std::string configuration_;
 };
 
-// Not REGISTER_XLA_OP, whose registry is read once, at the first compilation of the process: a
-// library that was loaded after it would not be seen.
-#define PERFORMER_REGISTER_XLA(name, op, device, type, state)                         \
-  REGISTER_KERNEL_BUILDER(                                                            \
-      Name(name).Device(device).TypeConstraint<type>("T").TypeConstraint<state>("U"), \
-      PerformerXlaOp<op>)
-#define PERFORMER_REGISTER_DEVICE(name, op, device)                      \
-  PERFORMER_REGISTER_XLA(name, op, device, float, float);                \
-  PERFORMER_REGISTER_XLA(name, op, device, tensorflow::bfloat16, float); \
-  PERFORMER_REGISTER_XLA(name, op, device, Eigen::half, float)
+// REGISTER_XLA_OP is of no use here: its registry is read once, at the first compilation of the
+// process, and a library that is loaded later would not be seen.
+#define PERFORMER_REGISTER_TYPE(op, device, type, state)                                          \
+  REGISTER_KERNEL_BUILDER(                                                                        \
+      Name("Performer>" #op).Device(device).TypeConstraint<type>("T").TypeConstraint<state>("U"), \
+      PerformerXlaOp<Op::k##op>);
+#define PERFORMER_REGISTER_DEVICE(op, device)                      \
+  PERFORMER_REGISTER_TYPE(op, device, float, float)                \
+  PERFORMER_REGISTER_TYPE(op, device, tensorflow::bfloat16, float) \
+  PERFORMER_REGISTER_TYPE(op, device, Eigen::half, float)
 // No GPU kernel takes float64.
-#define PERFORMER_REGISTER_LOWERING(name, op)                      \
-  PERFORMER_REGISTER_DEVICE(name, op, "XLA_CPU_JIT");              \
-  PERFORMER_REGISTER_XLA(name, op, "XLA_CPU_JIT", double, double); \
-  PERFORMER_REGISTER_DEVICE(name, op, "XLA_GPU_JIT")
-
-PERFORMER_REGISTER_LOWERING("Performer>Summarize", Op::kSummarize);
-PERFORMER_REGISTER_LOWERING("Performer>Read", Op::kRead);
-PERFORMER_REGISTER_LOWERING("Performer>Causal", Op::kCausal);
-PERFORMER_REGISTER_LOWERING("Performer>SummarizeGrad", Op::kSummarizeGrad);
-PERFORMER_REGISTER_LOWERING("Performer>ReadGrad", Op::kReadGrad);
-PERFORMER_REGISTER_LOWERING("Performer>CausalGrad", Op::kCausalGrad);
+#define PERFORMER_REGISTER(op)                               \
+  PERFORMER_REGISTER_DEVICE(op, "XLA_CPU_JIT")               \
+  PERFORMER_REGISTER_TYPE(op, "XLA_CPU_JIT", double, double) \
+  PERFORMER_REGISTER_DEVICE(op, "XLA_GPU_JIT")
+PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
 
 }  // namespace
 }  // namespace performer
