@@ -1,4 +1,4 @@
-"""The arguments that `Performer` adds to those of `MultiHeadAttention`, and their rules."""
+"""Arguments of layers and their rules, first those that `Performer` adds to the parent's."""
 
 import dataclasses
 import math
@@ -18,10 +18,10 @@ DENSE_LIMIT = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The added arguments, checked; the fields are named as those of the layer.
+    """The arguments that `Performer` adds to those of `MultiHeadAttention`, under the same names.
 
-    `sliding_window` is the parent's argument, which linear attention refuses; `num_heads` the
-    parent's too.
+    The arguments of the parent are here for the rules only: `num_heads`, and `sliding_window`,
+    which linear attention refuses.
 
     Raises:
         RuntimeError: linear attention without `supports`.
@@ -47,7 +47,8 @@ class Options:
         if self.linear and sliding_window is not None:
             raise ValueError(
                 "`sliding_window` must be None with attention_method='linear', which sums features "
-                "over all keys: a window is no such sum. Use attention_method='quadratic'. "
+                "over all keys, and cannot leave out those beyond a window. Use "
+                "attention_method='quadratic'. "
                 f"Received: sliding_window={sliding_window!r}"
             )
         _check_choice("scaling", self.scaling, SCALINGS)
@@ -67,7 +68,7 @@ class Options:
         if self.rotary_embedding is not None and not self.linear:
             raise ValueError(
                 "`rotary_embedding` must be None with attention_method='quadratic', which is "
-                "`keras.layers.MultiHeadAttention` and has no place for it. "
+                "`keras.layers.MultiHeadAttention` and has no such argument. "
                 f"Received: rotary_embedding={self.rotary_embedding!r}"
             )
         groups = self.num_key_value_heads
@@ -109,7 +110,7 @@ def check_rate(name, value):
 
 
 def check_seed(name, value):
-    """Returns `value`, an integer of 64 bits, or None; ValueError otherwise."""
+    """Returns `value`, an integer of 64 bits or None; ValueError otherwise."""
     if value is None:
         return None
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -121,12 +122,12 @@ def check_seed(name, value):
 
 
 def default_seed():
-    """A seed from Python's generator, as Keras's own: `keras.utils.set_random_seed` fixes it."""
+    """A seed from Python's generator, as Keras takes it: `keras.utils.set_random_seed` fixes it."""
     return random.randint(1, 10**9)
 
 
 def clone_initializer(initializer):
-    """Another initializer of the same configuration, so that unseeded numbers differ."""
+    """Another initializer of the same configuration: without a seed its numbers differ."""
     return initializer.__class__.from_config(initializer.get_config())
 
 

@@ -1,8 +1,8 @@
 """Attention over any axes, as attention over one axis.
 
-A projected input is `[B, d1, ..., dn, H, D]`. The attention axes among `d1 ... dn` become the
-sequence, all others join the batch: `[B', L, H, D]`. The inverse restores the layout. Both are
-reshapes, preceded by a transposition only where an attention axis stands before another axis.
+A projected input is `[B, d1, ..., dn, H, D]`. `fold` joins the attention axes among `d1 ... dn` to
+one sequence axis and all others to the batch: `[B', L, H, D]`. `unfold` restores the layout. Both
+are reshapes, with a transposition only where an attention axis stands before another axis.
 """
 
 import math
@@ -20,11 +20,11 @@ def resolve_axes(attention_axes: Sequence[int] | None, rank: int) -> tuple[int, 
     Args:
         attention_axes: axes, negative ones counted from the end of the input; `None` means all
             but the first (batch) and the last (channels). Their order is the order of the
-            sequence: `(2, 1)` walks axis 1 fastest.
+            sequence: with `(2, 1)`, axis 1 varies fastest.
         rank: rank of the layer's input, at least 3.
 
     Raises:
-        ValueError: no axis, an axis twice, the batch or channel axis, one beyond the rank, or
+        ValueError: no axis, an axis twice, the batch or channel axis, an axis beyond the rank, or
             one that is no integer.
     """
     if rank < 3:
@@ -55,7 +55,7 @@ def fold(x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
         axes: attention axes as `resolve_axes` returns them.
 
     Returns:
-        A tensor of the same dtype; `x` itself where the layout is already right.
+        A tensor of the same dtype; `x` itself where it already has this layout.
 
     Example:
 
@@ -92,7 +92,7 @@ def unfold(x: tf.Tensor, axes: tuple[int, ...], like: tf.Tensor) -> tf.Tensor:
 
 
 def _batch_axes_first(rank: int, axes: tuple[int, ...]) -> list[int]:
-    """Order of a projected tensor's axes: batch, axes not attended, attention axes, H, D."""
+    """Order of a projected tensor's axes: batch, other axes, attention axes, H, D."""
     others = [axis for axis in range(1, rank - 2) if axis not in axes]
     return [0, *others, *axes, rank - 2, rank - 1]
 

@@ -88,8 +88,7 @@ class RandomProjection(keras.layers.Layer):
         self._feature_map = feature_maps.get(feature_map)
 
     def build(self):
-        """Creates the weights; the projection is draw 0."""
-
+        """Creates the weights; the projection is draw number 0."""
         if isinstance(self._feature_map, keras.layers.Layer) and not self._feature_map.built:
             self._feature_map.build((self._features, self._dim))
 
@@ -123,7 +122,7 @@ class RandomProjection(keras.layers.Layer):
 
     @property
     def features(self):
-        """Number of features of a key: M, unless the feature map makes more or fewer of them."""
+        """Number of features of a key: M, unless the feature map has more or fewer of them."""
         return self._feature_map.sides(self.projection.value)[1].shape[-2]
 
     def current_features(self, training):
@@ -153,7 +152,7 @@ class RandomProjection(keras.layers.Layer):
         return projection
 
     def redraw(self):
-        """Draws the next projection now and starts the count of training calls again."""
+        """Draws the next projection now and resets the count of training calls."""
         draw = self.draw.value + 1
         self.projection.assign(self._sample(self.base_seed.value, draw))
         self.draw.assign(draw)

@@ -1,4 +1,4 @@
-"""Learned positions, for embeddings."""
+"""Learned embeddings of positions."""
 
 import keras
 import tensorflow as tf
@@ -8,7 +8,9 @@ from performer.layers._arguments import check_size, clone_initializer
 
 @keras.saving.register_keras_serializable(package="performer")
 class PositionEmbedding(keras.layers.Layer):
-    """A learned vector for every position; arguments as `keras_hub.layers.PositionEmbedding`.
+    """A learned vector for every position.
+
+    The arguments are those of `keras_hub.layers.PositionEmbedding`.
 
     Args:
         sequence_length: Number of positions.
@@ -16,16 +18,16 @@ class PositionEmbedding(keras.layers.Layer):
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: `(B, L, dim)`; only its shape counts.
-        start_index: Integer, position of the first of them. Defaults to 0.
+        inputs: `(B, L, dim)`; only its shape matters.
+        start_index: Integer, position of the first element of `inputs`. Defaults to 0.
 
     Returns:
-        `(B, L, dim)`, the vectors of positions `start_index` to `start_index + L - 1`; to be added
-        to `inputs`.
+        `(B, L, dim)`, the vectors of positions `start_index` to `start_index + L - 1`, which the
+        caller adds to `inputs`.
 
     Raises:
         ValueError, tf.errors.InvalidArgumentError: a position below 0 or beyond `sequence_length`.
-            Under XLA, which asserts nothing, the vectors of such positions are NaN.
+            XLA drops this check: there the vectors of such positions are NaN.
 
     Example:
 
@@ -71,7 +73,7 @@ class PositionEmbedding(keras.layers.Layer):
         with tf.control_dependencies([] if check is None else [check]):
             table = tf.convert_to_tensor(self.position_embeddings)
             found = tf.gather(table, tf.where(inside, positions, 0))
-            # Under XLA, which asserts nothing, NaN rather than the vector of another position.
+            # XLA drops assertions: there NaN stands for the vector of a wrong position.
             return tf.where(inside[:, tf.newaxis], found, tf.cast(float("nan"), table.dtype))
 
     def compute_output_shape(self, input_shape, **kwargs):
@@ -89,20 +91,22 @@ class PositionEmbedding(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="performer")
 class TokenAndPositionEmbedding(keras.layers.Layer):
-    """The sum of a token's and its position's learned vector; as keras-hub's layer of that name.
+    """The sum of the learned vectors of a token and of its position.
+
+    The arguments are those of `keras_hub.layers.TokenAndPositionEmbedding`.
 
     Args:
         vocabulary_size: Number of tokens.
         sequence_length: Number of positions.
         embedding_dim: Size of the vectors.
-        embeddings_initializer: Initializer of both. Defaults to `"uniform"`.
-        mask_zero: Whether token 0 is padding, which later layers then mask. Defaults to `False`.
+        embeddings_initializer: Initializer of both tables. Defaults to `"uniform"`.
+        mask_zero: Whether token 0 is padding, which later layers mask. Defaults to `False`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: Integers `(B, L)`.
-        start_index: Integer, position of the first of them. Defaults to 0.
-        initial_state: What an earlier call returned: the position to go on at, in place of
+        start_index: Integer, position of the first token. Defaults to 0.
+        initial_state: What an earlier call returned: the position of the first token, in place of
             `start_index`.
         return_state: Boolean, whether to return the position after the last one, too.
 
@@ -174,7 +178,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         return embedded, tf.cast(start, tf.int64) + tf.shape(inputs, tf.int64)[1]
 
     def compute_mask(self, inputs, mask=None):
-        """Whether a token exists, if `mask_zero`."""
+        """Which tokens are not padding, if `mask_zero`; None otherwise."""
         return self.token_embedding.compute_mask(inputs) if self.mask_zero else None
 
     def get_config(self):

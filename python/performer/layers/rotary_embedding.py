@@ -1,4 +1,4 @@
-"""Rotary positions, for queries and keys."""
+"""Rotary position embedding of queries and keys."""
 
 import math
 
@@ -14,7 +14,7 @@ class RotaryEmbedding(keras.layers.Layer):
 
     Dimensions i and i + D/2 at position p are rotated by the angle p * max_wavelength**(-2i/D), so
     that the product of a query and a key depends on the distance between them. Source: Su et al.,
-    "RoFormer", https://arxiv.org/abs/2104.09864; the pairing of dimensions and the arguments are
+    "RoFormer", https://arxiv.org/abs/2104.09864. The pairing of dimensions and the arguments are
     those of `keras_hub.layers.RotaryEmbedding`, which a `Performer` layer takes as well.
 
     Args:
@@ -24,8 +24,9 @@ class RotaryEmbedding(keras.layers.Layer):
 
     Call arguments:
         inputs: `(B, L, D)` or `(B, L, H, D)`, D even.
-        start_index: Integer, position of the first of them. Defaults to 0.
-        positions: Integers `(L,)` or `(B, L)`, instead of `start_index` and what follows it.
+        start_index: Integer, position of the first element of `inputs`. Defaults to 0.
+        positions: Integers `(L,)` or `(B, L)`, the positions of all elements, in place of
+            `start_index`.
 
     Returns:
         Tensor of the shape and dtype of `inputs`.
@@ -92,7 +93,7 @@ class RotaryEmbedding(keras.layers.Layer):
 
 
 def positions_in_runs(ids):
-    """int64 `[B, L]`: how far each element is from the start of its run of equal `ids` `[B, L]`."""
+    """int64 `[B, L]`: the position of each element in its run of equal `ids` `[B, L]`, from 0."""
     index = tf.range(tf.shape(ids)[1])
     run = tf.cumsum(tf.cast(tf.reshape(run_starts(ids), [-1]), tf.int32)) - 1
     flat = tf.reshape(tf.broadcast_to(index, tf.shape(ids)), [-1])

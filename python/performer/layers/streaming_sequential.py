@@ -1,4 +1,4 @@
-"""Models that stream: they go on where an earlier call ended, with a state of constant size."""
+"""Models whose calls continue the sequence of an earlier call, with a state of constant size."""
 
 import inspect
 
@@ -7,12 +7,13 @@ import keras
 
 @keras.saving.register_keras_serializable(package="performer")
 class StreamingSequential(keras.Model):
-    """Layers in a row, as `keras.Sequential`, whose states go through calls as one.
+    """A stack of layers, as `keras.Sequential`, whose states are passed on from call to call.
 
     A layer has a state if it has `get_initial_state(batch_size)` and its call takes `initial_state`
     and `return_state`: `PerformerDecoder`, `TokenAndPositionEmbedding`, this class itself, layers
     of your own. Every other layer must treat each position by itself (`Embedding`, `Dense`,
-    normalizations, `Dropout`; no convolution along the sequence), or parts will not be the whole.
+    normalizations, `Dropout`; no convolution along the sequence). Otherwise calls on the parts of
+    a sequence would not give what one call on the whole sequence gives.
 
     Args:
         stack: List of layers.
@@ -20,17 +21,18 @@ class StreamingSequential(keras.Model):
 
     Call arguments:
         inputs: What the first layer takes, usually integers `(B, L)`.
-        initial_state: What `get_initial_state` or an earlier call returned: the call goes on where
-            that one ended.
+        initial_state: What `get_initial_state` or an earlier call returned: this call continues its
+            sequence.
         return_state: Boolean, whether to return the state after the call, too.
         training: Python boolean.
 
     Returns:
-        What the last layer returns; with `return_state` a pair of it and the state: the list of
-        the layers' states.
+        What the last layer returns; with `return_state` a pair of it and the state, which is the
+        list of the layers' states.
 
     Raises:
-        ValueError: as the layers do; an `initial_state` of another number of states.
+        ValueError: An argument that a layer refuses; an `initial_state` with another number of
+            states.
 
     Example:
 
@@ -65,7 +67,7 @@ class StreamingSequential(keras.Model):
             batch_size: B, an integer or an integer scalar.
 
         Returns:
-            List of the states of the layers that have one.
+            List of the states of those layers that have one.
 
         Raises:
             ValueError: a layer is not built: call the model first.

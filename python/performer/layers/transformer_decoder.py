@@ -212,8 +212,8 @@ class PerformerDecoder(Block):
         if return_state:
             if mask is not None:
                 raise ValueError(
-                    "`return_state` cannot be combined with `encoder_attention_mask`, which differs from "
-                    "query to query. Received both"
+                    "`return_state` cannot be combined with `encoder_attention_mask`, which "
+                    "differs from query to query. Received both"
                 )
             state = layer.summarize(sequence, value_mask=padding_mask)
             return lambda y: (layer.read(y, state), state)
