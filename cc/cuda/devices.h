@@ -1,5 +1,4 @@
-// The GPUs of this machine, for reports and messages; and their memory, where the host has to see
-// it.
+// The GPUs of this machine, for reports and messages; and copies of their memory to the host.
 #pragma once
 #include <cstddef>
 #include <cstdint>

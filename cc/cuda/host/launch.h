@@ -1,5 +1,5 @@
-// Host side of the kernels: launches, workspace, errors. The same code drives a GPU (nvcc) and the
-// emulator.
+// What the host does with the device: workspace, copies and launches, with errors as a Status. The
+// same code drives a GPU (nvcc) and the emulator.
 #pragma once
 #include <cstring>
 #include <string>
@@ -12,7 +12,7 @@
 namespace performer {
 namespace cuda {
 
-// Blocks of a launch. int64: a call may want more than a grid can have.
+// The number of blocks of a launch. int64, because a call may need more than a grid can have.
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
 };
@@ -23,16 +23,16 @@ inline Status OutOfMemory(int64_t bytes, const char* purpose) {
 }
 
 #if defined(__CUDACC__)
-// Reports an error and takes it from the runtime, where it would meet somebody else's next call.
-inline Status Taken(cudaError_t error, const char* what) {
+// Reports an error and clears it in the runtime, where the next call of other code would find it.
+inline Status TakeError(cudaError_t error, const char* what) {
   if (error != cudaSuccess) (void)cudaGetLastError();
   return ToStatus(error, what);
 }
 #endif
 
-// The most shared memory that a block may have. A device that cannot be asked will not launch
-// either, and says why.
-inline int SharedBytes(const Device& device) {
+// The most shared memory that a block may have. Where the device does not answer, a launch will
+// fail too and report the cause.
+inline int SharedBytesPerBlock(const Device& device) {
   if (device.shared_bytes != 0) return device.shared_bytes;
 #if defined(__CUDACC__)
   int number = 0, bytes = 0;
@@ -47,12 +47,14 @@ inline int SharedBytes(const Device& device) {
 
 class Launcher {
  public:
-  explicit Launcher(const Device& device) : device_(device), shared_bytes_(SharedBytes(device)) {}
+  explicit Launcher(const Device& device)
+      : device_(device), shared_bytes_(SharedBytesPerBlock(device)) {}
 
-  // Whether blocks must do with kSmallSharedBytes.
+  // Whether blocks have less shared memory than on sm_80: they are then sized for
+  // kSmallSharedBytes.
   bool HasSmallBlocks() const { return shared_bytes_ < kMaxSharedBytes; }
 
-  // Workspace of `count` elements.
+  // Allocates workspace of `count` elements. `purpose` is for messages.
   template <class T>
   Status Allocate(int64_t count, const char* purpose, T** to) const {
     int64_t bytes;
@@ -70,51 +72,40 @@ class Launcher {
     return Status();
   }
 
-  // A copy of numbers of the host, which may be freed afterwards.
+  // Copies numbers of the host to workspace. `from` may be freed afterwards.
   Status Upload(const std::vector<int64_t>& from, const int64_t** to) const {
     int64_t* copy = nullptr;
     PERFORMER_RETURN_IF_ERROR(Allocate(static_cast<int64_t>(from.size()), "offsets", &copy));
     *to = copy;
     if (from.empty()) return Status();
 #if defined(__CUDACC__)
-    // From pageable memory: returns when the numbers have been read.
-    return Taken(cudaMemcpyAsync(copy, from.data(), from.size() * sizeof(int64_t),
-                                 cudaMemcpyHostToDevice, Stream()),
-                 "copying offsets");
+    // A copy from pageable memory returns only when the numbers have been read.
+    return TakeError(cudaMemcpyAsync(copy, from.data(), from.size() * sizeof(int64_t),
+                                     cudaMemcpyHostToDevice, Stream()),
+                     "copying offsets");
 #else
     std::memcpy(copy, from.data(), from.size() * sizeof(int64_t));
     return Status();
 #endif
   }
 
-  // Enqueues a kernel. `name` is for messages. An empty grid is no launch.
+  // Enqueues a kernel; nothing where the grid is empty. `name` is for messages.
   template <class Params>
   Status Launch(const char* name, void (*kernel)(Params), const Grid& grid, int threads,
                 int shared_bytes, const Params& params) const {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return Status();
-    if (grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX)
-      return Status::InvalidArgument(
-          std::string(name) +
-          ": too large for one launch, at most 2147483647 tiles of rows, 65535 " +
-          "heads and 65535 groups of features; got " + std::to_string(grid.x) + ", " +
-          std::to_string(grid.y) + " and " + std::to_string(grid.z));
-    if (shared_bytes > shared_bytes_)
-      return Status::FailedPrecondition(
-          std::string(name) + ": heads of this width take " + std::to_string(shared_bytes) +
-          " bytes of shared memory in a block; this GPU has " + std::to_string(shared_bytes_) +
-          ". With D and E of at most 64 the kernels run on any GPU of compute capability 8.0 or "
-          "later");
+    PERFORMER_RETURN_IF_ERROR(CheckLaunch(name, grid, shared_bytes));
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                       static_cast<unsigned>(grid.z));
 #if defined(__CUDACC__)
     const void* entry = reinterpret_cast<const void*>(kernel);
-    if (shared_bytes > 48 * 1024)  // more than that has to be asked for
-      PERFORMER_RETURN_IF_ERROR(Taken(
+    if (shared_bytes > 48 * 1024)  // more than that needs an opt-in
+      PERFORMER_RETURN_IF_ERROR(TakeError(
           cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           name));
     void* arguments[] = {const_cast<Params*>(&params)};
-    return Taken(cudaLaunchKernel(entry, blocks, dim3(threads), arguments, shared_bytes, Stream()),
-                 name);
+    return TakeError(
+        cudaLaunchKernel(entry, blocks, dim3(threads), arguments, shared_bytes, Stream()), name);
 #else
     try {
       sim::Launch(blocks, dim3(threads), shared_bytes, [&] { kernel(params); });
@@ -126,6 +117,22 @@ class Launcher {
   }
 
  private:
+  Status CheckLaunch(const char* name, const Grid& grid, int shared_bytes) const {
+    if (grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX)
+      return Status::InvalidArgument(
+          std::string(name) +
+          ": too large for one launch, at most 2147483647 tiles of rows, 65535 " +
+          "heads and 65535 blocks of features; got " + std::to_string(grid.x) + ", " +
+          std::to_string(grid.y) + " and " + std::to_string(grid.z));
+    if (shared_bytes > shared_bytes_)
+      return Status::FailedPrecondition(
+          std::string(name) + ": heads of this width take " + std::to_string(shared_bytes) +
+          " bytes of shared memory in a block; this GPU has " + std::to_string(shared_bytes_) +
+          ". With D and E of at most 64 the kernels run on any GPU of compute capability 8.0 or "
+          "later");
+    return Status();
+  }
+
 #if defined(__CUDACC__)
   cudaStream_t Stream() const { return static_cast<cudaStream_t>(device_.stream); }
 #endif
