@@ -41,6 +41,29 @@ struct ReadTraits {
   static_assert(kBytes <= MaxSharedBytes(W, kWarps));
 };
 
+// Divides by the sums of rows and writes the rows that the block has.
+template <class T, int W, int kRowTiles>
+PERFORMER_DEVICE void StoreOutputs(const Softmax<T, W, kRowTiles>& softmax,
+                                   const ReadPointers<T>& block, const RowsOf<T>& out, int warp,
+                                   int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum;
+      const float inverse = softmax.Inverse(m, e, &sum);
+      const int row = (warp * kRowTiles + m) * 16 + g + 8 * e;
+      if (row >= block.rows) continue;
+      T* to = block.out + static_cast<int64_t>(row) * out.stride;
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n)
+        StoreColumns(to, n * 8 + 2 * t, out.width, out.aligned,
+                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e] * inverse,
+                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e + 1] * inverse);
+    }
+}
+
 template <class T, int W>
 __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
   using Traits = ReadTraits<T, W>;
@@ -50,7 +73,7 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
   T* const projection = reinterpret_cast<T*>(shared + Traits::kProjection);  // [2] tiles
   T* const mean = reinterpret_cast<T*>(shared + Traits::kMean);              // [2] tiles
   float* const bias = reinterpret_cast<float*>(shared + Traits::kBias);      // [2][kTile]
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   ReadPointers<T>* const block = reinterpret_cast<ReadPointers<T>*>(shared + Traits::kPointers);
   {
     const WorkTile work = GetWorkTile(p.work, blockIdx.x);
@@ -109,22 +132,7 @@ __global__ void __launch_bounds__(128, 2) ReadKernel(ReadParams<T> p) {
     softmax.Step(rows, projection + buffer * kTile * W, mean + buffer * kTile * W,
                  bias + buffer * kTile, p.map, lane);
   }
-
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum;
-      const float inverse = softmax.Inverse(m, e, &sum);
-      const int row = (warp * kRowTiles + m) * 16 + g + 8 * e;
-      if (row >= block->rows) continue;
-      T* to = block->out + static_cast<int64_t>(row) * p.out.stride;
-#pragma unroll
-      for (int n = 0; n < W / 8; ++n)
-        StoreColumns(to, n * 8 + 2 * t, p.out.width, p.out.aligned,
-                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e] * inverse,
-                     inverse == 0.f ? 0.f : softmax.acc[m][n][2 * e + 1] * inverse);
-    }
+  StoreOutputs<T, W>(softmax, *block, p.out, warp, lane);
 }
 
 }  // namespace cuda

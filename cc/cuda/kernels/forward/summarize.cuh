@@ -36,6 +36,35 @@ struct SummarizeTraits {
   static_assert(kBytes <= MaxSharedBytes(W, kWarps));
 };
 
+// Writes log_mass and mean of the features that the block has.
+template <class T, int W, int kRowTiles>
+PERFORMER_DEVICE void StoreState(const Softmax<T, W, kRowTiles>& state, const SummarizeParams<T>& p,
+                                 int64_t head, int first_feature, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum;
+      const float inverse = state.Inverse(m, e, &sum);
+      const int feature = first_feature + (warp * kRowTiles + m) * 16 + g + 8 * e;
+      if (feature >= p.features) continue;
+      const int64_t row =
+          (static_cast<int64_t>(blockIdx.x) * p.groups + head) * p.features + feature;
+      if (t == 0)
+        p.log_mass[row] = inverse == 0.f ? -kInfinity : state.top[m][e] * p.map.root + logf(sum);
+#pragma unroll
+      for (int n = 0; n < W / 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = n * 8 + 2 * t + c;
+          if (column < p.keys.value.width)
+            p.mean[row * p.keys.value.width + column] =
+                inverse == 0.f ? 0.f : state.acc[m][n][2 * e + c] * inverse;
+        }
+    }
+}
+
 template <class T, int W>
 __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) {
   using Traits = SummarizeTraits<T, W>;
@@ -99,29 +128,7 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
     state.Step(rows, tile_keys, values + buffer * kTile * W, stream.bias + buffer * kTile, p.map,
                lane);
   }
-
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum;
-      const float inverse = state.Inverse(m, e, &sum);
-      const int feature = first_feature + (warp * kRowTiles + m) * 16 + g + 8 * e;
-      if (feature >= p.features) continue;
-      const int64_t row =
-          (static_cast<int64_t>(blockIdx.x) * p.groups + head) * p.features + feature;
-      if (t == 0)
-        p.log_mass[row] = inverse == 0.f ? -kInfinity : state.top[m][e] * p.map.root + logf(sum);
-#pragma unroll
-      for (int n = 0; n < W / 8; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int column = n * 8 + 2 * t + c;
-          if (column < p.keys.value.width)
-            p.mean[row * p.keys.value.width + column] =
-                inverse == 0.f ? 0.f : state.acc[m][n][2 * e + c] * inverse;
-        }
-    }
+  StoreState<T, W>(state, p, head, first_feature, warp, lane);
 }
 
 }  // namespace cuda
