@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py [--output FOLDER] [--seconds N] [--lengths L ...]
 
-Needs a GPU, torch and a build with the GPU kernels; not TensorFlow. Every side is checked against
-float64 first, and not timed where it is wrong. The most telling cases come first: what does not fit
-into the time is listed. Writes gpu.json, gpu.md and gpu.png. Returns 1 where a result was wrong, 2
-for a wrong argument, 3 where nothing can be measured.
+It needs a GPU, torch and a build with the GPU kernels, but not TensorFlow. Every implementation is
+checked against float64 first, and is not timed where it is wrong. The most telling cases come
+first; what does not fit into the time is listed. The command writes gpu.json, gpu.md and gpu.png.
+It returns 1 where a result was wrong, 2 for a wrong argument, and 3 where nothing can be measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from gpukit import cases, checking, report, sides, timing
+from gpukit import cases, checking, implementations, report, timing
 from performer.bench.implementations import torch_kernels
 
 
@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         for record in records:
             run["records"].append(record)
             if "left_out" not in record:
-                print(f"{record['side']:12s} {case}: {record['median']:.3f} ms", flush=True)
+                print(
+                    f"{record['implementation']:12s} {case}: {record['median']:.3f} ms", flush=True
+                )
             wrong_results += record.get("wrong", False)
     report.show(run)
     print(*report.write(run, options.output), sep="\n")
@@ -64,19 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(case, timer, deadline: float) -> list[dict]:
-    """One record for each side, checked before it is timed."""
+    """One record for each implementation, checked before it is timed."""
     import torch
 
     records, x = [], None
-    for name, side in sides.SIDES.items():
-        record = {**dataclasses.asdict(case), "side": name}
+    for name, impl in implementations.IMPLEMENTATIONS.items():
+        record = {**dataclasses.asdict(case), "implementation": name}
         records.append(record)
         if time.monotonic() > deadline:
             record["left_out"] = "no time"
             continue
         try:
-            x = sides.make_inputs(case) if x is None else x
-            made = side(case, x)
+            x = implementations.make_inputs(case) if x is None else x
+            made = impl(case, x)
             call = made.forward
             if case.part == cases.BACKWARD:
                 made.forward()
@@ -84,14 +86,14 @@ def measure(case, timer, deadline: float) -> list[dict]:
             record["error"] = checking.error(name, case, x, call())
             bound = checking.BOUNDS[name][case.part]
             if record["error"] is not None and not record["error"] <= bound:
-                record["left_out"] = f"{side.label} is wrong: {record['error']:.1e}, bound {bound}"
+                record["left_out"] = f"{impl.label} is wrong: {record['error']:.1e}, bound {bound}"
                 record["wrong"] = True
                 continue
             record.update(timer.milliseconds(call))
         except torch.OutOfMemoryError:
-            record["left_out"] = f"{side.label}: out of memory"
+            record["left_out"] = f"{impl.label}: out of memory"
         except (MemoryError, RuntimeError) as error:
-            record["left_out"] = f"{side.label}: {str(error).splitlines()[0]}"
+            record["left_out"] = f"{impl.label}: {str(error).splitlines()[0]}"
             # Some GPUs have no room for wide heads (docs/gpu.md).
             record["wrong"] = name == "performer" and "heads of this width" not in str(error)
     del x

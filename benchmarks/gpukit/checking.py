@@ -1,8 +1,9 @@
-"""Each side against float64, on one head, before it is timed."""
+"""Compares each implementation with float64, on one head, before it is timed."""
 
 from __future__ import annotations
 
-from gpukit import cases, sides
+from gpukit import cases
+from gpukit.implementations import IMPLEMENTATIONS, INPUTS, compose
 
 # Relative rms in bfloat16: the promise of performer.tolerances; what tells a mistake from rounding
 # in the others (the composition rounds features and prefix sums).
@@ -15,23 +16,23 @@ LAST = 64  # rows of exact attention that are compared: the last ones, against a
 LONGEST = 4096  # rows of a gradient in float64
 
 
-def error(side: str, case, x: dict, results) -> float | None:
-    """The relative rms error of a side's results, the largest one; None: too long to be checked.
+def error(impl: str, case, x: dict, results) -> float | None:
+    """The largest relative rms error of the results; None if the case is too long to be checked.
 
     Args:
-        side: of `sides.SIDES`.
+        impl: a key of `IMPLEMENTATIONS`.
         case: its case.
-        x: `sides.make_inputs` of the case.
+        x: `implementations.make_inputs` of the case.
         results: out, or the gradients of query, key and value; [B, L, H, D].
     """
-    linear = sides.SIDES[side].linear
+    linear = IMPLEMENTATIONS[impl].linear
     if case.part == cases.BACKWARD and case.length > LONGEST:
         return None
-    q, k, v, g = (x[n][0, :, 0].double()[None, None] for n in (*sides.INPUTS, "grad_out"))
+    q, k, v, g = (x[n][0, :, 0].double()[None, None] for n in (*INPUTS, "grad_out"))
     w = x["projection"].double()
 
     def attention(q, k, v):
-        return sides.compose(q, k, v, w, case.causal) if linear else exact(q, k, v, case.causal)
+        return compose(q, k, v, w, case.causal) if linear else exact(q, k, v, case.causal)
 
     if case.part == cases.FORWARD:
         wanted = [attention(q, k, v) if linear else attention(q[..., -LAST:, :], k, v)]

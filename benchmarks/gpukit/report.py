@@ -1,8 +1,8 @@
 """Tables, JSON and the plot of a run.
 
 A run is a dict, the content of gpu.json: `machine` (facts), `rates` (product in TFLOP/s, copy in
-GB/s) and `records`, each with the fields of its case, `side` and either the times (`median`,
-`minimum`, `repeats`, `graph`) and `error`, or `left_out`, the reason.
+GB/s) and `records`. Each record has the fields of its case, `implementation`, and either the times
+(`median`, `minimum`, `repeats`, `graph`) and `error`, or `left_out`, the reason.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import json
 import math
 from pathlib import Path
 
-from gpukit import cases, sides
+from gpukit import cases
+from gpukit.implementations import IMPLEMENTATIONS
 from performer.bench.report.results import crossover
 
-COLUMNS = ("", "M", "D", "L", *(side.label + ", ms" for side in sides.SIDES.values()))
+COLUMNS = ("", "M", "D", "L", *(impl.label + ", ms" for impl in IMPLEMENTATIONS.values()))
 COLUMNS += ("TFLOP/s", "of product", "of copy", "flash / Performer")
 
 
@@ -25,10 +26,10 @@ def case_of(record: dict) -> cases.GpuCase:
 
 
 def by_case(run: dict) -> dict:
-    """{case: {side: record}}, in the order of plan()."""
+    """{case: {impl: record}}, in the order of plan()."""
     found: dict = {}
     for record in run["records"]:
-        found.setdefault(case_of(record), {})[record["side"]] = record
+        found.setdefault(case_of(record), {})[record["implementation"]] = record
     setting = {s: i for i, s in enumerate(cases.SETTINGS)}
     return dict(
         sorted(
@@ -47,7 +48,7 @@ def rows(run: dict) -> list[tuple[str, ...]]:
     """The table: medians, and Performer's rates."""
     table = []
     for case, records in by_case(run).items():
-        times = {side: records.get(side, {}).get("median") for side in sides.SIDES}
+        times = {impl: records.get(impl, {}).get("median") for impl in IMPLEMENTATIONS}
         rates = [""] * 4
         if ours := times["performer"]:
             rate = case.operations() / ours / 1e9
@@ -79,9 +80,9 @@ def conclusions(run: dict) -> list[str]:
     curves: dict = {}
     for case, records in found.items():
         key = (case.mode, case.dim, case.features)
-        for side, record in records.items():
+        for impl, record in records.items():
             if "median" in record:
-                curves.setdefault(key, {}).setdefault(side, {})[case.length] = record["median"]
+                curves.setdefault(key, {}).setdefault(impl, {})[case.length] = record["median"]
     for (mode, dim, features), times in curves.items():
         at = crossover(times.get("performer", {}), times.get("flash", {}))
         if at is not None:
@@ -145,9 +146,9 @@ def draw(run: dict, path: Path) -> Path | None:
     panels: dict = {}
     for case, records in by_case(run).items():
         if (case.dim, case.features) == (dim, features):
-            for side, record in records.items():
+            for impl, record in records.items():
                 if "median" in record:
-                    points = panels.setdefault(case.mode, {}).setdefault(side, {})
+                    points = panels.setdefault(case.mode, {}).setdefault(impl, {})
                     points[case.length] = record["median"]
     if not panels:
         return None
@@ -161,14 +162,14 @@ def draw(run: dict, path: Path) -> Path | None:
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes, (mode, curves) in zip(grid.flat, panels.items(), strict=False):
-        for side, points in curves.items():
+        for impl, points in curves.items():
             lengths = sorted(points)
             axes.loglog(
                 lengths,
                 [points[n] for n in lengths],
-                label=sides.SIDES[side].label,
-                color=colours[side],
-                linewidth=2.5 if side == "performer" else 1.2,
+                label=IMPLEMENTATIONS[impl].label,
+                color=colours[impl],
+                linewidth=2.5 if impl == "performer" else 1.2,
                 marker="o",
                 markersize=3,
             )

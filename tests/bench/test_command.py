@@ -15,7 +15,7 @@ from performer.cli import main
 
 def test_a_wrong_result_leaves_status_1_and_no_file(monkeypatch, tmp_path, capsys):
     def wrong(task, job_done):
-        raise WrongResult("lean, causal: the output must be right")
+        raise WrongResult("stabilised, causal: the output must be right")
         yield
 
     monkeypatch.setattr(processes, "records", wrong)
@@ -81,12 +81,12 @@ def test_the_options_choose_the_cases():
     assert quick.quick
     jobs = quick.time_jobs("tensorflow")
     assert [job["entries"][0][1]["length"] for job in jobs] == [512]
-    assert {side for side, _ in jobs[0]["entries"]} == {
-        "performer", "lean", "lean_xla", "usual", "usual_xla", "exact"
+    assert {impl for impl, _ in jobs[0]["entries"]} == {
+        "performer", "stabilised", "stabilised_xla", "textbook", "textbook_xla", "exact"
     }  # fmt: skip
     case = Case(True, False, 512)
-    (job,) = quick.memory_jobs("tensorflow", {("lean", case), ("usual", case)})
-    assert [side for side, _ in job["entries"]] == ["lean"]
+    (job,) = quick.memory_jobs("tensorflow", {("stabilised", case), ("textbook", case)})
+    assert [impl for impl, _ in job["entries"]] == ["stabilised"]
     assert quick.extra_jobs() == quick.thread_jobs() == []
 
 

@@ -19,7 +19,8 @@ sys.path += FOLDERS
 import run as kit  # noqa: E402
 
 import gpu as benchmark  # noqa: E402
-from gpukit import cases, report, sides  # noqa: E402
+from gpukit import cases, report  # noqa: E402
+from gpukit.implementations import IMPLEMENTATIONS, compose  # noqa: E402
 
 for _folder in FOLDERS:
     sys.path.remove(_folder)
@@ -55,21 +56,21 @@ def measured():
     """A run in which Performer meets its goals, and is overtaken below 1024."""
     records = []
     for case in cases.plan((512, 2048, 16384), cases.SETTINGS[:2]):
-        for side in sides.SIDES:
+        for impl in IMPLEMENTATIONS:
             record = {
                 "causal": case.causal,
                 "part": case.part,
                 "length": case.length,
                 "dim": case.dim,
                 "features": case.features,
-                "side": side,
+                "implementation": impl,
                 "batch": case.batch,
                 "heads": case.heads,
             }
-            if side == "composition" and case.length == 16384:
+            if impl == "composition" and case.length == 16384:
                 records.append({**record, "left_out": "composition in torch: out of memory"})
                 continue
-            time = {"performer": case.length, "flash": case.length**2 / 1024}.get(side, 1e5) / 4e4
+            time = {"performer": case.length, "flash": case.length**2 / 1024}.get(impl, 1e5) / 4e4
             records.append({**record, "median": time, "minimum": time, "repeats": 9, "graph": True})
     machine = {"GPU": "a GPU", "driver": "1.2", "torch": "2", "date": "2026-01-01"}
     return {"machine": machine, "rates": {"product": 800.0, "copy": 3000.0}, "records": records}
@@ -111,7 +112,7 @@ def test_the_composition_is_the_reference(causal):
     query, key, value = (rng.normal(size=(1, 512, 2, 16)) for _ in range(3))
     projection = rng.normal(size=(24, 16))
     heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (query, key, value)]
-    out = sides.compose(*heads_first, torch.from_numpy(projection), causal).transpose(1, 2)
+    out = compose(*heads_first, torch.from_numpy(projection), causal).transpose(1, 2)
     wanted, _ = reference.attention(
         query=query,
         key=key,

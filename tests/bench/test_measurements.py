@@ -10,7 +10,7 @@ from performer.bench.cases import Case
 from performer.bench.checking import WrongResult, check
 from performer.bench.expected import distance_from_favor, expected
 from performer.bench.implementations import tensorflow_calls as calls
-from performer.bench.implementations.catalogue import EPSILON, FAVOR, SIDES, SOFTMAX
+from performer.bench.implementations.catalogue import EPSILON, FAVOR, IMPLEMENTATIONS, SOFTMAX
 from performer.bench.worker import Worker
 
 MODES = list(itertools.product((False, True), repeat=2))
@@ -23,8 +23,8 @@ def test_operations_are_those_of_the_formulas():
     assert causal.operations() == bidirectional.operations() + 64 * 4096 * 8 * (256 + 64)
     assert Case(True, True, 4096, 256, 64).operations() == 3.5 * causal.operations()
     assert bidirectional.exact_operations() == 4 * 4096**2 * 8 * 64
-    assert SIDES["exact"].operations(causal) == causal.exact_operations()
-    assert SIDES["lean"].operations(causal) == causal.operations()
+    assert IMPLEMENTATIONS["exact"].operations(causal) == causal.exact_operations()
+    assert IMPLEMENTATIONS["stabilised"].operations(causal) == causal.operations()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -38,13 +38,15 @@ def test_inputs_are_reproducible_and_of_the_type(dtype):
 
 
 @pytest.mark.parametrize(("causal", "backward"), MODES)
-@pytest.mark.parametrize("side", ["performer", "lean", "usual", "exact"])
-def test_sides_return_what_their_estimator_says(side, causal, backward):
+@pytest.mark.parametrize("impl", ["performer", "stabilised", "textbook", "exact"])
+def test_implementations_return_what_their_estimator_says(impl, causal, backward):
     case = Case(causal, backward, 192, 32, 16, heads=2)
-    got = calls.arrays(calls.call(side, case, calls.tensors(case.inputs()))())
-    record = check(side, case, got)
+    got = calls.arrays(calls.call(impl, case, calls.tensors(case.inputs()))())
+    record = check(impl, case, got)
     assert record["error"] <= record["bound"]
-    gradients = {"query", "key", "value"} | ({"projection"} if not SIDES[side].exact else set())
+    gradients = {"query", "key", "value"} | (
+        {"projection"} if not IMPLEMENTATIONS[impl].exact else set()
+    )
     assert set(got) == {"out"} | (gradients if backward else set())
 
 
@@ -83,10 +85,10 @@ def test_epsilon_is_another_estimator():
 def test_a_wrong_result_is_refused(result, spoil, message):
     case = Case(True, True, 64, 16, 16, heads=1)
     right = expected(FAVOR, case)
-    assert check("lean", case, right)["error"] == 0
+    assert check("stabilised", case, right)["error"] == 0
     with pytest.raises(WrongResult, match=message) as refusal:
-        check("lean", case, {**right, result: spoil(right[result])})
-    assert "lean, causal, forward + backward, float32" in str(refusal.value)
+        check("stabilised", case, {**right, result: spoil(right[result])})
+    assert "stabilised, causal, forward + backward, float32" in str(refusal.value)
 
 
 def test_exact_attention_does_not_pass_for_linear():
@@ -96,7 +98,7 @@ def test_exact_attention_does_not_pass_for_linear():
 
 
 class Planted:
-    """Calls of a framework in which one side is wrong."""
+    """Calls of a framework in which one implementation is wrong."""
 
     def __getattr__(self, name):
         return getattr(calls, name)
@@ -104,10 +106,10 @@ class Planted:
     def prepare(self, threads):
         """Leaves the threads of this process alone."""
 
-    def call(self, side, case, tensors):
-        """The right results, but for "lean"."""
-        right = expected(SIDES[side].estimator, case)
-        return lambda: {"out": right["out"] * (1.1 if side == "lean" else 1.0)}
+    def call(self, impl, case, tensors):
+        """The right results, but for "stabilised"."""
+        right = expected(IMPLEMENTATIONS[impl].estimator, case)
+        return lambda: {"out": right["out"] * (1.1 if impl == "stabilised" else 1.0)}
 
     def arrays(self, results):
         """What `call` returns are arrays."""
@@ -119,21 +121,21 @@ def test_no_figure_of_a_case_with_a_wrong_peer():
     worker = Worker("tensorflow", 1, 1, 1.0, lambda **record: records.append(record))
     worker.calls = Planted()
     case = Case(False, False, 256, 8, 8)
-    with pytest.raises(WrongResult, match="lean"):
-        worker.time([("performer", case), ("lean", case)])
+    with pytest.raises(WrongResult, match="stabilised"):
+        worker.time([("performer", case), ("stabilised", case)])
     assert {record["kind"] for record in records} == {"check"}
 
 
-def test_too_slow_and_unfit_sides_are_named_once(monkeypatch):
+def test_too_slow_and_unfit_implementations_are_named_once(monkeypatch):
     records = []
     worker = Worker("tensorflow", 1, 1, 1.0, lambda **record: records.append(record))
     short, long = Case(False, False, 1024), Case(False, False, 4096)
-    worker.seconds = {("exact", short): 0.1, ("lean", short): 0.1}
+    worker.seconds = {("exact", short): 0.1, ("stabilised", short): 0.1}
     assert worker.forecast("exact", long) == pytest.approx(1.6)
-    assert worker.forecast("lean", long) == pytest.approx(0.4)
+    assert worker.forecast("stabilised", long) == pytest.approx(0.4)
     assert not worker.possible("exact", long)
     assert not worker.possible("exact", long)
-    assert not worker.possible("usual", Case(False, False, 64, dtype="bfloat16"))
+    assert not worker.possible("textbook", Case(False, False, 64, dtype="bfloat16"))
     monkeypatch.setattr(memory, "available", lambda: 2.0**20)
     assert not worker.possible("performer", long)
     reasons = [record["reason"] for record in records]
@@ -146,12 +148,12 @@ def test_too_slow_and_unfit_sides_are_named_once(monkeypatch):
 def test_a_framework_that_is_not_installed_is_left_out_by_name(monkeypatch):
     records = []
     worker = Worker("torch", 1, 1, 1.0, lambda **record: records.append(record))
-    monkeypatch.setattr(worker.calls, "missing", lambda side: "torch not installed")
+    monkeypatch.setattr(worker.calls, "missing", lambda impl: "torch not installed")
     entries = [("torch_exact", Case(False, False, 64)), ("torch_performer", Case(True, True, 64))]
     worker.time(entries)
     worker.memory(entries)
-    assert [(x["kind"], x["side"], x["reason"]) for x in records] == [
-        ("left out", side, "torch not installed") for side, _ in entries
+    assert [(x["kind"], x["implementation"], x["reason"]) for x in records] == [
+        ("left out", impl, "torch not installed") for impl, _ in entries
     ]
 
 

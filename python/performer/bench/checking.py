@@ -1,4 +1,4 @@
-"""No figure without a right result: what a side returns is compared before it is timed."""
+"""No figure without a right result: every implementation is checked before it is timed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from performer.bench.cases import Case
 from performer.bench.expected import distance_from_favor, expected
-from performer.bench.implementations.catalogue import SIDES
+from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 from performer.features.tolerances import tolerances
 
 LENGTH = 256  # of the check: four chunks of the causal forms, and the reference can afford it
@@ -16,28 +16,28 @@ _EXACT_BFLOAT16 = 2e-2
 
 
 class WrongResult(Exception):
-    """A side returned something else than its estimator; the message says which, where, how far."""
+    """A result is not that of the estimator; the message says whose, where and how far."""
 
 
-def check(side: str, case: Case, results: dict[str, np.ndarray]) -> dict:
-    """Compares results with the side's own estimator in float64.
+def check(impl: str, case: Case, results: dict[str, np.ndarray]) -> dict:
+    """Compares results with the implementation's own estimator in float64.
 
     Args:
-        side: key of `SIDES`.
+        impl: key of `IMPLEMENTATIONS`.
         case: what was computed.
         results: out [B, L, H, D] and gradients by name, computed from the inputs of the case.
 
     Returns:
-        A record: side, case (its fields), estimator, error (largest relative rms of the results),
-        bound, distance (relative rms of the estimator itself from FAVOR+, or None).
+        A record: implementation, case (its fields), estimator, error (largest relative rms of the
+        results), bound, distance (relative rms of the estimator itself from FAVOR+, or None).
 
     Raises:
         WrongResult: a result has another shape, is not finite, or breaks its bound.
     """
-    label, estimator = SIDES[side].label, SIDES[side].estimator
-    wanted, worst, worst_bound = expected(estimator, case), 0.0, _bound(side, case, "out")
+    label, estimator = IMPLEMENTATIONS[impl].label, IMPLEMENTATIONS[impl].estimator
+    wanted, worst, worst_bound = expected(estimator, case), 0.0, _bound(impl, case, "out")
     for name, got in results.items():
-        want, bound, what = wanted[name], _bound(side, case, name), _name(name)
+        want, bound, what = wanted[name], _bound(impl, case, name), _name(name)
         got = np.asarray(got).astype(np.float64)
         where = f"{label}, {case.mode}, {case.dtype}: {what}"
         if got.shape != want.shape:
@@ -52,7 +52,7 @@ def check(side: str, case: Case, results: dict[str, np.ndarray]) -> dict:
             worst, worst_bound = error, bound
     distance = distance_from_favor(estimator, case)
     return {
-        "side": side,
+        "implementation": impl,
         "case": vars(case),
         "estimator": estimator,
         "error": worst,
@@ -65,8 +65,8 @@ def _name(result):
     return "the output" if result == "out" else f"the gradient of {result}"
 
 
-def _bound(side, case, result):
-    if SIDES[side].exact and case.dtype == "bfloat16":
+def _bound(impl, case, result):
+    if IMPLEMENTATIONS[impl].exact and case.dtype == "bfloat16":
         return _EXACT_BFLOAT16
     promise = tolerances(case.dtype, causal=case.causal)
     return promise.rms if result == "out" else promise.gradient_rms

@@ -78,9 +78,9 @@ def measure(features: int, dim: int, heads: int = 8, rounds: int = 5) -> dict:
     record["state_bytes"] = 4 * heads * features * (dim + 1)
     for name, kind in (("call", called), ("loop", looped)):
         runs = {"step": kind(step), "identity": kind(identity)}
-        times: dict[str, list[float]] = {side: [run()] for side, run in runs.items()}
-        for side in list(runs) * rounds:  # the first run above compiles
-            times[side].append(runs[side]())
-        best = {side: min(values[1:]) for side, values in times.items()}
+        times: dict[str, list[float]] = {which: [run()] for which, run in runs.items()}
+        for which in list(runs) * rounds:  # the first run above compiles
+            times[which].append(runs[which]())
+        best = {which: min(values[1:]) for which, values in times.items()}
         record[name] = {**best, "overhead": best["step"] - best["identity"]}
     return record

@@ -1,4 +1,4 @@
-"""What each side must return, in NumPy float64, by another way: the quadratic forms.
+"""What each implementation must return, in NumPy float64, by another way: the quadratic forms.
 
 FAVOR+ itself comes from `performer.reference`. All gradients are analytic, those of
 sum(out * grad_out); maxima count as constants, as the implementations have them.
@@ -61,11 +61,11 @@ def _favor(case, inputs):
         grad_out,
         causal=case.causal,
     )
-    both_sides = gradients["query_projection"] + gradients["key_projection"]
+    both = gradients["query_projection"] + gradients["key_projection"]
     return {
         "out": out,
         **{name: gradients[name] for name in ("query", "key", "value")},
-        "projection": both_sides[0],
+        "projection": both[0],
     }
 
 

@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from performer.bench.cases import Case
-from performer.bench.implementations.catalogue import SIDES
+from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 
 MODES = {
     "bidirectional": (False, False),
@@ -28,8 +28,8 @@ _LONG = 4096  # length of the cases that compare heads, and threads
 class Plan:
     """What to measure. The first of features, dims and dtypes make the main setting.
 
-    In the main setting every side is measured at every length; in the others the sides for
-    everywhere, at those of the lengths that are 1024, 4096 or 16384.
+    In the main setting every implementation is measured at every length. In the other settings only
+    those marked `everywhere` are, at those of the lengths that are 1024, 4096 or 16384.
 
     Attributes:
         cases: some of `CASES`.
@@ -39,7 +39,7 @@ class Plan:
         most_seconds: a call that would take longer is left out.
         most_total: seconds after which nothing new begins, or None.
         quick: leaves out exact attention under XLA (slower than without), memory except at the
-            longest length and of the sides for everywhere, the backward pass in comparisons of
+            longest length and of those marked `everywhere`, the backward pass in comparisons of
             heads and threads, and the second run with each number of threads.
     """
 
@@ -61,12 +61,14 @@ class Plan:
     def time_jobs(self, framework: str) -> list[dict]:
         """The timings of a framework, the main setting first."""
         main, *others = self.settings()
-        sides = [side for side in _sides(framework) if not (self.quick and side == "exact_xla")]
-        jobs = [_job("time", case, sides) for case in self._cases(main, self.lengths)]
+        impls = [
+            impl for impl in _of_framework(framework) if not (self.quick and impl == "exact_xla")
+        ]
+        jobs = [_job("time", case, impls) for case in self._cases(main, self.lengths)]
         lengths = [length for length in self.lengths if length in _ELSEWHERE]
         for setting in others:
-            sides = [side for side in _sides(framework) if SIDES[side].everywhere]
-            jobs += [_job("time", case, sides) for case in self._cases(setting, lengths)]
+            impls = [impl for impl in _of_framework(framework) if IMPLEMENTATIONS[impl].everywhere]
+            jobs += [_job("time", case, impls) for case in self._cases(setting, lengths)]
         return jobs
 
     def extra_jobs(self) -> list[dict]:
@@ -84,14 +86,17 @@ class Plan:
         return jobs
 
     def memory_jobs(self, framework: str, timed: set[tuple[str, Case]]) -> list[dict]:
-        """Peak memory of the (side, case) pairs that were timed, in the main setting."""
+        """Peak memory of the (implementation, case) pairs that were timed, in the main setting."""
         if "memory" not in self.cases:
             return []
-        lengths, sides = self.lengths, _sides(framework)
+        lengths, impls = self.lengths, _of_framework(framework)
         if self.quick:
-            lengths, sides = (max(lengths),), [side for side in sides if SIDES[side].everywhere]
+            lengths, impls = (
+                (max(lengths),),
+                [impl for impl in impls if IMPLEMENTATIONS[impl].everywhere],
+            )
         jobs = [
-            _job("memory", case, [side for side in sides if (side, case) in timed])
+            _job("memory", case, [impl for impl in impls if (impl, case) in timed])
             for case in self._cases(self.settings()[0], lengths)
         ]
         return [job for job in jobs if job["entries"]]
@@ -130,9 +135,9 @@ def quick(plan: Plan) -> Plan:
     )
 
 
-def _sides(framework):
-    return [name for name, side in SIDES.items() if side.framework == framework]
+def _of_framework(framework):
+    return [name for name, impl in IMPLEMENTATIONS.items() if impl.framework == framework]
 
 
-def _job(kind, case, sides):
-    return {"kind": kind, "entries": [(side, vars(case)) for side in sides]}
+def _job(kind, case, impls):
+    return {"kind": kind, "entries": [(impl, vars(case)) for impl in impls]}

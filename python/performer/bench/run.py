@@ -33,7 +33,7 @@ def run(plan: Plan, output: Path, console: Console) -> dict:
         What was measured, see `results`.
 
     Raises:
-        WrongResult: a side returned a wrong result; then nothing is written.
+        WrongResult: an implementation returned a wrong result; then nothing is written.
     """
     measured = {
         "machine": machine(),
@@ -80,7 +80,10 @@ def measure(plan: Plan, console: Console) -> list[dict]:
                 records.append({"kind": "not begun", "part": name, "jobs": missing})
 
         def timed():
-            return {(x["side"], x["case"]) for x in results.of_kind({"records": records}, "time")}
+            return {
+                (x["implementation"], x["case"])
+                for x in results.of_kind({"records": records}, "time")
+            }
 
         part("time", "tensorflow", plan.time_jobs("tensorflow"))
         part("memory", "tensorflow", plan.memory_jobs("tensorflow", timed()))

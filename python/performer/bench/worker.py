@@ -8,9 +8,9 @@ output. `processes` starts it.
 
 where a job is one of
 
-    {"kind": "time", "entries": [[side, case], ...]}    these take turns with each other
-    {"kind": "compare", "entries": [[side, case], ...]}    the same, without the matrix product
-    {"kind": "memory", "entries": [[side, case], ...]}
+    {"kind": "time", "entries": [[implementation, case], ...]}       these take turns
+    {"kind": "compare", "entries": [[implementation, case], ...]}    without the matrix product
+    {"kind": "memory", "entries": [[implementation, case], ...]}
     {"kind": "decode", "features": M, "dim": D}
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from performer.bench import checking, memory, timing
 from performer.bench.cases import Case
-from performer.bench.implementations.catalogue import SIDES
+from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 
 _SHORT = 64  # length of the call that warms up a process for the measurement of memory
 
@@ -56,17 +56,17 @@ class Worker:
         return self.calls.matrix_product(timing.PRODUCT_SIZE)
 
     def time(self, entries):
-        """Checks and times (side, case) pairs against each other and the matrix product."""
+        """Checks and times (implementation, case) pairs beside the matrix product."""
         calls = self.ready(entries)
         if not calls:
             return
         times, product = timing.take_turns(calls, self.rounds, self.product)
-        for (side, case), milliseconds in times.items():
-            self.seconds[side, case] = milliseconds.minimum / 1e3
-            rate = SIDES[side].operations(case) / milliseconds.minimum / 1e6
+        for (impl, case), milliseconds in times.items():
+            self.seconds[impl, case] = milliseconds.minimum / 1e3
+            rate = IMPLEMENTATIONS[impl].operations(case) / milliseconds.minimum / 1e6
             self.emit(
                 kind="time",
-                side=side,
+                implementation=impl,
                 case=vars(case),
                 minimum=milliseconds.minimum,
                 median=milliseconds.median,
@@ -76,27 +76,31 @@ class Worker:
             )
 
     def compare(self, entries):
-        """Checks and times (side, case) pairs against each other."""
+        """Checks and times (implementation, case) pairs against each other."""
         times, _ = timing.take_turns(self.ready(entries), self.rounds)
-        for (side, case), milliseconds in times.items():
-            self.emit(kind="compare", side=side, case=vars(case), **milliseconds._asdict())
+        for (impl, case), milliseconds in times.items():
+            self.emit(
+                kind="compare", implementation=impl, case=vars(case), **milliseconds._asdict()
+            )
 
     def memory(self, entries):
-        """Measures the peak memory of (side, case) pairs."""
-        for side, case in entries:
+        """Measures the peak memory of (implementation, case) pairs."""
+        for impl, case in entries:
 
-            def prepare(side=side, case=case):
+            def prepare(impl=impl, case=case):
                 self.calls.prepare(self.threads)
                 short = case.at(_SHORT)  # loads, compiles and allocates what every call shares
-                self.calls.call(side, short, self.calls.tensors(short.inputs()))()
-                return self.calls.call(side, case, self.calls.tensors(case.inputs()))
+                self.calls.call(impl, short, self.calls.tensors(short.inputs()))()
+                return self.calls.call(impl, case, self.calls.tensors(case.inputs()))
 
-            if self.possible(side, case):
+            if self.possible(impl, case):
                 mebibytes = memory.peak(prepare)
                 if mebibytes is None:
-                    self.leave_out(side, case, "the process that measured its memory died")
+                    self.leave_out(impl, case, "the process that measured its memory died")
                 else:
-                    self.emit(kind="memory", side=side, case=vars(case), mebibytes=mebibytes)
+                    self.emit(
+                        kind="memory", implementation=impl, case=vars(case), mebibytes=mebibytes
+                    )
 
     def decode(self, features, dim):
         """Measures a decode step."""
@@ -107,56 +111,56 @@ class Worker:
         """The calls of the pairs that can take part, checked and compiled."""
         calls: dict[tuple[str, Case], Callable] = {}
         tensors: dict[Case, dict] = {}
-        for side, case in entries:
-            if self.possible(side, case):
+        for impl, case in entries:
+            if self.possible(impl, case):
                 self.calls.prepare(self.threads)
-                self.check(side, case)
+                self.check(impl, case)
                 if case not in tensors:
                     tensors[case] = self.calls.tensors(case.inputs())
-                calls[side, case] = self.calls.call(side, case, tensors[case])
-                calls[side, case]()
+                calls[impl, case] = self.calls.call(impl, case, tensors[case])
+                calls[impl, case]()
         return calls
 
-    def possible(self, side, case):
-        """Whether a side can take part; where it cannot, says so once."""
-        reason = self.calls.missing(side) or _unfit(SIDES[side], case)
-        if not reason and self.forecast(side, case) > self.most_seconds:
+    def possible(self, impl, case):
+        """Whether an implementation can take part; where it cannot, says so once."""
+        reason = self.calls.missing(impl) or _unfit(IMPLEMENTATIONS[impl], case)
+        if not reason and self.forecast(impl, case) > self.most_seconds:
             reason = f"a call would take more than {self.most_seconds:g} s"
         if reason:
-            self.leave_out(side, case, reason)
+            self.leave_out(impl, case, reason)
         return not reason
 
-    def leave_out(self, side, case, reason):
-        """Says why a side is not measured, at the first length where it is not."""
-        key = side, case.mode, case.setting
+    def leave_out(self, impl, case, reason):
+        """Says why an implementation is not measured, at the first length where it is not."""
+        key = impl, case.mode, case.setting
         if key not in self.left_out:
             self.left_out.add(key)
-            self.emit(kind="left out", side=side, case=vars(case), reason=reason)
+            self.emit(kind="left out", implementation=impl, case=vars(case), reason=reason)
 
-    def forecast(self, side, case):
+    def forecast(self, impl, case):
         """Seconds of a call, from the longest shorter one that has been timed; 0: unknown."""
         timed = [
             (c.length, t)
             for (s, c), t in self.seconds.items()
-            if (s, c.at(case.length)) == (side, case)
+            if (s, c.at(case.length)) == (impl, case)
         ]
         length, seconds = max((x for x in timed if x[0] < case.length), default=(case.length, 0.0))
-        return seconds * (case.length / length) ** SIDES[side].power
+        return seconds * (case.length / length) ** IMPLEMENTATIONS[impl].power
 
-    def check(self, side, case):
-        """Raises WrongResult unless the side is right on a short case of the same kind."""
+    def check(self, impl, case):
+        """Raises WrongResult unless a short case of the same kind is right."""
         short = Case(case.causal, case.backward, checking.LENGTH, *case.setting)
-        if (side, short) in self.checked:
+        if (impl, short) in self.checked:
             return
-        results = self.calls.call(side, short, self.calls.tensors(short.inputs()))()
-        self.emit(kind="check", **checking.check(side, short, self.calls.arrays(results)))
-        self.checked.add((side, short))
+        results = self.calls.call(impl, short, self.calls.tensors(short.inputs()))()
+        self.emit(kind="check", **checking.check(impl, short, self.calls.arrays(results)))
+        self.checked.add((impl, short))
 
 
-def _unfit(side, case):
-    if side.float32_only and case.dtype != "float32":
+def _unfit(impl, case):
+    if impl.float32_only and case.dtype != "float32":
         return "for float32 only"
-    needed, there = side.bytes(case), memory.available()
+    needed, there = impl.bytes(case), memory.available()
     if needed > there / 2:
         return f"needs about {needed / 2**30:.0f} GiB of memory; {there / 2**30:.0f} GiB are free"
     return ""
@@ -178,7 +182,7 @@ def main():
             return
         kind = job.pop("kind")
         if "entries" in job:
-            job["entries"] = [(side, Case(**case)) for side, case in job["entries"]]
+            job["entries"] = [(impl, Case(**case)) for impl, case in job["entries"]]
         try:
             getattr(worker, kind)(**job)
         except checking.WrongResult as wrong:

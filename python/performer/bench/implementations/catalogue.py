@@ -1,4 +1,4 @@
-"""Who is measured. Names and facts only: the frameworks are imported where they are used."""
+"""What is compared: names and facts only; the frameworks are imported where they are used."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ SOFTMAX = "softmax attention"
 
 
 @dataclass(frozen=True)
-class Side:
+class Implementation:
     """One implementation.
 
     Attributes:
         label: for tables and plots.
         framework: "tensorflow" or "torch".
         estimator: what it computes; `expected` has each of them in float64.
-        xla: compiled by XLA.
-        fused: keeps no matrix of L x M or L x L.
-        float32_only: does not take other types, or loses their point.
-        everywhere: measured in every setting, not in the main one only.
+        xla: it is compiled by XLA.
+        fused: it keeps no matrix of L x M or L x L.
+        float32_only: it does not take other types, or gains nothing from them.
+        everywhere: it is measured in every setting, not only in the main one.
     """
 
     label: str
@@ -40,16 +40,16 @@ class Side:
         return self.estimator == SOFTMAX
 
     def operations(self, case: Case) -> float:
-        """Floating-point operations that its time is divided by."""
+        """The floating-point operations that the rate counts."""
         return case.exact_operations() if self.exact else case.operations()
 
     @property
     def power(self) -> int:
-        """Of the length, that its time grows with."""
+        """The power of the length that its time grows with."""
         return 2 if self.exact else 1
 
     def bytes(self, case: Case) -> float:
-        """Memory it needs, roughly and rather too much."""
+        """The memory that it needs: a rough estimate, rather too high."""
         rows = case.batch * case.heads * case.length
         needed = 4.0 * rows * case.dim * (12 if case.backward else 6)
         if self.fused:
@@ -62,14 +62,18 @@ class Side:
         return needed + 4.0 * rows * case.features * (12 if case.backward else 5)
 
 
-SIDES = {
-    "performer": Side("Performer", "tensorflow", FAVOR, fused=True, everywhere=True),
-    "lean": Side("lean", "tensorflow", FAVOR, everywhere=True),
-    "lean_xla": Side("lean, XLA", "tensorflow", FAVOR, xla=True),
-    "usual": Side("usual", "tensorflow", EPSILON, float32_only=True),
-    "usual_xla": Side("usual, XLA", "tensorflow", EPSILON, xla=True, float32_only=True),
-    "exact": Side("exact Keras", "tensorflow", SOFTMAX, everywhere=True),
-    "exact_xla": Side("exact Keras, XLA", "tensorflow", SOFTMAX, xla=True),
-    "torch_exact": Side("exact torch", "torch", SOFTMAX, fused=True, everywhere=True),
-    "torch_performer": Side("performer-pytorch", "torch", TWO_EPSILONS, float32_only=True),
+IMPLEMENTATIONS = {
+    "performer": Implementation("Performer", "tensorflow", FAVOR, fused=True, everywhere=True),
+    "stabilised": Implementation("stabilised", "tensorflow", FAVOR, everywhere=True),
+    "stabilised_xla": Implementation("stabilised, XLA", "tensorflow", FAVOR, xla=True),
+    "textbook": Implementation("textbook", "tensorflow", EPSILON, float32_only=True),
+    "textbook_xla": Implementation(
+        "textbook, XLA", "tensorflow", EPSILON, xla=True, float32_only=True
+    ),
+    "exact": Implementation("exact Keras", "tensorflow", SOFTMAX, everywhere=True),
+    "exact_xla": Implementation("exact Keras, XLA", "tensorflow", SOFTMAX, xla=True),
+    "torch_exact": Implementation("exact torch", "torch", SOFTMAX, fused=True, everywhere=True),
+    "torch_performer": Implementation(
+        "performer-pytorch", "torch", TWO_EPSILONS, float32_only=True
+    ),
 }

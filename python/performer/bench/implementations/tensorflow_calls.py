@@ -1,4 +1,4 @@
-"""The TensorFlow sides as compiled functions."""
+"""The TensorFlow implementations as compiled functions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from performer import loader, ops
 from performer.bench.cases import Case
-from performer.bench.implementations import compositions
-from performer.bench.implementations.catalogue import SIDES
+from performer.bench.implementations import composition
+from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 
 
 def prepare(threads: int) -> None:
@@ -22,9 +22,9 @@ def prepare(threads: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def missing(side: str) -> str:
-    """Why a side cannot take part, or ""."""
-    if side == "performer" and loader.ops() is None:
+def missing(impl: str) -> str:
+    """Why an implementation cannot take part, or ""."""
+    if impl == "performer" and loader.ops() is None:
         return "the compiled operators are missing"
     return ""
 
@@ -34,9 +34,9 @@ def tensors(inputs: dict[str, np.ndarray]) -> dict:
     return {name: tf.constant(x) for name, x in inputs.items()}
 
 
-def call(side: str, case: Case, inputs: dict):
-    """A function without arguments that computes the side's results on `tensors` and waits."""
-    run = _function(side, case.causal, case.backward)
+def call(impl: str, case: Case, inputs: dict):
+    """A function without arguments that computes the results on `tensors` and waits for them."""
+    run = _function(impl, case.causal, case.backward)
     arguments = [inputs[n] for n in ("query", "key", "value", "projection", "grad_out")]
 
     def call():
@@ -60,27 +60,27 @@ def matrix_product(size: int):
     return lambda: product(a, b).numpy()
 
 
-def _attention(side, causal):
-    if side == "performer":
+def _attention(impl, causal):
+    if impl == "performer":
         return functools.partial(ops.favor_attention, causal=causal)
-    if side.startswith("exact"):
+    if impl.startswith("exact"):
         return lambda query, key, value, projection: keras.ops.dot_product_attention(
             query, key, value, scale=query.shape[-1] ** -0.5, is_causal=causal
         )
-    form = compositions.lean if side.startswith("lean") else compositions.usual
+    form = composition.stabilised if impl.startswith("stabilised") else composition.textbook
     return functools.partial(form, causal=causal)
 
 
 @functools.cache
-def _function(side, causal, backward):
-    attention = _attention(side, causal)
+def _function(impl, causal, backward):
+    attention = _attention(impl, causal)
 
     def forward(query, key, value, projection, grad_out):
         return {"out": attention(query, key, value, projection)}
 
     def forward_and_backward(query, key, value, projection, grad_out):
         inputs = {"query": query, "key": key, "value": value, "projection": projection}
-        if SIDES[side].exact:
+        if IMPLEMENTATIONS[impl].exact:
             del inputs["projection"]
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -90,5 +90,5 @@ def _function(side, causal, backward):
     return tf.function(
         forward_and_backward if backward else forward,
         autograph=False,
-        jit_compile=SIDES[side].xla or None,
+        jit_compile=IMPLEMENTATIONS[impl].xla or None,
     )

@@ -1,4 +1,4 @@
-"""The torch sides, in the layout that torch prefers: [B, H, L, D]."""
+"""The torch implementations, in the layout that torch prefers: [B, H, L, D]."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from performer.bench.cases import Case
 PACKAGES = {"torch_exact": ("torch",), "torch_performer": ("torch", "performer_pytorch")}
 
 
-def missing(side: str) -> str:
-    """Why a side cannot take part, or ""."""
-    absent = [name for name in PACKAGES[side] if importlib.util.find_spec(name) is None]
+def missing(impl: str) -> str:
+    """Why an implementation cannot take part, or ""."""
+    absent = [name for name in PACKAGES[impl] if importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)} not installed" if absent else ""
 
 
@@ -38,11 +38,11 @@ def tensors(inputs: dict[str, np.ndarray]) -> dict:
     return {name: tensor(x) for name, x in inputs.items()}
 
 
-def call(side: str, case: Case, inputs: dict):
-    """A function without arguments that computes the side's results on `tensors`."""
+def call(impl: str, case: Case, inputs: dict):
+    """A function without arguments that computes the results on `tensors`."""
     import torch
 
-    attention = _attention(side, case, inputs["projection"])
+    attention = _attention(impl, case, inputs["projection"])
     leaves = [inputs[name] for name in ("query", "key", "value")]
 
     def forward():
@@ -71,8 +71,8 @@ def matrix_product(size: int):
     return lambda: torch.matmul(a, b)
 
 
-def _attention(side, case, projection):
-    if side == "torch_exact":
+def _attention(impl, case, projection):
+    if impl == "torch_exact":
         exact = importlib.import_module("torch.nn.functional").scaled_dot_product_attention
         return lambda query, key, value: exact(query, key, value, is_causal=case.causal)
     attention = importlib.import_module("performer_pytorch").FastAttention(

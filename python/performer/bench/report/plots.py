@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from performer.bench.implementations.catalogue import SIDES
+from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 from performer.bench.report import results
 
 _APART = 0.055  # of labels, in heights of a panel
@@ -13,8 +13,8 @@ _APART = 0.055  # of labels, in heights of a panel
 # The palette of Okabe and Ito, distinct for every kind of colour vision; XLA is dashed.
 _COLOURS = {
     "performer": "#0072B2",
-    "lean": "#E69F00",
-    "usual": "#009E73",
+    "stabilised": "#E69F00",
+    "textbook": "#009E73",
     "exact": "#D55E00",
     "torch_exact": "#CC79A7",
     "torch_performer": "#000000",
@@ -49,27 +49,27 @@ def _draw(panels, unit, path):
     import matplotlib.pyplot as plt
 
     setting = next(iter(panels))[1]
-    panels = {mode: sides for (mode, other), sides in panels.items() if other == setting}
+    panels = {mode: impls for (mode, other), impls in panels.items() if other == setting}
     rows, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
     figure, grid = plt.subplots(rows, columns, figsize=(7.5 * columns, 4.5 * rows), squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    for axes, (mode, sides) in zip(grid.flat, panels.items(), strict=False):
-        for side, points in sides.items():
+    for axes, (mode, impls) in zip(grid.flat, panels.items(), strict=False):
+        for impl, points in impls.items():
             lengths = sorted(points)
             axes.loglog(
                 lengths,
                 [points[n] for n in lengths],
-                color=_COLOURS[side.removesuffix("_xla")],
-                linestyle="--" if SIDES[side].xla else "-",
-                linewidth=2.5 if side == "performer" else 1.2,
+                color=_COLOURS[impl.removesuffix("_xla")],
+                linestyle="--" if IMPLEMENTATIONS[impl].xla else "-",
+                linewidth=2.5 if impl == "performer" else 1.2,
                 marker="o",
                 markersize=3,
             )
-        every = sorted({n for points in sides.values() for n in points})
+        every = sorted({n for points in impls.values() for n in points})
         axes.set_xticks(every, [f"{n:g}" if n < 1024 else f"{n / 1024:g}k" for n in every])
         axes.minorticks_off()
-        _label(axes, sides)
+        _label(axes, impls)
         axes.set(title=mode, xlabel="length of the sequence", ylabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("M = {}, D = {}, {}".format(*setting))
@@ -79,27 +79,27 @@ def _draw(panels, unit, path):
     return path
 
 
-def _label(axes, sides):
+def _label(axes, impls):
     """Writes the name of each line at the right, level with its end, moved apart where needed."""
     low, high = (math.log(y) for y in axes.get_ylim())
     right = math.log(axes.get_xlim()[1] / axes.get_xlim()[0])
-    ends = sorted((math.log(points[max(points)]), side) for side, points in sides.items())
+    ends = sorted((math.log(points[max(points)]), impl) for impl, points in impls.items())
     heights = [(end - low) / (high - low) for end, _ in ends]
     levels = heights[:]
     for i in range(1, len(levels)):
         levels[i] = max(levels[i], levels[i - 1] + _APART)
     for i, ceiling in enumerate(reversed(range(len(levels)))):  # none above the panel
         levels[ceiling] = min(levels[ceiling], 1 - i * _APART)
-    for (_, side), height, level in zip(ends, heights, levels, strict=True):
-        last = max(sides[side])
+    for (_, impl), height, level in zip(ends, heights, levels, strict=True):
+        last = max(impls[impl])
         at = math.log(last / axes.get_xlim()[0]) / right
         axes.annotate(
-            SIDES[side].label,
+            IMPLEMENTATIONS[impl].label,
             xy=(at, height),
             xytext=(1.02, level),
             xycoords="axes fraction",
             va="center",
             fontsize=8,
-            color=_COLOURS[side.removesuffix("_xla")],
+            color=_COLOURS[impl.removesuffix("_xla")],
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999", "shrinkA": 0},
         )

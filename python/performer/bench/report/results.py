@@ -3,13 +3,13 @@
 A run is a dict, the content of results.json: `machine` (facts), `plan` (fields of `Plan`) and
 `records`, each with a `kind`:
 
-    time      side, case, minimum and median (ms), gflops, product_gflops, fraction
-    memory    side, case, mebibytes
-    heads     side, case, minimum, median: one head and eight, the same work
+    time      implementation, case, minimum and median (ms), gflops, product_gflops, fraction
+    memory    implementation, case, mebibytes
+    heads     implementation, case, minimum, median: one head and eight, the same work
     threads   likewise, and the number of threads
     decode    see `performer.bench.decode.measure`
     check     see `performer.bench.checking.check`
-    left out  side, case, reason
+    left out  implementation, case, reason
     not begun part, jobs: how many, for want of time
     failed    message: measurements after it in its process are missing
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 
 from performer.bench.cases import Case
-from performer.bench.implementations.catalogue import SIDES
+from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 
 
 def of_kind(run: dict, kind: str) -> list[dict]:
@@ -32,11 +32,13 @@ def of_kind(run: dict, kind: str) -> list[dict]:
 
 
 def groups(run: dict, kind: str = "time", value: str = "minimum") -> dict:
-    """{(mode, setting): {side: {length: value}}}, in the order of measurement."""
+    """{(mode, setting): {impl: {length: value}}}, in the order of measurement."""
     found: dict = {}
     for record in of_kind(run, kind):
         case = record["case"]
-        lengths = found.setdefault((case.mode, case.setting), {}).setdefault(record["side"], {})
+        lengths = found.setdefault((case.mode, case.setting), {}).setdefault(
+            record["implementation"], {}
+        )
         lengths[case.length] = record[value]
     return found
 
@@ -77,14 +79,14 @@ def crossovers(run: dict) -> list[dict]:
         {
             "mode": mode,
             "setting": setting,
-            "side": side,
-            "length": crossover(sides["performer"], times),
-            "measured": sorted(sides["performer"].keys() & times.keys()),
+            "implementation": impl,
+            "length": crossover(impls["performer"], times),
+            "measured": sorted(impls["performer"].keys() & times.keys()),
         }
-        for (mode, setting), sides in groups(run).items()
-        if "performer" in sides
-        for side, times in sides.items()
-        if SIDES[side].exact and sides["performer"].keys() & times.keys()
+        for (mode, setting), impls in groups(run).items()
+        if "performer" in impls
+        for impl, times in impls.items()
+        if IMPLEMENTATIONS[impl].exact and impls["performer"].keys() & times.keys()
     ]
 
 
@@ -95,8 +97,8 @@ def doublings(run: dict) -> list[dict]:
     """Time of Performer at 2L over its time at L, by mode and setting, for L from LONG on."""
     return [
         {"mode": mode, "setting": setting, "length": n, "ratio": times[2 * n] / times[n]}
-        for (mode, setting), sides in groups(run).items()
-        for times in [sides.get("performer", {})]
+        for (mode, setting), impls in groups(run).items()
+        for times in [impls.get("performer", {})]
         for n in sorted(times)
         if 2 * n in times and n >= LONG
     ]
@@ -110,11 +112,11 @@ def comparisons(run: dict) -> list[dict]:
     """
     fractions = groups(run, value="fraction")
     found = []
-    for (mode, setting), sides in groups(run).items():
-        ours = sides.get("performer", {})
+    for (mode, setting), impls in groups(run).items():
+        ours = impls.get("performer", {})
         for n in sorted(n for n in ours if n >= LONG):
-            for side, times in sides.items():
-                if side == "performer" or SIDES[side].exact or n not in times:
+            for impl, times in impls.items():
+                if impl == "performer" or IMPLEMENTATIONS[impl].exact or n not in times:
                     continue
                 ratio = times[n] / ours[n]
                 found.append(
@@ -122,7 +124,7 @@ def comparisons(run: dict) -> list[dict]:
                         "mode": mode,
                         "setting": setting,
                         "length": n,
-                        "side": side,
+                        "implementation": impl,
                         "ratio": ratio,
                         "limit": ratio / fractions[mode, setting]["performer"][n],
                     }

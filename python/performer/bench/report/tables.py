@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from performer.bench.implementations.catalogue import SIDES
+from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 from performer.bench.report import results
 
 
@@ -21,24 +21,24 @@ class Table:
 
 
 def details(run: dict) -> list[Table]:
-    """One table for each mode and setting: every figure of every side, length by length."""
+    """One table for each mode and setting: all figures, length by length."""
     fields = {
         value: results.groups(run, value=value)
         for value in ("minimum", "median", "gflops", "fraction")
     }
     memory = results.groups(run, "memory", "mebibytes")
     tables = []
-    for group, sides in fields["minimum"].items():
+    for group, impls in fields["minimum"].items():
         rows = []
-        for length in sorted({n for times in sides.values() for n in times}):
-            ours = sides.get("performer", {}).get(length)
-            for side in (side for side in sides if length in sides[side]):
-                figures = [fields[value][group][side][length] for value in fields]
-                mebibytes = memory.get(group, {}).get(side, {}).get(length)
+        for length in sorted({n for times in impls.values() for n in times}):
+            ours = impls.get("performer", {}).get(length)
+            for impl in (impl for impl in impls if length in impls[impl]):
+                figures = [fields[value][group][impl][length] for value in fields]
+                mebibytes = memory.get(group, {}).get(impl, {}).get(length)
                 rows.append(
                     (
                         str(length),
-                        SIDES[side].label,
+                        IMPLEMENTATIONS[impl].label,
                         *(f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in figures[:3]),
                         f"{figures[3]:.2f}",
                         "" if mebibytes is None else f"{mebibytes:.0f}",
@@ -51,20 +51,20 @@ def details(run: dict) -> list[Table]:
 
 
 def times(run: dict) -> list[Table]:
-    """One table for each mode, of the main setting: milliseconds by length and side, and rate."""
+    """One table for each mode, of the main setting: milliseconds by length, and the fraction."""
     fractions = results.groups(run, value="fraction")
     tables = []
-    for group, sides in _of_setting(run, main=True):
+    for group, impls in _of_setting(run, main=True):
         rate = fractions[group].get("performer", {})
         rows = [
             (
                 str(length),
-                *(_number(times.get(length)) for times in sides.values()),
+                *(_number(times.get(length)) for times in impls.values()),
                 f"{rate[length]:.2f}" if length in rate else "",
             )
-            for length in sorted({n for times in sides.values() for n in times})
+            for length in sorted({n for times in impls.values() for n in times})
         ]
-        columns = ("L", *(SIDES[side].label for side in sides), "Performer's fraction")
+        columns = ("L", *(IMPLEMENTATIONS[impl].label for impl in impls), "Performer's fraction")
         tables.append(Table(f"{_title(*group)}, milliseconds", columns, rows))
     return tables
 
@@ -73,47 +73,52 @@ def settings(run: dict) -> list[Table]:
     """One table for each mode: the other settings, each at its longest length."""
     fractions = results.groups(run, value="fraction")
     found: dict = {}
-    for (mode, setting), sides in _of_setting(run, main=False):
-        if "performer" in sides:
-            found.setdefault(mode, []).append((setting, sides))
+    for (mode, setting), impls in _of_setting(run, main=False):
+        if "performer" in impls:
+            found.setdefault(mode, []).append((setting, impls))
     tables = []
     for mode, entries in found.items():
-        names = list(dict.fromkeys(side for _, sides in entries for side in sides))
+        names = list(dict.fromkeys(impl for _, impls in entries for impl in impls))
         rows = []
-        for setting, sides in entries:
-            length = max(sides["performer"])
+        for setting, impls in entries:
+            length = max(impls["performer"])
             rows.append(
                 (
                     "M={} D={} {}".format(*setting),
                     str(length),
-                    *(_number(sides.get(side, {}).get(length)) for side in names),
+                    *(_number(impls.get(impl, {}).get(length)) for impl in names),
                     f"{fractions[mode, setting]['performer'][length]:.2f}",
                 )
             )
-        columns = ("", "L", *(SIDES[side].label for side in names), "Performer's fraction")
+        columns = (
+            "",
+            "L",
+            *(IMPLEMENTATIONS[impl].label for impl in names),
+            "Performer's fraction",
+        )
         tables.append(Table(f"{mode}, other settings, milliseconds", columns, rows))
     return tables
 
 
 def memory(run: dict) -> list[Table]:
-    """One table for each mode: MiB by length and side."""
+    """One table for each mode: MiB by length and implementation."""
     return [
         Table(
             f"{_title(*group)}, peak memory in MiB",
-            ("L", *(SIDES[side].label for side in sides)),
+            ("L", *(IMPLEMENTATIONS[impl].label for impl in impls)),
             [
-                (str(length), *(_number(sizes.get(length)) for sizes in sides.values()))
-                for length in sorted({n for sizes in sides.values() for n in sizes})
+                (str(length), *(_number(sizes.get(length)) for sizes in impls.values()))
+                for length in sorted({n for sizes in impls.values() for n in sizes})
             ],
         )
-        for group, sides in results.groups(run, "memory", "mebibytes").items()
+        for group, impls in results.groups(run, "memory", "mebibytes").items()
     ]
 
 
 def conclusions(run: dict) -> list[Table]:
     """Crossovers, time of twice the length, heads, threads and the decode step, where measured."""
     crossovers = [
-        (_title(x["mode"], x["setting"]), SIDES[x["side"]].label, _crossover(x))
+        (_title(x["mode"], x["setting"]), IMPLEMENTATIONS[x["implementation"]].label, _crossover(x))
         for x in results.crossovers(run)
     ]
     doublings = [
@@ -173,7 +178,7 @@ def notes(run: dict) -> list[str]:
     lines = []
     checks: dict = {}
     for x in results.of_kind(run, "check"):
-        key = SIDES[x["side"]].label, x["case"].dtype, x["estimator"]
+        key = IMPLEMENTATIONS[x["implementation"]].label, x["case"].dtype, x["estimator"]
         checks.setdefault(key, []).append(x)
     for (label, dtype, estimator), found in checks.items():
         worst = max(found, key=lambda x: x["error"] / x["bound"])
@@ -188,7 +193,9 @@ def notes(run: dict) -> list[str]:
         everything = x["reason"].endswith(("not installed", "missing"))
         where = "" if everything else f", {_title(x['case'].mode, x['case'].setting)}"
         where += "" if everything else f" from L = {x['case'].length}"
-        reasons[f"left out: {SIDES[x['side']].label}{where}: {x['reason']}"] = None
+        reasons[f"left out: {IMPLEMENTATIONS[x['implementation']].label}{where}: {x['reason']}"] = (
+            None
+        )
     late = [
         f"left out for want of time: {x['jobs']} jobs of the part '{x['part']}'"
         for x in results.of_kind(run, "not begun")
@@ -198,17 +205,17 @@ def notes(run: dict) -> list[str]:
 
 
 def _comparisons(run):
-    """Rows of the main setting, mode by mode and length by length; and the sides' labels."""
+    """Rows of the main setting, mode by mode and length by length; and the labels."""
     main = {group for group, _ in _of_setting(run, main=True)}
     rows: dict = {}
     for x in results.comparisons(run):
         if (x["mode"], x["setting"]) in main:
             row = rows.setdefault((x["mode"], x["length"]), {})
-            row[x["side"]] = f"{x['ratio']:.1f} ({x['limit']:.1f})"
-    names = list(dict.fromkeys(side for row in rows.values() for side in row))
+            row[x["implementation"]] = f"{x['ratio']:.1f} ({x['limit']:.1f})"
+    names = list(dict.fromkeys(impl for row in rows.values() for impl in row))
     return (
-        [(m, str(n), *(row.get(side, "") for side in names)) for (m, n), row in rows.items()],
-        [SIDES[side].label for side in names],
+        [(m, str(n), *(row.get(impl, "") for impl in names)) for (m, n), row in rows.items()],
+        [IMPLEMENTATIONS[impl].label for impl in names],
     )
 
 
@@ -216,7 +223,7 @@ def _of_setting(run, main):
     """The groups of times in the main setting, which is the first, or in the others."""
     groups = results.groups(run)
     first = next(iter(groups), (None, None))[1]
-    return [(group, sides) for group, sides in groups.items() if (group[1] == first) == main]
+    return [(group, impls) for group, impls in groups.items() if (group[1] == first) == main]
 
 
 def _title(mode, setting):

@@ -1,7 +1,7 @@
 """FAVOR+ as plain TensorFlow, in two forms: what one would write without kernels.
 
-Both take query, key, value [B, L, H, D] and projection [M, D], compute in float32 and return
-[B, L, H, D]. The causal forms join chunks of 64 rows by a cumulative sum of their states.
+Both take query, key, value [B, L, H, D] and projection [M, D], compute in float32, and return
+[B, L, H, D]. The causal forms join chunks of 64 rows by a cumulative sum of the chunks' states.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from performer.bench.cases import CHUNK
 EPSILON = 1e-4
 
 
-def lean(query, key, value, projection, causal):
-    """The leanest form: one maximum for each feature, no epsilon, no masks.
+def stabilised(query, key, value, projection, causal):
+    """The stabilised form: one maximum for each feature, no epsilon, no masks.
 
-    The compiled operators compute the same estimator. (`performer.composition` does too, with
-    groups and states, and a causal form that no spread of keys can overflow; here nothing is done
-    that the benchmark's inputs do not need.)
+    The compiled operators compute the same estimator. `performer.composition` computes it too, with
+    grouped heads and states, and with a causal form that no spread of keys can overflow. Here
+    nothing is done that the inputs of the benchmark do not need.
     """
     dtype, root = query.dtype, query.shape[-1] ** -0.25
     query, key, value = _by_head(query, key, value)
@@ -41,15 +41,17 @@ def lean(query, key, value, projection, causal):
     return _by_row(out, dtype)
 
 
-def usual(query, key, value, projection, causal):
-    """The form of most published implementations: one maximum for all keys, epsilon in both maps.
+def textbook(query, key, value, projection, causal):
+    """The textbook form: one maximum for all keys, epsilon in both maps.
+
+    This is the form of most published implementations.
 
     The epsilon makes it another estimator. Source: Choromanski et al., "Rethinking Attention with
     Performers", https://arxiv.org/abs/2009.14794, with the stabilisers of its published code.
     """
     dtype = query.dtype
     query, key, value = _by_head(query, key, value)
-    a, b = _stabilized(query, projection, (-1,)), _stabilized(key, projection, (-2, -1))
+    a, b = _epsilon_features(query, projection, (-1,)), _epsilon_features(key, projection, (-2, -1))
     if causal:
         return _by_row(_causal(a, b, value), dtype)
     mass = tf.reduce_sum(b, -2, keepdims=True)
@@ -57,7 +59,7 @@ def usual(query, key, value, projection, causal):
     return _by_row(out / tf.matmul(a, mass, transpose_b=True), dtype)
 
 
-def _stabilized(x, projection, axes):
+def _epsilon_features(x, projection, axes):
     x *= x.shape[-1] ** -0.25
     u = tf.matmul(x, projection, transpose_b=True)
     top = tf.stop_gradient(tf.reduce_max(u, axes, keepdims=True))

@@ -1,8 +1,8 @@
-"""Who takes part: the kernels, torch's flash attention, and an unfused composition in torch.
+"""What is compared: the kernels, torch's flash attention, and an unfused composition in torch.
 
-A side is a class, made from a case and its tensors, with `forward()`, which returns out, and
-`backward()`, which returns the gradients of query, key and value and needs `forward` before.
-Tensors are [B, L, H, D] for the kernels; the others get them as [B, H, L, D], which they prefer.
+An implementation is a class, made from a case and its tensors. Its `forward()` returns out; its
+`backward()` returns the gradients of query, key and value, and needs a `forward()` before it. The
+kernels take tensors [B, L, H, D]; the others get them as [B, H, L, D], which they prefer.
 """
 
 from __future__ import annotations
@@ -159,4 +159,4 @@ def compose(query, key, value, projection, causal: bool):
     return both[..., :-1] / both[..., -1:]
 
 
-SIDES = {"performer": Kernels, "flash": Flash, "composition": Composition}
+IMPLEMENTATIONS = {"performer": Kernels, "flash": Flash, "composition": Composition}
