@@ -38,19 +38,19 @@ def attend(
         `AttentionState`, or None without `return_state`.
     """
     keys = masks.keys
-    # With a state no key may be left out; the op checks that there are as many as queries.
+    # With a state no key may be left out: the operator checks that there are as many as queries.
     if masks.causal and initial_state is None and not return_state:
-        key, value, keys = _with_length_of(query, key, value, keys)
+        key, value, keys = _resize_keys(query, key, value, keys)
     bias = _key_bias(key, features.feature_map, dropout)
     if masks.prefix is not None:
-        # The prefix is the past of every row, its own rows included. The causal mask orders the
-        # other keys.
-        seen, later = masks.prefix, ~masks.prefix
+        # Every query attends to the keys of the prefix: they enter as an initial state. The causal
+        # mask then acts on the other keys only.
+        in_prefix, others = masks.prefix, ~masks.prefix
         if keys is not None:
-            seen, later = seen & keys, later & keys
-        past = summarize_keys(key, value, features, seen, bias)
-        initial_state = past if initial_state is None else merge(initial_state, past)
-        keys = later
+            in_prefix, others = in_prefix & keys, others & keys
+        prefix = summarize_keys(key, value, features, in_prefix, bias)
+        initial_state = prefix if initial_state is None else merge(initial_state, prefix)
+        keys = others
     output = favor_attention(
         query,
         key,
@@ -109,10 +109,10 @@ def _key_bias(key, feature_map, dropout):
     return dropped + tf.cast(by_head, zero.dtype)
 
 
-def _with_length_of(query, key, value, keys):
+def _resize_keys(query, key, value, keys):
     """Key, value and the mask of keys for a causal call: as many keys as there are queries.
 
-    No query sees the keys after the last query; masked keys fill the places of missing ones.
+    No query attends to the keys after the last query; masked keys stand for missing ones.
     """
     length = dims(query)[1]
     same = query.shape[1] is not None and query.shape[1] == key.shape[1]

@@ -94,8 +94,8 @@ class Masks:
             )
         if self.prefix_mask is not None and self.segment_ids is not None:
             raise ValueError(
-                "`prefix_mask` must be None with `segment_ids`: a prefix that all sequences of a "
-                "row see would join them. Received both"
+                "`prefix_mask` must be None with `segment_ids`: a prefix to which all sequences of "
+                "a row attend would join them. Received both"
             )
         if self.attention_mask is not None and len(self.attention_mask.shape) < 2 * len(axes):
             raise ValueError(

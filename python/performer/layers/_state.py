@@ -57,7 +57,7 @@ def check_call(masks, shapes, axes, dense):
     """
     what = None
     if dense:
-        what = "scores (`return_attention_scores`, a general `attention_mask`), which see no state"
+        what = "scores (`return_attention_scores`, a general `attention_mask`), which use no state"
     elif masks.segment_ids is not None:
         what = "`segment_ids`, whose sequences have a state each"
     elif masks.use_causal_mask:

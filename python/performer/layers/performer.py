@@ -301,8 +301,8 @@ class Performer(keras.layers.MultiHeadAttention):
         dense = general or return_attention_scores
         if initial_state is not None or return_state:
             check_call(masks, (query.shape, value.shape), axes, dense)
-        # The dense layers know no masks and would warn that they lose one: `tf.identity` gives a
-        # tensor without the attached mask, and leaves the caller's tensor as it is.
+        # The dense layers support no masks, and would warn that they lose one. `tf.identity` gives
+        # a tensor without the attached mask, and leaves the caller's tensor as it is.
         query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
         folded, start = masks.fold(query, key, axes), position_of(initial_state)
         heads = self._heads(query, key, value, start, folded.segment_ids)
@@ -471,7 +471,7 @@ class Performer(keras.layers.MultiHeadAttention):
         return self._random_projection.current_features(training=False)
 
     def compute_output_spec(self, *args, **kwargs):
-        """Shape and dtype of the output of a symbolic call, which `call` does not see."""
+        """Shapes and dtypes of what a symbolic call returns, without running `call`."""
         given = inspect.signature(self.call).bind(*args, **kwargs).arguments
         added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
         if not self._options.linear:
