@@ -21,7 +21,7 @@ if _find_spec("tensorflow") is not None:
 
     loader.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
-    from performer import callbacks, convert
+    from performer import callbacks, convert, ops
     from performer.features import diagnostics, feature_maps, projections, tolerances
     from performer.features.projections import orthogonal_projection
     from performer.generation import generate
@@ -40,7 +40,6 @@ if _find_spec("tensorflow") is not None:
         favor_attention,
         merge,
         read,
-        state,
         summarize,
     )
 
@@ -72,8 +71,7 @@ if _find_spec("tensorflow") is not None:
         "feature_maps": feature_maps,
         "library": loader,
         "projections": projections,
-        "state": state,
+        "state": ops,
         "tolerances": tolerances,
     }.items():
-        _sys.modules[f"{__name__}.{_name}"] = _module
-    library = loader
+        _sys.modules[f"{__name__}.{_name}"] = globals()[_name] = _module

@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 
 from performer import favor_attention, orthogonal_projection
-from performer.composition.dense import _exact_log_products, _log_products, dense_attention
+from performer.composition.dense import _exact_log_products, _log_products
 from performer.features.tolerances import tolerances
+from performer.ops.dense import dense_attention
 from support import compare
 
 

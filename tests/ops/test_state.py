@@ -9,7 +9,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 
 from performer import reference
-from performer.ops.state import AttentionState, empty_state, merge, read, summarize
+from performer.ops import AttentionState, empty_state, merge, read, summarize
 from support.compare import assert_close, assert_finite, assert_same_bits
 
 SHAPE = (2, 2, 3)  # N, G, M

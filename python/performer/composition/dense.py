@@ -1,6 +1,5 @@
 """Linear attention in dense form: the same estimator, with every weight A[i, j] written out.
 
-For what only weights can do: masks that differ from query to query, and the weights themselves.
 Time and memory grow with L S. Letters as in `log_features`.
 """
 
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import checks
 from performer.composition import logsumexp
 from performer.composition.log_features import key_features, query_features
 from performer.shapes import dims
@@ -19,105 +17,70 @@ _SMALLEST = -660.0
 _TOO_SMALL = -600.0
 
 
-@tf.autograph.experimental.do_not_convert
-def dense_attention(
+def attend(
     query,
+    query_projection,
+    feature_bias,
     key,
     value,
-    projection,
+    key_projection,
+    key_bias,
     *,
     mask=None,
-    key_mask=None,
-    key_bias=None,
     dropped_keys=None,
-    feature_bias=None,
-    feature_map="softmax",
-    scale=None,
-    key_norm=True,
-    feature_epsilon=1e-3,
-    name=None,
+    feature_map,
+    scale,
+    key_norm,
+    feature_epsilon,
 ):
-    """`favor_attention` by its weights, and the weights.
-
-    With the log-features a, b of `favor_attention`: A[i, j] = sum_m exp(a[i, m] + b[j, m]), 0 where
-    masked; weights = A / sum_j A; output = weights @ value.
+    """Output [B, L, H, E] and weights [B, H, L, S] of queries and keys.
 
     Args:
-        query, key, value, projection, key_mask, key_bias, feature_bias, feature_map, scale,
-            key_norm, feature_epsilon, name: as `favor_attention`.
-        mask: bool [1|B, 1|H, L, S], True: query i attends to key j.
-        dropped_keys: bool [B, G, S], True: the key counts in the weights that are returned, but
-            not in the output, for which the others are normalised again.
-
-    Returns:
-        Output [B, L, H, E] and weights [B, H, L, S], of the type of query. Both 0 on rows that see
-        no key.
-
-    Raises:
-        ValueError, TypeError: an argument breaks its rule; the message names it.
-
-    Numerics: sums in float64, exact to rounding for any spread of the log-features. A NaN or
-        infinity in a key or value makes NaN of the rows that see it, and of no other.
-
-    Example:
-
-    >>> import tensorflow as tf
-    >>> from performer.composition import dense
-    >>> from performer.features import projections
-    >>> x, w = tf.random.normal([1, 5, 2, 4]), projections.orthogonal_projection(8, 4, seed=1)
-    >>> mask = tf.random.uniform([1, 1, 5, 5]) < 0.5
-    >>> output, weights = dense.dense_attention(x, x, x, w, mask=mask)
-    >>> weights.shape
-    TensorShape([1, 2, 5, 5])
+        mask: bool [1|B, 1|H, L, S], True: the query attends to the key. None: all do.
+        dropped_keys: bool [B, G, S], or None. Keys that count in the weights, not in the output.
+        others: as the operators' inputs and attributes.
     """
-    with tf.name_scope(name or "dense_attention"):
-        attributes = checks.attributes(feature_map, scale, feature_epsilon)
-        query = checks.tensor("query", query, ("BLHD",))
-        key, value = checks.tensor("key", key, ("BSGD",)), checks.tensor("value", value, ("BSGE",))
-        dtype = checks.accumulator(query.dtype)
-        query_side, key_side = (checks.projection_side(projection, i, dtype) for i in (0, 1))
-        feature_bias = checks.feature_bias(feature_bias, query_side[1], dtype)
-        checks.queries_and_keys(query, key, value, query_side, key_side, feature_bias)
-        bias = checks.key_bias(key, dtype, key_mask, key_bias)
-        batch, length, heads, _ = dims(query)
-        groups, keys = dims(key)[2], dims(key)[1]
+    batch, length, heads, _ = dims(query)
+    groups, keys = dims(key)[2], dims(key)[1]
+    repeats = heads // groups
 
-        # Keys that hold no numbers are taken out, and leave a NaN with those who see them.
-        numbers = tf.reduce_all(tf.math.is_finite(key), -1) & tf.reduce_all(
-            tf.math.is_finite(value), -1
-        )
-        numbers = tf.transpose(numbers, [0, 2, 1])
-        poisoned = ~numbers & (bias > logsumexp.NONE)
-        bias = tf.where(numbers, bias, logsumexp.NONE)
+    # Keys that hold no numbers are taken out. They leave a NaN in the rows that see them.
+    finite = [tf.reduce_all(tf.math.is_finite(x), -1) for x in (key, value)]
+    numbers = tf.transpose(finite[0] & finite[1], [0, 2, 1])
+    poisoned = ~numbers & (key_bias > logsumexp.NONE)
+    key_bias = tf.where(numbers, key_bias, logsumexp.NONE)
 
-        shared = (attributes["feature_map"], attributes["scale"])
-        epsilon = attributes["feature_epsilon"]
-        a = query_features(query, query_side[1], feature_bias, groups, *shared, epsilon)
-        b, values = key_features(key, value, key_side[1], bias, *shared, bool(key_norm), epsilon)
-        a = tf.transpose(a, [0, 1, 3, 2, 4])  # [B, G, R, L, M]
-        repeats = heads // groups
-        visible = tf.ones([1, 1, 1, length, keys], tf.bool)
-        if mask is not None:
-            visible = _grouped(checks.pair_mask("mask", mask, query, key), groups, repeats)
-        log_weights = _log_products(a, b[:, :, None], visible)
+    a = query_features(
+        query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
+    )
+    b, values = key_features(
+        key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
+    )
+    a = tf.transpose(a, [0, 1, 3, 2, 4])  # [B, G, R, L, M]
+    visible = tf.ones([1, 1, 1, length, keys], tf.bool)
+    if mask is not None:
+        visible = _grouped(mask, groups, repeats)
+    log_weights = _log_products(a, b[:, :, None], visible)
 
-        def softmax(log_weights, visible):
-            visible = tf.broadcast_to(visible, tf.shape(log_weights))
-            seen = tf.where(visible, log_weights, tf.constant(logsumexp.NONE, tf.float64))
-            terms, _, total, _ = logsumexp.scaled_exp(seen, -1)
-            nan = tf.reduce_any(visible & poisoned[:, :, None, None], -1, keepdims=True)
-            weights = tf.where(nan, tf.constant(float("nan"), tf.float64), terms / total)
-            return tf.cast(weights, values.dtype)
+    weights = kept = _softmax(log_weights, visible, poisoned, values.dtype)
+    if dropped_keys is not None:
+        visible = visible & ~dropped_keys[:, :, None, None]
+        kept = _softmax(log_weights, visible, poisoned, values.dtype)
+    kept = tf.reshape(kept, [batch, groups, repeats * length, keys])
+    output = tf.reshape(tf.matmul(kept, values), [batch, heads, length, dims(values)[-1]])
+    output = tf.transpose(output, [0, 2, 1, 3])
+    weights = tf.reshape(weights, [batch, heads, length, keys])
+    return tf.cast(output, query.dtype), tf.cast(weights, query.dtype)
 
-        weights = softmax(log_weights, visible)
-        kept = weights
-        if dropped_keys is not None:
-            kept = softmax(log_weights, visible & ~dropped_keys[:, :, None, None])
-        kept = tf.reshape(kept, [batch, groups, repeats * length, keys])
-        output = tf.reshape(tf.matmul(kept, values), [batch, heads, length, dims(values)[-1]])
-        output = tf.transpose(output, [0, 2, 1, 3])
-        weights = tf.reshape(weights, [batch, heads, length, keys])
-        return tf.cast(output, query.dtype), tf.cast(weights, query.dtype)
+
+def _softmax(log_weights, visible, poisoned, dtype):
+    """Weights of the visible keys; NaN in rows that see a poisoned one, 0 in rows that see none."""
+    visible = tf.broadcast_to(visible, tf.shape(log_weights))
+    seen = tf.where(visible, log_weights, tf.constant(logsumexp.NONE, tf.float64))
+    terms, _, total, _ = logsumexp.scaled_exp(seen, -1)
+    nan = tf.reduce_any(visible & poisoned[:, :, None, None], -1, keepdims=True)
+    weights = tf.where(nan, tf.constant(float("nan"), tf.float64), terms / total)
+    return tf.cast(weights, dtype)
 
 
 def _grouped(mask, groups, repeats):

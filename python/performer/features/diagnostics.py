@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from performer.composition.dense import dense_attention
+from performer.ops.dense import dense_attention
 
 
 @tf.autograph.experimental.do_not_convert

@@ -4,8 +4,7 @@ import keras
 import tensorflow as tf
 
 from performer.checks import accumulator
-from performer.ops import favor_attention
-from performer.ops.state import merge, summarize
+from performer.ops import favor_attention, merge, summarize
 from performer.shapes import dims
 
 

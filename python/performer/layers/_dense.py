@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from performer.composition.dense import dense_attention
 from performer.composition.packed_blocks import run_starts
 from performer.layers._attention import dropped_keys, hide_queries
 from performer.layers._masks import combine
+from performer.ops.dense import dense_attention
 from performer.shapes import dims
 
 

@@ -6,8 +6,7 @@ import operator
 import keras
 import tensorflow as tf
 
-from performer.counters import as_position
-from performer.ops.state import AttentionState
+from performer.ops.state import AttentionState, as_position
 
 
 def with_tensors(state):

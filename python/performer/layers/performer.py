@@ -25,8 +25,8 @@ from performer.layers._masks import Masks, mask_of
 from performer.layers._projection import RandomProjection
 from performer.layers._state import check_call, position_of, product, with_position, with_tensors
 from performer.layers.rotary_embedding import positions_in_runs
-from performer.ops.state import AttentionState, empty_state, merge
-from performer.ops.state import read as read_state
+from performer.ops import AttentionState, empty_state, merge
+from performer.ops import read as read_state
 from performer.shapes import dims
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.

@@ -1,6 +1,6 @@
-"""Linear attention as a function of tensors.
+"""Linear attention as functions of tensors: `favor_attention` and its halves.
 
-The compiled operators do the work where their library is loaded; otherwise the plain TensorFlow
+The compiled operators do the work where their library is loaded. Otherwise the plain TensorFlow
 composition does.
 """
 
@@ -8,31 +8,11 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import checks
 from performer.composition import packed_blocks
-from performer.counters import as_draw, same_draw
+from performer.ops.arguments import prepare
 from performer.ops.dispatch import run
-from performer.ops.state import AttentionState, checked_state, empty_state, merge, read, summarize
+from performer.ops.state import AttentionState, empty_state, merge
 from performer.shapes import dims
-
-__all__ = ["AttentionState", "empty_state", "favor_attention", "merge", "read", "summarize"]
-
-
-def _segments(segment_ids, query, key):
-    """Checked segment_ids [B, S] of self-attention."""
-    segment_ids = checks.tensor("segment_ids", segment_ids, ("BS",))
-    if not segment_ids.dtype.is_integer:
-        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype.name}")
-    checks.same("query", 1, query, "key", 1, key, "length (L = S with segment_ids)")
-    checks.same("segment_ids", 0, segment_ids, "key", 0, key, "B")
-    checks.same("segment_ids", 1, segment_ids, "key", 1, key, "S")
-    return segment_ids
-
-
-def _laid_end_to_end(x):
-    """[B, S, ...] to [1, B S, ...]."""
-    batch, rows, *sizes = dims(x)
-    return tf.reshape(x, [1, batch * rows, *sizes])
 
 
 @tf.autograph.experimental.do_not_convert
@@ -128,72 +108,201 @@ def favor_attention(
     TensorShape([2, 100, 4, 16])
     """
     with tf.name_scope(name or "favor_attention"):
-        attributes = checks.attributes(feature_map, scale, feature_epsilon)
-        query = checks.tensor("query", query, ("BLHD",))
-        key, value = checks.tensor("key", key, ("BSGD",)), checks.tensor("value", value, ("BSGE",))
-        dtype = checks.accumulator(query.dtype)
-        query_side = checks.projection_side(projection, 0, dtype)
-        key_side = checks.projection_side(projection, 1, dtype)
-        feature_bias = checks.feature_bias(feature_bias, query_side[1], dtype)
-        checks.queries_and_keys(query, key, value, query_side, key_side, feature_bias)
-        if causal:
-            checks.same("query", 1, query, "key", 1, key, "length (L = S when causal)")
-        bias = checks.key_bias(key, dtype, key_mask, key_bias)
-        draw = as_draw(draw)
-        if initial_state is not None:
-            initial_state = checked_state(
-                "initial_state", initial_state, dtype, key, value, key_side
-            )
-            if segment_ids is None:
-                checks.one_of(
-                    "initial_state.log_mass", 0, initial_state.log_mass, {"1": 1, "B": key.shape[0]}
-                )
-            draw = same_draw(draw, initial_state.draw, "projection and initial_state")
-
-        most = checks.max_segments(max_segments, segment_ids)
-        offsets, batch_shape = None, tf.shape(query)
-        if segment_ids is not None:
-            offsets = packed_blocks.segment_offsets(_segments(segment_ids, query, key), most)
-            bias = tf.broadcast_to(bias, [batch_shape[0], tf.shape(bias)[1], batch_shape[1]])
-            bias = tf.transpose(_laid_end_to_end(tf.transpose(bias, [0, 2, 1])), [0, 2, 1])
-            query, key, value = (_laid_end_to_end(x) for x in (query, key, value))
-
-        query_inputs = {
-            "query": query,
-            "query_projection": query_side[1],
-            "feature_bias": feature_bias,
-        }
-        key_inputs = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}
-        key_inputs["key_norm"] = bool(key_norm)
-        if causal:
-            before = initial_state
-            if before is None:
-                before = empty_state(
-                    1, *(tf.shape(x)[i] for x, i in ((key, 2), (key_side[1], 1), (value, 3))), dtype
-                )
-            out, log_mass, mean = run(
-                "causal",
-                offsets,
-                initial_log_mass=before.log_mass,
-                initial_mean=before.mean,
-                **query_inputs,
-                **key_inputs,
-                **attributes,
-            )
-            state = AttentionState(log_mass, mean, draw, before.position)
-        else:
-            log_mass, mean = run("summarize", offsets, **key_inputs, **attributes)
-            state = AttentionState(log_mass, mean, draw, tf.zeros([], tf.int64))
-            if initial_state is not None:
-                state = merge(initial_state, state)
-            out = run(
-                "read",
-                offsets,
-                log_mass=state.log_mass,
-                mean=state.mean,
-                **query_inputs,
-                **attributes,
-            )
+        call = prepare(
+            projection,
+            query=query,
+            key=key,
+            value=value,
+            causal=causal,
+            feature_bias=feature_bias,
+            key_mask=key_mask,
+            key_bias=key_bias,
+            state=initial_state,
+            segment_ids=segment_ids,
+            max_segments=max_segments,
+            draw=draw,
+            feature_map=feature_map,
+            scale=scale,
+            key_norm=key_norm,
+            feature_epsilon=feature_epsilon,
+        )
+        offsets, packed = None, call
+        if call.segment_ids is not None:
+            offsets = packed_blocks.segment_offsets(call.segment_ids, call.max_segments)
+            packed = _pack(call)
+        out, state = (_causal if causal else _bidirectional)(packed, offsets)
         if offsets is not None:
-            out = tf.reshape(out, tf.concat([batch_shape[:3], tf.shape(out)[3:]], 0))
+            rows = tf.shape(call.queries["query"])[:3]
+            out = tf.reshape(out, tf.concat([rows, tf.shape(out)[3:]], 0))
         return (out, state) if return_state else out
+
+
+@tf.autograph.experimental.do_not_convert
+def summarize(
+    key,
+    value,
+    projection,
+    *,
+    key_mask=None,
+    key_bias=None,
+    feature_map="softmax",
+    scale=None,
+    key_norm=True,
+    feature_epsilon=1e-3,
+    draw=0,
+    name=None,
+) -> AttentionState:
+    """Summarizes keys and values into a state of constant size, the first half of linear attention.
+
+    log_mass[m] = logsumexp_j b[m, j] and mean[m] = softmax_j(b[m, :]) @ value over the keys j.
+
+    Args:
+        key: [B, S, G, D], float32, bfloat16, float16 or float64. S may be 0.
+        value: [B, S, G, E], of the type of key.
+        projection: [M, D], [G, M, D], or a pair (query side, key side), of which the key side is
+            used.
+        key_mask, key_bias, feature_map, scale, key_norm, feature_epsilon, draw, name: as
+            `favor_attention`.
+
+    Returns:
+        `AttentionState` with log_mass [B, G, M] and mean [B, G, M, E], float32 (float64 for
+        float64).
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; the message names argument, rule and
+            value.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from performer import projections, state
+    >>> x, w = tf.random.normal([2, 10, 4, 8]), projections.orthogonal_projection(16, 8, seed=1)
+    >>> halves = [state.summarize(part, part, w) for part in (x[:, :7], x[:, 7:])]
+    >>> state.read(x, w, state.merge(*halves)).shape
+    TensorShape([2, 10, 4, 8])
+    """
+    with tf.name_scope(name or "summarize"):
+        return _summarize(
+            prepare(
+                projection,
+                key=key,
+                value=value,
+                key_mask=key_mask,
+                key_bias=key_bias,
+                draw=draw,
+                feature_map=feature_map,
+                scale=scale,
+                key_norm=key_norm,
+                feature_epsilon=feature_epsilon,
+            )
+        )
+
+
+@tf.autograph.experimental.do_not_convert
+def read(
+    query,
+    projection,
+    state,
+    *,
+    feature_bias=None,
+    feature_map="softmax",
+    scale=None,
+    feature_epsilon=1e-3,
+    draw=0,
+    name=None,
+) -> tf.Tensor:
+    """Attention of queries to the keys of a state, the second half of linear attention.
+
+    out[i] = softmax_m(a[i, :] + log_mass) @ mean.
+
+    Args:
+        query: [B, L, H, D], float32, bfloat16, float16 or float64.
+        projection: [M, D], [G|H, M, D], or a pair (query side, key side), of which the query side
+            is used.
+        state: `AttentionState` with log_mass [B, G, M], mean [B, G, M, E]; H a multiple of G.
+        feature_bias, feature_map, scale, feature_epsilon, draw, name: as `favor_attention`.
+
+    Returns:
+        [B, L, H, E], of the type of query; 0 where the state is empty.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule, or the draws differ.
+        tf.errors.InvalidArgumentError: draws that are known only when the graph runs differ.
+
+    Example: see `summarize`.
+    """
+    with tf.name_scope(name or "read"):
+        return _read(
+            prepare(
+                projection,
+                query=query,
+                state=state,
+                feature_bias=feature_bias,
+                draw=draw,
+                feature_map=feature_map,
+                scale=scale,
+                feature_epsilon=feature_epsilon,
+            )
+        )
+
+
+def _causal(call, offsets):
+    """Output and final state of a prepared causal call."""
+    before = call.state
+    if before is None:
+        groups = tf.shape(call.keys["key"])[2]
+        features = tf.shape(call.keys["key_projection"])[1]
+        value_dim = tf.shape(call.keys["value"])[3]
+        dtype = call.keys["key_projection"].dtype
+        before = empty_state(1, groups, features, value_dim, dtype)
+    out, log_mass, mean = run(
+        "causal",
+        offsets,
+        initial_log_mass=before.log_mass,
+        initial_mean=before.mean,
+        **call.queries,
+        **call.keys,
+        **call.attributes,
+    )
+    return out, AttentionState(log_mass, mean, call.draw, before.position)
+
+
+def _bidirectional(call, offsets):
+    """Output and state of a prepared call in which every query sees every key."""
+    state = _summarize(call, offsets)
+    if call.state is not None:
+        state = merge(call.state, state)
+    return _read(call._replace(state=state), offsets), state
+
+
+def _summarize(call, offsets=None):
+    """The state of the keys of a prepared call."""
+    log_mass, mean = run("summarize", offsets, **call.keys, **call.attributes)
+    return AttentionState(log_mass, mean, call.draw, tf.zeros([], tf.int64))
+
+
+def _read(call, offsets=None):
+    """The output of the queries of a prepared call that read its state."""
+    log_mass, mean = call.state.log_mass, call.state.mean
+    return run("read", offsets, log_mass=log_mass, mean=mean, **call.queries, **call.attributes)
+
+
+def _pack(call):
+    """The call with all rows of the batch one after another, as the operators take segments."""
+    keys = call.keys
+    batch, length = dims(keys["key"])[:2]
+    bias = keys["key_bias"]
+    bias = tf.broadcast_to(bias, [batch, dims(bias)[1], length])
+    bias = tf.transpose(_end_to_end(tf.transpose(bias, [0, 2, 1])), [0, 2, 1])
+    key, value = _end_to_end(keys["key"]), _end_to_end(keys["value"])
+    query = _end_to_end(call.queries["query"])
+    return call._replace(
+        queries={**call.queries, "query": query},
+        keys={**keys, "key": key, "value": value, "key_bias": bias},
+    )
+
+
+def _end_to_end(x):
+    """[B, S, ...] to [1, B S, ...]."""
+    batch, rows, *sizes = dims(x)
+    return tf.reshape(x, [1, batch * rows, *sizes])

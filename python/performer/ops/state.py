@@ -1,6 +1,6 @@
 """The state of linear attention: what a set of keys says to any query, in constant size.
 
-`summarize` makes one, `merge` joins two, `read` asks it: the halves that attention is made of.
+`summarize` makes one, `merge` joins two, `read` asks it.
 """
 
 from typing import NamedTuple
@@ -9,8 +9,6 @@ import tensorflow as tf
 
 from performer import checks
 from performer.composition import logsumexp
-from performer.counters import as_draw, as_position, same_draw
-from performer.ops.dispatch import run
 
 
 class AttentionState(NamedTuple):
@@ -138,7 +136,7 @@ def checked_state(name, state, dtype=None, key=None, value=None, projection=None
     if not isinstance(state, AttentionState):
         raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")
     log_mass, mean = tf.convert_to_tensor(state.log_mass), tf.convert_to_tensor(state.mean)
-    checks.state(name, log_mass, mean, log_mass.dtype if dtype is None else dtype)
+    _check_shapes(name, log_mass, mean, log_mass.dtype if dtype is None else dtype)
     if projection is not None:
         checks.same(f"{name}.log_mass", 2, log_mass, projection[0], 1, projection[1], "M")
     if key is not None:
@@ -147,119 +145,60 @@ def checked_state(name, state, dtype=None, key=None, value=None, projection=None
     return AttentionState(log_mass, mean, as_draw(state.draw), as_position(state.position))
 
 
-@tf.autograph.experimental.do_not_convert
-def summarize(
-    key,
-    value,
-    projection,
-    *,
-    key_mask=None,
-    key_bias=None,
-    feature_map="softmax",
-    scale=None,
-    key_norm=True,
-    feature_epsilon=1e-3,
-    draw=0,
-    name=None,
-) -> AttentionState:
-    """Summarizes keys and values into a state of constant size, the first half of linear attention.
+def _check_shapes(name: str, log_mass, mean, dtype: tf.DType) -> None:
+    """A state must be log_mass [N, G, M] and mean [N, G, M, E], both of `dtype`."""
+    for field, x, layout in (("log_mass", log_mass, "NGM"), ("mean", mean, "NGME")):
+        if x.dtype != dtype:
+            raise TypeError(f"{name}.{field} must be {dtype.name}, got {x.dtype.name}")
+        if x.shape.rank is not None and x.shape.rank != len(layout):
+            raise ValueError(
+                f"{name}.{field} must have shape [{', '.join(layout)}], got shape {x.shape}"
+            )
+    for axis, letter in enumerate("NGM"):
+        checks.same(f"{name}.mean", axis, mean, f"{name}.log_mass", axis, log_mass, letter)
 
-    log_mass[m] = logsumexp_j b[m, j] and mean[m] = softmax_j(b[m, :]) @ value over the keys j.
 
-    Args:
-        key: [B, S, G, D], float32, bfloat16, float16 or float64. S may be 0.
-        value: [B, S, G, E], of the type of key.
-        projection: [M, D], [G, M, D], or a pair (query side, key side), of which the key side is
-            used.
-        key_mask, key_bias, feature_map, scale, key_norm, feature_epsilon, draw, name: as
-            `favor_attention`.
-
-    Returns:
-        `AttentionState` with log_mass [B, G, M] and mean [B, G, M, E], float32 (float64 for
-        float64).
+def as_draw(draw) -> tf.Tensor:
+    """`draw` as an int64 scalar tensor.
 
     Raises:
-        ValueError, TypeError: an argument breaks its rule; the message names argument, rule and
-            value.
-
-    Example:
-
-    >>> import tensorflow as tf
-    >>> from performer import projections, state
-    >>> x, w = tf.random.normal([2, 10, 4, 8]), projections.orthogonal_projection(16, 8, seed=1)
-    >>> halves = [state.summarize(part, part, w) for part in (x[:, :7], x[:, 7:])]
-    >>> state.read(x, w, state.merge(*halves)).shape
-    TensorShape([2, 10, 4, 8])
+        TypeError: it is not an integer.
+        ValueError: it is not a scalar.
     """
-    with tf.name_scope(name or "summarize"):
-        attributes = checks.attributes(feature_map, scale, feature_epsilon)
-        key, value = checks.tensor("key", key, ("BSGD",)), checks.tensor("value", value, ("BSGE",))
-        dtype = checks.accumulator(key.dtype)
-        key_side = checks.projection_side(projection, 1, dtype)
-        checks.keys(key, value, key_side)
-        log_mass, mean = run(
-            "summarize",
-            None,
-            key=key,
-            value=value,
-            key_projection=key_side[1],
-            key_bias=checks.key_bias(key, dtype, key_mask, key_bias),
-            key_norm=bool(key_norm),
-            **attributes,
-        )
-        return AttentionState(log_mass, mean, as_draw(draw), tf.zeros([], tf.int64))
+    return _as_counter("draw", draw)
 
 
-@tf.autograph.experimental.do_not_convert
-def read(
-    query,
-    projection,
-    state,
-    *,
-    feature_bias=None,
-    feature_map="softmax",
-    scale=None,
-    feature_epsilon=1e-3,
-    draw=0,
-    name=None,
-) -> tf.Tensor:
-    """Attention of queries to the keys of a state, the second half of linear attention.
+def as_position(position) -> tf.Tensor:
+    """`position` as an int64 scalar tensor; raises as `as_draw`."""
+    return _as_counter("position", position)
 
-    out[i] = softmax_m(a[i, :] + log_mass) @ mean.
+
+def _as_counter(name, x):
+    x = tf.convert_to_tensor(x)
+    if not x.dtype.is_integer:
+        raise TypeError(f"{name} must be an integer, got {x.dtype.name}")
+    if x.shape.rank not in (0, None):
+        raise ValueError(f"{name} must be a scalar, got shape {x.shape}")
+    return tf.cast(x, tf.int64)
+
+
+def same_draw(first, second, what: str) -> tf.Tensor:
+    """Returns the common draw of two states (or of a state and a projection).
 
     Args:
-        query: [B, L, H, D], float32, bfloat16, float16 or float64.
-        projection: [M, D], [G|H, M, D], or a pair (query side, key side), of which the query side
-            is used.
-        state: `AttentionState` with log_mass [B, G, M], mean [B, G, M, E]; H a multiple of G.
-        feature_bias, feature_map, scale, feature_epsilon, draw, name: as `favor_attention`.
-
-    Returns:
-        [B, L, H, E], of the type of query; 0 where the state is empty.
+        first, second: int64 scalars.
+        what: what they belong to, for the message.
 
     Raises:
-        ValueError, TypeError: an argument breaks its rule, or the draws differ.
-        tf.errors.InvalidArgumentError: draws that are known only when the graph runs differ.
-
-    Example: see `summarize`.
+        ValueError: both are known and differ.
+        tf.errors.InvalidArgumentError: they differ when the graph runs.
     """
-    with tf.name_scope(name or "read"):
-        attributes = checks.attributes(feature_map, scale, feature_epsilon)
-        query = checks.tensor("query", query, ("BLHD",))
-        dtype = checks.accumulator(query.dtype)
-        query_side = checks.projection_side(projection, 0, dtype)
-        state = checked_state("state", state, dtype, projection=query_side)
-        feature_bias = checks.feature_bias(feature_bias, query_side[1], dtype)
-        checks.queries(query, state.log_mass.shape[1], query_side, feature_bias)
-        checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
-        same_draw(as_draw(draw), state.draw, "projection and state")
-        return run(
-            "read",
-            None,
-            query=query,
-            query_projection=query_side[1],
-            feature_bias=feature_bias,
-            log_mass=state.log_mass,
-            mean=state.mean,
-            **attributes,
-        )
+    known = tf.get_static_value(first), tf.get_static_value(second)
+    message = f"draw: {what} must come from the same draw of the projection"
+    if None not in known:
+        if known[0] != known[1]:
+            raise ValueError(f"{message}, got {known[0]} and {known[1]}")
+        return first
+    check = tf.debugging.assert_equal(first, second, message=message, summarize=1)
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(first)

@@ -1,0 +1,248 @@
+"""Preparation of a call: conversion, defaults and every check of its arguments, in one place.
+
+The compiled operators check shapes again, for sizes that are known only when the graph runs.
+Letters as in `favor_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from performer import checks
+from performer.ops.state import AttentionState, as_draw, checked_state, same_draw
+
+
+class Prepared(NamedTuple):
+    """The arguments of a call that have passed, under the names of the operators' inputs.
+
+    Attributes:
+        queries: query [B, L, H, D], query_projection [1|G|H, M, D], feature_bias [1|G|H, M]; empty
+            in a call without queries.
+        keys: key [B, S, G, D], value [B, S, G, E], key_projection [1|G, M, D], key_bias
+            [1|B, 1|G, 1|S], and the attribute key_norm; empty in a call without keys.
+        attributes: feature_map, scale and feature_epsilon.
+        state: the state that the call reads or goes on from, or None.
+        draw: int64 scalar, the common draw of projection and state.
+        segment_ids: integers [B, S], or None.
+        max_segments: int or None.
+    """
+
+    queries: dict[str, Any]
+    keys: dict[str, Any]
+    attributes: dict[str, Any]
+    state: AttentionState | None
+    draw: tf.Tensor
+    segment_ids: tf.Tensor | None = None
+    max_segments: int | None = None
+
+
+def prepare(
+    projection,
+    *,
+    query=None,
+    key=None,
+    value=None,
+    causal=False,
+    feature_bias=None,
+    key_mask=None,
+    key_bias=None,
+    state=None,
+    segment_ids=None,
+    max_segments=None,
+    draw=0,
+    feature_map="softmax",
+    scale=None,
+    key_norm=True,
+    feature_epsilon=1e-3,
+) -> Prepared:
+    """Prepares a call of `favor_attention`, `summarize` (without query) or `read` (without key).
+
+    Args:
+        state: the `initial_state` of a call with keys; what a call without keys reads.
+        others: as `favor_attention`.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; the message names argument, rule and
+            value.
+        tf.errors.InvalidArgumentError: draws that are known only when the graph runs differ.
+    """
+    attributes = _attributes(feature_map, scale, feature_epsilon)
+    if query is not None:
+        query = checks.tensor("query", query, ("BLHD",))
+    if key is not None:
+        key, value = checks.tensor("key", key, ("BSGD",)), checks.tensor("value", value, ("BSGE",))
+    dtype = checks.accumulator((key if query is None else query).dtype)
+    query_side: Any = None if query is None else _projection_side(projection, 0, dtype)
+    key_side: Any = None if key is None else _projection_side(projection, 1, dtype)
+    if key is None:
+        state = checked_state("state", state, dtype, projection=query_side)
+    queries, keys = {}, {}
+    if query is not None:
+        feature_bias = _feature_bias(feature_bias, query_side[1], dtype)
+        groups = state.log_mass.shape[1] if key is None else key.shape[2]
+        _check_queries(query, groups, query_side, feature_bias)
+        queries = {"query": query, "query_projection": query_side[1], "feature_bias": feature_bias}
+    if query is not None and key is not None:
+        checks.same_dtype("key", key, "query", query)
+        checks.same("key", 0, key, "query", 0, query, "B")
+        checks.same("key", 3, key, "query", 3, query, "D")
+    if key is not None:
+        _check_keys(key, value, key_side)
+    if query is not None and key is not None:
+        checks.same(key_side[0], 1, key_side[1], query_side[0], 1, query_side[1], "M")
+        if causal:
+            checks.same("query", 1, query, "key", 1, key, "length (L = S when causal)")
+    if key is not None:
+        bias = _key_bias(key, dtype, key_mask, key_bias)
+        keys = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}
+        keys["key_norm"] = bool(key_norm)
+    draw = as_draw(draw)
+    if key is None:
+        checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
+        draw = same_draw(draw, state.draw, "projection and state")
+    elif state is not None:
+        state = checked_state("initial_state", state, dtype, key, value, key_side)
+        if segment_ids is None:
+            checks.one_of("initial_state.log_mass", 0, state.log_mass, {"1": 1, "B": key.shape[0]})
+        draw = same_draw(draw, state.draw, "projection and initial_state")
+    max_segments = _max_segments(max_segments, segment_ids)
+    if segment_ids is not None:
+        segment_ids = _segment_ids(segment_ids, query, key)
+    return Prepared(queries, keys, attributes, state, draw, segment_ids, max_segments)
+
+
+def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """Bool [1|B, 1|H, L, S] for query [B, L, H, D] and key [B, S, G, D]."""
+    mask = checks.tensor(name, mask, ("BHLS",))
+    if mask.dtype != tf.bool:
+        raise TypeError(f"{name} must be bool (True: attend to the key), got {mask.dtype.name}")
+    checks.one_of(name, 0, mask, {"1": 1, "B": query.shape[0]})
+    checks.one_of(name, 1, mask, {"1": 1, "H": query.shape[2]})
+    checks.same(name, 2, mask, "query", 1, query, "L")
+    checks.same(name, 3, mask, "key", 1, key, "S")
+    return mask
+
+
+def _attributes(feature_map, scale, feature_epsilon) -> dict:
+    """The attributes shared by all operators."""
+    if feature_map not in checks.FEATURE_MAPS and not callable(feature_map):
+        raise ValueError(
+            f"feature_map must be one of {', '.join(checks.FEATURE_MAPS)}, or a function of "
+            f"log-features, got {feature_map!r}"
+        )
+    return {
+        "feature_map": feature_map,
+        "scale": 0.0 if scale is None else checks.number("scale", scale, zero=False),
+        "feature_epsilon": checks.number("feature_epsilon", feature_epsilon, zero=True),
+    }
+
+
+def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Tensor]:
+    """Name and tensor [1|G|H, M, D] of a side (0 query, 1 key) of a projection or a pair."""
+    name = "projection"
+    if isinstance(projection, tuple):
+        if len(projection) != 2:
+            raise ValueError(
+                "projection must be one tensor, or a pair of them (query side, key side), "
+                f"got a tuple of {len(projection)}"
+            )
+        name, projection = f"projection[{side}]", projection[side]
+    elif isinstance(projection, list) and len(projection) == 2 and len(np.shape(projection[0])) > 1:
+        raise ValueError(
+            "projection must be a tuple for a pair (query side, key side), or one tensor "
+            "[H, M, D] for two heads, got a list of 2"
+        )
+    projection = checks.tensor(name, projection, ("MD", "HMD"), dtype)
+    projection = projection if projection.shape.rank == 3 else projection[None]
+    checks.positive(name, 1, projection, "M")
+    return name, projection
+
+
+def _feature_bias(bias, projection, dtype):
+    """[1|G|H, M]; zeros where there is none."""
+    if bias is None:
+        return tf.zeros(
+            [1, tf.shape(projection)[1] if projection.shape[1] is None else projection.shape[1]],
+            dtype,
+        )
+    bias = checks.tensor("feature_bias", bias, ("M", "HM"), dtype)
+    return bias if bias.shape.rank == 2 else bias[None]
+
+
+def _key_bias(key, dtype: tf.DType, mask, bias) -> tf.Tensor:
+    """Bias [1|B, 1|G, 1|S] of key_mask [B, S] and key_bias [1|B, 1|S] or [1|B, 1|G, 1|S]."""
+    result = tf.zeros([1, 1, 1], dtype)
+    if bias is not None:
+        result = checks.tensor("key_bias", bias, ("BS", "BGS"), dtype)
+        result = result if result.shape.rank == 3 else result[:, None, :]
+        for axis, letter, size in zip(
+            (0, 1, 2), "BGS", (key.shape[0], key.shape[2], key.shape[1]), strict=True
+        ):
+            checks.one_of("key_bias", axis, result, {"1": 1, letter: size})
+    if mask is not None:
+        mask = checks.tensor("key_mask", mask, ("BS",))
+        if mask.dtype != tf.bool:
+            raise TypeError(
+                f"key_mask must be bool (True: attend to the key), got {mask.dtype.name}"
+            )
+        checks.same("key_mask", 0, mask, "key", 0, key, "B")
+        checks.same("key_mask", 1, mask, "key", 1, key, "S")
+        result = tf.where(mask[:, None, :], result, tf.constant(float("-inf"), dtype))
+    return result
+
+
+def _check_queries(
+    query, groups: int | None, query_projection: tuple[str, tf.Tensor], feature_bias
+) -> None:
+    """query [B, L, H, D], the query side of the projection and feature_bias must fit."""
+    name, projection = query_projection
+    checks.supported("query", query)
+    heads = query.shape[2]
+    checks.positive("query", 2, query, "H")
+    checks.positive("query", 3, query, "D")
+    checks.same(name, 2, projection, "query", 3, query, "D")
+    if heads is not None and groups is not None and heads % groups:
+        raise ValueError(
+            f"query must have a multiple of the {groups} key/value heads on axis 2, "
+            f"got {heads} heads in shape {query.shape}"
+        )
+    checks.one_of(name, 0, projection, {"1": 1, "G": groups, "H": heads})
+    checks.one_of("feature_bias", 0, feature_bias, {"1": 1, "G": groups, "H": heads})
+    checks.same("feature_bias", 1, feature_bias, name, 1, projection, "M")
+
+
+def _check_keys(key, value, key_projection: tuple[str, tf.Tensor]) -> None:
+    """key [B, S, G, D], value [B, S, G, E] and the key side of the projection must fit."""
+    name, projection = key_projection
+    checks.supported("key", key)
+    checks.same_dtype("value", value, "key", key)
+    for axis, letter in enumerate("BSG"):
+        checks.same("value", axis, value, "key", axis, key, letter)
+    checks.positive("key", 2, key, "G")
+    checks.positive("key", 3, key, "D")
+    checks.same(name, 2, projection, "key", 3, key, "D")
+    checks.one_of(name, 0, projection, {"1": 1, "G": key.shape[2]})
+
+
+def _max_segments(maximum, segment_ids):
+    """`maximum`, a positive int that goes with segment_ids, or None."""
+    if maximum is None:
+        return None
+    maximum = checks.size("max_segments", maximum)
+    if segment_ids is None:
+        raise ValueError(f"max_segments needs segment_ids, got max_segments={maximum} without them")
+    return maximum
+
+
+def _segment_ids(segment_ids, query, key):
+    """Integers [B, S], for self-attention."""
+    segment_ids = checks.tensor("segment_ids", segment_ids, ("BS",))
+    if not segment_ids.dtype.is_integer:
+        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype.name}")
+    checks.same("query", 1, query, "key", 1, key, "length (L = S with segment_ids)")
+    checks.same("segment_ids", 0, segment_ids, "key", 0, key, "B")
+    checks.same("segment_ids", 1, segment_ids, "key", 1, key, "S")
+    return segment_ids

@@ -1,0 +1,84 @@
+"""Linear attention by its weights, for what only weights can do.
+
+That is masks which differ from query to query, and the weights themselves. Time and memory grow
+with L S.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from performer.composition import dense
+from performer.ops.arguments import pair_mask, prepare
+
+
+@tf.autograph.experimental.do_not_convert
+def dense_attention(
+    query,
+    key,
+    value,
+    projection,
+    *,
+    mask=None,
+    key_mask=None,
+    key_bias=None,
+    dropped_keys=None,
+    feature_bias=None,
+    feature_map="softmax",
+    scale=None,
+    key_norm=True,
+    feature_epsilon=1e-3,
+    name=None,
+):
+    """`favor_attention` by its weights, and the weights.
+
+    With the log-features a, b of `favor_attention`: A[i, j] = sum_m exp(a[i, m] + b[j, m]), 0 where
+    masked; weights = A / sum_j A; output = weights @ value.
+
+    Args:
+        query, key, value, projection, key_mask, key_bias, feature_bias, feature_map, scale,
+            key_norm, feature_epsilon, name: as `favor_attention`.
+        mask: bool [1|B, 1|H, L, S], True: query i attends to key j.
+        dropped_keys: bool [B, G, S], True: the key counts in the weights that are returned, but
+            not in the output, for which the others are normalised again.
+
+    Returns:
+        Output [B, L, H, E] and weights [B, H, L, S], of the type of query. Both 0 on rows that see
+        no key.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; the message names it.
+
+    Numerics: sums in float64, exact to rounding for any spread of the log-features. A NaN or
+        infinity in a key or value makes NaN of the rows that see it, and of no other.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from performer import projections
+    >>> from performer.ops.dense import dense_attention
+    >>> x, w = tf.random.normal([1, 5, 2, 4]), projections.orthogonal_projection(8, 4, seed=1)
+    >>> mask = tf.random.uniform([1, 1, 5, 5]) < 0.5
+    >>> output, weights = dense_attention(x, x, x, w, mask=mask)
+    >>> weights.shape
+    TensorShape([1, 2, 5, 5])
+    """
+    with tf.name_scope(name or "dense_attention"):
+        call = prepare(
+            projection,
+            query=query,
+            key=key,
+            value=value,
+            feature_bias=feature_bias,
+            key_mask=key_mask,
+            key_bias=key_bias,
+            feature_map=feature_map,
+            scale=scale,
+            key_norm=key_norm,
+            feature_epsilon=feature_epsilon,
+        )
+        if mask is not None:
+            mask = pair_mask("mask", mask, call.queries["query"], call.keys["key"])
+        return dense.attend(
+            **call.queries, **call.keys, **call.attributes, mask=mask, dropped_keys=dropped_keys
+        )
