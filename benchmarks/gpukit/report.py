@@ -14,10 +14,16 @@ from pathlib import Path
 
 from gpukit import cases
 from gpukit.implementations import IMPLEMENTATIONS
+from performer.bench.report import plots
 from performer.bench.report.results import crossover
 
 COLUMNS = ("", "M", "D", "L", *(impl.label + ", ms" for impl in IMPLEMENTATIONS.values()))
 COLUMNS += ("TFLOP/s", "of product", "of copy", "flash / Performer")
+CURVES = {
+    "performer": plots.Curve(IMPLEMENTATIONS["performer"].label, "#0072B2", 2.5),
+    "flash": plots.Curve(IMPLEMENTATIONS["flash"].label, "#D55E00"),
+    "composition": plots.Curve(IMPLEMENTATIONS["composition"].label, "#E69F00"),
+}
 
 
 def case_of(record: dict) -> cases.GpuCase:
@@ -152,35 +158,6 @@ def draw(run: dict, path: Path) -> Path | None:
                     points[case.length] = record["median"]
     if not panels:
         return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"performer": "#0072B2", "flash": "#D55E00", "composition": "#E69F00"}
-    figure, grid = plt.subplots(2, 2, figsize=(13, 9), squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
-    for axes, (mode, curves) in zip(grid.flat, panels.items(), strict=False):
-        for impl, points in curves.items():
-            lengths = sorted(points)
-            axes.loglog(
-                lengths,
-                [points[n] for n in lengths],
-                label=IMPLEMENTATIONS[impl].label,
-                color=colours[impl],
-                linewidth=2.5 if impl == "performer" else 1.2,
-                marker="o",
-                markersize=3,
-            )
-        every = sorted({n for points in curves.values() for n in points})
-        axes.set_xticks(every, [f"{n / 1024:g}k" for n in every])
-        axes.minorticks_off()
-        axes.set(title=mode, xlabel="length of the sequence", ylabel="milliseconds")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"M = {features}, D = {dim}; {run['machine'].get('GPU', '')}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    title = f"M = {features}, D = {dim}; {run['machine'].get('GPU', '')}"
+    plots.draw_panels(panels, CURVES, "milliseconds", title, path)
     return path
