@@ -63,9 +63,11 @@ struct CausalGradScratch {
   }
 };
 
-// A sub-chunk of the forward scan, and the set of anchors that it used.
+// A sub-chunk of the forward scan.
 struct GradSubChunk {
-  int64_t row, chunk_begin, rows, anchors;
+  int64_t row, chunk_begin,
+      rows;         // first row in the tensor, first row in its chunk, number of rows
+  int64_t anchors;  // the set of anchors that it used
 };
 
 template <class Acc>
