@@ -65,9 +65,9 @@ struct CausalGradScratch {
 
 // A sub-chunk of the forward scan.
 struct GradSubChunk {
-  int64_t row, chunk_begin,
-      rows;         // first row in the tensor, first row in its chunk, number of rows
-  int64_t anchors;  // the set of anchors that it used
+  int64_t row, chunk_begin;  // its first row in the tensor, and in its chunk
+  int64_t rows;              // number of rows
+  int64_t anchors;           // index of the set of anchors that it used
 };
 
 template <class Acc>
