@@ -6,8 +6,8 @@
 #         error where neither is there
 #   OFF   not built
 #
-# The system's nvcc is what CUDACXX or CMAKE_CUDA_COMPILER names, or the one on PATH, in CUDA_PATH,
-# CUDA_HOME or /usr/local/cuda.
+# The system's nvcc is what CMAKE_CUDA_COMPILER or CUDACXX names, or system_nvcc; the wheels' is
+# wheels_nvcc. cmake/locate.py searches for both.
 #
 # Sets performer_cuda_enabled; where enabled, cuda_include, cuda_runtime (the static library) and, for
 # messages, performer_cuda_compiler and performer_cuda_targets; otherwise performer_cuda_left_out, the
@@ -40,8 +40,9 @@ function(performer_without_cuda reason)
   set(performer_cuda_left_out "${reason}" PARENT_SCOPE)
 endfunction()
 
-# Finds nvcc: performer_nvcc and where it comes from. CMAKE_CUDA_COMPILER is the caller's: what CMake
-# itself writes there is dropped below, as it may not exist when CMake runs again.
+# Sets performer_nvcc, and performer_nvcc_origin: where it comes from. CMAKE_CUDA_COMPILER is the
+# caller's: what CMake itself writes there is dropped below, as it may not exist when CMake runs
+# again.
 function(performer_find_nvcc)
   set(origin "system")
   set(named "${CMAKE_CUDA_COMPILER}")
@@ -50,13 +51,11 @@ function(performer_find_nvcc)
   endif()
   if(named)
     find_program(nvcc NAMES "${named}" NO_CACHE)
-  else()
-    find_program(nvcc NAMES nvcc NO_CACHE
-      HINTS ENV CUDA_PATH ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
-    if(NOT nvcc AND performer_cuda_wish STREQUAL "ON" AND cuda_wheels)
-      find_program(nvcc NAMES nvcc NO_CACHE PATHS "${cuda_wheels}/bin" NO_DEFAULT_PATH)
-      set(origin "PyPI wheels")
-    endif()
+  elseif(system_nvcc)
+    set(nvcc "${system_nvcc}")
+  elseif(performer_cuda_wish STREQUAL "ON")
+    set(nvcc "${wheels_nvcc}")
+    set(origin "PyPI wheels")
   endif()
   set(performer_nvcc "${nvcc}" PARENT_SCOPE)
   set(performer_nvcc_origin "${origin}" PARENT_SCOPE)

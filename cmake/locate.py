@@ -1,15 +1,17 @@
-"""Tells CMake where the installed Python packages lie that the build takes headers from.
+"""Tells CMake where what the build needs is installed: headers of Python packages, and nvcc.
 
 Prints one line, a CMake list: TensorFlow's folder, TensorFlow's version, pybind11's CMake folder,
-the folder of CUDA's wheels. What is not installed is empty. Packages are found through their import
-specification and never imported: importing TensorFlow takes seconds and would load its libraries
-into the build.
+the system's nvcc, the nvcc of CUDA's wheels. What is not installed is empty. Packages are found
+through their import specification and never imported: importing TensorFlow takes seconds and would
+load its libraries into the build.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 
 
@@ -33,11 +35,20 @@ def provider_version(folder: Path, name: str) -> str:
     return ""
 
 
-def cuda_wheels() -> Path | None:
-    """Returns the folder that the wheels of tools/cuda-requirements.txt share, a toolkit's."""
+def system_nvcc() -> str | None:
+    """Returns the nvcc in CUDA_PATH or CUDA_HOME, on PATH, or in /usr/local/cuda."""
+    named = [os.environ[name] for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
+    folders = [folder for root in named for folder in (f"{root}/bin", root)]
+    folders += [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders))
+    return os.path.abspath(found) if found else None
+
+
+def wheels_nvcc() -> Path | None:
+    """Returns the nvcc that the wheels of tools/cuda-requirements.txt bring."""
     nvidia = package_folder("nvidia")
-    roots = sorted(nvidia.glob("cu*/bin/nvcc")) if nvidia else []
-    return roots[-1].parents[1] if roots else None
+    found = sorted(nvidia.glob("cu*/bin/nvcc")) if nvidia else []
+    return found[-1] if found else None
 
 
 def main() -> None:
@@ -46,7 +57,7 @@ def main() -> None:
     version = provider_version(tensorflow, "tensorflow") if tensorflow else ""
     pybind11 = package_folder("pybind11")
     config = pybind11 / "share" / "cmake" / "pybind11" if pybind11 else ""
-    print(tensorflow or "", version, config, cuda_wheels() or "", sep=";")
+    print(tensorflow or "", version, config, system_nvcc() or "", wheels_nvcc() or "", sep=";")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,20 @@ import json
 import math
 from pathlib import Path
 
+from rich.console import Console
+
 from gpukit import cases
 from gpukit.implementations import IMPLEMENTATIONS
+from performer.bench.report import plots, render, tables
 from performer.bench.report.results import crossover
 
 COLUMNS = ("", "M", "D", "L", *(impl.label + ", ms" for impl in IMPLEMENTATIONS.values()))
 COLUMNS += ("TFLOP/s", "of product", "of copy", "flash / Performer")
+CURVES = {
+    "performer": plots.Curve(IMPLEMENTATIONS["performer"].label, "#0072B2", 2.5),
+    "flash": plots.Curve(IMPLEMENTATIONS["flash"].label, "#D55E00"),
+    "composition": plots.Curve(IMPLEMENTATIONS["composition"].label, "#E69F00"),
+}
 
 
 def case_of(record: dict) -> cases.GpuCase:
@@ -44,9 +52,9 @@ def by_case(run: dict) -> dict:
     )
 
 
-def rows(run: dict) -> list[tuple[str, ...]]:
+def table(run: dict) -> tables.Table:
     """The table: medians, and Performer's rates."""
-    table = []
+    rows = []
     for case, records in by_case(run).items():
         times = {impl: records.get(impl, {}).get("median") for impl in IMPLEMENTATIONS}
         rates = [""] * 4
@@ -60,10 +68,10 @@ def rows(run: dict) -> list[tuple[str, ...]]:
                 f"{times['flash'] / ours:.2f}" if times["flash"] else "",
             ]
         shown = ["" if t is None else f"{t:.3f}" if t < 10 else f"{t:.1f}" for t in times.values()]
-        table.append(
+        rows.append(
             (case.mode, str(case.features), str(case.dim), str(case.length), *shown, *rates)
         )
-    return table
+    return tables.Table("", COLUMNS, rows)
 
 
 def conclusions(run: dict) -> list[str]:
@@ -98,10 +106,8 @@ def conclusions(run: dict) -> list[str]:
 
 def markdown(run: dict) -> str:
     """Machine, table and conclusions as Markdown."""
-    marks = [":--"] + ["--:"] * (len(COLUMNS) - 1)
-    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, marks, *rows(run))]
     notes = "\n".join(f"- {line}" for line in conclusions(run))
-    return "\n\n".join([machine(run), "\n".join(lines), notes]) + "\n"
+    return "\n\n".join([machine(run), render.markdown_table(table(run)), notes]) + "\n"
 
 
 def machine(run: dict) -> str:
@@ -116,19 +122,7 @@ def machine(run: dict) -> str:
 
 def show(run: dict) -> None:
     """Prints the table and what follows from it."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(COLUMNS):
-        grid.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows(run):
-        grid.add_row(*row)
-    console.print(grid)
-    for line in [machine(run), *conclusions(run)]:
-        console.print(line, markup=False, highlight=False)
+    render.show([table(run)], [machine(run), *conclusions(run)], Console())
 
 
 def write(run: dict, folder: Path) -> list[Path]:
@@ -152,35 +146,6 @@ def draw(run: dict, path: Path) -> Path | None:
                     points[case.length] = record["median"]
     if not panels:
         return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"performer": "#0072B2", "flash": "#D55E00", "composition": "#E69F00"}
-    figure, grid = plt.subplots(2, 2, figsize=(13, 9), squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
-    for axes, (mode, curves) in zip(grid.flat, panels.items(), strict=False):
-        for impl, points in curves.items():
-            lengths = sorted(points)
-            axes.loglog(
-                lengths,
-                [points[n] for n in lengths],
-                label=IMPLEMENTATIONS[impl].label,
-                color=colours[impl],
-                linewidth=2.5 if impl == "performer" else 1.2,
-                marker="o",
-                markersize=3,
-            )
-        every = sorted({n for points in curves.values() for n in points})
-        axes.set_xticks(every, [f"{n / 1024:g}k" for n in every])
-        axes.minorticks_off()
-        axes.set(title=mode, xlabel="length of the sequence", ylabel="milliseconds")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"M = {features}, D = {dim}; {run['machine'].get('GPU', '')}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    title = f"M = {features}, D = {dim}; {run['machine'].get('GPU', '')}"
+    plots.draw_panels(panels, CURVES, "milliseconds", title, path)
     return path

@@ -20,8 +20,8 @@ def requirements(monkeypatch, tmp_path):
     module = importlib.import_module("cuda_requirements")
     for name in ("PERFORMER_CUDA", "CUDACXX", "CUDA_PATH", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    monkeypatch.setattr(module.os, "access", lambda path, mode: str(path).startswith(str(tmp_path)))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("os.access", lambda path, mode: str(path).startswith(str(tmp_path)))
     return module
 
 
@@ -44,9 +44,16 @@ def test_a_complete_compiler_is_fetched_where_there_is_none(requirements, monkey
 
 def test_the_compiler_of_the_system_is_preferred(requirements, monkeypatch, tmp_path):
     monkeypatch.setenv("PERFORMER_CUDA", "ON")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert requirements.needed() == []
-    monkeypatch.delenv("CUDA_HOME")
+    nvcc = toolkit(tmp_path / "cuda", compiles=False)
+    for name, value in (
+        ("CUDA_HOME", nvcc.parents[1]),
+        ("CUDA_PATH", nvcc.parents[1]),
+        ("PATH", nvcc.parent),
+    ):
+        monkeypatch.setenv(name, str(value))
+        assert requirements.needed() == []
+        monkeypatch.setenv(name, "")
+    assert requirements.needed() != []
     monkeypatch.setenv("CUDACXX", "/opt/nvcc")
     assert requirements.needed() == []
 

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "bindings/arrays.h"
 #include "cuda/host/schedule.h"
@@ -32,27 +33,68 @@ struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Workspace as a GPU has it: it holds anything; here NaN.
+// Memory as a GPU gives it: it holds anything, here NaN. So do the bytes before and behind a buffer,
+// which nothing may write. AddressSanitizer has guards of its own, which see reads too.
 class Memory {
  public:
-  cuda::Device MakeDevice() {
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kGuard = 0;
+#else
+  static constexpr size_t kGuard = 1024;
+#endif
+  static constexpr unsigned char kFill = 0xFF;
+
+  void* Allocate(size_t bytes) {
+    void* block = nullptr;
+    if (posix_memalign(&block, 256, bytes + 2 * kGuard) != 0) throw std::bad_alloc();
+    buffers_.push_back(
+        {std::unique_ptr<unsigned char, FreeDeleter>(static_cast<unsigned char*>(block)), bytes});
+    std::memset(block, kFill, bytes + 2 * kGuard);
+    return static_cast<unsigned char*>(block) + kGuard;
+  }
+
+  // A buffer that kernels write: the race detector watches it.
+  void* AllocateTracked(size_t bytes) {
+    void* buffer = Allocate(bytes);
+    sim::Track(buffer, bytes);
+    return buffer;
+  }
+
+  const void* Copy(const void* data, size_t bytes) {
+    void* buffer = Allocate(bytes);
+    if (bytes > 0) std::memcpy(buffer, data, bytes);
+    return buffer;
+  }
+
+  // A device with memory for `limit` buffers of workspace, -1 for any number.
+  cuda::Device MakeDevice(int limit) {
     cuda::Device device;
-    device.allocate = [this](size_t bytes) -> void* {
-      if (limit_ >= 0 && static_cast<int>(blocks_.size()) >= limit_) return nullptr;
-      void* block = nullptr;
-      if (posix_memalign(&block, 256, bytes) != 0) return nullptr;
-      std::memset(block, 0xFF, bytes);
-      blocks_.emplace_back(block);
-      sim::Track(block, bytes);
-      return block;
+    device.allocate = [this, limit, made = 0](size_t bytes) mutable -> void* {
+      return made++ == limit ? nullptr : AllocateTracked(bytes);
     };
     return device;
   }
-  void set_limit(int limit) { limit_ = limit; }
+
+  // An error if something was written outside of the buffers.
+  Status CheckGuards() const {
+    for (const Buffer& buffer : buffers_) {
+      const unsigned char* front = buffer.block.get();
+      const unsigned char* back = front + kGuard + buffer.bytes;
+      for (size_t i = 0; i < kGuard; ++i)
+        if (front[i] != kFill || back[i] != kFill)
+          return Status::Internal("a kernel wrote " +
+                                  std::string(front[i] != kFill ? "before" : "behind") +
+                                  " a buffer of " + std::to_string(buffer.bytes) + " bytes");
+    }
+    return Status();
+  }
 
  private:
-  int limit_ = -1;
-  std::vector<std::unique_ptr<void, FreeDeleter>> blocks_;
+  struct Buffer {
+    std::unique_ptr<unsigned char, FreeDeleter> block;
+    size_t bytes;  // without the guards
+  };
+  std::vector<Buffer> buffers_;
 };
 
 py::dict Run(const std::string& name, const py::dict& given, const std::string& order,
@@ -60,19 +102,27 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
              const py::kwargs& attributes) {
   const ArrayCall made = MakeArrayCall(name, given, attributes);
   sim::TheOptions() = {ParseOrder(order), seed, skip};
-  for (auto result : made.results) {
-    auto array = py::reinterpret_borrow<py::array>(result.second);
-    std::memset(array.mutable_data(), 0xFF, array.nbytes());
-    sim::Track(array.data(), array.nbytes());
-  }
   Memory memory;
-  memory.set_limit(allocations);
-  cuda::Device device = memory.MakeDevice();
+  Call call = made.call;  // with buffers of `memory`
+  for (size_t i = 0; i < made.inputs.size(); ++i)
+    call.inputs[i] = memory.Copy(made.inputs[i].data(), made.inputs[i].nbytes());
+  std::vector<size_t> sizes;
+  for (auto result : made.results) {
+    sizes.push_back(py::reinterpret_borrow<py::array>(result.second).nbytes());
+    call.outputs[sizes.size() - 1] = memory.AllocateTracked(sizes.back());
+  }
+  cuda::Device device = memory.MakeDevice(allocations);
   device.shared_bytes = shared_bytes;
-  const Status status = cuda::Run(made.op, made.call, device);
+  Status status = cuda::Run(made.op, call, device);
   sim::UntrackAll();
   sim::TheOptions() = sim::Options();
+  if (status.ok()) status = memory.CheckGuards();
   ThrowIfError(status);
+  for (size_t i = 0; i < made.inputs.size(); ++i)
+    if (std::memcmp(call.inputs[i], made.inputs[i].data(), made.inputs[i].nbytes()) != 0)
+      ThrowIfError(Status::Internal("a kernel wrote an input"));
+  for (size_t i = 0; i < sizes.size(); ++i)
+    std::memcpy(made.call.outputs[i], call.outputs[i], sizes[i]);
   return made.results;
 }
 
@@ -82,19 +132,21 @@ py::array Planted(const std::string& kernel, const py::array_t<float, py::array:
   if (x.size() < py::ssize_t{10} * threads)
     throw py::value_error("x must have 10 * threads numbers; got " + std::to_string(x.size()));
   py::array_t<float> out(py::ssize_t{4} * blocks * threads);
-  std::fill_n(out.mutable_data(), out.size(), NAN);
   sim::TheOptions() = {ParseOrder(order), seed, ""};
-  sim::Track(out.data(), out.nbytes());
+  Memory memory;
+  float* buffer = static_cast<float*>(memory.AllocateTracked(out.nbytes()));
   Status status;
   try {
-    if (!planted::Run(kernel, bug, blocks, threads, x.data(), out.mutable_data()))
+    if (!planted::Run(kernel, bug, blocks, threads, x.data(), buffer))
       status = Status::InvalidArgument("no planted kernel is called '" + kernel + "'");
   } catch (const sim::Error& error) {
     status = Status::Internal(error.what());
   }
   sim::UntrackAll();
   sim::TheOptions() = sim::Options();
+  if (status.ok()) status = memory.CheckGuards();
   ThrowIfError(status);
+  std::memcpy(out.mutable_data(), buffer, out.nbytes());
   return out;
 }
 

@@ -21,6 +21,8 @@ bool Run(const std::string& name, bool bug, unsigned blocks, unsigned threads, c
       {"Misaligned", Misaligned},
       {"BankConflicts", BankConflicts},
       {"OutOfBounds", OutOfBounds},
+      {"BehindOutput", BehindOutput},
+      {"BeforeOutput", BeforeOutput},
       {"MmaBFloat16", OneMma<cuda::MmaM16N8K16<cuda::BFloat16>>},
       {"MmaHalf", OneMma<cuda::MmaM16N8K16<cuda::Half>>},
       {"MmaTf32", OneMma<cuda::MmaTf32M16N8K8>},

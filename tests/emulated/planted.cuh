@@ -6,8 +6,8 @@ namespace performer {
 namespace planted {
 
 struct Params {
-  const float* x = nullptr;  // [threads * 4] and more
-  float* out = nullptr;      // [blocks * threads]
+  const float* x = nullptr;  // [10 * threads]
+  float* out = nullptr;      // [4 * blocks * threads]
   bool bug = false;
 };
 
@@ -98,6 +98,18 @@ static __global__ void OutOfBounds(Params p) {
   float* s = reinterpret_cast<float*>(shared);
   s[threadIdx.x + (p.bug ? 4 * blockDim.x : 0)] = 1;
   p.out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x];
+}
+
+// Numbers behind the end of the output.
+static __global__ void BehindOutput(Params p) {
+  p.out[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+  if (p.bug && blockIdx.x == 0) p.out[4 * gridDim.x * blockDim.x + threadIdx.x] = 1;
+}
+
+// Numbers before the output.
+static __global__ void BeforeOutput(Params p) {
+  p.out[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+  if (p.bug && blockIdx.x == 0) p.out[-1 - static_cast<int>(threadIdx.x)] = 1;
 }
 
 // One product d [16][8] += a b of a warp, every lane's registers given: x holds them lane by lane,

@@ -83,9 +83,19 @@ def test_other_planted_kernels_are_refused():
         emulated.planted("Misaligned", X, False, order="sorted")
 
 
+@pytest.mark.skipif(emulated.detects_addresses, reason="AddressSanitizer would end the process")
+@pytest.mark.parametrize("kernel", ["BehindOutput", "BeforeOutput"])
+def test_a_write_outside_of_global_memory_is_found(kernel):
+    assert (emulated.planted(kernel, X, False)[:128] == 1).all()
+    words = f"a kernel wrote {kernel.removesuffix('Output').lower()} a buffer of 2048 bytes"
+    with pytest.raises(RuntimeError, match=words):
+        emulated.planted(kernel, X, True)
+
+
 @pytest.mark.skipif(not emulated.detects_addresses, reason="not built with AddressSanitizer")
-def test_a_write_behind_the_end_of_shared_memory_is_found():
-    code = "import numpy, performer_emulated as e; e.planted('OutOfBounds', numpy.ones(640, 'f'), "
+@pytest.mark.parametrize("kernel", ["OutOfBounds", "BehindOutput", "BeforeOutput"])
+def test_a_write_outside_of_shared_or_global_memory_ends_the_process(kernel):
+    code = f"import numpy, performer_emulated as e; e.planted('{kernel}', numpy.ones(640, 'f'), "
     for bug in (False, True):
         result = subprocess.run(
             [sys.executable, "-c", f"{code}{bug})"], capture_output=True, text=True, check=False

@@ -5,7 +5,7 @@
 //   log_mass' = anchor' + log2 mass'         out = softmax_m(a + log_mass') mean'
 #pragma once
 #include "cpu/kernels/key_chunk.h"
-#include "cpu/kernels/read.h"
+#include "cpu/kernels/query_chunk.h"
 #include "cpu/kernels/state.h"
 
 PERFORMER_ISA_BEGIN

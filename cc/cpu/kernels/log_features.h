@@ -208,35 +208,6 @@ void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const St
                             : -kInf<Acc>;
 }
 
-// row_max[i]: lanes whose maximum is that of f[i] + bias.
-template <class Acc>
-void ComputeRowMax(int64_t n, const Strides& strides, const Acc* bias, const Acc* f, Acc* row_max) {
-  for (int64_t i = 0; i < n; ++i, f += strides.m_stride) {
-    Vec<Acc> highest = Splat(-kInf<Acc>);
-    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
-      highest = Max(Load(f + m) + Load(bias + m), highest);
-    Store(row_max + i * kLanes<Acc>, highest);
-  }
-}
-
-// Features of queries: f[i] = 2^(f[i] + bias - shift_i), where shift_i is the maximum of the row (0
-// if that is -inf). den_i = sum_m f[i][m] * weight[m], or the sum of f alone without kWeighted.
-template <bool kWeighted, class Acc>
-void QueryFeatures(int64_t n, const Strides& strides, const Acc* bias, const Acc* weight,
-                   const Acc* row_max, Acc* f, Acc* shift, Acc* den) {
-  for (int64_t i = 0; i < n; ++i, f += strides.m_stride) {
-    const Acc highest = ReduceMax<Acc>(Load(row_max + i * kLanes<Acc>));
-    shift[i] = highest == -kInf<Acc> ? Acc(0) : highest;
-    Vec<Acc> sum = {};
-    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
-      const Vec<Acc> y = Exp2(Load(f + m) + Load(bias + m) - shift[i]);
-      Store(f + m, y);
-      sum += kWeighted ? y * Load(weight + m) : y;
-    }
-    den[i] = ReduceAdd<Acc>(sum);
-  }
-}
-
 // 1 / den, and 0 for a row that sees no key, whose den is 0.
 template <class Acc>
 PERFORMER_INLINE Acc Inverse(Acc den) {

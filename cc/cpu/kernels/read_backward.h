@@ -5,37 +5,33 @@
 // delta = dout . out is taken from the features, not from the rounded output: in bfloat16 that
 // rounding would be the largest part of the error.
 #pragma once
-#include "cpu/kernels/read.h"
+#include "core/splits.h"
+#include "cpu/kernels/query_chunk.h"
+#include "cpu/kernels/state.h"
 
 PERFORMER_ISA_BEGIN
 
 template <class Acc, class In>
 struct ReadGradScratch {
+  QueryChunk<Acc> queries;
   In *q_left, *q_right, *y_left, *y_right;             // copies for q, y as operands
   In *f_left_transposed, *g_left, *g_left_transposed;  // copies for f, g as operands
-  Acc *q, *dq, *y;                                     // [chunk][d_pad] twice, [chunk][e_pad]
-  Acc *f, *g, *slope;                                  // [chunk][m_stride]
+  Acc *y, *dq;                                         // [chunk][e_pad], [chunk][d_pad]
+  Acc *g, *slope;                                      // [chunk][m_stride]
   Acc *mean, *mean_panels;                             // [m][e_pad], [m_panels][e_pad][kPanel]
-  Acc* bias;                                           // [m_pad]
-  Acc *row_max, *shift, *den;                          // [chunk][kLanes], [chunk], [chunk]
 
   void SetPointers(Arena& arena, const Map<Acc>& map, const Strides& strides, int64_t chunk) {
     for (In** x : {&q_left, &q_right}) *x = TakeOperand<Acc, In>(arena, chunk * strides.d_pad);
     for (In** x : {&y_left, &y_right}) *x = TakeOperand<Acc, In>(arena, chunk * strides.e_pad);
     for (In** x : {&f_left_transposed, &g_left, &g_left_transposed})
       *x = TakeOperand<Acc, In>(arena, chunk * strides.m_stride);
-    q = arena.Take<Acc>(chunk * strides.d_pad);
+    queries.SetPointers(arena, strides, chunk);
     y = arena.Take<Acc>(chunk * strides.e_pad);
-    f = arena.Take<Acc>(chunk * strides.m_stride);
     g = arena.Take<Acc>(chunk * strides.m_stride);
     slope = map.linear() ? nullptr : arena.Take<Acc>(chunk * strides.m_stride);
     dq = arena.Take<Acc>(chunk * strides.d_pad);
     mean = arena.Take<Acc>(strides.m * strides.e_pad);
     mean_panels = arena.Take<Acc>(strides.m_panels * kPanel * strides.e_pad);
-    bias = arena.Take<Acc>(strides.m_pad);
-    row_max = arena.Take<Acc>(chunk * kLanes<Acc>);
-    shift = arena.Take<Acc>(chunk);
-    den = arena.Take<Acc>(chunk);
   }
 };
 
@@ -74,7 +70,7 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, WorkRange ran
   state.CopyMean(strides, s.mean);
   TransposeToPanels(s.mean, strides.m, e_pad, e_pad, s.mean_panels);
   const In* mean_panels = Operand::MakePanels(s.mean_panels, strides.m_panels, e_pad);
-  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, strides, s.bias);
+  SetBias(state.log_mass, kLog2eDouble, head.feature_bias, strides, s.queries.bias);
 
   for (int64_t i = 0; i < ReadGradPartial<Acc>::Size(strides); ++i) partial.log_mass[i] = 0;
   Prefetcher prefetcher;
@@ -84,19 +80,19 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, WorkRange ran
                                   strides.d};
   for (int64_t row = range.begin; row < range.end; row += chunk) {
     const int64_t n = range.end - row < chunk ? range.end - row : chunk;
-    LoadRows(queries, row, n, nullptr, s.q, d_pad, &prefetcher);
+    LoadRows(queries, row, n, nullptr, s.queries.q, d_pad, &prefetcher);
     LoadRows(grad_out, row, n, nullptr, s.y, e_pad, &prefetcher);
     prefetcher.Request(grad_query, row, n);
 
     // f, y, g and da.
-    QueryLogFeatures(map, Operand::MakeLeft(s.q, n, d_pad, d_pad, s.q_left), n, head.projection,
-                     strides, s.bias, s.f, s.slope, s.row_max, &prefetcher);
-    QueryFeatures<false, Acc>(n, strides, s.bias, nullptr, s.row_max, s.f, s.shift, s.den);
-    ScaleRows(n, e_pad, s.den, s.y);
+    const Left<In> q = Operand::MakeLeft(s.queries.q, n, d_pad, d_pad, s.q_left);
+    ComputeQueryFeatures<false>(map, q, n, head.projection, strides,
+                                static_cast<const Acc*>(nullptr), s.slope, s.queries, &prefetcher);
+    ScaleRows(n, e_pad, s.queries.den, s.y);
     const Left<In> y = Operand::MakeLeft(s.y, n, e_pad, e_pad, s.y_left);
     MatMulPanels(y.data, y.row_stride, n, mean_panels, Operand::Depth(e_pad), strides, s.g,
                  &prefetcher);
-    ReadLogitGradient(n, strides, s.den, s.f, s.g, partial.log_mass);
+    ReadLogitGradient(n, strides, s.queries.den, s.queries.f, s.g, partial.log_mass);
     ChainSlope(map, n, strides, s.slope, s.g);
 
     // dq, dmean and dw.
@@ -104,12 +100,12 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, WorkRange ran
                    strides.m, s.dq, d_pad, n, d_pad, static_cast<void*>(nullptr),
                    head.projection.row_scale);
     StoreRows(grad_query, row, n, s.dq, d_pad);
-    Product<true>(Operand::MakeLeftTransposed(s.f, n, m_pad, m_stride, s.f_left_transposed),
+    Product<true>(Operand::MakeLeftTransposed(s.queries.f, n, m_pad, m_stride, s.f_left_transposed),
                   Operand::MakeRight(s.y, n, e_pad, e_pad, s.y_right), n, partial.mean, e_pad,
                   strides.m, e_pad);
     Product<true>(Operand::MakeLeftTransposed(s.g, n, m_pad, m_stride, s.g_left_transposed),
-                  Operand::MakeRight(s.q, n, d_pad, d_pad, s.q_right), n, partial.projection, d_pad,
-                  strides.m, d_pad);
+                  Operand::MakeRight(s.queries.q, n, d_pad, d_pad, s.q_right), n,
+                  partial.projection, d_pad, strides.m, d_pad);
   }
   return true;
 }

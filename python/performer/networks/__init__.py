@@ -1,1 +1,1 @@
-"""Import paths that code written for earlier Performer packages uses."""
+"""Published import paths of the layer."""

@@ -1,4 +1,4 @@
-"""`from performer.networks.linear_attention import Performer`: the known import path."""
+"""The published import path: `from performer.networks.linear_attention import Performer`."""
 
 from performer.layers import Performer
 

@@ -9,7 +9,7 @@
 // threads: the arithmetic is the same.
 #pragma once
 #include "cpu/kernels/causal/key_chain.h"
-#include "cpu/kernels/read.h"
+#include "cpu/kernels/query_chunk.h"
 #include "cpu/simd/triangle.h"
 
 PERFORMER_ISA_BEGIN
@@ -18,18 +18,13 @@ template <class Acc>
 struct QueryScratch {
   static constexpr int64_t C = kCausalChunk, kScoreStride = C + kPad<Acc>;
   Prefetcher prefetcher;
-  Acc *q, *f, *scores, *out;          // [C][d_pad], [C][m_stride], [C][kScoreStride], [C][e_pad]
-  Acc *bias, *row_max, *shift, *den;  // [m_pad], [C][kLanes], [C], [C]
+  QueryChunk<Acc> queries;
+  Acc *scores, *out;  // [C][kScoreStride], [C][e_pad]
 
   void SetPointers(Arena& arena, const Strides& strides) {
-    q = arena.Take<Acc>(C * strides.d_pad);
-    f = arena.Take<Acc>(C * strides.m_stride);
+    queries.SetPointers(arena, strides, C);
     scores = arena.Take<Acc>(C * kScoreStride);
     out = arena.Take<Acc>(C * strides.e_pad);
-    bias = arena.Take<Acc>(strides.m_pad);
-    row_max = arena.Take<Acc>(C * kLanes<Acc>);
-    shift = arena.Take<Acc>(C);
-    den = arena.Take<Acc>(C);
   }
 };
 
@@ -38,8 +33,8 @@ template <class Acc>
 void SubChunkScores(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides,
                     QueryScratch<Acc>& s) {
   constexpr int64_t kStride = QueryScratch<Acc>::kScoreStride;
-  LowerProduct(s.f, strides.m_stride, sub_chunk.key_features, s.C, strides.m, sub_chunk.rows,
-               sub_chunk.begin, s.scores, kStride);
+  LowerProduct(s.queries.f, strides.m_stride, sub_chunk.key_features, s.C, strides.m,
+               sub_chunk.rows, sub_chunk.begin, s.scores, kStride);
   for (int64_t i = 0; i < sub_chunk.rows; ++i) {
     Acc* row = s.scores + i * kStride;
     const int64_t last = sub_chunk.begin + i, stop = RoundUp(last + 1, kLanes<Acc>);
@@ -47,7 +42,7 @@ void SubChunkScores(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides
     Vec<Acc> sum = {};
     for (int64_t j = sub_chunk.begin / kLanes<Acc> * kLanes<Acc>; j < stop; j += kLanes<Acc>)
       sum += Load(row + j);
-    s.den[i] += ReduceAdd<Acc>(sum);
+    s.queries.den[i] += ReduceAdd<Acc>(sum);
   }
 }
 
@@ -63,16 +58,16 @@ void SubChunkQueries(const CausalParams& params, const Acc* projections, const M
   } else {
     const QueryHead<Acc> head(params, params.queries, projections, strides, query_head);
     LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, strides.d},
-                  sub_chunk.row, rows, nullptr, s.q, strides.d_pad, &s.prefetcher);
-    SetBias(sub_chunk.anchor, 1.0, head.feature_bias, strides, s.bias);
-    QueryLogFeatures(map, {s.q, strides.d_pad, 1}, rows, head.projection, strides, s.bias, s.f,
-                     static_cast<Acc*>(nullptr), s.row_max, &s.prefetcher);
-    QueryFeatures<true>(rows, strides, s.bias, sub_chunk.mass, s.row_max, s.f, s.shift, s.den);
+                  sub_chunk.row, rows, nullptr, s.queries.q, strides.d_pad, &s.prefetcher);
+    SetBias(sub_chunk.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
+    const Left<Acc> q = {s.queries.q, strides.d_pad, 1};
+    ComputeQueryFeatures<true>(map, q, rows, head.projection, strides, sub_chunk.mass,
+                               static_cast<Acc*>(nullptr), s.queries, &s.prefetcher);
     SubChunkScores(sub_chunk, strides, s);
-    CausalProduct(s.f, strides.m_stride, sub_chunk.sum, strides.e_pad, strides.m,
+    CausalProduct(s.queries.f, strides.m_stride, sub_chunk.sum, strides.e_pad, strides.m,
                   s.scores + sub_chunk.begin, kStride, sub_chunk.v, strides.e_pad, s.out,
                   strides.e_pad, rows, strides.e_pad);
-    ScaleRows(rows, strides.e_pad, s.den, s.out);
+    ScaleRows(rows, strides.e_pad, s.queries.den, s.out);
   }
   StoreRows<Acc>({params.out, params.dtype, params.dims.heads, query_head, strides.e},
                  sub_chunk.row, rows, s.out, strides.e_pad);

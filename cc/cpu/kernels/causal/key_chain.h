@@ -46,7 +46,7 @@ struct ForwardState {
       mass[m] = m < strides.m && anchor[m] != -kInf<Acc> ? 1 : 0;
     }
   }
-  bool Empty(const Strides& strides) const {
+  bool IsEmpty(const Strides& strides) const {
     for (int64_t m = 0; m < strides.m; ++m)
       if (anchor[m] != -kInf<Acc>) return false;
     return true;
@@ -210,7 +210,7 @@ class KeyChain {
     if (row_ == range_.end) return false;
     const int64_t begin = (row_ - range_.begin) % kCausalChunk;
     if (begin == 0 || !loaded_) LoadChunk(row_ - begin);
-    const bool masked = s_.keys.skip[begin], fully_masked = masked && s_.state.Empty(strides_);
+    const bool masked = s_.keys.skip[begin], fully_masked = masked && s_.state.IsEmpty(strides_);
     int64_t end = begin + 1;
     if (fully_masked) {
       while (end < chunk_rows_ && s_.keys.skip[end]) ++end;

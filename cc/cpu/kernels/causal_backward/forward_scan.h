@@ -117,11 +117,12 @@ void CausalLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_
   Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
   Acc* feature_bias = gradient.partial.feature_bias + i * strides.m_pad;
   for (int64_t r = 0; r < sub_chunk.rows; ++r) {
-    const Acc *f = s.f + r * strides.m_stride, *cumulative = s.cumulative + r * strides.m_stride;
+    const Acc *f = s.queries.f + r * strides.m_stride,
+              *cumulative = s.cumulative + r * strides.m_stride;
     Acc* g = s.g + r * strides.m_stride;
     delta[r] = Dot(f, g, strides.m_pad);
-    lse[r] = s.den[r] == 0 ? kInf<Acc> : s.shift[r] + Log2(s.den[r]);
-    const Acc scaled = delta[r] * Inverse(s.den[r]);
+    lse[r] = s.queries.den[r] == 0 ? kInf<Acc> : s.queries.shift[r] + Log2(s.queries.den[r]);
+    const Acc scaled = delta[r] * Inverse(s.queries.den[r]);
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
       const Vec<Acc> da = Load(f + m) * (Load(g + m) - scaled * Load(cumulative + m));
       Store(g + m, da);
@@ -140,13 +141,14 @@ void ForwardQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   const QueryHead<Acc> head = gradient.Head(i);
   const int64_t n = sub_chunk.rows;
   gradient.LoadQueries(sub_chunk, i);
-  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.bias);
-  QueryLogFeatures(map, {s.q, strides.d_pad, 1}, n, head.projection, strides, s.bias, s.f,
-                   s.query_slope, s.row_max, &gradient.prefetcher);
-  QueryFeatures<false, Acc>(n, strides, s.bias, nullptr, s.row_max, s.f, s.shift, s.den);
+  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
+  const Left<Acc> q = {s.queries.q, strides.d_pad, 1};
+  ComputeQueryFeatures<false>(map, q, n, head.projection, strides, static_cast<const Acc*>(nullptr),
+                              s.query_slope, s.queries, &gradient.prefetcher);
   for (int64_t r = 0; r < n; ++r)
-    s.den[r] = Dot(s.f + r * strides.m_stride, s.cumulative + r * strides.m_stride, strides.m_pad);
-  ScaleRows(n, strides.e_pad, s.den, s.y);
+    s.queries.den[r] =
+        Dot(s.queries.f + r * strides.m_stride, s.cumulative + r * strides.m_stride, strides.m_pad);
+  ScaleRows(n, strides.e_pad, s.queries.den, s.y);
   FeatureGradient(gradient, sub_chunk);
   CausalLogitGradient(gradient, sub_chunk, i);
   ChainSlope(map, n, strides, s.query_slope, s.g);
@@ -155,7 +157,7 @@ void ForwardQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   StoreRows<Acc>({params.grad_queries.query, params.dtype, gradient.dims.heads,
                   gradient.FirstHead() + i, strides.d},
                  sub_chunk.row, n, s.dq, strides.d_pad);
-  MatMul<true>(s.g, 1, strides.m_stride, s.q, strides.d_pad, n,
+  MatMul<true>(s.g, 1, strides.m_stride, s.queries.q, strides.d_pad, n,
                gradient.partial.query_projection + i * strides.m * strides.d_pad, strides.d_pad,
                strides.m, strides.d_pad);
 }

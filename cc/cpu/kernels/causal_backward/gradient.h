@@ -3,7 +3,7 @@
 #pragma once
 #include "cpu/kernels/causal/key_chain.h"
 #include "cpu/kernels/key_gradients.h"
-#include "cpu/kernels/read.h"
+#include "cpu/kernels/query_chunk.h"
 
 PERFORMER_ISA_BEGIN
 
@@ -13,16 +13,14 @@ struct CausalGradScratch {
   static constexpr int64_t C = kCausalGradChunk, kPairStride = C + kPad<Acc>;
   static_assert(C % kPad<Acc> == 0);
   KeyChunk<Acc> keys;
+  QueryChunk<Acc> queries;
   // Keys: log-features of the chunk; features, running sums of features and slopes of the
   // sub-chunk.
   Acc *key_log_features, *key_features, *cumulative, *key_slope;  // [C][m_stride]
   Acc *dk, *dv, *row_sum;                                         // [C][d_pad], [C][e_pad], [C]
   // Queries of the sub-chunk.
-  Acc *q, *dq;                 // [C][d_pad]
-  Acc* y;                      // [C][e_pad]
-  Acc *f, *g, *query_slope;    // [C][m_stride]
-  Acc *row_max, *shift, *den;  // [C][kLanes], [C], [C]
-  Acc* bias;                   // [m_pad]
+  Acc *dq, *y;           // [C][d_pad], [C][e_pad]
+  Acc *g, *query_slope;  // [C][m_stride]
   // Pairs of a query and a key.
   Acc *scores, *grad_scores;  // [C][kPairStride]
   Acc* transposed;            // [e_pad][C]: v^T in the forward scan, dout^T in the reverse scan
@@ -39,36 +37,37 @@ struct CausalGradScratch {
   Acc* grad_key_logits;  // [C][m_stride], over key_log_features: db
   Acc* reverse_mass;     // [m_pad], over mass: r
   Acc* reverse_panels;   // [m_panels][e_pad][kPanel], over sum_panels: R^T
-  Acc* padded_delta;     // [C], over shift: delta of a row, 0 behind the last row
+  Acc* padded_delta;     // [C], over queries.shift: delta of a row, 0 behind the last row
 
   void SetPointers(Arena& arena, const Map<Acc>& map, const Strides& strides) {
     keys.SetPointers(arena, strides, C);
-    for (Acc** rows : {&key_log_features, &key_features, &cumulative, &f, &g})
+    queries.SetPointers(arena, strides, C);
+    for (Acc** rows : {&key_log_features, &key_features, &cumulative, &g})
       *rows = arena.Take<Acc>(C * strides.m_stride);
     for (Acc** rows : {&key_slope, &query_slope})
       *rows = map.linear() ? nullptr : arena.Take<Acc>(C * strides.m_stride);
-    for (Acc** rows : {&q, &dq, &dk}) *rows = arena.Take<Acc>(C * strides.d_pad);
+    for (Acc** rows : {&dq, &dk}) *rows = arena.Take<Acc>(C * strides.d_pad);
     for (Acc** rows : {&y, &dv}) *rows = arena.Take<Acc>(C * strides.e_pad);
     transposed = arena.Take<Acc>(strides.e_pad * C);
     f_transposed = arena.Take<Acc>(strides.m_pad * C);
     for (Acc** pairs : {&grad_scores, &scores}) *pairs = arena.Take<Acc>(C * kPairStride);
-    row_max = arena.Take<Acc>(C * kLanes<Acc>);
-    for (Acc** column : {&shift, &den, &row_sum}) *column = arena.Take<Acc>(C);
+    row_sum = arena.Take<Acc>(C);
     sum_panels = arena.Take<Acc>(strides.m_panels * kPanel * strides.e_pad);
     for (Acc** sum : {&reverse_sum, &initial_mean})
       *sum = arena.Take<Acc>(strides.m * strides.e_pad);
-    for (Acc** row : {&bias, &mass, &anchor, &reverse_mass_before})
-      *row = arena.Take<Acc>(strides.m_pad);
+    for (Acc** row : {&mass, &anchor, &reverse_mass_before}) *row = arena.Take<Acc>(strides.m_pad);
     grad_key_logits = key_log_features;
     reverse_mass = mass;
     reverse_panels = sum_panels;
-    padded_delta = shift;
+    padded_delta = queries.shift;
   }
 };
 
-// A sub-chunk of the forward scan, and the set of anchors that it used.
+// A sub-chunk of the forward scan.
 struct GradSubChunk {
-  int64_t row, chunk_begin, rows, anchors;
+  int64_t row, chunk_begin;  // its first row in the tensor, and in its chunk
+  int64_t rows;              // number of rows
+  int64_t anchors;           // index of the set of anchors that it used
 };
 
 template <class Acc>
@@ -150,7 +149,7 @@ struct CausalGradient {
   void LoadQueries(const GradSubChunk& sub_chunk, int64_t i) {
     const int64_t head = FirstHead() + i;
     LoadRows<Acc>({params.queries.query, params.dtype, dims.heads, head, strides.d}, sub_chunk.row,
-                  sub_chunk.rows, nullptr, s.q, strides.d_pad, &prefetcher);
+                  sub_chunk.rows, nullptr, s.queries.q, strides.d_pad, &prefetcher);
     LoadRows<Acc>({params.grad_out, params.dtype, dims.heads, head, strides.e}, sub_chunk.row,
                   sub_chunk.rows, nullptr, s.y, strides.e_pad, &prefetcher);
   }

@@ -48,13 +48,13 @@ void NormalisedQueryFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>
                              const Acc* lse) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
-  LogFeatures<Acc>(gradient.map, s.q, n, head.projection.panels, strides, s.f, nullptr,
-                   &gradient.prefetcher);
-  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.bias);
+  LogFeatures<Acc>(gradient.map, s.queries.q, n, head.projection.panels, strides, s.queries.f,
+                   nullptr, &gradient.prefetcher);
+  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
-      Acc* f = s.f + r * strides.m_stride + m;
-      Store(f, Exp2(Load(f) + Load(s.bias + m) - lse[r]));
+      Acc* f = s.queries.f + r * strides.m_stride + m;
+      Store(f, Exp2(Load(f) + Load(s.queries.bias + m) - lse[r]));
     }
     if (lse[r] == kInf<Acc>)
       for (int64_t e = 0; e < strides.e_pad; ++e) s.y[r * strides.e_pad + e] = 0;
@@ -70,7 +70,7 @@ void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* delta
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   Gradient::TransposeRows(s.y, strides.e_pad, n, strides.e_pad, s.transposed);
-  Gradient::TransposeRows(s.f, strides.m_stride, n, strides.m_pad, s.f_transposed);
+  Gradient::TransposeRows(s.queries.f, strides.m_stride, n, strides.m_pad, s.f_transposed);
   for (int64_t r = 0; r < n; ++r) s.padded_delta[r] = delta[r];
   for (int64_t r = n; r < C; ++r) s.padded_delta[r] = 0;
   UpperProduct(s.keys.v, strides.e_pad, s.transposed, C, strides.e_pad, n, s.grad_scores,
@@ -82,8 +82,8 @@ void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* delta
     }
   UpperProduct(s.key_features, strides.m_stride, s.f_transposed, C, strides.m, n, s.scores,
                kPairStride);
-  AddReverseCausalProduct(s.grad_scores, kPairStride, s.f, strides.m_stride, s.grad_key_logits,
-                          strides.m_stride, n, strides.m_pad);
+  AddReverseCausalProduct(s.grad_scores, kPairStride, s.queries.f, strides.m_stride,
+                          s.grad_key_logits, strides.m_stride, n, strides.m_pad);
   AddReverseCausalProduct(s.scores, kPairStride, s.y, strides.e_pad, s.dv, strides.e_pad, n,
                           strides.e_pad);
 }
@@ -99,12 +99,12 @@ void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   gradient.LoadQueries(sub_chunk, i);
   NormalisedQueryFeatures(gradient, gradient.Head(i), n, lse);
   AddPairGradients(gradient, n, delta);
-  MatMul<true>(s.f, 1, strides.m_stride, s.y, strides.e_pad, n, s.reverse_sum, strides.e_pad,
-               strides.m, strides.e_pad);
+  MatMul<true>(s.queries.f, 1, strides.m_stride, s.y, strides.e_pad, n, s.reverse_sum,
+               strides.e_pad, strides.m, strides.e_pad);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
       Store(s.reverse_mass + m,
-            Load(s.reverse_mass + m) + delta[r] * Load(s.f + r * strides.m_stride + m));
+            Load(s.reverse_mass + m) + delta[r] * Load(s.queries.f + r * strides.m_stride + m));
 }
 
 template <class Acc>

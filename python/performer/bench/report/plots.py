@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 from performer.bench.report import results
 
-_APART = 0.055  # of labels, in heights of a panel
+_APART = 0.055  # distance of the labels, in heights of a panel
+
+
+class Curve(NamedTuple):
+    """How a curve is drawn."""
+
+    label: str
+    colour: str
+    width: float = 1.2
+    line: str = "-"
+
 
 # The palette of Okabe and Ito, distinct for every kind of colour vision; XLA is dashed.
 _COLOURS = {
@@ -18,6 +29,15 @@ _COLOURS = {
     "exact": "#D55E00",
     "torch_exact": "#CC79A7",
     "torch_performer": "#000000",
+}
+_CURVES = {
+    name: Curve(
+        impl.label,
+        _COLOURS[name.removesuffix("_xla")],
+        2.5 if name == "performer" else 1.2,
+        "--" if impl.xla else "-",
+    )
+    for name, impl in IMPLEMENTATIONS.items()
 }
 
 
@@ -36,20 +56,31 @@ def draw(run: dict, folder: Path) -> list[Path]:
         ("time", "time", "minimum", "milliseconds"),
         ("memory", "memory", "mebibytes", "peak memory, MiB"),
     ):
-        panels = results.groups(run, kind, value)
-        if panels:
-            written.append(_draw(panels, unit, folder / f"{name}.png"))
+        groups = results.groups(run, kind, value)
+        if groups:
+            setting = next(iter(groups))[1]
+            panels = {mode: impls for (mode, other), impls in groups.items() if other == setting}
+            path = folder / f"{name}.png"
+            draw_panels(panels, _CURVES, unit, "M = {}, D = {}, {}".format(*setting), path)
+            written.append(path)
     return written
 
 
-def _draw(panels, unit, path):
+def draw_panels(panels: dict, curves: dict[str, Curve], unit: str, title: str, path: Path) -> None:
+    """Draws one panel for each mode, at most two beside each other.
+
+    Args:
+        panels: {mode: {implementation: {length: value}}}.
+        curves: how each implementation is drawn.
+        unit: of the values, for the vertical axis.
+        title: of the figure.
+        path: of the PNG file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    setting = next(iter(panels))[1]
-    panels = {mode: impls for (mode, other), impls in panels.items() if other == setting}
     rows, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
     figure, grid = plt.subplots(rows, columns, figsize=(7.5 * columns, 4.5 * rows), squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -60,27 +91,26 @@ def _draw(panels, unit, path):
             axes.loglog(
                 lengths,
                 [points[n] for n in lengths],
-                color=_COLOURS[impl.removesuffix("_xla")],
-                linestyle="--" if IMPLEMENTATIONS[impl].xla else "-",
-                linewidth=2.5 if impl == "performer" else 1.2,
+                color=curves[impl].colour,
+                linestyle=curves[impl].line,
+                linewidth=curves[impl].width,
                 marker="o",
                 markersize=3,
             )
         every = sorted({n for points in impls.values() for n in points})
         axes.set_xticks(every, [f"{n:g}" if n < 1024 else f"{n / 1024:g}k" for n in every])
         axes.minorticks_off()
-        _label(axes, impls)
+        _label(axes, impls, curves)
         axes.set(title=mode, xlabel="length of the sequence", ylabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("M = {}, D = {}, {}".format(*setting))
+    figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    return path
 
 
-def _label(axes, impls):
-    """Writes the name of each line at the right, level with its end, moved apart where needed."""
+def _label(axes, impls, curves):
+    """Writes the label of each curve at the right, level with its end, moved apart where needed."""
     low, high = (math.log(y) for y in axes.get_ylim())
     right = math.log(axes.get_xlim()[1] / axes.get_xlim()[0])
     ends = sorted((math.log(points[max(points)]), impl) for impl, points in impls.items())
@@ -94,12 +124,12 @@ def _label(axes, impls):
         last = max(impls[impl])
         at = math.log(last / axes.get_xlim()[0]) / right
         axes.annotate(
-            IMPLEMENTATIONS[impl].label,
+            curves[impl].label,
             xy=(at, height),
             xytext=(1.02, level),
             xycoords="axes fraction",
             va="center",
             fontsize=8,
-            color=_COLOURS[impl.removesuffix("_xla")],
+            color=curves[impl].colour,
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999", "shrinkA": 0},
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import rich.box
 import rich.table
 from rich.console import Console
@@ -21,18 +23,24 @@ def machine(run: dict) -> str:
 
 def terminal(run: dict, console: Console) -> None:
     """Prints every table and note of a run."""
-    for table in tables.details(run) + tables.conclusions(run):
+    everything = tables.details(run) + tables.conclusions(run)
+    show(everything, [machine(run), *tables.notes(run)], console)
+
+
+def show(shown: Iterable[tables.Table], notes: Iterable[str], console: Console) -> None:
+    """Prints tables, then notes."""
+    for table in shown:
         grid = rich.table.Table(
             title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
         )
         for i, column in enumerate(table.columns):
             grid.add_column(column, justify="left" if i < table.left else "right", overflow="fold")
-        shown = ""
+        above = ""
         for row in table.rows:  # what is the same as above is not repeated
-            grid.add_row("" if row[0] == shown else row[0], *row[1:])
-            shown = row[0]
+            grid.add_row("" if row[0] == above else row[0], *row[1:])
+            above = row[0]
         console.print(grid)
-    for note in [machine(run), *tables.notes(run)]:
+    for note in notes:
         console.print(note, markup=False, highlight=False)
 
 
@@ -49,14 +57,14 @@ def markdown(run: dict) -> str:
     parts = [machine(run)]
     shown = (tables.times, tables.settings, tables.memory, tables.conclusions)
     for table in (table for kind in shown for table in kind(run)):
-        marks = [":--" if i < table.left else "--:" for i in range(len(table.columns))]
-        lines = [_line(row) for row in (table.columns, marks, *table.rows)]
-        parts.append(f"**{table.title}**\n\n" + "\n".join(lines))
+        parts.append(f"**{table.title}**\n\n{markdown_table(table)}")
     notes = tables.notes(run)
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts)
 
 
-def _line(cells):
-    return f"| {' | '.join(cells)} |"
+def markdown_table(table: tables.Table) -> str:
+    """A table as Markdown, without its title."""
+    marks = [":--" if i < table.left else "--:" for i in range(len(table.columns))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (table.columns, marks, *table.rows))
