@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from performer import reference
+from performer.ops import gradients
 from support.inputs import Case, cotangents, forms, make
 from support.operator_calls import FORWARD, call, composed, definition, needs_library
 
@@ -30,6 +31,19 @@ MAPS = {
     "elu": {"feature_map": "elu"},
 }
 maps = pytest.mark.parametrize("attributes", MAPS.values(), ids=MAPS)
+
+
+@pytest.mark.parametrize("op", FORWARD)
+def test_the_schema_of_the_gradients_is_the_registered_one(op):
+    _, inputs, outputs, attributes = gradients._FORMS[op]
+    forward, backward = definition(op), definition(f"{op}Grad")
+    saved = [name for name in outputs if name not in inputs]
+    assert [arg.name for arg in forward.input_arg] == [*inputs, "offsets"]
+    assert [arg.name for arg in forward.output_arg] == [*outputs]
+    assert {attr.name for attr in forward.attr if attr.type != "type"} == {*attributes}
+    incoming = [f"grad_{name}" for name in outputs]
+    assert [arg.name for arg in backward.input_arg] == [*inputs, "offsets", *saved, *incoming]
+    assert [arg.name for arg in backward.output_arg] == [f"grad_{name}" for name in inputs]
 
 
 def point(op):

@@ -1,12 +1,12 @@
-"""Attention through landmarks on log-features: the core of the plain TensorFlow composition.
+"""Attention on log-features, in chunks: the core of the plain TensorFlow composition.
 
 Letters: B batch, G key/value heads, R query heads of each, L rows, S keys, M features, E value dim,
-X any leading axes. a are query log-features, b key log-features (-inf: masked), v the values (0
-where masked).
+X any leading axes. `a` holds the log-features of queries, `b` those of keys (-inf: masked), and `v`
+the values (0 where masked).
 
-Causal attention keeps no [L, M, E]: chunks of 64 rows are joined by a scan over their states, and
-inside a chunk the second half of every block of 2, 4, ..., 64 rows reads the first. A row thus
-meets earlier keys only, and every sum is scaled by its own largest term: the future cannot change a
+Causal attention keeps no [L, M, E]. Chunks of 64 rows are joined by a scan over their states.
+Inside a chunk, the second half of every block of 2, 4, ..., 64 rows reads the first half. So a row
+meets earlier keys only, and every sum is scaled by its own largest term. The future cannot change a
 bit of the past, and no spread of keys can overflow.
 """
 
@@ -168,16 +168,16 @@ def attend_causally(a, b, v, log_mass, mean):
     return out, *(tf.reshape(x[-1], [batch, groups, *dims(x)[2:]]) for x in after)
 
 
-def attend_causally_in_pieces(a, b, v, log_mass, mean, first):
-    """As `attend_causally`, for sequences cut into K pieces of C rows, one after the other.
+def attend_causally_in_blocks(a, b, v, log_mass, mean, first):
+    """As `attend_causally`, for sequences in K packed blocks of C rows, one after the other.
 
     Args:
         a, b, v: [K, G, C, R, M], [K, G, C, M], [K, G, C, E].
-        log_mass, mean: [K, G, M], [K, G, M, E], the initial state of the piece's sequence.
-        first: bool [K], whether the piece is the first of its sequence.
+        log_mass, mean: [K, G, M], [K, G, M, E], the initial state of the block's sequence.
+        first: bool [K], whether the block is the first of its sequence.
 
     Returns:
-        out [K, G, C, R, E], and log_mass [K, G, M], mean [K, G, M, E] after each piece.
+        out [K, G, C, R, E], and log_mass [K, G, M], mean [K, G, M, E] after each block.
     """
     starts = [log_mass, mean]
     zeros = [tf.zeros_like(x[0]) for x in starts]

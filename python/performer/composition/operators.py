@@ -1,17 +1,17 @@
 """The operators Summarize, Read and Causal as plain TensorFlow, differentiable to any order.
 
-Oracle in tests, fallback where no compiled library exists, second-order gradient of the compiled
-operators. Arguments carry the operators' input and attribute names; everything is in log space and
-scaled per feature by the largest term, so there is no epsilon, and masks (-inf in key_bias) leave
-every value and gradient finite.
+They are the oracle in tests, the fallback where there is no compiled library, and the second-order
+gradient of the compiled operators. Arguments carry the operators' input and attribute names.
+Everything is in log space and scaled per feature by the largest term. So there is no epsilon, and
+masks (-inf in key_bias) leave every value and gradient finite.
 
 Letters: B batch, H query heads, G key/value heads, R = H / G, L queries, S keys, D, E, M features,
 N sequences. T is the type of query, key and value (float32, bfloat16, half, float64), U that of
 projections, biases, states and of all arithmetic: float32, or float64 for float64. For bfloat16 and
 half the projection is rounded once to T (straight-through gradient).
 
-Memory: O(S M) features, unlike the compiled operators. How causal attention stays causal to the
-bit: `landmarks`.
+Unlike the compiled operators, these keep all features in memory, O(S M). `chunked` says how causal
+attention stays causal to the bit.
 
 Example:
 
@@ -29,30 +29,31 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer.composition import logsumexp, packed_blocks
+from performer.composition import logsumexp
 from performer.composition.chunked import (
     attend_causally,
-    attend_causally_in_pieces,
+    attend_causally_in_blocks,
     attend_to_state,
     chunk_rows,
     state_of_keys,
 )
 from performer.composition.log_features import key_features, query_features
+from performer.composition.packed_blocks import PackedBlocks, gather_or_zero, packed_blocks
 from performer.shapes import dims
 
 
-def _pieces(offsets, rows):
-    """How packed sequences are cut, and the number N of them."""
-    return packed_blocks.pieces(offsets, rows, chunk_rows(rows)), tf.size(offsets) - 1
+def _blocks_of(offsets, rows) -> tuple[PackedBlocks, tf.Tensor]:
+    """The blocks of packed sequences, and the number N of these."""
+    return packed_blocks(offsets, rows, chunk_rows(rows)), tf.size(offsets) - 1
 
 
-def _cut_keys(key, value, key_bias, where):
-    """key, value [1, S, G, ...] and key_bias [1, 1|G, 1|S] in pieces; -inf where no key is."""
+def _pack_keys(key, value, key_bias, blocks):
+    """key, value [1, S, G, ...] and key_bias [1, 1|G, 1|S] in blocks; -inf where no key is."""
     key_bias = tf.broadcast_to(key_bias, [1, dims(key_bias)[1], dims(key)[1]])
-    key_bias = tf.transpose(packed_blocks.cut(tf.transpose(key_bias, [0, 2, 1]), where), [0, 2, 1])
-    there = (where.rows < tf.cast(dims(key)[1], where.rows.dtype))[:, None, :]
-    key_bias = tf.where(there, key_bias, tf.constant(logsumexp.NONE, key_bias.dtype))
-    return packed_blocks.cut(key, where), packed_blocks.cut(value, where), key_bias
+    key_bias = tf.transpose(blocks.pack(tf.transpose(key_bias, [0, 2, 1])), [0, 2, 1])
+    is_key = (blocks.rows < tf.cast(dims(key)[1], blocks.rows.dtype))[:, None, :]
+    key_bias = tf.where(is_key, key_bias, tf.constant(logsumexp.NONE, key_bias.dtype))
+    return blocks.pack(key), blocks.pack(value), key_bias
 
 
 def _to_heads(out, dtype):
@@ -90,15 +91,15 @@ def summarize(
     """
     with tf.name_scope(name or "summarize"):
         if packed:
-            where, sequences = _pieces(offsets, dims(key)[1])
-            key, value, key_bias = _cut_keys(key, value, key_bias, where)
+            blocks, sequences = _blocks_of(offsets, dims(key)[1])
+            key, value, key_bias = _pack_keys(key, value, key_bias, blocks)
         log_mass, mean = state_of_keys(
             *key_features(
                 key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
             )
         )
         if packed:
-            log_mass, mean = logsumexp.merge_by(log_mass, mean, where.sequence, sequences)
+            log_mass, mean = logsumexp.merge_by(log_mass, mean, blocks.sequence, sequences)
         return log_mass, mean
 
 
@@ -131,9 +132,9 @@ def read(
     with tf.name_scope(name or "read"):
         dtype = query.dtype
         if packed:
-            where, _ = _pieces(offsets, dims(query)[1])
-            query = packed_blocks.cut(query, where)
-            log_mass, mean = (packed_blocks.take(x, where.sequence) for x in (log_mass, mean))
+            blocks, _ = _blocks_of(offsets, dims(query)[1])
+            query = blocks.pack(query)
+            log_mass, mean = (gather_or_zero(x, blocks.sequence) for x in (log_mass, mean))
         groups = dims(log_mass)[1]
         a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
@@ -143,7 +144,7 @@ def read(
             tf.reshape(a, [batch, groups, rows * repeats, features]), log_mass, mean
         )
         out = _to_heads(tf.reshape(out, [batch, groups, rows, repeats, dims(mean)[-1]]), dtype)
-        return packed_blocks.lay(out, where) if packed else out
+        return blocks.unpack(out) if packed else out
 
 
 @tf.autograph.experimental.do_not_convert
@@ -180,9 +181,9 @@ def causal(
     with tf.name_scope(name or "causal"):
         dtype, initial = query.dtype, (initial_log_mass, initial_mean)
         if packed:
-            where, sequences = _pieces(offsets, dims(query)[1])
-            key, value, key_bias = _cut_keys(key, value, key_bias, where)
-            query = packed_blocks.cut(query, where)
+            blocks, sequences = _blocks_of(offsets, dims(query)[1])
+            key, value, key_bias = _pack_keys(key, value, key_bias, blocks)
+            query = blocks.pack(query)
         groups = dims(key)[2]
         a = query_features(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
@@ -194,12 +195,7 @@ def causal(
             out, log_mass, mean = attend_causally(a, b, v, *initial)
             return _to_heads(out, dtype), log_mass, mean
         log_mass, mean = (tf.broadcast_to(x, [sequences, *dims(x)[1:]]) for x in initial)
-        starts = (
-            packed_blocks.take(log_mass, where.sequence),
-            packed_blocks.take(mean, where.sequence),
-        )
-        out, *after = attend_causally_in_pieces(a, b, v, *starts, where.first)
-        ends = [
-            packed_blocks.last_of(x, y, where) for x, y in zip(after, (log_mass, mean), strict=True)
-        ]
-        return packed_blocks.lay(_to_heads(out, dtype), where), *ends
+        starts = [gather_or_zero(x, blocks.sequence) for x in (log_mass, mean)]
+        out, *after = attend_causally_in_blocks(a, b, v, *starts, blocks.first)
+        ends = map(blocks.of_last_block, after, (log_mass, mean))
+        return blocks.unpack(_to_heads(out, dtype)), *ends

@@ -1,9 +1,9 @@
-"""Packed sequences for the plain TensorFlow composition: to pieces of equal length, and back.
+"""Packed sequences for the plain TensorFlow composition: into blocks of equal length, and back.
 
-Sequence n of N occupies rows offsets[n] to offsets[n + 1]. It is cut into pieces of C rows, the
-last of which is filled up. Their number K follows from shapes alone, so that XLA, which has to know
-all shapes, can compile it: as many as there could be. Memory of the cut form: at most that of
-S + min(N, S) C rows.
+Sequence n of N occupies rows offsets[n] to offsets[n + 1]. It is divided into packed blocks of C
+rows, the last of which is filled up. The number K of blocks follows from shapes alone, because XLA
+has to know all shapes: there are as many as there could be. All blocks together have at most the
+memory of S + min(N, S) C rows.
 """
 
 from __future__ import annotations
@@ -13,18 +13,41 @@ from typing import NamedTuple
 import tensorflow as tf
 
 
-class Pieces(NamedTuple):
-    """Where the pieces lie. The pieces of one sequence follow each other; unused ones come last."""
+class PackedBlocks(NamedTuple):
+    """Where the packed blocks lie. Those of one sequence follow each other; unused ones come last.
 
-    rows: tf.Tensor  # [K, C] row of each position; S where there is none
-    sequence: tf.Tensor  # [K] which one each piece is of; N for unused ones
-    first: tf.Tensor  # bool [K], whether it is the first of its sequence
-    last: tf.Tensor  # [N] the last piece of each sequence; -1 for empty ones
-    position: tf.Tensor  # [S] where each row is, counted over [K C]; K C for rows of no sequence
+    Attributes:
+        rows: int64 [K, C], the row of each place in a block; S where there is none.
+        sequence: int64 [K], the sequence of each block; N for unused ones.
+        first: bool [K], whether the block is the first of its sequence.
+        last: int64 [N], the last block of each sequence; -1 for empty ones.
+        position: int64 [S], the place of each row, counted over [K C]; K C for rows of no sequence.
+    """
+
+    rows: tf.Tensor
+    sequence: tf.Tensor
+    first: tf.Tensor
+    last: tf.Tensor
+    position: tf.Tensor
+
+    def pack(self, x: tf.Tensor) -> tf.Tensor:
+        """x [1, S, ...] to [K, C, ...]; what fills blocks up is 0."""
+        return gather_or_zero(x[0], self.rows)
+
+    def unpack(self, x: tf.Tensor) -> tf.Tensor:
+        """x [K, C, ...] to [1, S, ...], the inverse of `pack`; rows of no sequence are 0."""
+        flat = tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0))
+        flat = tf.ensure_shape(flat, [None, *x.shape[2:]])
+        return gather_or_zero(flat, self.position)[None]
+
+    def of_last_block(self, x: tf.Tensor, otherwise: tf.Tensor) -> tf.Tensor:
+        """x [K, ...] to [N, ...], of each sequence's last block; `otherwise` for empty ones."""
+        empty = tf.reshape(self.last < 0, [-1] + [1] * (len(x.shape) - 1))
+        return tf.where(empty, otherwise, tf.gather(x, tf.maximum(self.last, 0)))
 
 
-def pieces(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> Pieces:
-    """The pieces, of `size` rows C, of sequences with int64 offsets [N + 1] in `length` rows S."""
+def packed_blocks(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> PackedBlocks:
+    """The blocks of `size` rows C, of sequences with int64 offsets [N + 1] in `length` rows S."""
     starts, ends = offsets[:-1], offsets[1:]
     if isinstance(length, int) and offsets.shape[0] is not None:  # a known K makes smaller programs
         sequences = offsets.shape[0] - 1
@@ -33,12 +56,12 @@ def pieces(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> Pieces:
         length = tf.cast(length, tf.int64)
         sequences = tf.size(offsets, tf.int64) - 1
         count = tf.maximum((length + tf.minimum(sequences, length) * (size - 1)) // size, 1)
-    until = tf.cumsum(-(-tf.maximum(ends - starts, 0) // size))  # pieces up to each sequence
+    until = tf.cumsum(-(-tf.maximum(ends - starts, 0) // size))  # blocks up to each sequence
     before = tf.concat([[0], until], 0)
 
-    piece = tf.range(count, dtype=tf.int64)
-    sequence = tf.searchsorted(until, piece, side="right", out_type=tf.int64)
-    number = piece - tf.gather(before, sequence)  # of the piece in its sequence
+    block = tf.range(count, dtype=tf.int64)
+    sequence = tf.searchsorted(until, block, side="right", out_type=tf.int64)
+    number = block - tf.gather(before, sequence)  # of the block in its sequence
     rows = tf.gather(tf.concat([starts, [length]], 0), sequence) + number * size
     rows = rows[:, None] + tf.range(size, dtype=tf.int64)
     rows = tf.where(rows < tf.gather(tf.concat([ends, [0]], 0), sequence)[:, None], rows, length)
@@ -47,7 +70,7 @@ def pieces(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> Pieces:
     owner = tf.searchsorted(ends, row, side="right", out_type=tf.int64)
     position = tf.gather(before, owner) * size + row - tf.gather(offsets, owner)
     inside = (owner < sequences) & (row >= offsets[0])
-    return Pieces(
+    return PackedBlocks(
         rows,
         sequence,
         (sequence < sequences) & (number == 0),
@@ -56,54 +79,37 @@ def pieces(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> Pieces:
     )
 
 
-def take(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Entries of x [X, ...] along its first axis; 0 where index is X."""
+def gather_or_zero(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Entries of x [X, ...] along its first axis; 0 where the index is X."""
     return tf.gather(tf.pad(x, [[0, 1]] + [[0, 0]] * (len(x.shape) - 1)), index)
 
 
-def cut(x: tf.Tensor, where: Pieces) -> tf.Tensor:
-    """x [1, S, ...] to [K, C, ...]; what fills pieces up is 0."""
-    return take(x[0], where.rows)
-
-
-def lay(x: tf.Tensor, where: Pieces) -> tf.Tensor:
-    """x [K, C, ...] to [1, S, ...], the inverse of `cut`; rows of no sequence are 0."""
-    flat = tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0))
-    flat = tf.ensure_shape(flat, [None, *x.shape[2:]])
-    return take(flat, where.position)[None]
-
-
-def last_of(x: tf.Tensor, otherwise: tf.Tensor, where: Pieces) -> tf.Tensor:
-    """x [K, ...] of each sequence's last piece: [N, ...]; `otherwise` [N, ...] for empty ones."""
-    empty = tf.reshape(where.last < 0, [-1] + [1] * (len(x.shape) - 1))
-    return tf.where(empty, otherwise, tf.gather(x, tf.maximum(where.last, 0)))
-
-
 def run_starts(ids: tf.Tensor) -> tf.Tensor:
-    """bool [B, S]: where a run of equal ids [B, S] begins."""
+    """Bool [B, S], whether a run of equal ids [B, S] begins there."""
     changes = tf.not_equal(ids[:, 1:], ids[:, :-1])
     return tf.concat([tf.ones_like(ids[:, :1], tf.bool), changes], 1)
 
 
-def segment_offsets(segment_ids: tf.Tensor, most: int | None = None) -> tf.Tensor:
+def segment_offsets(segment_ids: tf.Tensor, maximum: int | None = None) -> tf.Tensor:
     """int64 offsets [N + 1] of the runs of equal ids in segment_ids [B, S], rows end to end.
 
     A run ends where the id changes and at the end of its batch row. N is their number, known only
-    when the graph runs. Or N = B most, `most` for each batch row, the last of which are empty;
-    where one has more, the offsets do not reach the end (and, but for XLA, an assertion fails).
+    when the graph runs. Or N = B maximum, `maximum` for each batch row, the last of
+    which are empty. Where a row has more, the offsets do not reach the end, and an assertion fails
+    (not under XLA, which has none).
     """
     starts = run_starts(segment_ids)
-    if most is None:
+    if maximum is None:
         starts = tf.where(tf.reshape(starts, [-1]))[:, 0]
         return tf.concat([starts, [tf.size(segment_ids, tf.int64)]], 0)
     batch = tf.shape(segment_ids)[0] if segment_ids.shape[0] is None else segment_ids.shape[0]
     run = tf.cumsum(tf.cast(starts, tf.int32), axis=1) - 1
     check = tf.debugging.assert_less(
-        run, most, message="max_segments must be at least the runs in a row of segment_ids"
+        run, maximum, message="max_segments must be at least the runs in a row of segment_ids"
     )
     with tf.control_dependencies([] if check is None else [check]):
-        sequence = tf.where(run < most, tf.range(batch)[:, None] * most + run, -1)
+        sequence = tf.where(run < maximum, tf.range(batch)[:, None] * maximum + run, -1)
         lengths = tf.math.unsorted_segment_sum(
-            tf.ones_like(sequence, tf.int64), sequence, batch * most
+            tf.ones_like(sequence, tf.int64), sequence, batch * maximum
         )
     return tf.concat([[0], tf.cumsum(lengths)], 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer.composition import packed_blocks
+from performer.composition.packed_blocks import segment_offsets
 from performer.ops.arguments import prepare
 from performer.ops.dispatch import run
 from performer.ops.state import AttentionState, empty_state, merge
@@ -128,7 +128,7 @@ def favor_attention(
         )
         offsets, packed = None, call
         if call.segment_ids is not None:
-            offsets = packed_blocks.segment_offsets(call.segment_ids, call.max_segments)
+            offsets = segment_offsets(call.segment_ids, call.max_segments)
             packed = _pack(call)
         out, state = (_causal if causal else _bidirectional)(packed, offsets)
         if offsets is not None:

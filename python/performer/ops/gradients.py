@@ -1,9 +1,9 @@
 """Gradients of the compiled operators, registered with TensorFlow when this module is imported.
 
-The forward operators call their Grad operators. A Grad operator's own gradient goes through the
-plain composition, which is differentiable to any order; there the saved results (log_mass, mean,
-out) are functions of the primary inputs, so they receive no gradient of their own and the total is
-right.
+The gradient of a forward operator is its Grad operator. The gradient of a Grad operator goes
+through the plain composition, which is differentiable to any order. There the saved results
+(log_mass, mean, out) are functions of the other inputs. They receive no gradient of their own, and
+the total is right.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import tensorflow as tf
 from performer import composition, loader
 
 _SHARED = ("feature_map", "scale", "feature_epsilon", "packed")
+# The schema of the forward operators, in the order of their registration (cc/core/schema.cc). An
+# eager gradient function is not given the names.
 _FORMS = {
-    # operator: (composition, differentiable inputs, saved outputs, attributes)
+    # operator: (composition, differentiable inputs, outputs, attributes)
     "Summarize": (
         composition.summarize,
         ("key", "value", "key_projection", "key_bias"),

@@ -1,4 +1,4 @@
-"""FAVOR+ as attention through M landmarks, for one head: what every kernel is tested against.
+"""FAVOR+ as attention through M features, for one head: what every kernel is tested against.
 
 Letters: q [L, D], k [S, D], v [S, E], w_q and w_k [M, D] (the projection), feature_bias [M],
 key_bias [S].
@@ -187,11 +187,12 @@ def causal(
 ):
     """Causal attention in chunks; the future cannot change a bit of the past.
 
-    Chunk boundaries are multiples of `chunk`; a chunk is processed in pieces, nearly always one.
-    The scale of a piece comes from the past only: anchor = max(log_mass, b[first row]) if the first
-    row's key is unmasked, else log_mass. While nothing has been seen, rows are 0 and the next piece
-    starts at the first unmasked key. A piece ends before any later key that exceeds the anchor by
-    more than `limit` nats or that is not finite. Returns out [L, E] and the final state.
+    Chunk boundaries are multiples of `chunk`. A chunk is processed in sub-chunks, nearly always
+    one. The reference maximum of a sub-chunk comes from the past only: anchor = max(log_mass,
+    b[first row]) if the first row's key is unmasked, else log_mass. While nothing has been seen,
+    rows are 0, and the next sub-chunk starts at the first unmasked key. A sub-chunk ends before any
+    later key that exceeds the anchor by more than `limit` nats or that is not finite. Returns
+    out [L, E] and the final state.
     """
     masked = key_bias == NONE
     k, v = load(k, v, key_bias)
@@ -216,7 +217,7 @@ def causal(
         top = np.max(shifted, -1, keepdims=True)
         f = exp_minus(shifted, np.where(top == NONE, 0.0, top))  # <= 1
         old = exp_minus(log_mass, anchor)  # <= 1
-        # Sums in an order that does not depend on where the piece ends, which later rows decide.
+        # The order of sums does not depend on where the sub-chunk ends: later rows decide that.
         local = np.tril(np.einsum("im,jm->ij", f, keys))
         total = np.einsum("im,m->i", f, old) + np.cumsum(local, -1)[:, -1]
         total = total[:, None]  # >= 1, but for features that are 0 (relu, no epsilon)
