@@ -72,9 +72,9 @@ template <class T, int W, int kThreads, int kRows = kTile>
 struct KeyStream {
   const KeyParams<T>& p;
   const KeyPlace<T>* place;
-  float* raw;      // [2][kRows] in shared memory: key_bias as given, -inf past the end
-  float* bias;     // [2][kRows]
-  float next = 0;  // of thread tid < kRows: key_bias of key `tid` in the tile fetched last
+  float* key_bias;  // [2][kRows] in shared memory: key_bias as given, -inf past the end
+  float* bias;      // [2][kRows]
+  float next = 0;   // of thread tid < kRows: key_bias of key `tid` in the tile fetched last
 
   static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPlace<T>);
 
@@ -83,8 +83,8 @@ struct KeyStream {
                              int64_t head, unsigned char* shared, int tid)
       : p(p),
         place(reinterpret_cast<KeyPlace<T>*>(shared + 4 * kRows * sizeof(float))),
-        raw(reinterpret_cast<float*>(shared)),
-        bias(raw + 2 * kRows),
+        key_bias(reinterpret_cast<float*>(shared)),
+        bias(key_bias + 2 * kRows),
         map_(map) {
     if (tid == 0) {
       const int64_t batch = p.packed ? 0 : work.sequence;
@@ -98,23 +98,23 @@ struct KeyStream {
     __syncthreads();  // the place is known
   }
 
-  PERFORMER_DEVICE void Fetch(int tile, int tid) {
+  PERFORMER_DEVICE void LoadKeyBias(int tile, int tid) {
     const int row = tile * kRows + tid;
     if (tid < kRows)
       next = row < place->rows ? place->bias[static_cast<int64_t>(row) * p.bias.step] : -kInfinity;
   }
-  PERFORMER_DEVICE void Publish(int buffer, int tid) {
-    if (tid < kRows) raw[buffer * kRows + tid] = next;
+  PERFORMER_DEVICE void StoreKeyBias(int buffer, int tid) {
+    if (tid < kRows) key_bias[buffer * kRows + tid] = next;
   }
   PERFORMER_DEVICE void Issue(int tile, int buffer, T* keys, T* values, int tid) const {
-    const float* mask = raw + buffer * kRows;
+    const float* mask = key_bias + buffer * kRows;
     const auto valid = [&](int row) { return mask[row] != -kInfinity; };
     CopyRows<T, W, kRows, kThreads>(keys, place->key, tile * kRows, p.key, tid, valid);
     CopyRows<T, W, kRows, kThreads>(values, place->value, tile * kRows, p.value, tid, valid);
     CpAsyncCommit();
   }
   // A thread reads only what it copied itself, so no barrier is needed before.
-  PERFORMER_DEVICE void Arrived(int buffer, const T* keys, int tid) const {
+  PERFORMER_DEVICE void ComputeBias(int buffer, const T* keys, int tid) const {
     constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
     tid = Opaque(tid);
     const float norm_factor = 0.5f * map_.root;
@@ -131,7 +131,7 @@ struct KeyStream {
       for (int lanes = 1; lanes < kChunks; lanes *= 2)
         norm += __shfl_xor_sync(kAllLanes, norm, lanes);
       if (tid % kChunks == 0) {
-        const float given = raw[buffer * kRows + row] * map_.inverse_root;
+        const float given = key_bias[buffer * kRows + row] * map_.inverse_root;
         bias[buffer * kRows + row] = map_.key_norm ? given - norm_factor * norm : given;
       }
     }

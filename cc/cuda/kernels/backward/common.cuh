@@ -181,6 +181,29 @@ PERFORMER_DEVICE bool AddPart(float2& y, float* sums, int64_t at, bool first, bo
   return last;
 }
 
+// factor y, 16 rows from first_row and kColumns from c0 of the gradient of queries, to the rows of
+// one head from `to` on; `sums` [rows, H, W] likewise, see AddPart.
+template <class T, int W, int kColumns>
+PERFORMER_DEVICE void StoreRowGradient(T* to, const RowsOf<T>& shape, float* sums,
+                                       const float (&y)[kColumns / 8][4], float factor,
+                                       int first_row, int rows, int c0, bool first, bool last,
+                                       int lane) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int row = first_row + lane / 4 + 8 * e;
+    if (row >= rows) continue;
+    T* const row_to = to + static_cast<int64_t>(row) * shape.stride;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const int column = c0 + n * 8 + 2 * (lane % 4);
+      float2 x = {y[n][2 * e] * factor, y[n][2 * e + 1] * factor};
+      if (AddPart(x, sums, static_cast<int64_t>(row) * static_cast<int>(shape.heads) * W + column,
+                  first, last))
+        StoreColumns(row_to, column, shape.width, shape.aligned, x.x, x.y);
+    }
+  }
+}
+
 // d log phi / d (root x) of the product x = w . token.
 PERFORMER_DEVICE float MapSlope(const Map& map, float x) {
   const float u = map.root * x;

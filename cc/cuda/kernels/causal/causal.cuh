@@ -69,12 +69,12 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
               p.before_each ? blockIdx.x * p.groups + group
                             : (p.before_count == 1 ? 0 : work.sequence) * p.groups + group,
               tid / 32, tid % 32);
-  stream.Fetch(0, tid);
+  stream.LoadKeyBias(0, tid);
   if constexpr (L::kStages == 2) {
-    stream.Publish(0, tid);
+    stream.StoreKeyBias(0, tid);
     __syncthreads();
     issue(0, 0);
-    stream.Fetch(1, tid);
+    stream.LoadKeyBias(1, tid);
   }
 
 #pragma unroll 1
@@ -86,19 +86,19 @@ __global__ void __launch_bounds__(CausalLayout<T, W, kGroups, kSmall>::kThreads,
     T* values = block.tile(L::kValue + buffer * L::kTileBytes);
     const float* bias = stream.bias + buffer * C;
     if constexpr (L::kStages == 1) {
-      stream.Publish(0, tid);
+      stream.StoreKeyBias(0, tid);
       __syncthreads();  // [0] nobody reads the last chunk any more
       issue(chunk, 0);
-      stream.Fetch(chunk + 1, tid);
+      stream.LoadKeyBias(chunk + 1, tid);
     }
     CpAsyncWait<0>();
-    stream.Arrived(buffer, keys, tid);
-    if constexpr (L::kStages == 2) stream.Publish(buffer ^ 1, tid);
+    stream.ComputeBias(buffer, keys, tid);
+    if constexpr (L::kStages == 2) stream.StoreKeyBias(buffer ^ 1, tid);
     __syncthreads();  // [1] the chunk is complete; the other buffers are free
     if constexpr (L::kStages == 2)
       if (chunk + 1 < chunks) {
         issue(chunk + 1, buffer ^ 1);
-        stream.Fetch(chunk + 2, tid);
+        stream.LoadKeyBias(chunk + 2, tid);
       }
     block.RemoveWild(values, row, tid);  // nobody reads v before [2], or poison before [5]
 

@@ -58,6 +58,19 @@ struct CausalBackwardLayout {
   static constexpr int kPairBytes = kRows * kRows * kSize;
 };
 
+// Where a warp works in a chunk: on 16 features, of the block, in products over tokens, and on 16
+// tokens and one of kParts parts of the columns in sums over features.
+template <class Layout>
+struct WarpPosition {
+  int lane, warp, feature0, row0, part;
+
+  PERFORMER_DEVICE explicit WarpPosition(int tid) {
+    const int id = Opaque(tid);
+    lane = id % 32, warp = id / 32, feature0 = warp * 16;
+    row0 = warp % (Layout::kRows / 16) * 16, part = warp / (Layout::kRows / 16);
+  }
+};
+
 // Nats by which a key may exceed its anchor.
 inline constexpr float kMaxKeyGrowth = 30.f;
 
@@ -164,8 +177,8 @@ struct WarpFeatures {
   }
 
   // x = kb of the sub-chunk's keys, 0 elsewhere; sum = the sum of each feature.
-  PERFORMER_DEVICE void WeighKeys(Keys& x, const SubChunk& sub_chunk, const float (&anchor)[2],
-                                  float (&sum)[2], int lane) const {
+  PERFORMER_DEVICE void KeyWeights(Keys& x, const SubChunk& sub_chunk, const float (&anchor)[2],
+                                   float (&sum)[2], int lane) const {
     const bool whole = sub_chunk.begin == 0 && sub_chunk.end == kRows;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {

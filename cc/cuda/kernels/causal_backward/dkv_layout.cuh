@@ -46,6 +46,7 @@ struct CausalKeyPlace {
 template <class T, int W, int kWarps>
 struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
   using S = CausalBackwardLayout<T, W, kWarps>;
+  static constexpr int kProjection = 0;
   static constexpr int kRangedProjection = kHasRanged<T> ? S::kFeatureBytes : 0;
   static constexpr int kReverseState = kRangedProjection + S::kFeatureBytes;  // R
   static constexpr int kKey = kReverseState + S::kFeatureBytes;
@@ -53,13 +54,16 @@ struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kValue = kRangedKey + S::kTileBytes;
   static constexpr int kQuery = kValue + S::kTileBytes;
   static constexpr int kGradOut = kQuery + S::kTileBytes;
-  static constexpr int kWeights = kGradOut + S::kTileBytes;   // kb
-  static constexpr int kSummed = kWeights + S::kSummedBytes;  // f, then db
-  static constexpr int kPairs = kSummed + S::kSummedBytes;    // dA, then tril(f kb)^T
-  static constexpr int kLse = kPairs + S::kPairBytes;         // float [kRows]
-  static constexpr int kDelta = kLse + S::kRows * 4;          // likewise
-  static constexpr int kHidden = kDelta + S::kRows * 4;       // float [2][kRows]
-  static constexpr int kCounts = kHidden + 2 * S::kRows * 4;  // int [kWarps]
+  static constexpr int kKeyWeights = kGradOut + S::kTileBytes;  // kb
+  // Two buffers that are used twice: f and db share one, dA and tril(f kb)^T the other.
+  static constexpr int kQueryFeatures = kKeyWeights + S::kSummedBytes;
+  static constexpr int kKeyGradients = kQueryFeatures;
+  static constexpr int kPairGradients = kQueryFeatures + S::kSummedBytes;
+  static constexpr int kPairWeights = kPairGradients;
+  static constexpr int kLse = kPairGradients + S::kPairBytes;  // float [kRows]
+  static constexpr int kDelta = kLse + S::kRows * 4;           // float [kRows]
+  static constexpr int kKeyBias = kDelta + S::kRows * 4;       // float [2][kRows], as given
+  static constexpr int kCounts = kKeyBias + 2 * S::kRows * 4;  // int [kWarps]: sub-chunks
   static constexpr int kStream = kCounts + S::kWarps * 4;
   static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
   static constexpr int kKept =
@@ -114,16 +118,16 @@ PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& 
 // features from row0 on.
 template <class T, int W>
 PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
-                                           const WarpFeatures<T, W>& own, int row0, int features,
+                                           const WarpFeatures<T, W>& warp, int row0, int features,
                                            int width, const float (&sum)[W / 8][4],
-                                           const float (&mass)[2], const float (&reach)[2],
+                                           const float (&mass)[2], const float (&anchor)[2],
                                            int lane) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     const int feature = row0 + lane / 4 + 8 * e;
     const bool is_given = feature < features;
-    const float log_mass = is_given ? place.before[feature] * own.map.inverse_root : -kInfinity;
-    const float keep = own.Factor(log_mass, reach[e]);
+    const float log_mass = is_given ? place.before[feature] * warp.map.inverse_root : -kInfinity;
+    const float keep = warp.Factor(log_mass, anchor[e]);
     float dot = 0;
 #pragma unroll
     for (int n = 0; n < W / 8; ++n)
