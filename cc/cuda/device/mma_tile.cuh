@@ -230,7 +230,7 @@ PERFORMER_DEVICE float QuadMax(float x) {
 }
 
 // The shift of exponentials: any finite number where nothing was summed.
-PERFORMER_DEVICE float ZeroIfNone(float top) { return top == -kInfinity ? 0.f : top; }
+PERFORMER_DEVICE float ZeroIfNone(float row_max) { return row_max == -kInfinity ? 0.f : row_max; }
 
 }  // namespace cuda
 }  // namespace performer

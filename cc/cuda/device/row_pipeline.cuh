@@ -15,13 +15,13 @@ inline constexpr int kTile = 64;  // tokens of a tile
 template <class T, int W, int kRows, int kThreads, class Valid>
 PERFORMER_DEVICE void CopyRows(T* tile, const T* from, int first, const RowsOf<const T>& rows,
                                int tid, Valid valid) {
-  constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "each thread copies as much");
+  constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>;
   const int64_t stride = rows.stride;
 #pragma unroll 4
-  for (int row = tid / kChunks; row < kRows; row += kStep) {
+  for (int row = tid / kChunks; row < kRows; row += kStride) {
     const bool ok = column < rows.width && valid(row);
     T* to = tile + At<T, W>(row, column);
     const T* source = from + (ok ? (first + row) * stride + column : 0);
@@ -37,12 +37,12 @@ PERFORMER_DEVICE void CopyRows(T* tile, const T* from, int first, const RowsOf<c
 // Rows that lie in memory as in the tile, [kRows][W]; those from `rows` on become zeros.
 template <class T, int W, int kRows, int kThreads>
 PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
-  constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "each thread copies as much");
+  constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>;
 #pragma unroll 4
-  for (int row = tid / kChunks; row < kRows; row += kStep) {
+  for (int row = tid / kChunks; row < kRows; row += kStride) {
     const bool ok = row < rows;
     CpAsync16(tile + At<T, W>(row, column), from + (ok ? row * W + column : 0), ok);
   }
@@ -51,7 +51,7 @@ PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
 // Where the rows of a block lie: in shared memory, because registers are short and this is used
 // once a tile.
 template <class T>
-struct KeyPlace {
+struct KeyPointers {
   const T *key, *value;  // the first row
   const float* bias;     // key_bias of the first row, or the only one
   int rows;              // how many the block takes
@@ -71,37 +71,38 @@ struct KeyPlace {
 template <class T, int W, int kThreads, int kRows = kTile>
 struct KeyStream {
   const KeyParams<T>& p;
-  const KeyPlace<T>* place;
+  const KeyPointers<T>* pointers;
   float* key_bias;  // [2][kRows] in shared memory: key_bias as given, -inf past the end
   float* bias;      // [2][kRows]
   float next = 0;   // of thread tid < kRows: key_bias of key `tid` in the tile fetched last
 
-  static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPlace<T>);
+  static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPointers<T>);
 
   // Every thread of the block; ends with a barrier.
   PERFORMER_DEVICE KeyStream(const KeyParams<T>& p, const Map& map, const WorkTile& work,
                              int64_t head, unsigned char* shared, int tid)
       : p(p),
-        place(reinterpret_cast<KeyPlace<T>*>(shared + 4 * kRows * sizeof(float))),
+        pointers(reinterpret_cast<KeyPointers<T>*>(shared + 4 * kRows * sizeof(float))),
         key_bias(reinterpret_cast<float*>(shared)),
         bias(key_bias + 2 * kRows),
         map_(map) {
     if (tid == 0) {
       const int64_t batch = p.packed ? 0 : work.sequence;
       const int64_t row = work.begin + (p.packed ? work.first_row : 0);
-      *const_cast<KeyPlace<T>*>(place) = {
+      *const_cast<KeyPointers<T>*>(pointers) = {
           p.key.Row(work.first_row + work.begin, head),
           p.value.Row(work.first_row + work.begin, head),
           p.bias.data + batch * p.bias.batch_step + head * p.bias.head_step + row * p.bias.step,
           static_cast<int>(work.end - work.begin)};
     }
-    __syncthreads();  // the place is known
+    __syncthreads();  // the pointers are visible
   }
 
   PERFORMER_DEVICE void LoadKeyBias(int tile, int tid) {
     const int row = tile * kRows + tid;
     if (tid < kRows)
-      next = row < place->rows ? place->bias[static_cast<int64_t>(row) * p.bias.step] : -kInfinity;
+      next = row < pointers->rows ? pointers->bias[static_cast<int64_t>(row) * p.bias.step]
+                                  : -kInfinity;
   }
   PERFORMER_DEVICE void StoreKeyBias(int buffer, int tid) {
     if (tid < kRows) key_bias[buffer * kRows + tid] = next;
@@ -109,17 +110,17 @@ struct KeyStream {
   PERFORMER_DEVICE void Issue(int tile, int buffer, T* keys, T* values, int tid) const {
     const float* mask = key_bias + buffer * kRows;
     const auto valid = [&](int row) { return mask[row] != -kInfinity; };
-    CopyRows<T, W, kRows, kThreads>(keys, place->key, tile * kRows, p.key, tid, valid);
-    CopyRows<T, W, kRows, kThreads>(values, place->value, tile * kRows, p.value, tid, valid);
+    CopyRows<T, W, kRows, kThreads>(keys, pointers->key, tile * kRows, p.key, tid, valid);
+    CopyRows<T, W, kRows, kThreads>(values, pointers->value, tile * kRows, p.value, tid, valid);
     CpAsyncCommit();
   }
   // A thread reads only what it copied itself, so no barrier is needed before.
   PERFORMER_DEVICE void ComputeBias(int buffer, const T* keys, int tid) const {
-    constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
+    constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
     tid = Opaque(tid);
     const float norm_factor = 0.5f * map_.root;
 #pragma unroll 2
-    for (int row = tid / kChunks; row < kRows; row += kStep) {
+    for (int row = tid / kChunks; row < kRows; row += kStride) {
       const T* chunk = keys + At<T, W>(row, tid % kChunks * kChunk<T>);
       float norm = 0;
 #pragma unroll

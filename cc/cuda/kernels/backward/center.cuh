@@ -57,22 +57,22 @@ struct GradPeakParams {
 inline constexpr int kPeakThreads = 256;
 static __global__ void __launch_bounds__(kPeakThreads) GradPeakKernel(GradPeakParams p) {
   PERFORMER_SHARED_MEMORY(shared);
-  float* const tops = reinterpret_cast<float*>(shared);  // [warps]
+  float* const warp_max = reinterpret_cast<float*>(shared);  // [warps]
   const int64_t first = blockIdx.x * p.features, size = p.features * p.width;
   const int tid = threadIdx.x;
-  float top = 0;
+  float largest = 0;
   for (int64_t i = tid; i < p.features; i += kPeakThreads)
-    top = fmaxf(top, fabsf(p.grad_log_mass[first + i]));
+    largest = fmaxf(largest, fabsf(p.grad_log_mass[first + i]));
   for (int64_t i = tid; i < size; i += kPeakThreads)
-    top = fmaxf(top, fabsf(p.grad_mean[first * p.width + i]));
+    largest = fmaxf(largest, fabsf(p.grad_mean[first * p.width + i]));
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
-  if (tid % 32 == 0) tops[tid / 32] = top;
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+  if (tid % 32 == 0) warp_max[tid / 32] = largest;
   __syncthreads();  // maxima of all warps
   if (tid != 0) return;
-  for (int i = 0; i < kPeakThreads / 32; ++i) top = fmaxf(top, tops[i]);
-  p.peak[blockIdx.x] = top;
+  for (int i = 0; i < kPeakThreads / 32; ++i) largest = fmaxf(largest, warp_max[i]);
+  p.peak[blockIdx.x] = largest;
 }
 
 }  // namespace cuda

@@ -20,7 +20,7 @@ struct BackwardLayout {
   // Of a warp: sums over tokens, twice 16 kRowTiles x W, fill half of the registers.
   static constexpr int kRowTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
   static constexpr int kFeatures = 16 * kRowTiles * kWarps;
-  static constexpr int kMostBytes = MaxSharedBytes(W, kWarps);
+  static constexpr int kMaxBytes = MaxSharedBytes(W, kWarps);
   static constexpr int kStages = kIs16Bit<T> ? 2 : 1;  // of tiles, as shared memory allows
   // Sums over features: 16 tokens of a warp and this many columns, kColumns at a time.
   static constexpr int kWarpColumns = W / (kWarps / 4);
@@ -171,7 +171,7 @@ PERFORMER_DEVICE void LoadStatistics(float* lse, float* delta, const float* from
   *delta = valid ? from_delta[at] : 0.f;
 }
 
-// Two numbers of a row's gradient that is a sum of parts (groups of features, sub-chunks of a chunk,
+// Two numbers of a row's gradient that is a sum of parts (feature blocks, sub-chunks of a chunk,
 // query heads), kept at sums[at] in between, by the same thread. Returns whether y is the sum now.
 PERFORMER_DEVICE bool AddPart(float2& y, float* sums, int64_t at, bool first, bool last) {
   if (first && last) return true;
@@ -249,16 +249,16 @@ inline constexpr float kWeightScale = 0x1p6f;
 template <int kWarps>
 PERFORMER_DEVICE float BlockMax(const float* values, int64_t stride, int count, float* shared,
                                 int tid) {
-  float top = 0;
-  for (int i = tid; i < count; i += 32 * kWarps) top = fmaxf(top, values[i * stride]);
+  float largest = 0;
+  for (int i = tid; i < count; i += 32 * kWarps) largest = fmaxf(largest, values[i * stride]);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
-  if (tid % 32 == 0) shared[tid / 32] = top;
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+  if (tid % 32 == 0) shared[tid / 32] = largest;
   __syncthreads();  // maxima of all warps
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) top = fmaxf(top, shared[i]);
-  return top;
+  for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, shared[i]);
+  return largest;
 }
 
 // Sums over tokens, to rows of partial gradients [.., features][width] in memory.

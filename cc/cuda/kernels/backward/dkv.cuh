@@ -42,7 +42,7 @@ struct DkvLayout : BackwardLayout<T, W, kWarps> {
       kValue + S::kStages * S::kTileBytes;  // float [2][kTile], as given
   static constexpr int kStream = kKeyBias + 2 * kTile * 4;
   static constexpr int kBytes = kStream + KeyStream<T, W, S::kThreads>::kSharedBytes;
-  static_assert(kBytes <= S::kMostBytes);
+  static_assert(kBytes <= S::kMaxBytes);
 };
 
 // What one block does, in phases.

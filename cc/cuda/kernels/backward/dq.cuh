@@ -23,9 +23,9 @@ struct DqParams : StateReadParams<T> {
   float *part_log_mass = nullptr, *part_mean = nullptr, *part_projection = nullptr;
 };
 
-// The block pointers; in shared memory, as KeyPlace.
+// The block pointers; in shared memory, as KeyPointers.
 template <class T>
-struct DqPlace {
+struct DqPointers {
   const T *query, *grad_out;             // [rows, H, D or E], from the split's first row on
   const float *lse, *delta;              // [rows, H], likewise
   T* grad_query;                         // [rows, H, D], likewise
@@ -47,9 +47,9 @@ struct DqLayout : BackwardLayout<T, W, kWarps> {
   static constexpr int kDelta = kLse + 2 * kTile * 4;                   // likewise
   static constexpr int kBlockMax = kDelta + 2 * kTile * 4;
   static constexpr int kRowBias = kBlockMax + S::kWarps * 4;  // float [kFeatures]
-  static constexpr int kPlace = kRowBias + S::kFeatures * 4;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(DqPlace<T>));
-  static_assert(kBytes <= S::kMostBytes);
+  static constexpr int kPointers = kRowBias + S::kFeatures * 4;
+  static constexpr int kBytes = kPointers + static_cast<int>(sizeof(DqPointers<T>));
+  static_assert(kBytes <= S::kMaxBytes);
 };
 
 // What one block does, in phases.
@@ -75,20 +75,20 @@ struct DqBlock {
   PERFORMER_DEVICE float* floats(int offset) const {
     return reinterpret_cast<float*>(shared + offset);
   }
-  PERFORMER_DEVICE const DqPlace<T>* place() const {
-    return reinterpret_cast<const DqPlace<T>*>(shared + L::kPlace);
+  PERFORMER_DEVICE const DqPointers<T>* pointers() const {
+    return reinterpret_cast<const DqPointers<T>*>(shared + L::kPointers);
   }
   PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
   PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
   PERFORMER_DEVICE static int feature0(int tid) { return tid / 32 * 16 * kRowTiles; }
 
   // By one thread.
-  PERFORMER_DEVICE void StorePlace() const {
+  PERFORMER_DEVICE void StorePointers() const {
     const WorkTile work = GetWorkTile(p.work, blockIdx.x);
     const int64_t head = blockIdx.y, group = head / (heads() / p.groups);
     const int64_t state = (p.state_count == 1 ? 0 : work.sequence) * p.groups + group;
     const int64_t row0 = work.first_row + work.begin, at = row0 * heads() + head;
-    *const_cast<DqPlace<T>*>(place()) = {
+    *const_cast<DqPointers<T>*>(pointers()) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
         p.lse + at,
@@ -106,9 +106,9 @@ struct DqBlock {
   // The projection, mean and row biases of the block's features; visible at [1].
   PERFORMER_DEVICE void LoadFeatures(int first_feature, int tid) const {
     const int left = static_cast<int>(p.features_pad) - first_feature;
-    CopyOperand<T, W, L::kFeatures, kThreads>(tile(L::kProjection),
-                                              place()->projection + first_feature * W, left, tid);
-    CopyOperand<T, W, L::kFeatures, kThreads>(tile(L::kMean), place()->mean + first_feature * W,
+    CopyOperand<T, W, L::kFeatures, kThreads>(
+        tile(L::kProjection), pointers()->projection + first_feature * W, left, tid);
+    CopyOperand<T, W, L::kFeatures, kThreads>(tile(L::kMean), pointers()->mean + first_feature * W,
                                               left, tid);
   }
   PERFORMER_DEVICE void LoadRowBias(int first_feature, int tid) const {
@@ -116,7 +116,8 @@ struct DqBlock {
       const int feature = first_feature + i;
       floats(L::kRowBias)[i] =
           feature < features()
-              ? (place()->log_mass[feature] + place()->feature_bias[feature]) * p.map.inverse_root
+              ? (pointers()->log_mass[feature] + pointers()->feature_bias[feature]) *
+                    p.map.inverse_root
               : -kInfinity;
     }
   }
@@ -124,15 +125,15 @@ struct DqBlock {
   // Starts copying a tile of queries and grad_out.
   PERFORMER_DEVICE void IssueTile(int number, int parity, int tid) const {
     const int first = number * kTile;
-    const auto valid = [&](int r) { return first + r < place()->rows; };
-    CopyRows<T, W, kTile, kThreads>(tile(L::kQuery, parity), place()->query, first, p.query, tid,
+    const auto valid = [&](int r) { return first + r < pointers()->rows; };
+    CopyRows<T, W, kTile, kThreads>(tile(L::kQuery, parity), pointers()->query, first, p.query, tid,
                                     valid);
-    CopyRows<T, W, kTile, kThreads>(tile(L::kGradOut, parity), place()->grad_out, first, p.grad_out,
-                                    tid, valid);
+    CopyRows<T, W, kTile, kThreads>(tile(L::kGradOut, parity), pointers()->grad_out, first,
+                                    p.grad_out, tid, valid);
     CpAsyncCommit();
     if (tid < kTile)
       LoadStatistics(floats(L::kLse) + parity * kTile + tid,
-                     floats(L::kDelta) + parity * kTile + tid, place()->lse, place()->delta,
+                     floats(L::kDelta) + parity * kTile + tid, pointers()->lse, pointers()->delta,
                      static_cast<int64_t>(first + tid) * heads(), valid(tid), p.map);
   }
 
@@ -198,9 +199,9 @@ struct DqBlock {
       float dq[L::kColumns / 8][4] = {}, unused[2];
       SumFeatures<T, W, L::kFeatures, L::kColumns, false>(dq, unused, tile(L::kSummed),
                                                           tile(L::kProjection), r0, c0, lane);
-      StoreRowGradient<T, W, L::kColumns>(place()->grad_query, p.grad_query, place()->sum_query, dq,
-                                          p.map.root / scale, number * kTile + r0, place()->rows,
-                                          c0, first_block, last_block, lane);
+      StoreRowGradient<T, W, L::kColumns>(
+          pointers()->grad_query, p.grad_query, pointers()->sum_query, dq, p.map.root / scale,
+          number * kTile + r0, pointers()->rows, c0, first_block, last_block, lane);
     }
   }
 
@@ -234,14 +235,15 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
   PERFORMER_SHARED_MEMORY(shared);
   const Block block = {p, shared};
   const int tid = threadIdx.x;
-  if (tid == 0) block.StorePlace();
-  __syncthreads();  // the block pointers are known
-  const auto* place = block.place();
-  const int tiles = static_cast<int>(CeilDiv(place->rows, kTile));
+  if (tid == 0) block.StorePointers();
+  __syncthreads();  // the pointers are visible
+  const auto* pointers = block.pointers();
+  const int tiles = static_cast<int>(CeilDiv(pointers->rows, kTile));
   float scale = 1;
   if constexpr (std::is_same_v<T, Half>)
-    scale = LogitGradientScale<T>(BlockMax<kWarps>(p.peak + (place->lse - p.lse), block.heads(),
-                                                   place->rows, block.floats(L::kBlockMax), tid));
+    scale =
+        LogitGradientScale<T>(BlockMax<kWarps>(p.peak + (pointers->lse - p.lse), block.heads(),
+                                               pointers->rows, block.floats(L::kBlockMax), tid));
 
   const int features = block.features();
 #pragma unroll 1

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
   CopyRows<T, W, L::kRows, L::kThreads>(grad_out, p.grad_out.Row(row0, head), 0, p.grad_out, tid,
                                         valid);
   if (L::kStages == 2) issue(0, 0);
-  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {}, weighted[2] = {}, peak[2] = {};
+  float row_max[2] = {-kInfinity, -kInfinity}, sum[2] = {}, weighted[2] = {}, peak[2] = {};
   const int features = static_cast<int>(p.features_pad);
 #pragma unroll 1
   for (int first = 0; first < features; first += kTile) {
@@ -120,12 +120,12 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
           x[n][i] = MappedLogit(p.map, x[n][i]) + column_bias[n * 8 + 2 * t + (i & 1)];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float next = top[e];
+      float next = row_max[e];
 #pragma unroll
       for (int n = 0; n < 8; ++n) next = fmaxf(next, fmaxf(x[n][2 * e], x[n][2 * e + 1]));
       next = QuadMax(next);
-      const float base = ZeroIfNone(next), factor = Exp2((top[e] - base) * unit);
-      top[e] = next;
+      const float base = ZeroIfNone(next), factor = Exp2((row_max[e] - base) * unit);
+      row_max[e] = next;
       sum[e] *= factor;
       weighted[e] *= factor;
 #pragma unroll
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
     const int row = tid / 32 * 16 + lane / 4 + 8 * e;
     if (row >= rows_here || lane % 4 != 0) continue;
     const int64_t at = (row0 + row) * heads + head;
-    p.lse[at] = total == 0.f ? -kInfinity : top[e] * p.map.root + logf(total);
+    p.lse[at] = total == 0.f ? -kInfinity : row_max[e] * p.map.root + logf(total);
     p.delta[at] = total == 0.f ? 0.f : all / total;
     p.peak[at] = largest;
   }

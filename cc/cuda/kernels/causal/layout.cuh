@@ -5,9 +5,9 @@
 namespace performer {
 namespace cuda {
 
-// Where a block of the causal kernel works; in shared memory, as KeyPlace.
+// Where a block of the causal kernel works; in shared memory, as KeyPointers.
 template <class T>
-struct CausalPlace {
+struct CausalPointers {
   const T* query;             // the split's first row
   T* out;                     // likewise
   const float* feature_bias;  // [M] of the query head
@@ -48,18 +48,18 @@ struct CausalParams : CausalRowsParams<T> {
   }
 };
 
-// kGroups: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.
-template <class T, int W, int kGroups, bool kSmall>
+// kFeatureTiles: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.
+template <class T, int W, int kFeatureTiles, bool kSmall>
 struct CausalLayout {
   // A wide float32 state fills the registers of few.
   static constexpr int kWarps = !kIs16Bit<T> && (W > 64 || kSmall) ? 4 : 8, kThreads = 32 * kWarps;
   static constexpr int kChunk = 8 * kWarps;  // rows
-  static constexpr int kFeatures = 16 * kWarps * kGroups;
+  static constexpr int kFeatures = 16 * kWarps * kFeatureTiles;
   static constexpr int kRowTiles = kChunk / 16;
   static_assert(kWarps == 2 * kRowTiles, "two warps for each 16 queries");
   // Features that queries read at once: their features and the sums of wide heads share registers.
-  static constexpr int kMostAtOnce = W > 64 ? 32 : 64;
-  static constexpr int kQueryTile = kFeatures / 2 < kMostAtOnce ? kFeatures / 2 : kMostAtOnce;
+  static constexpr int kMaxAtOnce = W > 64 ? 32 : 64;
+  static constexpr int kQueryTile = kFeatures / 2 < kMaxAtOnce ? kFeatures / 2 : kMaxAtOnce;
   // Of tiles: the next chunk is copied while one is worked on. One where two would not fit.
   static constexpr int kStages = kIs16Bit<T> && W == 64 && !kSmall ? 2 : 1;
   // Nats by which a key may exceed its anchor. exp(30) * 64 keys leaves room for values up to 1e24
@@ -75,19 +75,19 @@ struct CausalLayout {
   static constexpr int kValue = kKey + kStages * kTileBytes;             // likewise
   static constexpr int kWeights = kValue + kStages * kTileBytes;         // kb [kFeatures][kChunk]
   static constexpr int kBefore = kWeights + kFeatures * kChunk * kSize;  // [kFeatures][W]
-  // Where partners' sums meet, after kb and the state before are done with: local, half of num, top
+  // Where peers' sums meet, after kb and the state before are done with: local, half of num, row_max
   // and den of each thread.
-  static constexpr int kMeet = kWeights;
-  static constexpr int kMeetFloats = kChunk / 2 + W / 4 + 4;
+  static constexpr int kExchange = kWeights;
+  static constexpr int kExchangeFloats = kChunk / 2 + W / 4 + 4;
   static constexpr int kShared = kFeatures * (kChunk + W) * kSize;
-  static constexpr int kMeetBytes = kThreads * kMeetFloats * 4;
-  static constexpr int kAnchor = kWeights + (kShared > kMeetBytes ? kShared : kMeetBytes);
+  static constexpr int kExchangeBytes = kThreads * kExchangeFloats * 4;
+  static constexpr int kAnchor = kWeights + (kShared > kExchangeBytes ? kShared : kExchangeBytes);
   static constexpr int kMass = kAnchor + kFeatures * 4;  // float [kFeatures] each
   static constexpr int kStream = kMass + kFeatures * 4;
   static constexpr int kPoison = kStream + KeyStream<T, W, kThreads, kChunk>::kSharedBytes;
   static constexpr int kCuts = kPoison + W * 4;  // int [kWarps]
-  static constexpr int kPlace = kCuts + kWarps * 4;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalPlace<T>));
+  static constexpr int kPointers = kCuts + kWarps * 4;
+  static constexpr int kBytes = kPointers + static_cast<int>(sizeof(CausalPointers<T>));
   static_assert(kBytes <= (kSmall ? kSmallSharedBytes : kMaxSharedBytes));
 };
 

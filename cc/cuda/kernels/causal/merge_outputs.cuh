@@ -1,4 +1,4 @@
-// Outputs of several groups of features, each normalised by itself, merged in their order:
+// Outputs of several feature blocks, each normalised by itself, merged in their order:
 //   lse = log sum_z exp(lse_z)      out = sum_z exp(lse_z - lse) out_z
 //
 // Grid: one warp for each row and head.
@@ -22,12 +22,12 @@ __global__ void __launch_bounds__(256) MergeOutputsKernel(MergeOutputsParams<T> 
   const int lane = threadIdx.x % 32;
   const int64_t count = p.rows * p.out.heads;
   if (number >= count) return;
-  float top = -kInfinity;
-  for (int64_t z = 0; z < p.parts; ++z) top = fmaxf(top, p.part_lse[z * count + number]);
-  const float shift = ZeroIfNone(top);
+  float row_max = -kInfinity;
+  for (int64_t z = 0; z < p.parts; ++z) row_max = fmaxf(row_max, p.part_lse[z * count + number]);
+  const float base = ZeroIfNone(row_max);
   float sum = 0, out[W / 32] = {};
   for (int64_t z = 0; z < p.parts; ++z) {
-    const float share = expf(p.part_lse[z * count + number] - shift);
+    const float share = expf(p.part_lse[z * count + number] - base);
     sum += share;
 #pragma unroll
     for (int i = 0; i < W / 32; ++i)

@@ -42,7 +42,7 @@ template <class T, int W, int kWarps_>
 struct CausalBackwardLayout {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kFeatures = 16 * kWarps;
-  static constexpr int kMostBytes = MaxSharedBytes(W, kWarps);
+  static constexpr int kMaxBytes = MaxSharedBytes(W, kWarps);
   static constexpr int kRows = kChunkRows<T>;
   // Sums over features: 16 tokens of a warp and kWarpColumns, kColumns at a time.
   static constexpr int kParts = kWarps / (kRows / 16);
@@ -134,7 +134,7 @@ struct WarpFeatures {
   }
 
   // The sub-chunk that begins at `begin`, with the anchors of its keys: -inf where a feature has seen
-  // nothing and sees nothing in this piece. A key that is NaN begins a piece.
+  // nothing and sees nothing in this sub-chunk. A key that is NaN begins a sub-chunk.
   PERFORMER_DEVICE SubChunk FindSubChunk(const Keys& x, const float* bias, int begin,
                                          const float (&log_mass)[2], float (&anchor)[2],
                                          int lane) const {
@@ -166,8 +166,8 @@ struct WarpFeatures {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = n * 8 + 2 * (lane % 4) + (i & 1);
-          const float top = i < 2 ? limit[0] : limit[1];
-          if (column > begin && !(x[0][n][i] <= top)) end = min(end, column);
+          const float bound = i < 2 ? limit[0] : limit[1];
+          if (column > begin && !(x[0][n][i] <= bound)) end = min(end, column);
         }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2)
@@ -302,10 +302,10 @@ PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
 template <class T, int W, int kRows, int kThreads>
 PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
   if constexpr (kHasRanged<T>) {
-    constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
+    constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
     tid = Opaque(tid);
 #pragma unroll 2
-    for (int row = tid / kChunks; row < kRows; row += kStep) {
+    for (int row = tid / kChunks; row < kRows; row += kStride) {
       const int at = At<T, W>(row, tid % kChunks * kChunk<T>);
 #pragma unroll
       for (int i = 0; i < kChunk<T>; i += 2) {

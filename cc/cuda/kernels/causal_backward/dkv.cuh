@@ -46,8 +46,8 @@ struct CausalDkvBlock {
   PERFORMER_DEVICE float* floats(int offset) const {
     return reinterpret_cast<float*>(shared + offset);
   }
-  PERFORMER_DEVICE const CausalKeyPlace<T>* place() const {
-    return reinterpret_cast<const CausalKeyPlace<T>*>(shared + L::kPlace);
+  PERFORMER_DEVICE const CausalDkvPointers<T>* pointers() const {
+    return reinterpret_cast<const CausalDkvPointers<T>*>(shared + L::kPointers);
   }
   PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
   PERFORMER_DEVICE int groups() const { return static_cast<int>(p.groups); }
@@ -55,9 +55,9 @@ struct CausalDkvBlock {
 
   PERFORMER_DEVICE void LoadProjection(int first_feature, int tid) const {
     T* const projection = tile(L::kProjection);
-    CopyOperand<T, W, L::kFeatures, kThreads>(projection, place()->projection + first_feature * W,
-                                              static_cast<int>(p.features_pad) - first_feature,
-                                              tid);
+    CopyOperand<T, W, L::kFeatures, kThreads>(
+        projection, pointers()->projection + first_feature * W,
+        static_cast<int>(p.features_pad) - first_feature, tid);
     CpAsyncCommit();
     if constexpr (kHasRanged<T>) {
       CpAsyncWait<0>();
@@ -72,8 +72,8 @@ struct CausalDkvBlock {
     for (int e = 0; e < 2; ++e) {
       const int feature = first_feature + tid / 32 * 16 + g + 8 * e;
       const bool given = feature < features();
-      state.anchor[e] = given ? place()->after[feature] * p.map.inverse_root : -kInfinity;
-      state.mass[e] = given ? place()->after_mass[feature] : 0.f;
+      state.anchor[e] = given ? pointers()->after[feature] * p.map.inverse_root : -kInfinity;
+      state.mass[e] = given ? pointers()->after_mass[feature] : 0.f;
 #pragma unroll
       for (int n = 0; n < W / 8; ++n)
 #pragma unroll
@@ -81,7 +81,7 @@ struct CausalDkvBlock {
           const int column = n * 8 + 2 * t + c;
           state.sum[0][n][2 * e + c] =
               given && column < width
-                  ? place()->after_mean[static_cast<int64_t>(feature) * width + column]
+                  ? pointers()->after_mean[static_cast<int64_t>(feature) * width + column]
                   : 0.f;
         }
     }
@@ -91,14 +91,15 @@ struct CausalDkvBlock {
   PERFORMER_DEVICE void IssueQueries(int chunk, int head, int rows, int tid) const {
     const int first = chunk * C;
     const auto valid = [&](int r) { return first + r < rows; };
-    CopyRows<T, W, C, kThreads>(tile(L::kQuery), place()->query + head * p.query.width, first,
+    CopyRows<T, W, C, kThreads>(tile(L::kQuery), pointers()->query + head * p.query.width, first,
                                 p.query, tid, valid);
-    CopyRows<T, W, C, kThreads>(tile(L::kGradOut), place()->grad_out + head * p.grad_out.width,
+    CopyRows<T, W, C, kThreads>(tile(L::kGradOut), pointers()->grad_out + head * p.grad_out.width,
                                 first, p.grad_out, tid, valid);
     CpAsyncCommit();
     if (tid < C)
-      LoadStatistics(floats(L::kLse) + tid, floats(L::kDelta) + tid, place()->lse, place()->delta,
-                     static_cast<int64_t>(first + tid) * heads() + head, valid(tid), p.map);
+      LoadStatistics(floats(L::kLse) + tid, floats(L::kDelta) + tid, pointers()->lse,
+                     pointers()->delta, static_cast<int64_t>(first + tid) * heads() + head,
+                     valid(tid), p.map);
   }
 
   // x = b, sub_chunk and anchor: of this warp's sub-chunk number `wanted`, or of the last one if
@@ -113,8 +114,8 @@ struct CausalDkvBlock {
       const int feature = at.lane / 4 + 8 * e;
       log_mass[e] =
           feature < given
-              ? place()->chunk_log_mass[static_cast<int64_t>(chunk) * groups() * features() +
-                                        first_feature + at.feature0 + feature] *
+              ? pointers()->chunk_log_mass[static_cast<int64_t>(chunk) * groups() * features() +
+                                           first_feature + at.feature0 + feature] *
                     p.map.inverse_root
               : -kInfinity;
     }
@@ -267,11 +268,11 @@ struct CausalDkvBlock {
         for (int n = 0; n < L::kColumns / 8; ++n) {
           const int column = c0 + n * 8 + 2 * (lane % 4);
           float2 y = {dv[n][2 * e], dv[n][2 * e + 1]};
-          if (!AddPart(y, place()->sum_value, static_cast<int64_t>(row) * groups() * W + column,
+          if (!AddPart(y, pointers()->sum_value, static_cast<int64_t>(row) * groups() * W + column,
                        parts.first, parts.last))
             continue;
           if (key_bias[r] == -kInfinity) y = float2{0.f, 0.f};
-          StoreColumns(place()->grad_value + static_cast<int64_t>(row) * p.grad_value.stride,
+          StoreColumns(pointers()->grad_value + static_cast<int64_t>(row) * p.grad_value.stride,
                        column, p.grad_value.width, p.grad_value.aligned, y.x, y.y);
         }
       }
@@ -337,17 +338,17 @@ struct CausalDkvBlock {
             const float2 k = LoadPair(tile(L::kKey) + At<T, W>(r, column));
             y.x -= norm * k.x, y.y -= norm * k.y;
           }
-          if (!AddPart(y, place()->sum_key, static_cast<int64_t>(row) * groups() * W + column,
+          if (!AddPart(y, pointers()->sum_key, static_cast<int64_t>(row) * groups() * W + column,
                        parts.first, parts.last))
             continue;
           if (masked) y = float2{0.f, 0.f};
-          StoreColumns(place()->grad_key + static_cast<int64_t>(row) * p.grad_key.stride, column,
+          StoreColumns(pointers()->grad_key + static_cast<int64_t>(row) * p.grad_key.stride, column,
                        p.grad_key.width, p.grad_key.aligned, y.x, y.y);
         }
-        if (c0 != 0 || lane % 4 != 0 || place()->grad_bias == nullptr) continue;
+        if (c0 != 0 || lane % 4 != 0 || pointers()->grad_bias == nullptr) continue;
         float y = total[e];
-        if (!parts.first) y += place()->grad_bias[row];
-        place()->grad_bias[row] = parts.last && masked ? 0.f : y;
+        if (!parts.first) y += pointers()->grad_bias[row];
+        pointers()->grad_bias[row] = parts.last && masked ? 0.f : y;
       }
     }
   }
@@ -438,11 +439,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParam
   const bool one_head = block.heads() == block.groups();  // for each key/value head
 
   if (tid == 0)
-    *const_cast<CausalKeyPlace<T>*>(block.place()) =
-        MakeCausalKeyPlace<T, W>(p, blockIdx.x, blockIdx.y);
+    *const_cast<CausalDkvPointers<T>*>(block.pointers()) =
+        MakeCausalDkvPointers<T, W>(p, blockIdx.x, blockIdx.y);
   KeyStream<T, W, kThreads, C> stream(p.keys, p.map, GetWorkTile(p.work, blockIdx.x), blockIdx.y,
                                       shared + L::kStream, tid);
-  const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
+  const int rows = stream.pointers->rows, chunks = static_cast<int>(CeilDiv(rows, C));
 
 #pragma unroll 1
   for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {
@@ -480,9 +481,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParam
         p.part_projection + (static_cast<int64_t>(blockIdx.x) * block.groups() + blockIdx.y) *
                                 features * p.keys.key.width,
         p.keys.key.width, features, feature0, dw, p.map.root, lane);
-    if (block.place()->grad_initial_log_mass != nullptr)
-      StoreInitialGradient<T, W>(*block.place(), block.warp, feature0, features, p.keys.value.width,
-                                 state.sum[0], state.mass, state.anchor, lane);
+    if (block.pointers()->grad_initial_log_mass != nullptr)
+      StoreInitialGradient<T, W>(*block.pointers(), block.warp, feature0, features,
+                                 p.keys.value.width, state.sum[0], state.mass, state.anchor, lane);
   }
 }
 

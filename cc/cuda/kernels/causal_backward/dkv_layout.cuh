@@ -27,9 +27,9 @@ struct CausalDkvParams : CausalGradientParams<T> {
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
 };
 
-// Where a block works; in shared memory, as KeyPlace.
+// Where a block works; in shared memory, as KeyPointers.
 template <class T>
-struct CausalKeyPlace {
+struct CausalDkvPointers {
   const T *query, *grad_out;  // the split's first row, first head of the group
   const float *lse, *delta;   // likewise
   T *grad_key, *grad_value;
@@ -65,21 +65,21 @@ struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kKeyBias = kDelta + S::kRows * 4;       // float [2][kRows], as given
   static constexpr int kCounts = kKeyBias + 2 * S::kRows * 4;  // int [kWarps]: sub-chunks
   static constexpr int kStream = kCounts + S::kWarps * 4;
-  static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
+  static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
   static constexpr int kKept =
-      (kPlace + static_cast<int>(sizeof(CausalKeyPlace<T>)) + 15) / 16 * 16;
+      (kPointers + static_cast<int>(sizeof(CausalDkvPointers<T>)) + 15) / 16 * 16;
   // dw waits there where there is room for it.
   static constexpr int kKeptBytes = KeptSums<W, S::kThreads, true>::kBytes;
-  static constexpr bool kKeeps = kKept + kKeptBytes <= S::kMostBytes;
+  static constexpr bool kKeeps = kKept + kKeptBytes <= S::kMaxBytes;
   using Kept = KeptSums<W, S::kThreads, kKeeps>;
   static constexpr int kBytes = kKept + (kKeeps ? kKeptBytes : 0);
-  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= S::kMostBytes);
+  static_assert(kStream % 8 == 0 && kPointers % 8 == 0 && kBytes <= S::kMaxBytes);
 };
 
-// The place of block (split, group).
+// The pointers of block (split, group).
 template <class T, int W>
-PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& p, int64_t split,
-                                                      int64_t group) {
+PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParams<T>& p,
+                                                            int64_t split, int64_t group) {
   constexpr int C = kChunkRows<T>;
   const WorkTile work = GetWorkTile(p.work, split);
   const int64_t heads = p.query.heads, groups = p.groups, features = p.features;
@@ -117,7 +117,7 @@ PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& 
 // The reverse state before the sequence's first row is the gradient of its initial state: of a warp's
 // features from row0 on.
 template <class T, int W>
-PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
+PERFORMER_DEVICE void StoreInitialGradient(const CausalDkvPointers<T>& pointers,
                                            const WarpFeatures<T, W>& warp, int row0, int features,
                                            int width, const float (&sum)[W / 8][4],
                                            const float (&mass)[2], const float (&anchor)[2],
@@ -126,7 +126,7 @@ PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
   for (int e = 0; e < 2; ++e) {
     const int feature = row0 + lane / 4 + 8 * e;
     const bool is_given = feature < features;
-    const float log_mass = is_given ? place.before[feature] * warp.map.inverse_root : -kInfinity;
+    const float log_mass = is_given ? pointers.before[feature] * warp.map.inverse_root : -kInfinity;
     const float keep = warp.Factor(log_mass, anchor[e]);
     float dot = 0;
 #pragma unroll
@@ -137,12 +137,12 @@ PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
         if (!is_given || column >= width) continue;
         const int64_t at = static_cast<int64_t>(feature) * width + column;
         const float y = keep == 0.f ? 0.f : sum[n][2 * e + c] * keep;
-        place.grad_initial_mean[at] = y;
-        if (keep != 0.f) dot += y * place.before_mean[at];
+        pointers.grad_initial_mean[at] = y;
+        if (keep != 0.f) dot += y * pointers.before_mean[at];
       }
     dot = QuadSum(dot);
     if (is_given && lane % 4 == 0)
-      place.grad_initial_log_mass[feature] = keep == 0.f ? 0.f : dot - mass[e] * keep;
+      pointers.grad_initial_log_mass[feature] = keep == 0.f ? 0.f : dot - mass[e] * keep;
   }
 }
 

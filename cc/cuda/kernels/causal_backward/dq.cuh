@@ -26,9 +26,9 @@ struct CausalDqParams : CausalGradientParams<T> {
   float* part_projection = nullptr;    // [splits, H, M, D]
 };
 
-// Where a block works; in shared memory, as KeyPlace.
+// Where a block works; in shared memory, as KeyPointers.
 template <class T>
-struct CausalQueryPlace {
+struct CausalDqPointers {
   const T *query, *grad_out;  // the split's first row
   const float *lse, *delta;   // likewise
   T* grad_query;
@@ -56,9 +56,9 @@ struct CausalDqLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kLse = kPairRest + (kIs16Bit<T> ? S::kPairBytes : 0);  // float [kRows]
   static constexpr int kDelta = kLse + S::kRows * 4;                          // likewise
   static constexpr int kStream = kDelta + S::kRows * 4;
-  static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalQueryPlace<T>));
-  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= S::kMostBytes);
+  static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
+  static constexpr int kBytes = kPointers + static_cast<int>(sizeof(CausalDqPointers<T>));
+  static_assert(kStream % 8 == 0 && kPointers % 8 == 0 && kBytes <= S::kMaxBytes);
 };
 
 // What one block does, in phases. kDelta: CausalDeltaKernel.
@@ -91,20 +91,20 @@ struct CausalDqBlock {
   PERFORMER_DEVICE float* floats(int offset) const {
     return reinterpret_cast<float*>(shared + offset);
   }
-  PERFORMER_DEVICE const CausalQueryPlace<T>* place() const {
-    return reinterpret_cast<const CausalQueryPlace<T>*>(shared + L::kPlace);
+  PERFORMER_DEVICE const CausalDqPointers<T>* pointers() const {
+    return reinterpret_cast<const CausalDqPointers<T>*>(shared + L::kPointers);
   }
   PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
   PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
 
   // By one thread.
-  PERFORMER_DEVICE void StorePlace() const {
+  PERFORMER_DEVICE void StorePointers() const {
     const WorkTile work = GetWorkTile(p.work, blockIdx.x);
     const int64_t head = blockIdx.y, each = heads() / p.groups, group = head / each;
     const int64_t row0 = work.first_row + work.begin, at = row0 * heads() + head;
     const int64_t state =
         (p.before_each ? blockIdx.x : (p.before_count == 1 ? 0 : work.sequence)) * p.groups + group;
-    *const_cast<CausalQueryPlace<T>*>(place()) = {
+    *const_cast<CausalDqPointers<T>*>(pointers()) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
         p.lse + at,
@@ -125,9 +125,9 @@ struct CausalDqBlock {
 
   PERFORMER_DEVICE void LoadProjection(int first_feature, int tid) const {
     T* const projection = tile(L::kProjection);
-    CopyOperand<T, W, L::kFeatures, kThreads>(projection, place()->projection + first_feature * W,
-                                              static_cast<int>(p.features_pad) - first_feature,
-                                              tid);
+    CopyOperand<T, W, L::kFeatures, kThreads>(
+        projection, pointers()->projection + first_feature * W,
+        static_cast<int>(p.features_pad) - first_feature, tid);
     CpAsyncCommit();
     if constexpr (kHasRanged<T>) {
       CpAsyncWait<0>();
@@ -143,8 +143,8 @@ struct CausalDqBlock {
     for (int e = 0; e < 2; ++e) {
       const int feature = first_feature + tid / 32 * 16 + g + 8 * e;
       const bool given = feature < features();
-      const float log_mass = given ? place()->log_mass[feature] : -kInfinity;
-      feature_bias[e] = given ? place()->feature_bias[feature] * p.map.inverse_root : 0.f;
+      const float log_mass = given ? pointers()->log_mass[feature] : -kInfinity;
+      feature_bias[e] = given ? pointers()->feature_bias[feature] * p.map.inverse_root : 0.f;
       state.mass[e] = log_mass == -kInfinity ? 0.f : 1.f;
       state.anchor[e] = log_mass == -kInfinity ? 0.f : log_mass * p.map.inverse_root;
 #pragma unroll
@@ -154,7 +154,7 @@ struct CausalDqBlock {
           const int column = n * 8 + 2 * t + c;
           state.sum[n][2 * e + c] =
               log_mass != -kInfinity && column < width
-                  ? place()->mean[static_cast<int64_t>(feature) * width + column]
+                  ? pointers()->mean[static_cast<int64_t>(feature) * width + column]
                   : 0.f;
         }
     }
@@ -165,14 +165,15 @@ struct CausalDqBlock {
   PERFORMER_DEVICE void LoadChunk(Stream& stream, int chunk, int rows, int tid) const {
     const int first = chunk * C;
     const auto valid = [&](int r) { return first + r < rows; };
-    CopyRows<T, W, C, kThreads>(tile(L::kQuery), place()->query, first, p.query, tid, valid);
-    CopyRows<T, W, C, kThreads>(tile(L::kGradOut), place()->grad_out, first, p.grad_out, tid,
+    CopyRows<T, W, C, kThreads>(tile(L::kQuery), pointers()->query, first, p.query, tid, valid);
+    CopyRows<T, W, C, kThreads>(tile(L::kGradOut), pointers()->grad_out, first, p.grad_out, tid,
                                 valid);
     stream.Issue(chunk, 0, tile(L::kKey), tile(L::kValue), tid);
     stream.LoadKeyBias(chunk + 1, tid);
     if (tid < C)
-      LoadStatistics(floats(L::kLse) + tid, floats(L::kDelta) + tid, place()->lse, place()->delta,
-                     static_cast<int64_t>(first + tid) * heads(), valid(tid), p.map);
+      LoadStatistics(floats(L::kLse) + tid, floats(L::kDelta) + tid, pointers()->lse,
+                     pointers()->delta, static_cast<int64_t>(first + tid) * heads(), valid(tid),
+                     p.map);
     CpAsyncWait<0>();
     stream.ComputeBias(0, tile(L::kKey), tid);
     MakeRanged<T, W, C, kThreads>(ranged(L::kValue), tile(L::kValue), tid);
@@ -183,12 +184,12 @@ struct CausalDqBlock {
   // log_mass before the chunk, for the reverse scan.
   PERFORMER_DEVICE void StoreChunkLogMass(const State& state, int chunk, int first_feature,
                                           const Position& at) const {
-    if (place()->chunk_log_mass != nullptr && at.lane % 4 == 0)
+    if (pointers()->chunk_log_mass != nullptr && at.lane % 4 == 0)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int feature = first_feature + at.feature0 + at.lane / 4 + 8 * e;
         if (feature < features())
-          place()->chunk_log_mass[chunk * p.groups * features() + feature] =
+          pointers()->chunk_log_mass[chunk * p.groups * features() + feature] =
               state.mass[e] == 0.f ? -kInfinity
                                    : state.anchor[e] * p.map.root + logf(state.mass[e]);
       }
@@ -200,10 +201,10 @@ struct CausalDqBlock {
                                  const Position& at) const {
     typename Warp::Keys x;
     const uint32_t* operands =
-        place()->key_operands +
+        pointers()->key_operands +
         static_cast<int64_t>(first_feature + at.feature0) * (W * L::kSize / 4);
     // Past the last features the first ones are read, and their logits are replaced.
-    if (first_feature + at.feature0 >= p.features_pad) operands = place()->key_operands;
+    if (first_feature + at.feature0 >= p.features_pad) operands = pointers()->key_operands;
     warp.KeyLogits(
         x,
         [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
@@ -332,7 +333,7 @@ struct CausalDqBlock {
       const int r = at.row0 + at.lane / 4 + 8 * e, row = chunk * C + r;
       const float all = QuadSum(total[e]);
       if (row >= rows || at.lane % 4 != 0) continue;
-      float* const to = place()->corrected_delta + static_cast<int64_t>(row) * heads();
+      float* const to = pointers()->corrected_delta + static_cast<int64_t>(row) * heads();
       *to = (first_block ? floats(L::kDelta)[r] : *to) + all;
     }
   }
@@ -345,9 +346,9 @@ struct CausalDqBlock {
       float dq[L::kColumns / 8][4] = {}, unused[2];
       SumFeatures<R, W, L::kFeatures, L::kColumns, false, C>(
           dq, unused, ranged(L::kSummed), ranged(L::kRangedProjection), at.row0, c0, at.lane);
-      StoreRowGradient<T, W, L::kColumns>(place()->grad_query, p.grad_query, place()->sum_query, dq,
-                                          p.map.root, chunk * C + at.row0, rows, c0, first_block,
-                                          last_block, at.lane);
+      StoreRowGradient<T, W, L::kColumns>(
+          pointers()->grad_query, p.grad_query, pointers()->sum_query, dq, p.map.root,
+          chunk * C + at.row0, rows, c0, first_block, last_block, at.lane);
     }
   }
 
@@ -379,11 +380,11 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
   const int tid = threadIdx.x, features = block.features();
   R* const pair_rest = kIs16Bit<T> ? block.ranged(L::kPairRest) : nullptr;
 
-  if (tid == 0) block.StorePlace();
+  if (tid == 0) block.StorePointers();
   KeyStream<T, W, kThreads, C> stream(p.keys, p.map, GetWorkTile(p.work, blockIdx.x),
                                       blockIdx.y / (block.heads() / p.groups), shared + L::kStream,
                                       tid);
-  const int rows = stream.place->rows, chunks = static_cast<int>(CeilDiv(rows, C));
+  const int rows = stream.pointers->rows, chunks = static_cast<int>(CeilDiv(rows, C));
 
 #pragma unroll 1
   for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {

@@ -30,10 +30,10 @@ struct ReverseStateLayout : BackwardLayout<T, W, 4> {
   static constexpr int kLse = kGradOut + kStages * S::kTileBytes;  // float [2][kTile]
   static constexpr int kDelta = kLse + 2 * kTile * 4;              // likewise
   static constexpr int kBytes = kDelta + 2 * kTile * 4;
-  static_assert(kBytes <= S::kMostBytes);
+  static_assert(kBytes <= S::kMaxBytes);
 };
 
-// Grid: (splits of all sequences, query heads, groups of features). The first split of a
+// Grid: (splits of all sequences, query heads, feature blocks). The first split of a
 // sequence is left out: nothing lies before it but the initial state.
 template <class T, int W>
 __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<T> p) {

@@ -52,7 +52,8 @@ PERFORMER_DEVICE void StoreState(const Softmax<T, W, kRowTiles>& state, const Su
       const int64_t row =
           (static_cast<int64_t>(blockIdx.x) * p.groups + head) * p.features + feature;
       if (t == 0)
-        p.log_mass[row] = inverse == 0.f ? -kInfinity : state.top[m][e] * p.map.root + logf(sum);
+        p.log_mass[row] =
+            inverse == 0.f ? -kInfinity : state.row_max[m][e] * p.map.root + logf(sum);
 #pragma unroll
       for (int n = 0; n < W / 8; ++n)
 #pragma unroll
