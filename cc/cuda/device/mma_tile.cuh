@@ -10,7 +10,7 @@
 //   A  16 rows            B  16 columns, two accumulators side by side
 // A product's accumulators, two side by side, are the A operand of a product that sums over these
 // 16 columns (PackA). For float32 that holds because both operands number the summed index alike:
-// within 8, place t is number 2t and place t + 4 number 2t + 1.
+// within 8, position t is number 2t and position t + 4 is number 2t + 1.
 #pragma once
 #include "cuda/device/ptx.h"
 
@@ -28,12 +28,12 @@ inline constexpr int kChunk = 16 / sizeof(T);  // numbers in 16 bytes
 template <class T>
 inline constexpr int kFragment = kIs16Bit<T> ? 4 : 8;  // registers of an operand
 
-// How many steps over the summed index are unrolled: in float32, whose steps are long, none, so
-// that operands of several steps do not wait in registers.
+// How many iterations over the summed index are unrolled. In float32, whose iterations are long,
+// none are, so that operands of several iterations do not wait in registers.
 template <class T>
 inline constexpr int kUnroll = kIs16Bit<T> ? 8 : 1;
 
-// Place of (row, column) in a tile.
+// The index of (row, column) in a tile.
 template <class T, int W>
 PERFORMER_DEVICE int At(int row, int column) {
   constexpr int kLog = kIs16Bit<T> ? 3 : 2;
@@ -219,7 +219,19 @@ PERFORMER_DEVICE void PackRest(uint32_t (&rest)[4], const uint32_t (&a)[4], cons
   rest[3] = Pack<T>(c1[2] - Low<T>(a[3]), c1[3] - High<T>(a[3]));
 }
 
-// Over the four lanes that hold one row of an accumulator.
+// The sum and the largest over the 32 lanes of a warp.
+PERFORMER_DEVICE float WarpSum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+PERFORMER_DEVICE float WarpMax(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+// The sum and the largest over the four lanes that hold one row of an accumulator.
 PERFORMER_DEVICE float QuadSum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
@@ -229,7 +241,7 @@ PERFORMER_DEVICE float QuadMax(float x) {
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-// The shift of exponentials: any finite number where nothing was summed.
+// What is subtracted in an exponent: the maximum, or 0 where nothing was summed.
 PERFORMER_DEVICE float ZeroIfNone(float row_max) { return row_max == -kInfinity ? 0.f : row_max; }
 
 }  // namespace cuda

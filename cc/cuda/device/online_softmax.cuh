@@ -1,14 +1,14 @@
-// One step of softmax(rows x columns + bias) @ values for one warp, the shared core of summarize
-// and read (online softmax, as in flash attention, arXiv:2205.14135):
+// One step of softmax(rows x columns + bias) @ values for one warp: the core that summarize and
+// read share (online softmax, as in flash attention, arXiv:2205.14135).
 //
-//              rows           columns (tile [64][W])   values (tile [64][W])   bias of a column
-//   summarize  features w    keys                     values                  -|k|^2/2 + key_bias
-//   read       queries        features w              mean                    log_mass +
-//   feature_bias
+//              rows         columns             values              bias of a column
+//                           (tile [64][W])      (tile [64][W])
+//   summarize  features w   keys                values              -|k|^2/2 + key_bias
+//   read       queries      features w          mean                log_mass + feature_bias
 //
-// An exponential is exp2((x - row_max) * unit): one fused exp2(x * unit - row_max * unit) would save an
-// addition, but the rounding of row_max * unit alone overflows for logits beyond 1e9, and finite inputs
-// must give finite outputs.
+// An exponential is exp2((x - row_max) * unit). One fused exp2(x * unit - row_max * unit) would
+// save an addition, but the rounding of row_max * unit alone overflows for logits beyond 1e9, and
+// finite inputs must give finite outputs.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 

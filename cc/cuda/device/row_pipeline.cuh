@@ -1,5 +1,5 @@
-// Rows of tensors on their way into tiles: plain rows, and the stream of keys and values with its
-// masks.
+// How rows of tensors are copied into tiles in shared memory: plain rows, and the stream of keys
+// and values with its masks.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 
@@ -9,9 +9,8 @@ namespace cuda {
 inline constexpr int kTile = 64;  // tokens of a tile
 
 // Starts copying kRows rows, from row `first` of those at `from` on, into a tile; the rest of each
-// tile row becomes zero. Rows of which valid(row in the tile) is false are not read: they arrive as
-// zeros. Every thread of kThreads takes part; it writes chunk tid % chunks of rows tid / chunks + i
-// * (kThreads / chunks).
+// tile row becomes zero. Rows for which valid(row in the tile) is false are not read: they arrive
+// as zeros. Each of kThreads threads writes chunk tid % kChunks of rows tid / kChunks + i kStride.
 template <class T, int W, int kRows, int kThreads, class Valid>
 PERFORMER_DEVICE void CopyRows(T* tile, const T* from, int first, const RowsOf<const T>& rows,
                                int tid, Valid valid) {
@@ -34,7 +33,8 @@ PERFORMER_DEVICE void CopyRows(T* tile, const T* from, int first, const RowsOf<c
     }
   }
 }
-// Rows that lie in memory as in the tile, [kRows][W]; those from `rows` on become zeros.
+// Starts copying rows that lie in memory as in the tile, [kRows][W]. Those from `rows` on become
+// zeros.
 template <class T, int W, int kRows, int kThreads>
 PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
   constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
@@ -48,13 +48,13 @@ PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
   }
 }
 
-// Where the rows of a block lie: in shared memory, because registers are short and this is used
-// once a tile.
+// The pointers of a block. They are kept in shared memory, because registers are short and they are
+// used once a tile. Rows start at the block's first row.
 template <class T>
 struct KeyPointers {
-  const T *key, *value;  // the first row
-  const float* bias;     // key_bias of the first row, or the only one
-  int rows;              // how many the block takes
+  const T *key, *value;  // [rows, G, D or E], at the block's head
+  const float* bias;     // key_bias [1 or rows]
+  int rows;              // of the block
 };
 
 // Keys and values of one sequence and key/value head, a tile at a time, with the column bias of the
@@ -63,10 +63,12 @@ struct KeyPointers {
 // A masked key (key_bias -inf), or one past the end, is never read: key and value arrive as zeros
 // and the bias is -inf.
 //
-// How a tile i comes, of a block that walks tiles 0, 1, ...:
-//   Publish(i)   what Fetch(i) brought becomes visible at the next barrier
-//   Issue(i)     starts the copies; Fetch(i + 1) may follow
-//   CpAsyncWait<0>(); Arrived(i); barrier; use
+// A block that walks tiles 0, 1, ... does for tile i:
+//   LoadKeyBias(i)       its key_bias to a register, a tile ahead
+//   StoreKeyBias(i)      to shared memory; visible at the next barrier
+//   Issue(i)             starts the copies of keys and values; LoadKeyBias(i + 1) may follow
+//   CpAsyncWait<0>()
+//   ComputeBias(i)       visible, with the keys and values, at the next barrier
 // buffer is i % 2, or 0 where tiles come one at a time.
 template <class T, int W, int kThreads, int kRows = kTile>
 struct KeyStream {
@@ -74,7 +76,7 @@ struct KeyStream {
   const KeyPointers<T>* pointers;
   float* key_bias;  // [2][kRows] in shared memory: key_bias as given, -inf past the end
   float* bias;      // [2][kRows]
-  float next = 0;   // of thread tid < kRows: key_bias of key `tid` in the tile fetched last
+  float next = 0;   // of thread tid < kRows: key_bias of key `tid` in the tile loaded last
 
   static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPointers<T>);
 
@@ -114,7 +116,7 @@ struct KeyStream {
     CopyRows<T, W, kRows, kThreads>(values, pointers->value, tile * kRows, p.value, tid, valid);
     CpAsyncCommit();
   }
-  // A thread reads only what it copied itself, so no barrier is needed before.
+  // A thread reads only the keys that it copied itself, so no barrier is needed before.
   PERFORMER_DEVICE void ComputeBias(int buffer, const T* keys, int tid) const {
     constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
     tid = Opaque(tid);

@@ -1,11 +1,13 @@
-// Of each query row, what its gradient needs besides the features (bidirectional):
-//   lse = log sum_m exp(a + log_mass)     delta = sum_m softmax_m (mean . grad_out) = grad_out .
-//   out
-// delta is taken from the features, not from the rounded output: in bfloat16 that would be the
-// largest part of the error.
+// What the gradient of Read needs of each query row besides the features:
 //
-// Grid: (row tiles of all sequences, query heads). As forward/read.cuh, with mean as columns of a second
-// product: g = grad_out mean^T.
+//   lse   = log sum_m exp(a + log_mass)
+//   delta = sum_m softmax_m (mean . grad_out) = grad_out . out
+//
+// delta is taken from the features, not from the rounded output, which would be the largest part of
+// the error in bfloat16.
+//
+// Grid: (row tiles of all sequences, query heads). The kernel is forward/read.cuh with mean as the
+// columns of a second product, g = grad_out mean^T.
 #pragma once
 #include "cuda/device/row_pipeline.cuh"
 #include "cuda/kernels/backward/common.cuh"

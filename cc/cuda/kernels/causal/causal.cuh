@@ -1,24 +1,31 @@
-// Causal attention: out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j], in chunks with a
-// running state.
+// Causal attention, in chunks with a running state:
 //
-// Grid: (splits of all sequences, query heads, feature blocks). A block walks the chunks of
-// its split from the state before it, which it keeps in registers; a warp owns 16 kFeatureTiles
-// features of the state and, with one peer, 16 query rows of the chunk. For each chunk:
-//   keys     b = w k^T  ->  anchor, kb = exp(b - anchor)  ->  shared memory; state += kb v
-//   queries  f = exp(w q + anchor - row_max)  ->  local = f kb and num = f state_before, each peer
-//            over half of the features
-//   output   the peers' sums meet in shared memory; out = (num + tril(local) v) / den
-// The state is (anchor, mass, sum): log_mass = anchor + log(mass), mean = sum / mass.
+//   out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j]
+//
+// Grid: (splits of all sequences, query heads, feature blocks). A block walks the chunks of its
+// split from the state before it, which it keeps in registers. A warp owns 16 kFeatureTiles
+// features of the state and, together with a peer, 16 query rows of the chunk. For each chunk:
+//
+//   keys      b = w k^T
+//             anchor, kb = exp(b - anchor)       to shared memory
+//             state += kb v
+//   queries   f = exp(w q + anchor - row_max)    each peer over half of the features
+//             local = f kb, num = f state_before
+//   output    the peers add their sums through shared memory
+//             out = (num + tril(local) v) / den
+//
+// The state is (anchor, mass, sum): log_mass = anchor + log(mass), mean = sum / mass. The anchor is
+// the running reference maximum of a feature.
 //
 // Nothing of a later row may change a bit of an earlier one, whatever it holds:
-// - A chunk is processed in sub-chunks, nearly always one. A feature's anchor for a sub-chunk is the
-//   largest of its log_mass before and b of the sub-chunk's first key (if that is not masked). A
-//   feature with neither has none: it weighs nothing in this sub-chunk.
+// - A chunk is processed in sub-chunks, nearly always one. A feature's anchor for a sub-chunk is
+//   the largest of its log_mass before and b of the sub-chunk's first key, if that is not masked. A
+//   feature with neither has no anchor, and its weight is 0 in this sub-chunk.
 // - A sub-chunk ends before a key that exceeds an anchor by more than kMaxGrowth, or that gives
 //   something to a feature without anchor. Rows before the cut do the same arithmetic either way.
-// - Rows of v meet in a product, and 0 * inf is NaN: a value that is not finite is taken out of the
-//   tile and remembered as poison[e], the first row from which column e is NaN. (A cut before it
-//   would not do: later rows stay in the tile.)
+// - A product sums over rows of v, and 0 * inf is NaN. So a value that is not finite is replaced by
+//   0 in the tile and remembered as poison[e], the first row from which column e is NaN. (A cut
+//   before it would not help: later rows stay in the tile.)
 // - Features need no such care: no product sums over keys before the causal mask, which selects and
 //   does not multiply.
 #pragma once

@@ -1,17 +1,19 @@
-// Parameters of the causal kernel and its division of features, rows and shared memory.
+// Parameters of the causal kernel, its block pointers, and its division of features, rows and
+// shared memory.
 #pragma once
 #include "cuda/device/row_pipeline.cuh"
 
 namespace performer {
 namespace cuda {
 
-// Where a block of the causal kernel works; in shared memory, as KeyPointers.
+// The pointers of a block of the causal kernel, in shared memory as KeyPointers. Rows start at the
+// split's first row, and heads at the block's.
 template <class T>
 struct CausalPointers {
-  const T* query;             // the split's first row
-  T* out;                     // likewise
-  const float* feature_bias;  // [M] of the query head
-  const uint32_t* operands;   // of the key head, from the block's first feature on
+  const T* query;             // [rows, H, D]
+  T* out;                     // [rows, H, E]
+  const float* feature_bias;  // [M]
+  const uint32_t* operands;   // of the key projection, from the block's first feature on
   int64_t row;                // of the tensor
 };
 
@@ -48,10 +50,11 @@ struct CausalParams : CausalRowsParams<T> {
   }
 };
 
-// kFeatureTiles: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.
+// kFeatureTiles: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, for
+// W = 64.
 template <class T, int W, int kFeatureTiles, bool kSmall>
 struct CausalLayout {
-  // A wide float32 state fills the registers of few.
+  // A wide float32 state fills the registers, which leaves room for 4 warps.
   static constexpr int kWarps = !kIs16Bit<T> && (W > 64 || kSmall) ? 4 : 8, kThreads = 32 * kWarps;
   static constexpr int kChunk = 8 * kWarps;  // rows
   static constexpr int kFeatures = 16 * kWarps * kFeatureTiles;
@@ -75,8 +78,8 @@ struct CausalLayout {
   static constexpr int kValue = kKey + kStages * kTileBytes;             // likewise
   static constexpr int kWeights = kValue + kStages * kTileBytes;         // kb [kFeatures][kChunk]
   static constexpr int kBefore = kWeights + kFeatures * kChunk * kSize;  // [kFeatures][W]
-  // Where peers' sums meet, after kb and the state before are done with: local, half of num, row_max
-  // and den of each thread.
+  // Peers exchange their sums here, once kb and the state before are done with: local, half of num,
+  // row_max and den of each thread.
   static constexpr int kExchange = kWeights;
   static constexpr int kExchangeFloats = kChunk / 2 + W / 4 + 4;
   static constexpr int kShared = kFeatures * (kChunk + W) * kSize;

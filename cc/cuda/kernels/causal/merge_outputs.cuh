@@ -1,5 +1,6 @@
-// Outputs of several feature blocks, each normalised by itself, merged in their order:
-//   lse = log sum_z exp(lse_z)      out = sum_z exp(lse_z - lse) out_z
+// Merges the outputs of several feature blocks, each normalised by itself, in their order:
+//
+//   lse = log sum_z exp(lse_z)        out = sum_z exp(lse_z - lse) out_z
 //
 // Grid: one warp for each row and head.
 #pragma once
@@ -13,7 +14,7 @@ struct MergeOutputsParams {
   const float* part_out = nullptr;  // [parts][rows, H, W]
   const float* part_lse = nullptr;  // [parts][rows, H]
   int64_t parts = 0, rows = 0;
-  RowsOf<T> out;
+  RowsOf<T> out;  // [rows, H, E]
 };
 
 template <class T, int W>

@@ -18,7 +18,7 @@ struct CausalBlock : CausalState<T, W, kFeatureTiles, kSmall> {
     float num[kColumns][4], local[kKeyTiles][4], row_max[2], den[2];
   };
 
-  // Over kQueryTile features from `first`, one step of online softmax.
+  // One step of online softmax, over kQueryTile features from `first` on.
   PERFORMER_DEVICE void Queries(Sums& sums, const T* queries, int row0, int first, int lane) const {
     const int t = lane % 4;
     const float *anchor = floats(L::kAnchor) + first, *mass = floats(L::kMass) + first;
@@ -93,8 +93,8 @@ struct CausalBlock : CausalState<T, W, kFeatureTiles, kSmall> {
     }
   }
 
-  // The sums of the peers, each over its half of the features, become those over all; of num
-  // only the half of the columns that this warp will write, in `own_num`.
+  // Adds the sums of two peers, each over its half of the features. own_num receives the half of
+  // num's columns that this warp will write.
   static constexpr int kOwnColumns = kColumns / 2;
   PERFORMER_DEVICE void Exchange(Sums& sums, float (&own_num)[kOwnColumns][4], int warp, int part,
                                  int lane) const {
@@ -143,8 +143,8 @@ struct CausalBlock : CausalState<T, W, kFeatureTiles, kSmall> {
     }
   }
 
-  // The causal mask (a selection), local v, division; rows [begin, end) of the chunk are written,
-  // which begins at row `row` of the split.
+  // Applies the causal mask (a selection), adds local v, divides, and writes rows [begin, end) of
+  // the chunk, which begins at row `row` of the split.
   PERFORMER_DEVICE void Write(Sums& sums, float (&own_num)[kOwnColumns][4], const T* values,
                               int row0, int part, int begin, int end, int row, int lane) const {
     const int g = lane / 4, t = lane % 4;
@@ -171,7 +171,7 @@ struct CausalBlock : CausalState<T, W, kFeatureTiles, kSmall> {
 #pragma unroll
     for (int s = 0; s < C / 16; ++s) {
       if (s * 16 > row0) continue;  // above the triangle
-      // As weights of a mean, at most 1: half holds them whatever kb was.
+      // Now they are weights of a mean, at most 1: half holds them, however large kb was.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         sums.local[2 * s][i] *= inverse[i / 2];

@@ -1,5 +1,5 @@
-// The running state of the causal kernel (causal/causal.cuh) and how it takes the keys of a chunk; values
-// on their way into it.
+// The running state of the causal kernel (causal/causal.cuh), and how it takes the keys and values
+// of a chunk.
 #pragma once
 #include "cuda/kernels/causal/layout.cuh"
 
@@ -149,8 +149,8 @@ struct CausalState {
   }
 
   // The anchors of a sub-chunk that begins at column `begin`; `keep` is what the old state is
-  // multiplied by. Returns the first column whose key the sub-chunk may not hold, as far as this warp's
-  // features say.
+  // multiplied by. Returns the first column whose key the sub-chunk may not hold, as far as this
+  // warp's features say.
   PERFORMER_DEVICE int Anchor(const KeyLogits& x, const float* bias, int begin, State& state,
                               float (&keep)[kFeatureTiles][2], bool (&none)[kFeatureTiles][2],
                               int lane) const {
@@ -202,8 +202,8 @@ struct CausalState {
     return cut;
   }
 
-  // kb and the old state to shared memory, relative to the new anchors; then the state takes the
-  // keys of the sub-chunk.
+  // Stores kb and the old state in shared memory, relative to the new anchors. Then the state takes
+  // the keys of the sub-chunk.
   PERFORMER_DEVICE void Update(KeyLogits& x, const T* values, const float (&keep)[kFeatureTiles][2],
                                const bool (&none)[kFeatureTiles][2], State& state, int warp,
                                int lane) const {
@@ -258,8 +258,9 @@ struct CausalState {
     }
   }
 
-  // Infinities and NaN of v become 0; poison[e] = the first row, counted from `row`, that held one
-  // in column e. Values as the thread copied them itself. (min has no order.)
+  // Replaces infinities and NaN of v by 0. poison[e] becomes the first row, counted from `row`,
+  // that held one in column e. Each thread reads the values that it copied itself. The order of
+  // atomicMin does not matter.
   PERFORMER_DEVICE void ZeroNonFinite(T* values, int row, int tid) const {
     constexpr int kChunks = W / kChunk<T>, kStride = L::kThreads / kChunks;
     int* poison = reinterpret_cast<int*>(shared + L::kPoison);

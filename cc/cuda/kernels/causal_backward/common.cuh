@@ -1,15 +1,20 @@
-// What the two sweeps of the causal gradient share.
+// What the kernels of the causal gradient share.
 //
-//   A_ij = sum_m exp(a_im + b_mj - lse_i) for j <= i        dA_ij = grad_out_i . v_j - delta_i
+//   A_ij  = sum_m exp(a_im + b_mj - lse_i)  for j <= i
+//   dA_ij = grad_out_i . v_j - delta_i
 //
-// Rows of all large products are features, 16 of a warp; a block walks the chunks of its split.
-// More features than a block holds are taken a group after the other (backward/common.cuh).
+// The rows of all large products are features, 16 of a warp. A block walks the chunks of its split.
+// If there are more features than a block holds, it takes one feature block after the other
+// (backward/common.cuh).
 //
-// Within a chunk the log-features of a feature are kept relative to an anchor, the largest of its
-// log_mass before and b of the first key: kb = exp(b - anchor), f = exp(a + anchor - lse) <= 1. As
-// in the forward pass (causal/causal.cuh) a chunk is taken in sub-chunks, nearly always one, that end before a
-// key which exceeds an anchor by more than kMaxGrowth. Here every warp has its own sub-chunks, for its
-// own features: nothing else depends on where they end.
+// Within a chunk the log-features of a feature are kept relative to its anchor, the running
+// reference maximum: the larger of log_mass before the chunk and b of the first key. So
+//
+//   kb = exp(b - anchor)        f = exp(a + anchor - lse) <= 1
+//
+// As in the forward pass (causal/causal.cuh) a chunk is taken in sub-chunks, nearly always one. A
+// sub-chunk ends before a key that exceeds an anchor by more than kMaxKeyGrowth. Here every warp
+// has sub-chunks of its own, for its own features, because nothing else depends on where they end.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 #include "cuda/kernels/causal/layout.cuh"
@@ -24,9 +29,9 @@ struct CausalGradientParams : CausalRowsParams<T> {
   const float *lse = nullptr, *delta = nullptr;  // [B L, H], of CausalStatisticsKernel
 };
 
-// Features relative to an anchor and sums over rows do not fit half's range. They, and what they
-// are multiplied by, are operands in bfloat16 where T is half; only log-features come from products
-// in half.
+// Features relative to an anchor, and sums over rows, do not fit half's range. Where T is half
+// they, and what they are multiplied by, are operands in bfloat16. Only log-features come from
+// products in half.
 template <class T>
 using Ranged = std::conditional_t<std::is_same_v<T, Half>, BFloat16, T>;
 template <class T>
@@ -44,11 +49,11 @@ struct CausalBackwardLayout {
   static constexpr int kFeatures = 16 * kWarps;
   static constexpr int kMaxBytes = MaxSharedBytes(W, kWarps);
   static constexpr int kRows = kChunkRows<T>;
-  // Sums over features: 16 tokens of a warp and kWarpColumns, kColumns at a time.
+  // Sums over features: a warp has 16 tokens and kWarpColumns, kColumns at a time.
   static constexpr int kParts = kWarps / (kRows / 16);
   static constexpr int kWarpColumns = W / kParts;
   static constexpr int kColumns = kWarpColumns < 32 ? kWarpColumns : 32;
-  // Likewise of a tile of pairs [kRows][kRows]. (Some warps may have nothing to do.)
+  // Columns of a warp in a tile of pairs [kRows][kRows]. Some warps may have nothing to do.
   static constexpr int kPairColumns = kRows / kParts < 16 ? 16 : kRows / kParts;
 
   static constexpr int kSize = static_cast<int>(sizeof(T));
@@ -74,13 +79,13 @@ struct WarpPosition {
 // Nats by which a key may exceed its anchor.
 inline constexpr float kMaxKeyGrowth = 30.f;
 
-// Columns of a chunk: [begin, end) of kRows.
+// Keys, or queries, [begin, end) of the kRows of a chunk.
 struct SubChunk {
   int begin, end;
   PERFORMER_DEVICE bool has(int column) const { return column >= begin && column < end; }
 };
 
-// What a warp does with its 16 features, rows g and g + 8 of a thread.
+// What a warp does with its 16 features. A thread holds rows g and g + 8 of them.
 template <class T, int W>
 struct WarpFeatures {
   static constexpr int kRows = kChunkRows<T>;
@@ -89,8 +94,8 @@ struct WarpFeatures {
   const Map& map;
   float unit;
 
-  // x += rows x tokens (kColumns from j0); rows(a, s, lane) gives the A operand of summed indices
-  // from 16 s on.
+  // x += rows x tokens (kColumns from j0). rows(a, s, lane) loads the A operand of the summed
+  // indices from 16 s on.
   template <int kColumns, class Rows>
   PERFORMER_DEVICE static void Product(float (&x)[1][kColumns / 8][4], Rows rows, const T* tokens,
                                        int j0, int lane) {
@@ -108,7 +113,8 @@ struct WarpFeatures {
     }
   }
 
-  // x = b of all keys of the chunk; -inf for features that there are not (`given` of the 16).
+  // x = b of all keys of the chunk, and -inf for features that do not exist: of the 16, there are
+  // `given`. bias: of the keys, [kRows].
   template <class Rows>
   PERFORMER_DEVICE void KeyLogits(Keys& x, Rows rows, const T* keys, const float* bias, int given,
                                   int lane) const {
@@ -133,8 +139,8 @@ struct WarpFeatures {
           if (lane / 4 + i / 2 * 8 >= given) x[0][n][i] = -kInfinity;
   }
 
-  // The sub-chunk that begins at `begin`, with the anchors of its keys: -inf where a feature has seen
-  // nothing and sees nothing in this sub-chunk. A key that is NaN begins a sub-chunk.
+  // The sub-chunk that begins at `begin`, and its anchors. An anchor is -inf if the feature has
+  // seen nothing and sees nothing in this sub-chunk. A key that is NaN begins a sub-chunk.
   PERFORMER_DEVICE SubChunk FindSubChunk(const Keys& x, const float* bias, int begin,
                                          const float (&log_mass)[2], float (&anchor)[2],
                                          int lane) const {
@@ -176,7 +182,7 @@ struct WarpFeatures {
     return {begin, end};
   }
 
-  // x = kb of the sub-chunk's keys, 0 elsewhere; sum = the sum of each feature.
+  // x = kb for the sub-chunk's keys and 0 for others; sum = the sum of kb of each feature.
   PERFORMER_DEVICE void KeyWeights(Keys& x, const SubChunk& sub_chunk, const float (&anchor)[2],
                                    float (&sum)[2], int lane) const {
     const bool whole = sub_chunk.begin == 0 && sub_chunk.end == kRows;
@@ -200,7 +206,7 @@ struct WarpFeatures {
   PERFORMER_DEVICE float Factor(float from, float to) const {  // exp(from - to), 0 of nothing
     return from == -kInfinity ? 0.f : Exp2((from - to) * unit);
   }
-  // log_mass after a sub-chunk's keys.
+  // log_mass after a sub-chunk's keys, given the sum of their kb.
   PERFORMER_DEVICE void AddKeys(float (&log_mass)[2], const float (&anchor)[2],
                                 const float (&sum)[2]) const {
 #pragma unroll
@@ -210,7 +216,8 @@ struct WarpFeatures {
     }
   }
 
-  // f of kColumns queries from i0, 0 outside the sub-chunk; base: anchor and feature bias.
+  // x = f of kColumns queries from i0 on, and 0 outside the sub-chunk. base: anchor plus feature
+  // bias. lse: [kRows].
   template <int kColumns, class Rows>
   PERFORMER_DEVICE void QueryFeatures(float (&x)[1][kColumns / 8][4], Rows rows, const T* queries,
                                       const float* lse, int i0, const SubChunk& sub_chunk,
@@ -235,8 +242,8 @@ struct WarpFeatures {
   }
 };
 
-// acc += state (16 features x W, accumulators) x tokens (kColumns from j0). In 16 bits the state
-// is taken as the sum of two operands: what it gives nearly cancels against delta mass.
+// acc += state (16 features x W, accumulators) x tokens (kColumns from j0). In 16 bits the state is
+// split into the sum of two operands, because the product nearly cancels against delta mass.
 template <class R, int W, int kColumns>
 PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float (&state)[W / 8][4],
                                    const R* tokens, int j0, int lane) {
@@ -256,8 +263,8 @@ PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float
   }
 }
 
-// The lower triangle of dA to a tile [i][j], each warp kColumns of 16 rows; to `rest`, if it is not
-// nullptr, what rounding took from it.
+// Stores the lower triangle of dA in a tile [i][j]; each warp has kColumns of 16 rows. `rest`, if
+// it is not nullptr, receives what rounding took from it.
 template <class T, int W, int kColumns>
 PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
                                          const Ranged<T>* grad_out, const Ranged<T>* values,
@@ -297,8 +304,8 @@ PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
     }
 }
 
-// Half as bfloat16, `to` may be `from`: the rows that this thread copied itself (CopyRows,
-// CopyOperand).
+// Converts half to bfloat16; `to` may be `from`. Each thread converts what it copied itself with
+// CopyRows or CopyOperand, so no barrier is needed before.
 template <class T, int W, int kRows, int kThreads>
 PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
   if constexpr (kHasRanged<T>) {
@@ -316,8 +323,8 @@ PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
   }
 }
 
-// log_mass before a chunk is kept for the sweep back, [slots][G][M]: one slot for each chunk of
-// each split.
+// log_mass before a chunk is kept for the reverse scan in [slots, G, M]. This is the slot of a
+// split's first chunk; each chunk of each split has one.
 PERFORMER_HOST_DEVICE inline int64_t ChunkSlot(int64_t split, int64_t tensor_row, int rows) {
   return tensor_row / rows + split;
 }

@@ -1,5 +1,5 @@
-// Parameters of the causal dkv kernel, where its blocks work, its shared memory, and what they end
-// with.
+// The causal dkv kernel's parameters, block pointers and shared memory, and the gradient of the
+// initial state.
 #pragma once
 #include "cuda/device/shared_sums.cuh"
 #include "cuda/kernels/causal_backward/common.cuh"
@@ -27,20 +27,22 @@ struct CausalDkvParams : CausalGradientParams<T> {
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
 };
 
-// Where a block works; in shared memory, as KeyPointers.
+// The pointers of a block, in shared memory as KeyPointers. Rows start at the split's first row.
 template <class T>
 struct CausalDkvPointers {
-  const T *query, *grad_out;  // the split's first row, first head of the group
-  const float *lse, *delta;   // likewise
-  T *grad_key, *grad_value;
-  float *sum_key, *sum_value;
-  float* grad_bias;
-  const float* chunk_log_mass;                       // of the split's first chunk
-  const T* projection;                               // of the first feature
-  const float *before, *after;                       // log_mass there, likewise
-  const float *after_mean, *after_mass;              // reverse state there, likewise
-  const float* before_mean;                          // likewise
-  float *grad_initial_log_mass, *grad_initial_mean;  // nullptr: not this block
+  const T *query, *grad_out;     // [rows, H, D or E], from the group's first head on
+  const float *lse, *delta;      // [rows, H], likewise
+  T *grad_key, *grad_value;      // [rows, G, D or E], at the block's head
+  float *sum_key, *sum_value;    // [rows, G, W], likewise, or nullptr
+  float* grad_bias;              // [rows], or nullptr
+  const float* chunk_log_mass;   // [chunks, G, M], at the block's head
+  const T* projection;           // [M_pad, W]
+  const float *before, *after;   // [M]: log_mass before and after the split
+  const float* after_mean;       // [M, E]: R of the reverse state after the split
+  const float* after_mass;       // [M]: r of it
+  const float* before_mean;      // [M, E]: of the state before the split
+  float* grad_initial_log_mass;  // [M], nullptr unless this is the sequence's first split
+  float* grad_initial_mean;      // [M, E], likewise
 };
 
 template <class T, int W, int kWarps>
@@ -68,7 +70,7 @@ struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
   static constexpr int kKept =
       (kPointers + static_cast<int>(sizeof(CausalDkvPointers<T>)) + 15) / 16 * 16;
-  // dw waits there where there is room for it.
+  // dw is kept in shared memory if there is room for it.
   static constexpr int kKeptBytes = KeptSums<W, S::kThreads, true>::kBytes;
   static constexpr bool kKeeps = kKept + kKeptBytes <= S::kMaxBytes;
   using Kept = KeptSums<W, S::kThreads, kKeeps>;
@@ -114,8 +116,8 @@ PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParam
       first ? p.grad_initial_mean + state * features * width : nullptr};
 }
 
-// The reverse state before the sequence's first row is the gradient of its initial state: of a warp's
-// features from row0 on.
+// The reverse state before the sequence's first row is the gradient of its initial state. Stores
+// that of a warp's features, from row0 on.
 template <class T, int W>
 PERFORMER_DEVICE void StoreInitialGradient(const CausalDkvPointers<T>& pointers,
                                            const WarpFeatures<T, W>& warp, int row0, int features,

@@ -1,5 +1,5 @@
-// Gradient of causal attention with respect to queries: the forward scan. With the state (sum, mass)
-// before the sub-chunk:
+// Gradient of causal attention with respect to queries: the forward scan. (sum, mass) is the state
+// before the sub-chunk.
 //
 //   da = f (sum . grad_out - delta mass + kb tril(dA)^T)
 //   over tokens     dw = root (da slope) q      dfeature_bias = da 1      state += kb v
@@ -26,18 +26,20 @@ struct CausalDqParams : CausalGradientParams<T> {
   float* part_projection = nullptr;    // [splits, H, M, D]
 };
 
-// Where a block works; in shared memory, as KeyPointers.
+// The pointers of a block, in shared memory as KeyPointers. Rows start at the split's first row,
+// and heads at the block's.
 template <class T>
 struct CausalDqPointers {
-  const T *query, *grad_out;  // the split's first row
-  const float *lse, *delta;   // likewise
-  T* grad_query;
-  float *sum_query, *corrected_delta;
-  float* chunk_log_mass;         // of the split's first chunk; nullptr: another block keeps it
-  const T* projection;           // of the first feature
-  const uint32_t* key_operands;  // likewise
-  const float* feature_bias;     // likewise
-  const float *log_mass, *mean;  // state before, likewise
+  const T *query, *grad_out;     // [rows, H, D or E]
+  const float *lse, *delta;      // [rows, H]
+  T* grad_query;                 // [rows, H, D]
+  float* sum_query;              // [rows, H, W], or nullptr
+  float* corrected_delta;        // [rows, H], nullptr except in CausalDeltaKernel
+  float* chunk_log_mass;         // [chunks, G, M], nullptr if another block stores it
+  const T* projection;           // [M_pad, W]
+  const uint32_t* key_operands;  // [M_pad / 16, W / 16, 32, kFragment]
+  const float* feature_bias;     // [M]
+  const float *log_mass, *mean;  // [M], [M, E]: the state before the split
 };
 
 template <class T, int W, int kWarps>
@@ -50,7 +52,7 @@ struct CausalDqLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kKey = kRangedQuery + S::kTileBytes;
   static constexpr int kValue = kKey + S::kTileBytes;
   static constexpr int kGradOut = kValue + S::kTileBytes;
-  static constexpr int kSummed = kGradOut + S::kTileBytes;  // da
+  static constexpr int kSummed = kGradOut + S::kTileBytes;  // da [kFeatures][kRows]
   static constexpr int kPairs = kSummed + S::kSummedBytes;  // dA
   static constexpr int kPairRest = kPairs + S::kPairBytes;  // what rounding took from dA
   static constexpr int kLse = kPairRest + (kIs16Bit<T> ? S::kPairBytes : 0);  // float [kRows]

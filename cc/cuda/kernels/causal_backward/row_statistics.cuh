@@ -1,6 +1,7 @@
-// Of each query row, what its causal gradient needs besides the prefix states, from the outputs of
-// the forward pass before they are rounded:
-//   lse = log sum_m exp(a + log_mass of the row)      delta = grad_out . out
+// What the causal gradient needs of each query row besides the states, from the outputs of the
+// forward pass before they are rounded:
+//
+//   lse = log sum_m exp(a + log_mass of the row)        delta = grad_out . out
 //
 // Grid: one warp for each row and head.
 #pragma once
@@ -14,7 +15,7 @@ struct CausalStatisticsParams {
   const float* part_out = nullptr;  // [parts][rows, H, W], see causal/merge_outputs.cuh
   const float* part_lse = nullptr;  // [parts][rows, H]
   int64_t parts = 0, rows = 0;
-  RowsOf<const T> grad_out;
+  RowsOf<const T> grad_out;                // [rows, H, E]
   float *lse = nullptr, *delta = nullptr;  // [rows, H]
 };
 
@@ -41,8 +42,7 @@ __global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsPa
     sum += share;
     delta += share == 0.f ? 0.f : share * dot;
   }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(kAllLanes, delta, lanes);
+  delta = WarpSum(delta);
   if (lane != 0) return;
   p.lse[number] = sum == 0.f ? -kInfinity : base + logf(sum);
   p.delta[number] = sum == 0.f ? 0.f : delta / sum;
