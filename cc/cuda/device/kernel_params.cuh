@@ -102,6 +102,16 @@ PERFORMER_DEVICE float MappedLogit(const Map& map, float x) {
   const float log_phi = relu || u > 0.f ? Log2(phi) * kLn2 : u;
   return log_phi * map.inverse_root;
 }
+// x = log phi of the products x, plus the bias of each column, for columns 8 n + 2 t + c of a row
+// tile.
+template <int kColumnTiles>
+PERFORMER_DEVICE void MapLogits(float (&x)[kColumnTiles][4], const Map& map, const float* bias,
+                                int t) {
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = MappedLogit(map, x[n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+}
 
 }  // namespace cuda
 }  // namespace performer

@@ -145,12 +145,7 @@ struct Softmax {
     }
     if (linear) return;
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          x[m][n][i] = MappedLogit(map, x[m][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+    for (int m = 0; m < kRowTiles; ++m) MapLogits(x[m], map, bias, t);
   }
 };
 

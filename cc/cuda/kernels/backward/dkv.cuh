@@ -120,12 +120,7 @@ struct DkvBlock {
     FeatureProduct<T, W, kRowTiles>(ds, tile(L::kGradMean), feature0(tid), values, j0, lane);
     if (!linear)
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            x[m][n][i] = MappedLogit(p.map, x[m][n][i]) + bias[j0 + n * 8 + 2 * t + (i & 1)];
+      for (int m = 0; m < kRowTiles; ++m) MapLogits(x[m], p.map, bias + j0, t);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll

@@ -114,12 +114,7 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
         Mma<T>(y[2 * n], y[2 * n + 1], c, b);
       }
     }
-    if (!linear)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          x[n][i] = MappedLogit(p.map, x[n][i]) + column_bias[n * 8 + 2 * t + (i & 1)];
+    if (!linear) MapLogits(x, p.map, column_bias, t);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float next = row_max[e];

@@ -39,12 +39,7 @@ struct CausalBlock : CausalState<T, W, kFeatureTiles, kSmall> {
         Mma<T>(y[2 * n], y[2 * n + 1], a, b);
       }
     }
-    if (!linear)
-#pragma unroll
-      for (int n = 0; n < kQueryTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          y[n][i] = MappedLogit(p.map, y[n][i]) + anchor[n * 8 + 2 * t + (i & 1)];
+    if (!linear) MapLogits(y, p.map, anchor, t);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float row_max = sums.row_max[e];

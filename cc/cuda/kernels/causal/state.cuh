@@ -119,12 +119,7 @@ struct CausalState {
     }
     if (!linear)
 #pragma unroll
-      for (int m = 0; m < kFeatureTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            x[m][n][i] = MappedLogit(p.map, x[m][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+      for (int m = 0; m < kFeatureTiles; ++m) MapLogits(x[m], p.map, bias, t);
     if (begin > 0) HideKeys(x, [&](int j) { return j < begin; }, lane);
     if (first_feature() + L::kFeatures > p.features)
 #pragma unroll

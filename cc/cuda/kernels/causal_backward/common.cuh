@@ -125,12 +125,7 @@ struct WarpFeatures {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[0][n][i] = linear ? bias[n * 8 + 2 * t + (i & 1)] : 0.f;
     Product<kRows>(x, rows, keys, 0, lane);
-    if (!linear)
-#pragma unroll
-      for (int n = 0; n < kRows / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          x[0][n][i] = MappedLogit(map, x[0][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+    if (!linear) MapLogits(x[0], map, bias, t);
     if (given < 16)
 #pragma unroll
       for (int n = 0; n < kRows / 8; ++n)
@@ -322,6 +317,44 @@ PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
     }
   }
 }
+
+// What the blocks of the dq and dkv kernels have in common.
+template <class T, int W, class Params, class Layout, class Pointers>
+struct CausalBackwardBlock {
+  using L = Layout;
+  using R = Ranged<T>;
+  using Warp = WarpFeatures<T, W>;
+  using Position = WarpPosition<L>;
+  static constexpr int C = L::kRows, kThreads = L::kThreads;
+  static constexpr int kQueries = 32;  // queries whose features are in registers at a time
+
+  const Params& p;
+  unsigned char* shared;
+  Warp warp;
+
+  PERFORMER_DEVICE T* tile(int offset) const { return reinterpret_cast<T*>(shared + offset); }
+  PERFORMER_DEVICE R* ranged(int offset) const { return reinterpret_cast<R*>(shared + offset); }
+  PERFORMER_DEVICE float* floats(int offset) const {
+    return reinterpret_cast<float*>(shared + offset);
+  }
+  PERFORMER_DEVICE const Pointers* pointers() const {
+    return reinterpret_cast<const Pointers*>(shared + L::kPointers);
+  }
+  PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
+  PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
+
+  PERFORMER_DEVICE void LoadProjection(int first_feature, int tid) const {
+    T* const projection = tile(L::kProjection);
+    CopyOperand<T, W, L::kFeatures, kThreads>(
+        projection, pointers()->projection + first_feature * W,
+        static_cast<int>(p.features_pad) - first_feature, tid);
+    CpAsyncCommit();
+    if constexpr (kHasRanged<T>) {
+      CpAsyncWait<0>();
+      MakeRanged<T, W, L::kFeatures, kThreads>(ranged(L::kRangedProjection), projection, tid);
+    }
+  }
+};
 
 // log_mass before a chunk is kept for the reverse scan in [slots, G, M]. This is the slot of a
 // split's first chunk; each chunk of each split has one.

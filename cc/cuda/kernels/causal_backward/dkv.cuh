@@ -19,18 +19,15 @@ namespace cuda {
 
 // What one block does, in phases.
 template <class T, int W, int kWarps>
-struct CausalDkvBlock {
-  using L = CausalDkvLayout<T, W, kWarps>;
-  using R = Ranged<T>;
-  using Warp = WarpFeatures<T, W>;
-  using Position = WarpPosition<L>;
+struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvLayout<T, W, kWarps>,
+                                            CausalDkvPointers<T>> {
+  using Base = CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvLayout<T, W, kWarps>,
+                                   CausalDkvPointers<T>>;
+  using Base::C, Base::kThreads, Base::kQueries;
+  using Base::p, Base::shared, Base::warp, Base::tile, Base::ranged, Base::floats;
+  using Base::pointers, Base::heads, Base::features;
+  using typename Base::L, typename Base::R, typename Base::Warp, typename Base::Position;
   using KeyTile = typename Warp::Keys;  // 16 features x all keys of a chunk
-  static constexpr int C = L::kRows, kThreads = L::kThreads;
-  static constexpr int kQueries = 32;  // queries whose features are in registers at a time
-
-  const CausalDkvParams<T>& p;
-  unsigned char* shared;
-  Warp warp;
 
   // The reverse state of a thread's features (rows g and g + 8), relative to exp(anchor).
   struct State {
@@ -41,29 +38,7 @@ struct CausalDkvBlock {
     bool first, last;
   };
 
-  PERFORMER_DEVICE T* tile(int offset) const { return reinterpret_cast<T*>(shared + offset); }
-  PERFORMER_DEVICE R* ranged(int offset) const { return reinterpret_cast<R*>(shared + offset); }
-  PERFORMER_DEVICE float* floats(int offset) const {
-    return reinterpret_cast<float*>(shared + offset);
-  }
-  PERFORMER_DEVICE const CausalDkvPointers<T>* pointers() const {
-    return reinterpret_cast<const CausalDkvPointers<T>*>(shared + L::kPointers);
-  }
-  PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
   PERFORMER_DEVICE int groups() const { return static_cast<int>(p.groups); }
-  PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
-
-  PERFORMER_DEVICE void LoadProjection(int first_feature, int tid) const {
-    T* const projection = tile(L::kProjection);
-    CopyOperand<T, W, L::kFeatures, kThreads>(
-        projection, pointers()->projection + first_feature * W,
-        static_cast<int>(p.features_pad) - first_feature, tid);
-    CpAsyncCommit();
-    if constexpr (kHasRanged<T>) {
-      CpAsyncWait<0>();
-      MakeRanged<T, W, L::kFeatures, kThreads>(ranged(L::kRangedProjection), projection, tid);
-    }
-  }
 
   // The reverse state after the split's last row.
   PERFORMER_DEVICE void LoadState(State& state, int first_feature, int tid) const {
@@ -434,7 +409,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParam
   using L = typename Block::L;
   constexpr int C = L::kRows, kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
-  const Block block = {p, shared, {p.map, p.map.unit()}};
+  const Block block = {{p, shared, {p.map, p.map.unit()}}};
   const int tid = threadIdx.x, features = block.features();
   const bool one_head = block.heads() == block.groups();  // for each key/value head
 

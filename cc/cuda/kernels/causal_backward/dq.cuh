@@ -65,17 +65,14 @@ struct CausalDqLayout : CausalBackwardLayout<T, W, kWarps> {
 
 // What one block does, in phases. kDelta: CausalDeltaKernel.
 template <class T, int W, int kWarps, bool kDelta>
-struct CausalDqBlock {
-  using L = CausalDqLayout<T, W, kWarps>;
-  using R = Ranged<T>;
-  using Warp = WarpFeatures<T, W>;
-  using Position = WarpPosition<L>;
-  static constexpr int C = L::kRows, kThreads = L::kThreads;
-  static constexpr int kQueries = 32;  // queries whose features are in registers at a time
-
-  const CausalDqParams<T>& p;
-  unsigned char* shared;
-  Warp warp;
+struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayout<T, W, kWarps>,
+                                           CausalDqPointers<T>> {
+  using Base = CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayout<T, W, kWarps>,
+                                   CausalDqPointers<T>>;
+  using Base::C, Base::kThreads, Base::kQueries;
+  using Base::p, Base::shared, Base::warp, Base::tile, Base::ranged, Base::floats;
+  using Base::pointers, Base::heads, Base::features;
+  using typename Base::L, typename Base::R, typename Base::Warp, typename Base::Position;
 
   // The state of a thread's features (rows g and g + 8): log_mass = anchor + log(mass),
   // mean = sum / mass.
@@ -87,17 +84,6 @@ struct CausalDqBlock {
     float projection[1][W / 8][4] = {}, bias[2] = {};
   };
   using KeyOperand = uint32_t[C / 16][kFragment<R>];  // kb, as rounded
-
-  PERFORMER_DEVICE T* tile(int offset) const { return reinterpret_cast<T*>(shared + offset); }
-  PERFORMER_DEVICE R* ranged(int offset) const { return reinterpret_cast<R*>(shared + offset); }
-  PERFORMER_DEVICE float* floats(int offset) const {
-    return reinterpret_cast<float*>(shared + offset);
-  }
-  PERFORMER_DEVICE const CausalDqPointers<T>* pointers() const {
-    return reinterpret_cast<const CausalDqPointers<T>*>(shared + L::kPointers);
-  }
-  PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
-  PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
 
   // By one thread.
   PERFORMER_DEVICE void StorePointers() const {
@@ -123,18 +109,6 @@ struct CausalDqBlock {
         p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads(), group) * features(),
         p.before_log_mass + state * features(),
         p.before_mean + state * features() * p.keys.value.width};
-  }
-
-  PERFORMER_DEVICE void LoadProjection(int first_feature, int tid) const {
-    T* const projection = tile(L::kProjection);
-    CopyOperand<T, W, L::kFeatures, kThreads>(
-        projection, pointers()->projection + first_feature * W,
-        static_cast<int>(p.features_pad) - first_feature, tid);
-    CpAsyncCommit();
-    if constexpr (kHasRanged<T>) {
-      CpAsyncWait<0>();
-      MakeRanged<T, W, L::kFeatures, kThreads>(ranged(L::kRangedProjection), projection, tid);
-    }
   }
 
   // The state before the split's first row; feature_bias in units of root.
@@ -378,7 +352,7 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
   using R = Ranged<T>;
   constexpr int C = L::kRows, kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
-  const Block block = {p, shared, {p.map, p.map.unit()}};
+  const Block block = {{p, shared, {p.map, p.map.unit()}}};
   const int tid = threadIdx.x, features = block.features();
   R* const pair_rest = kIs16Bit<T> ? block.ranged(L::kPairRest) : nullptr;
 
