@@ -1,5 +1,6 @@
-// Tiles in shared memory and the operands of products read from them, alike for bfloat16, half
-// (one mma.m16n8k16) and float32 (three mma.m16n8k8 of tf32 parts: float32's accuracy).
+// Tiles in shared memory, and the operands of products that are read from them. The functions are
+// the same for bfloat16 and half (one mma.m16n8k16) and for float32 (three mma.m16n8k8 of tf32
+// parts, which keep float32's accuracy).
 //
 // A tile is [rows][W], W = 64 or 128. Chunks of 16 bytes are permuted within a row (XOR with a
 // function of the row), so that operand loads, cp.async and stores of accumulators are free of bank
@@ -7,7 +8,10 @@
 //
 // Fragments: g = lane / 4, t = lane % 4. An accumulator c[4] of 16 rows x 8 columns holds (row g,
 // columns 2t and 2t + 1), then row g + 8, the same columns. Operands cover 16 of the summed index:
-//   A  16 rows            B  16 columns, two accumulators side by side
+//
+//   A   16 rows
+//   B   16 columns, which make two accumulators side by side
+//
 // A product's accumulators, two side by side, are the A operand of a product that sums over these
 // 16 columns (PackA). For float32 that holds because both operands number the summed index alike:
 // within 8, position t is number 2t and position t + 4 is number 2t + 1.
@@ -152,7 +156,7 @@ PERFORMER_DEVICE void LoadBTrans(uint32_t (&b)[kFragment<T>], const T* tile, int
   }
 }
 
-// x = high + low, both tf32, up to 2^-22 |x|.
+// x = high + low, both tf32, with an error of at most 2^-22 |x|.
 struct Tf32Parts {
   uint32_t high, low;
 };

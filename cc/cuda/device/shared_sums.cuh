@@ -19,7 +19,7 @@ class KeptSums {
     for (int n = 0; n < W / 8; ++n) Set(n, 0.f, 0.f, 0.f, 0.f);
   }
 
-  // += x (kColumns tokens) tokens, as SumTokens.
+  // Adds x (of kColumns tokens) times tokens, as SumTokens does.
   template <class T, int kColumns>
   PERFORMER_DEVICE void Add(const BackwardTile<1, kColumns>& x, const T* tokens, int lane) {
     lane = Opaque(lane);

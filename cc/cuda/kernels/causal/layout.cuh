@@ -38,12 +38,11 @@ struct CausalParams : CausalRowsParams<T> {
   RowsOf<T> out;                           // [B L, H, E]
   float* log_mass = nullptr;               // [N, G, M]: the final state
   float* mean = nullptr;                   // [N, G, M, E]
-  // [blocks of features][B L, H, W]: the outputs of each block of features, instead of out; or
-  // nullptr.
+  // [feature blocks][B L, H, W]: the outputs of each feature block, instead of out; or nullptr.
   float* part_out = nullptr;
-  float* lse = nullptr;  // [blocks of features][B L, H]: log sum_m exp(a + log_mass of the row);
-                         // or nullptr
-  int64_t part_size = 0, part_lse = 0;  // elements of part_out and lse for one block of features
+  // [feature blocks][B L, H]: log sum_m exp(a + log_mass of the row); or nullptr.
+  float* lse = nullptr;
+  int64_t part_size = 0, part_lse = 0;  // elements of part_out and lse for one feature block
 
   PERFORMER_DEVICE int64_t group_of(int64_t head) const {
     return head / (this->query.heads / this->groups);

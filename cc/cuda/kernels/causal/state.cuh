@@ -6,7 +6,7 @@
 namespace performer {
 namespace cuda {
 
-// What one block does; members are the parts that all of its threads hold.
+// What one block does. The members are the same for all of its threads.
 template <class T, int W, int kFeatureTiles, bool kSmall>
 struct CausalState {
   using L = CausalLayout<T, W, kFeatureTiles, kSmall>;
@@ -32,8 +32,8 @@ struct CausalState {
   PERFORMER_DEVICE CausalPointers<T>* pointers() const {
     return reinterpret_cast<CausalPointers<T>*>(shared + L::kPointers);
   }
-  PERFORMER_DEVICE int feature(int group, int warp) const {  // in the block, first of 16
-    return (group * L::kWarps + warp) * 16;
+  PERFORMER_DEVICE int feature(int feature_tile, int warp) const {  // in the block, first of 16
+    return (feature_tile * L::kWarps + warp) * 16;
   }
 
   PERFORMER_DEVICE void Start(State& state, int64_t index, int warp, int lane) const {
@@ -86,7 +86,7 @@ struct CausalState {
       }
   }
 
-  // x = b of the warp's features and the keys of a tile, -inf before `begin`.
+  // x = b of the warp's features and the keys of a tile, and -inf for keys before `begin`.
   PERFORMER_DEVICE void Keys(KeyLogits& x, const T* keys, const float* bias, int begin, int warp,
                              int lane) const {
     const int t = lane % 4;
@@ -105,7 +105,7 @@ struct CausalState {
       uint32_t a[kFeatureTiles][kFragment<T>];
 #pragma unroll
       for (int m = 0; m < kFeatureTiles; ++m) {
-        // Past the last features: those of the first ones, whose logits are replaced below.
+        // Past the last features the first ones are read, and their logits are replaced below.
         const int row = first_feature() + feature(m, warp) < p.features_pad ? feature(m, warp) : 0;
         LoadOperand<T>(a[m], operands + (row / 16 * (W / 16) + s) * 32 * kFragment<T>, lane);
       }
@@ -143,9 +143,9 @@ struct CausalState {
           for (int m = 0; m < kFeatureTiles; ++m) x[m][n][i] = -kInfinity;
   }
 
-  // The anchors of a sub-chunk that begins at column `begin`; `keep` is what the old state is
-  // multiplied by. Returns the first column whose key the sub-chunk may not hold, as far as this
-  // warp's features say.
+  // Finds the anchors of the sub-chunk that begins at column `begin`. `keep` is the factor of the
+  // old state, and `none` says that a feature has no anchor. Returns the first column whose key the
+  // sub-chunk may not hold, judged by this warp's features.
   PERFORMER_DEVICE int Anchor(const KeyLogits& x, const float* bias, int begin, State& state,
                               float (&keep)[kFeatureTiles][2], bool (&none)[kFeatureTiles][2],
                               int lane) const {
