@@ -1,4 +1,4 @@
-// Small kernels with a mistake that can be planted: what the emulator must find.
+// Small kernels with a mistake that can be planted, which the emulator must find.
 #pragma once
 #include "cuda/device/ptx.h"
 
@@ -51,9 +51,9 @@ static __global__ void MissingWait(Params p) {
   cuda::CpAsync16(s + 4 * threadIdx.x, p.x + 4 * threadIdx.x, true);
   cuda::CpAsyncCommit();
   if (!p.bug) cuda::CpAsyncWait<0>();
-  const float mine = s[4 * threadIdx.x];
+  const float own = s[4 * threadIdx.x];
   cuda::CpAsyncWait<0>();
-  p.out[blockIdx.x * blockDim.x + threadIdx.x] = mine;
+  p.out[blockIdx.x * blockDim.x + threadIdx.x] = own;
 }
 
 static __global__ void DivergentBarrier(Params p) {

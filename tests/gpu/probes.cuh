@@ -1,5 +1,6 @@
-// One small kernel for every wrapper of cuda/device/ptx.h that holds PTX: what it does to numbers that a
-// test gives. The same source runs on a GPU and under the emulator, where it tests the host twin.
+// One small kernel for every wrapper of cuda/device/ptx.h that holds PTX. It applies the wrapper to
+// numbers that a test gives. The same source runs on a GPU and under the emulator, where it tests
+// the host twin.
 #pragma once
 #include "cuda/device/ptx.h"
 

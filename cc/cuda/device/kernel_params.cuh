@@ -1,5 +1,5 @@
 // Kernel parameters that several kernels share: what the core's parameters (core/params.h) say, in
-// the form in which a block uses it. Plain data, prepared by the launchers (context.h).
+// the form in which a block uses it. Plain data, prepared by the launchers (host/context.h).
 #pragma once
 #include "core/attributes.h"
 #include "cuda/device/mma_tile.cuh"
@@ -11,7 +11,7 @@ namespace cuda {
 // A tensor [rows, heads, width] whose rows (of one head) are copied into tiles.
 template <class T>
 struct RowsOf {
-  T* data = nullptr;
+  T* data = nullptr;  // [rows, heads, width]
   int64_t heads = 0;
   int width = 0;
   int stride = 0;        // heads * width
@@ -38,7 +38,7 @@ struct Map {
 
 // key_bias [1|B, 1|G, 1|S].
 struct KeyBias {
-  const float* data = nullptr;
+  const float* data = nullptr;            // [1|B, 1|G, 1|S]
   int64_t batch_step = 0, head_step = 0;  // 0: the same for all
   int step = 0;                           // along the keys, 0 or 1
 };
@@ -55,7 +55,7 @@ struct KeyParams {
 inline constexpr int kFeatureUnit = 64;
 template <class T>
 struct Projection {
-  const T* data = nullptr;
+  const T* data = nullptr;  // [heads, m_pad, W]
   int64_t heads = 0;
   PERFORMER_DEVICE const T* At(int64_t head, int64_t m_pad, int width) const {
     return data + head * m_pad * width;
@@ -101,6 +101,16 @@ PERFORMER_DEVICE float MappedLogit(const Map& map, float x) {
   const float phi = relu ? (u < 0.f ? 0.f : u) + map.epsilon : 1.f + u;
   const float log_phi = relu || u > 0.f ? Log2(phi) * kLn2 : u;
   return log_phi * map.inverse_root;
+}
+// x = log phi of the products x, plus the bias of each column, for columns 8 n + 2 t + c of a row
+// tile.
+template <int kColumnTiles>
+PERFORMER_DEVICE void MapLogits(float (&x)[kColumnTiles][4], const Map& map, const float* bias,
+                                int t) {
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = MappedLogit(map, x[n][i]) + bias[n * 8 + 2 * t + (i & 1)];
 }
 
 }  // namespace cuda

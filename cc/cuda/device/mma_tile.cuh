@@ -1,5 +1,6 @@
-// Tiles in shared memory and the operands of products read from them, alike for bfloat16, half
-// (one mma.m16n8k16) and float32 (three mma.m16n8k8 of tf32 parts: float32's accuracy).
+// Tiles in shared memory, and the operands of products that are read from them. The functions are
+// the same for bfloat16 and half (one mma.m16n8k16) and for float32 (three mma.m16n8k8 of tf32
+// parts, which keep float32's accuracy).
 //
 // A tile is [rows][W], W = 64 or 128. Chunks of 16 bytes are permuted within a row (XOR with a
 // function of the row), so that operand loads, cp.async and stores of accumulators are free of bank
@@ -7,10 +8,13 @@
 //
 // Fragments: g = lane / 4, t = lane % 4. An accumulator c[4] of 16 rows x 8 columns holds (row g,
 // columns 2t and 2t + 1), then row g + 8, the same columns. Operands cover 16 of the summed index:
-//   A  16 rows            B  16 columns, two accumulators side by side
+//
+//   A   16 rows
+//   B   16 columns, which make two accumulators side by side
+//
 // A product's accumulators, two side by side, are the A operand of a product that sums over these
 // 16 columns (PackA). For float32 that holds because both operands number the summed index alike:
-// within 8, place t is number 2t and place t + 4 number 2t + 1.
+// within 8, position t is number 2t and position t + 4 is number 2t + 1.
 #pragma once
 #include "cuda/device/ptx.h"
 
@@ -28,12 +32,12 @@ inline constexpr int kChunk = 16 / sizeof(T);  // numbers in 16 bytes
 template <class T>
 inline constexpr int kFragment = kIs16Bit<T> ? 4 : 8;  // registers of an operand
 
-// How many steps over the summed index are unrolled: in float32, whose steps are long, none, so
-// that operands of several steps do not wait in registers.
+// How many iterations over the summed index are unrolled. In float32, whose iterations are long,
+// none are, so that operands of several iterations do not wait in registers.
 template <class T>
 inline constexpr int kUnroll = kIs16Bit<T> ? 8 : 1;
 
-// Place of (row, column) in a tile.
+// The index of (row, column) in a tile.
 template <class T, int W>
 PERFORMER_DEVICE int At(int row, int column) {
   constexpr int kLog = kIs16Bit<T> ? 3 : 2;
@@ -152,7 +156,7 @@ PERFORMER_DEVICE void LoadBTrans(uint32_t (&b)[kFragment<T>], const T* tile, int
   }
 }
 
-// x = high + low, both tf32, up to 2^-22 |x|.
+// x = high + low, both tf32, with an error of at most 2^-22 |x|.
 struct Tf32Parts {
   uint32_t high, low;
 };
@@ -219,7 +223,19 @@ PERFORMER_DEVICE void PackRest(uint32_t (&rest)[4], const uint32_t (&a)[4], cons
   rest[3] = Pack<T>(c1[2] - Low<T>(a[3]), c1[3] - High<T>(a[3]));
 }
 
-// Over the four lanes that hold one row of an accumulator.
+// The sum and the largest over the 32 lanes of a warp.
+PERFORMER_DEVICE float WarpSum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+PERFORMER_DEVICE float WarpMax(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
+}
+
+// The sum and the largest over the four lanes that hold one row of an accumulator.
 PERFORMER_DEVICE float QuadSum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
@@ -229,8 +245,8 @@ PERFORMER_DEVICE float QuadMax(float x) {
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-// The shift of exponentials: any finite number where nothing was summed.
-PERFORMER_DEVICE float ZeroIfNone(float top) { return top == -kInfinity ? 0.f : top; }
+// What is subtracted in an exponent: the maximum, or 0 where nothing was summed.
+PERFORMER_DEVICE float ZeroIfNone(float row_max) { return row_max == -kInfinity ? 0.f : row_max; }
 
 }  // namespace cuda
 }  // namespace performer

@@ -1,14 +1,14 @@
-// One step of softmax(rows x columns + bias) @ values for one warp, the shared core of summarize
-// and read (online softmax, as in flash attention, arXiv:2205.14135):
+// One step of softmax(rows x columns + bias) @ values for one warp: the core that summarize and
+// read share (online softmax, as in flash attention, arXiv:2205.14135).
 //
-//              rows           columns (tile [64][W])   values (tile [64][W])   bias of a column
-//   summarize  features w    keys                     values                  -|k|^2/2 + key_bias
-//   read       queries        features w              mean                    log_mass +
-//   feature_bias
+//              rows         columns             values              bias of a column
+//                           (tile [64][W])      (tile [64][W])
+//   summarize  features w   keys                values              -|k|^2/2 + key_bias
+//   read       queries      features w          mean                log_mass + feature_bias
 //
-// An exponential is exp2((x - top) * unit): one fused exp2(x * unit - top * unit) would save an
-// addition, but the rounding of top * unit alone overflows for logits beyond 1e9, and finite inputs
-// must give finite outputs.
+// An exponential is exp2((x - row_max) * unit). One fused exp2(x * unit - row_max * unit) would
+// save an addition, but the rounding of row_max * unit alone overflows for logits beyond 1e9, and
+// finite inputs must give finite outputs.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 
@@ -33,7 +33,7 @@ PERFORMER_DEVICE void LoadRowOperand(uint32_t (&a)[kFragment<T>],
 // summed indices 16 s .. 16 s + 15.
 template <class T, int W, int kRowTiles>
 struct Softmax {
-  float acc[kRowTiles][W / 8][4], top[kRowTiles][2];
+  float acc[kRowTiles][W / 8][4], row_max[kRowTiles][2];
   float sum[kRowTiles][2];  // this lane's share of the row
 
   PERFORMER_DEVICE void Init() {
@@ -44,7 +44,7 @@ struct Softmax {
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) top[m][e] = -kInfinity, sum[m][e] = 0.f;
+      for (int e = 0; e < 2; ++e) row_max[m][e] = -kInfinity, sum[m][e] = 0.f;
     }
   }
 
@@ -61,13 +61,13 @@ struct Softmax {
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float y = top[m][e];
+        float y = row_max[m][e];
 #pragma unroll
         for (int n = 0; n < 8; ++n) y = fmaxf(y, fmaxf(x[m][n][2 * e], x[m][n][2 * e + 1]));
         y = QuadMax(y);
-        grew |= y > top[m][e];
-        factor[m][e] = Exp2((top[m][e] - ZeroIfNone(y)) * unit);
-        top[m][e] = y;
+        grew |= y > row_max[m][e];
+        factor[m][e] = Exp2((row_max[m][e] - ZeroIfNone(y)) * unit);
+        row_max[m][e] = y;
       }
     if (__any_sync(kAllLanes, grew))  // skipping a multiplication by 1 changes no bit
 #pragma unroll
@@ -85,7 +85,7 @@ struct Softmax {
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float base = ZeroIfNone(top[m][e]);
+        const float base = ZeroIfNone(row_max[m][e]);
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -145,12 +145,7 @@ struct Softmax {
     }
     if (linear) return;
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          x[m][n][i] = MappedLogit(map, x[m][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+    for (int m = 0; m < kRowTiles; ++m) MapLogits(x[m], map, bias, t);
   }
 };
 

@@ -1,5 +1,5 @@
-// Rows of tensors on their way into tiles: plain rows, and the stream of keys and values with its
-// masks.
+// How rows of tensors are copied into tiles in shared memory: plain rows, and the stream of keys
+// and values with its masks.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 
@@ -9,19 +9,18 @@ namespace cuda {
 inline constexpr int kTile = 64;  // tokens of a tile
 
 // Starts copying kRows rows, from row `first` of those at `from` on, into a tile; the rest of each
-// tile row becomes zero. Rows of which valid(row in the tile) is false are not read: they arrive as
-// zeros. Every thread of kThreads takes part; it writes chunk tid % chunks of rows tid / chunks + i
-// * (kThreads / chunks).
+// tile row becomes zero. Rows for which valid(row in the tile) is false are not read: they arrive
+// as zeros. Each of kThreads threads writes chunk tid % kChunks of rows tid / kChunks + i kStride.
 template <class T, int W, int kRows, int kThreads, class Valid>
 PERFORMER_DEVICE void CopyRows(T* tile, const T* from, int first, const RowsOf<const T>& rows,
                                int tid, Valid valid) {
-  constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "each thread copies as much");
+  constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>;
   const int64_t stride = rows.stride;
 #pragma unroll 4
-  for (int row = tid / kChunks; row < kRows; row += kStep) {
+  for (int row = tid / kChunks; row < kRows; row += kStride) {
     const bool ok = column < rows.width && valid(row);
     T* to = tile + At<T, W>(row, column);
     const T* source = from + (ok ? (first + row) * stride + column : 0);
@@ -34,27 +33,28 @@ PERFORMER_DEVICE void CopyRows(T* tile, const T* from, int first, const RowsOf<c
     }
   }
 }
-// Rows that lie in memory as in the tile, [kRows][W]; those from `rows` on become zeros.
+// Starts copying rows that lie in memory as in the tile, [kRows][W]. Those from `rows` on become
+// zeros.
 template <class T, int W, int kRows, int kThreads>
 PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
-  constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "each thread copies as much");
+  constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>;
 #pragma unroll 4
-  for (int row = tid / kChunks; row < kRows; row += kStep) {
+  for (int row = tid / kChunks; row < kRows; row += kStride) {
     const bool ok = row < rows;
     CpAsync16(tile + At<T, W>(row, column), from + (ok ? row * W + column : 0), ok);
   }
 }
 
-// Where the rows of a block lie: in shared memory, because registers are short and this is used
-// once a tile.
+// The pointers of a block. They are kept in shared memory, because registers are short and they are
+// used once a tile. Rows start at the block's first row.
 template <class T>
-struct KeyPlace {
-  const T *key, *value;  // the first row
-  const float* bias;     // key_bias of the first row, or the only one
-  int rows;              // how many the block takes
+struct KeyPointers {
+  const T *key, *value;  // [rows, G, D or E], at the block's head
+  const float* bias;     // key_bias [1 or rows]
+  int rows;              // of the block
 };
 
 // Keys and values of one sequence and key/value head, a tile at a time, with the column bias of the
@@ -63,63 +63,66 @@ struct KeyPlace {
 // A masked key (key_bias -inf), or one past the end, is never read: key and value arrive as zeros
 // and the bias is -inf.
 //
-// How a tile i comes, of a block that walks tiles 0, 1, ...:
-//   Publish(i)   what Fetch(i) brought becomes visible at the next barrier
-//   Issue(i)     starts the copies; Fetch(i + 1) may follow
-//   CpAsyncWait<0>(); Arrived(i); barrier; use
+// A block that walks tiles 0, 1, ... does for tile i:
+//   LoadKeyBias(i)       its key_bias to a register, a tile ahead
+//   StoreKeyBias(i)      to shared memory; visible at the next barrier
+//   Issue(i)             starts the copies of keys and values; LoadKeyBias(i + 1) may follow
+//   CpAsyncWait<0>()
+//   ComputeBias(i)       visible, with the keys and values, at the next barrier
 // buffer is i % 2, or 0 where tiles come one at a time.
 template <class T, int W, int kThreads, int kRows = kTile>
 struct KeyStream {
   const KeyParams<T>& p;
-  const KeyPlace<T>* place;
-  float* raw;      // [2][kRows] in shared memory: key_bias as given, -inf past the end
-  float* bias;     // [2][kRows]
-  float next = 0;  // of thread tid < kRows: key_bias of key `tid` in the tile fetched last
+  const KeyPointers<T>* pointers;
+  float* key_bias;  // [2][kRows] in shared memory: key_bias as given, -inf past the end
+  float* bias;      // [2][kRows]
+  float next = 0;   // of thread tid < kRows: key_bias of key `tid` in the tile loaded last
 
-  static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPlace<T>);
+  static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPointers<T>);
 
   // Every thread of the block; ends with a barrier.
   PERFORMER_DEVICE KeyStream(const KeyParams<T>& p, const Map& map, const WorkTile& work,
                              int64_t head, unsigned char* shared, int tid)
       : p(p),
-        place(reinterpret_cast<KeyPlace<T>*>(shared + 4 * kRows * sizeof(float))),
-        raw(reinterpret_cast<float*>(shared)),
-        bias(raw + 2 * kRows),
+        pointers(reinterpret_cast<KeyPointers<T>*>(shared + 4 * kRows * sizeof(float))),
+        key_bias(reinterpret_cast<float*>(shared)),
+        bias(key_bias + 2 * kRows),
         map_(map) {
     if (tid == 0) {
       const int64_t batch = p.packed ? 0 : work.sequence;
       const int64_t row = work.begin + (p.packed ? work.first_row : 0);
-      *const_cast<KeyPlace<T>*>(place) = {
+      *const_cast<KeyPointers<T>*>(pointers) = {
           p.key.Row(work.first_row + work.begin, head),
           p.value.Row(work.first_row + work.begin, head),
           p.bias.data + batch * p.bias.batch_step + head * p.bias.head_step + row * p.bias.step,
           static_cast<int>(work.end - work.begin)};
     }
-    __syncthreads();  // the place is known
+    __syncthreads();  // the pointers are visible
   }
 
-  PERFORMER_DEVICE void Fetch(int tile, int tid) {
+  PERFORMER_DEVICE void LoadKeyBias(int tile, int tid) {
     const int row = tile * kRows + tid;
     if (tid < kRows)
-      next = row < place->rows ? place->bias[static_cast<int64_t>(row) * p.bias.step] : -kInfinity;
+      next = row < pointers->rows ? pointers->bias[static_cast<int64_t>(row) * p.bias.step]
+                                  : -kInfinity;
   }
-  PERFORMER_DEVICE void Publish(int buffer, int tid) {
-    if (tid < kRows) raw[buffer * kRows + tid] = next;
+  PERFORMER_DEVICE void StoreKeyBias(int buffer, int tid) {
+    if (tid < kRows) key_bias[buffer * kRows + tid] = next;
   }
   PERFORMER_DEVICE void Issue(int tile, int buffer, T* keys, T* values, int tid) const {
-    const float* mask = raw + buffer * kRows;
+    const float* mask = key_bias + buffer * kRows;
     const auto valid = [&](int row) { return mask[row] != -kInfinity; };
-    CopyRows<T, W, kRows, kThreads>(keys, place->key, tile * kRows, p.key, tid, valid);
-    CopyRows<T, W, kRows, kThreads>(values, place->value, tile * kRows, p.value, tid, valid);
+    CopyRows<T, W, kRows, kThreads>(keys, pointers->key, tile * kRows, p.key, tid, valid);
+    CopyRows<T, W, kRows, kThreads>(values, pointers->value, tile * kRows, p.value, tid, valid);
     CpAsyncCommit();
   }
-  // A thread reads only what it copied itself, so no barrier is needed before.
-  PERFORMER_DEVICE void Arrived(int buffer, const T* keys, int tid) const {
-    constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
+  // A thread reads only the keys that it copied itself, so no barrier is needed before.
+  PERFORMER_DEVICE void ComputeBias(int buffer, const T* keys, int tid) const {
+    constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
     tid = Opaque(tid);
     const float norm_factor = 0.5f * map_.root;
 #pragma unroll 2
-    for (int row = tid / kChunks; row < kRows; row += kStep) {
+    for (int row = tid / kChunks; row < kRows; row += kStride) {
       const T* chunk = keys + At<T, W>(row, tid % kChunks * kChunk<T>);
       float norm = 0;
 #pragma unroll
@@ -131,7 +134,7 @@ struct KeyStream {
       for (int lanes = 1; lanes < kChunks; lanes *= 2)
         norm += __shfl_xor_sync(kAllLanes, norm, lanes);
       if (tid % kChunks == 0) {
-        const float given = raw[buffer * kRows + row] * map_.inverse_root;
+        const float given = key_bias[buffer * kRows + row] * map_.inverse_root;
         bias[buffer * kRows + row] = map_.key_norm ? given - norm_factor * norm : given;
       }
     }

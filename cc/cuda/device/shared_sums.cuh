@@ -1,12 +1,12 @@
-// Sums over tokens that wait in shared memory while a chunk needs the registers.
+// Sums over tokens that are kept in shared memory while a chunk needs the registers.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 
 namespace performer {
 namespace cuda {
 
-// Sums of a warp's 16 features x W. In shared memory (kShared) each thread has places of its own,
-// so that no barrier is needed; else they are registers.
+// Sums of a warp's 16 features x W. In shared memory (kShared) each thread has elements of its own,
+// so that no barrier is needed. Otherwise they are registers.
 template <int W, int kThreads, bool kShared>
 class KeptSums {
  public:
@@ -14,12 +14,12 @@ class KeptSums {
 
   // `shared`: kBytes, to multiples of 16.
   PERFORMER_DEVICE KeptSums(unsigned char* shared, int tid)
-      : places_(reinterpret_cast<float4*>(shared) + tid) {
+      : elements_(reinterpret_cast<float4*>(shared) + tid) {
 #pragma unroll
     for (int n = 0; n < W / 8; ++n) Set(n, 0.f, 0.f, 0.f, 0.f);
   }
 
-  // += x (kColumns tokens) tokens, as SumTokens.
+  // Adds x (of kColumns tokens) times tokens, as SumTokens does.
   template <class T, int kColumns>
   PERFORMER_DEVICE void Add(const BackwardTile<1, kColumns>& x, const T* tokens, int lane) {
     lane = Opaque(lane);
@@ -49,14 +49,14 @@ class KeptSums {
 
  private:
   PERFORMER_DEVICE void Get(int n, float (&x)[4]) const {
-    const float4 y = kShared ? places_[n * kThreads] : registers_[n];
+    const float4 y = kShared ? elements_[n * kThreads] : registers_[n];
     x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
   }
   PERFORMER_DEVICE void Set(int n, float x, float y, float z, float w) {
-    (kShared ? places_[n * kThreads] : registers_[n]) = float4{x, y, z, w};
+    (kShared ? elements_[n * kThreads] : registers_[n]) = float4{x, y, z, w};
   }
 
-  float4* const places_;
+  float4* const elements_;
   float4 registers_[W / 8];
 };
 

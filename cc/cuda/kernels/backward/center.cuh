@@ -1,7 +1,9 @@
-// The gradient of a state, prepared for the sweep over keys: the operand dmean, and
+// The gradient of a state, prepared for the dkv kernel: the operand dmean, and
+//
 //   c[m] = dmean . mean - dlog_mass
-// from the operand as it is rounded, so that the two cancel exactly. 0 where nothing was seen. For
-// half both are multiplied by GradStateScale.
+//
+// c is made of the operand as it is rounded, so that the two cancel exactly. It is 0 where nothing
+// was seen. For half both are multiplied by GradStateScale.
 //
 // Grid: one warp for each row of the operand.
 #pragma once
@@ -12,7 +14,7 @@ namespace cuda {
 
 template <class T>
 struct CenterParams {
-  const float *log_mass = nullptr, *mean = nullptr;            // [count, G, M(, E)]
+  const float *log_mass = nullptr, *mean = nullptr;            // [count, G, M], [count, G, M, E]
   const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // likewise
   int64_t matrices = 0, features = 0, features_pad = 0;        // matrices: count G
   int width = 0;
@@ -40,8 +42,7 @@ __global__ void __launch_bounds__(256) CenterKernel(CenterParams<T> p) {
     p.operand[number * W + column] = x;
     if (here) center += ToFloat(x) * p.mean[row * p.width + column];
   }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) center += __shfl_xor_sync(kAllLanes, center, lanes);
+  center = WarpSum(center);
   if (lane != 0 || feature >= p.features) return;
   p.center[row] = given ? center - p.grad_log_mass[row] * scale : 0.f;
   p.bias_part[row] = given ? p.grad_log_mass[row] : 0.f;
@@ -51,28 +52,26 @@ __global__ void __launch_bounds__(256) CenterKernel(CenterParams<T> p) {
 struct GradPeakParams {
   const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // [matrices, M(, E)]
   int64_t features = 0, width = 0;
-  float* peak = nullptr;
+  float* peak = nullptr;  // [matrices]
 };
 
 inline constexpr int kPeakThreads = 256;
 static __global__ void __launch_bounds__(kPeakThreads) GradPeakKernel(GradPeakParams p) {
   PERFORMER_SHARED_MEMORY(shared);
-  float* const tops = reinterpret_cast<float*>(shared);  // [warps]
+  float* const warp_max = reinterpret_cast<float*>(shared);  // [warps]
   const int64_t first = blockIdx.x * p.features, size = p.features * p.width;
   const int tid = threadIdx.x;
-  float top = 0;
+  float largest = 0;
   for (int64_t i = tid; i < p.features; i += kPeakThreads)
-    top = fmaxf(top, fabsf(p.grad_log_mass[first + i]));
+    largest = fmaxf(largest, fabsf(p.grad_log_mass[first + i]));
   for (int64_t i = tid; i < size; i += kPeakThreads)
-    top = fmaxf(top, fabsf(p.grad_mean[first * p.width + i]));
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
-  if (tid % 32 == 0) tops[tid / 32] = top;
+    largest = fmaxf(largest, fabsf(p.grad_mean[first * p.width + i]));
+  largest = WarpMax(largest);
+  if (tid % 32 == 0) warp_max[tid / 32] = largest;
   __syncthreads();  // maxima of all warps
   if (tid != 0) return;
-  for (int i = 0; i < kPeakThreads / 32; ++i) top = fmaxf(top, tops[i]);
-  p.peak[blockIdx.x] = top;
+  for (int i = 0; i < kPeakThreads / 32; ++i) largest = fmaxf(largest, warp_max[i]);
+  p.peak[blockIdx.x] = largest;
 }
 
 }  // namespace cuda

@@ -1,26 +1,27 @@
-// What the sweeps of the gradients share. A block walks tiles of 64 tokens, 32 at a time, with its
-// features as rows of all products; a warp owns 16 kRowTiles of them.
+// What the gradient kernels share. A block walks tiles of 64 tokens, 32 at a time. Its features are
+// the rows of all products, and a warp owns 16 kRowTiles of them.
 //
-//   sums over tokens (gradients of the state and of projections)   registers, a warp its own rows
-//   sums over features (gradients of queries, keys, values)       the summed tile
-//   [feature][token]
-//                                                                  goes through shared memory
-// More features than a block holds are taken a group after the other; gradients of rows are then
-// kept in float32 in memory until the last group.
+//   sums over tokens     gradients of the state and of projections: in registers, each warp has its
+//                        rows
+//   sums over features   gradients of queries, keys and values: through a tile [feature][token] in
+//                        shared memory
+//
+// If there are more features than a block holds, it takes one feature block after the other, and
+// keeps the gradients of rows in float32 in memory until the last one.
 #pragma once
 #include "cuda/device/row_pipeline.cuh"
 
 namespace performer {
 namespace cuda {
 
-// kWarps_ 4 or 8: a smaller block where there are few features.
+// kWarps_ is 4 or 8: a smaller block serves a small number of features.
 template <class T, int W, int kWarps_>
 struct BackwardLayout {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   // Of a warp: sums over tokens, twice 16 kRowTiles x W, fill half of the registers.
   static constexpr int kRowTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
   static constexpr int kFeatures = 16 * kRowTiles * kWarps;
-  static constexpr int kMostBytes = MaxSharedBytes(W, kWarps);
+  static constexpr int kMaxBytes = MaxSharedBytes(W, kWarps);
   static constexpr int kStages = kIs16Bit<T> ? 2 : 1;  // of tiles, as shared memory allows
   // Sums over features: 16 tokens of a warp and this many columns, kColumns at a time.
   static constexpr int kWarpColumns = W / (kWarps / 4);
@@ -34,8 +35,8 @@ struct BackwardLayout {
 template <class T, int W>
 inline constexpr int kBackwardWarps = kIs16Bit<T> || W == 64 ? 8 : 4;
 
-// How a thread sees its part of a sweep: rows are features row0 + 16 m + g + 8 e of the block,
-// columns tokens 8 n + 2 t + c of kColumns.
+// A thread's part of a tile of features x tokens. Rows are features row0 + 16 m + g + 8 e of the
+// block, columns are tokens 8 n + 2 t + c of kColumns.
 template <int kRowTiles, int kColumns = 32>
 using BackwardTile = float[kRowTiles][kColumns / 8][4];
 
@@ -112,7 +113,7 @@ PERFORMER_DEVICE void LoadSummed(BackwardTile<kRowTiles, kColumns>& x, const T* 
       }
 }
 
-// What an A operand holds of row g + 8 e, added up.
+// The sum of what an A operand holds of row g + 8 e.
 template <class T>
 PERFORMER_DEVICE float OperandSum(const uint32_t (&a)[kFragment<T>], int e) {
   float sum = 0;
@@ -162,7 +163,8 @@ PERFORMER_DEVICE void TotalOfFeatures(float (&total)[2], const T* tile, int r0, 
   }
 }
 
-// What query row `at` has for a sweep; no weight: a row past the end, or that sees no key.
+// Loads lse and delta of query row `at`. A row past the end, or one that sees no key, gets
+// lse = inf: its features are 0.
 PERFORMER_DEVICE void LoadStatistics(float* lse, float* delta, const float* from_lse,
                                      const float* from_delta, int64_t at, bool valid,
                                      const Map& map) {
@@ -171,14 +173,38 @@ PERFORMER_DEVICE void LoadStatistics(float* lse, float* delta, const float* from
   *delta = valid ? from_delta[at] : 0.f;
 }
 
-// Two numbers of a row's gradient that is a sum of parts (groups of features, sub-chunks of a chunk,
-// query heads), kept at sums[at] in between, by the same thread. Returns whether y is the sum now.
+// y: two numbers of a row's gradient that is a sum of parts (feature blocks, sub-chunks of a chunk,
+// query heads). The same thread keeps them at sums[at] in between. Returns whether y is the whole
+// sum now.
 PERFORMER_DEVICE bool AddPart(float2& y, float* sums, int64_t at, bool first, bool last) {
   if (first && last) return true;
   float2* const sum = reinterpret_cast<float2*>(sums + at);
   if (!first) y.x += sum->x, y.y += sum->y;
   if (!last) *sum = y;
   return last;
+}
+
+// factor y, 16 rows from first_row and kColumns from c0 of the gradient of queries, to the rows of
+// one head from `to` on; `sums` [rows, H, W] likewise, see AddPart.
+template <class T, int W, int kColumns>
+PERFORMER_DEVICE void StoreRowGradient(T* to, const RowsOf<T>& shape, float* sums,
+                                       const float (&y)[kColumns / 8][4], float factor,
+                                       int first_row, int rows, int c0, bool first, bool last,
+                                       int lane) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int row = first_row + lane / 4 + 8 * e;
+    if (row >= rows) continue;
+    T* const row_to = to + static_cast<int64_t>(row) * shape.stride;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const int column = c0 + n * 8 + 2 * (lane % 4);
+      float2 x = {y[n][2 * e] * factor, y[n][2 * e + 1] * factor};
+      if (AddPart(x, sums, static_cast<int64_t>(row) * static_cast<int>(shape.heads) * W + column,
+                  first, last))
+        StoreColumns(row_to, column, shape.width, shape.aligned, x.x, x.y);
+    }
+  }
 }
 
 // d log phi / d (root x) of the product x = w . token.
@@ -203,9 +229,9 @@ PERFORMER_DEVICE void ChainSlope(BackwardTile<kRowTiles, kColumns>& ds, const Ma
       for (int i = 0; i < 4; ++i) ds[m][n][i] *= MapSlope(map, x[m][n][i]);
 }
 
-// Gradients of logits are operands in T. Half would lose those of small incoming gradients: they
-// are multiplied by this power of two, given the largest of what they are made of; by 1 in other
-// types.
+// Gradients of logits are operands in T. Half would lose those of small incoming gradients, so they
+// are multiplied by this power of two, given the largest number that they are made of. In other
+// types the factor is 1.
 template <class T>
 PERFORMER_DEVICE float LogitGradientScale(float largest) {
   if constexpr (!std::is_same_v<T, Half>) return 1.f;
@@ -213,8 +239,8 @@ PERFORMER_DEVICE float LogitGradientScale(float largest) {
   if (!(largest > 0x1p-60f && largest < 0x1p60f)) return 0x1p6f;
   return AsFloat(AsBits(0x1p6f / largest) & 0x7f800000u);
 }
-// Likewise of the gradient of a state, and of the weights that meet it: products of both and of
-// values of reasonable size fit in half.
+// The same for the gradient of a state, and (kWeightScale) for the weights that it is multiplied
+// by: products of both and of values of reasonable size fit in half.
 template <class T>
 PERFORMER_DEVICE float GradStateScale(float largest) {
   return LogitGradientScale<T>(largest) * 0x1p-8f;
@@ -226,19 +252,17 @@ inline constexpr float kWeightScale = 0x1p6f;
 template <int kWarps>
 PERFORMER_DEVICE float BlockMax(const float* values, int64_t stride, int count, float* shared,
                                 int tid) {
-  float top = 0;
-  for (int i = tid; i < count; i += 32 * kWarps) top = fmaxf(top, values[i * stride]);
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
-  if (tid % 32 == 0) shared[tid / 32] = top;
+  float largest = 0;
+  for (int i = tid; i < count; i += 32 * kWarps) largest = fmaxf(largest, values[i * stride]);
+  largest = WarpMax(largest);
+  if (tid % 32 == 0) shared[tid / 32] = largest;
   __syncthreads();  // maxima of all warps
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) top = fmaxf(top, shared[i]);
-  return top;
+  for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, shared[i]);
+  return largest;
 }
 
-// Sums over tokens, to rows of partial gradients [.., features][width] in memory.
+// Stores sums over tokens as rows of partial gradients [.., features][width] in memory.
 template <int W, int kRowTiles>
 PERFORMER_DEVICE void StoreSums(float* to, int width, int features, int first_feature,
                                 const float (&acc)[kRowTiles][W / 8][4], float factor, int lane) {

@@ -1,11 +1,13 @@
-// Of each query row, what its gradient needs besides the features (bidirectional):
-//   lse = log sum_m exp(a + log_mass)     delta = sum_m softmax_m (mean . grad_out) = grad_out .
-//   out
-// delta is taken from the features, not from the rounded output: in bfloat16 that would be the
-// largest part of the error.
+// What the gradient of Read needs of each query row besides the features:
 //
-// Grid: (row tiles of all sequences, query heads). As forward/read.cuh, with mean as columns of a second
-// product: g = grad_out mean^T.
+//   lse   = log sum_m exp(a + log_mass)
+//   delta = sum_m softmax_m (mean . grad_out) = grad_out . out
+//
+// delta is taken from the features, not from the rounded output, which would be the largest part of
+// the error in bfloat16.
+//
+// Grid: (row tiles of all sequences, query heads). The kernel is forward/read.cuh with mean as the
+// columns of a second product, g = grad_out mean^T.
 #pragma once
 #include "cuda/device/row_pipeline.cuh"
 #include "cuda/kernels/backward/common.cuh"
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
   CopyRows<T, W, L::kRows, L::kThreads>(grad_out, p.grad_out.Row(row0, head), 0, p.grad_out, tid,
                                         valid);
   if (L::kStages == 2) issue(0, 0);
-  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {}, weighted[2] = {}, peak[2] = {};
+  float row_max[2] = {-kInfinity, -kInfinity}, sum[2] = {}, weighted[2] = {}, peak[2] = {};
   const int features = static_cast<int>(p.features_pad);
 #pragma unroll 1
   for (int first = 0; first < features; first += kTile) {
@@ -112,20 +114,15 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
         Mma<T>(y[2 * n], y[2 * n + 1], c, b);
       }
     }
-    if (!linear)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          x[n][i] = MappedLogit(p.map, x[n][i]) + column_bias[n * 8 + 2 * t + (i & 1)];
+    if (!linear) MapLogits(x, p.map, column_bias, t);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float next = top[e];
+      float next = row_max[e];
 #pragma unroll
       for (int n = 0; n < 8; ++n) next = fmaxf(next, fmaxf(x[n][2 * e], x[n][2 * e + 1]));
       next = QuadMax(next);
-      const float base = ZeroIfNone(next), factor = Exp2((top[e] - base) * unit);
-      top[e] = next;
+      const float base = ZeroIfNone(next), factor = Exp2((row_max[e] - base) * unit);
+      row_max[e] = next;
       sum[e] *= factor;
       weighted[e] *= factor;
 #pragma unroll
@@ -147,7 +144,7 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
     const int row = tid / 32 * 16 + lane / 4 + 8 * e;
     if (row >= rows_here || lane % 4 != 0) continue;
     const int64_t at = (row0 + row) * heads + head;
-    p.lse[at] = total == 0.f ? -kInfinity : top[e] * p.map.root + logf(total);
+    p.lse[at] = total == 0.f ? -kInfinity : row_max[e] * p.map.root + logf(total);
     p.delta[at] = total == 0.f ? 0.f : all / total;
     p.peak[at] = largest;
   }

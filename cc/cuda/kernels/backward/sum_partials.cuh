@@ -7,11 +7,10 @@ namespace cuda {
 
 inline constexpr int64_t kSumTerms = 32;
 
-// to [outer][chunks][size] = sums over kSumTerms of from [outer][terms][size]; one thread
-// for each result.
+// to = sums over kSumTerms terms of `from`. One thread for each result.
 struct SumParams {
-  const float* from = nullptr;
-  float* to = nullptr;
+  const float* from = nullptr;  // [outer, terms, size]
+  float* to = nullptr;          // [outer, chunks of kSumTerms, size]
   int64_t outer = 0, terms = 0, size = 0;
 };
 
@@ -28,11 +27,11 @@ static __global__ void __launch_bounds__(256) SumKernel(SumParams p) {
   p.to[number] = sum;
 }
 
-// Gradient of a state: partial results [splits, H, size], summed over the splits of a sequence
-// and the query heads of a key/value head, to [N, G, size]. One thread for each result.
+// The gradient of a state: the sum of partial results over the splits of a sequence and the query
+// heads of a key/value head. One thread for each result.
 struct SumStateParams {
-  const float* from = nullptr;
-  float* to = nullptr;
+  const float* from = nullptr;  // [splits, H, size]
+  float* to = nullptr;          // [N, G, size]
   WorkTiles splits;
   int64_t heads = 0, groups = 0, size = 0;
 };

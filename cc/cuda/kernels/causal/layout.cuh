@@ -1,17 +1,19 @@
-// Parameters of the causal kernel and its division of features, rows and shared memory.
+// Parameters of the causal kernel, its block pointers, and its division of features, rows and
+// shared memory.
 #pragma once
 #include "cuda/device/row_pipeline.cuh"
 
 namespace performer {
 namespace cuda {
 
-// Where a block of the causal kernel works; in shared memory, as KeyPlace.
+// The pointers of a block of the causal kernel, in shared memory as KeyPointers. Rows start at the
+// split's first row, and heads at the block's.
 template <class T>
-struct CausalPlace {
-  const T* query;             // the split's first row
-  T* out;                     // likewise
-  const float* feature_bias;  // [M] of the query head
-  const uint32_t* operands;   // of the key head, from the block's first feature on
+struct CausalPointers {
+  const T* query;             // [rows, H, D]
+  T* out;                     // [rows, H, E]
+  const float* feature_bias;  // [M]
+  const uint32_t* operands;   // of the key projection, from the block's first feature on
   int64_t row;                // of the tensor
 };
 
@@ -36,30 +38,30 @@ struct CausalParams : CausalRowsParams<T> {
   RowsOf<T> out;                           // [B L, H, E]
   float* log_mass = nullptr;               // [N, G, M]: the final state
   float* mean = nullptr;                   // [N, G, M, E]
-  // [blocks of features][B L, H, W]: the outputs of each block of features, instead of out; or
-  // nullptr.
+  // [feature blocks][B L, H, W]: the outputs of each feature block, instead of out; or nullptr.
   float* part_out = nullptr;
-  float* lse = nullptr;  // [blocks of features][B L, H]: log sum_m exp(a + log_mass of the row);
-                         // or nullptr
-  int64_t part_size = 0, part_lse = 0;  // elements of part_out and lse for one block of features
+  // [feature blocks][B L, H]: log sum_m exp(a + log_mass of the row); or nullptr.
+  float* lse = nullptr;
+  int64_t part_size = 0, part_lse = 0;  // elements of part_out and lse for one feature block
 
   PERFORMER_DEVICE int64_t group_of(int64_t head) const {
     return head / (this->query.heads / this->groups);
   }
 };
 
-// kGroups: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, of W = 64.
-template <class T, int W, int kGroups, bool kSmall>
+// kFeatureTiles: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, for
+// W = 64.
+template <class T, int W, int kFeatureTiles, bool kSmall>
 struct CausalLayout {
-  // A wide float32 state fills the registers of few.
+  // A wide float32 state fills the registers, which leaves room for 4 warps.
   static constexpr int kWarps = !kIs16Bit<T> && (W > 64 || kSmall) ? 4 : 8, kThreads = 32 * kWarps;
   static constexpr int kChunk = 8 * kWarps;  // rows
-  static constexpr int kFeatures = 16 * kWarps * kGroups;
+  static constexpr int kFeatures = 16 * kWarps * kFeatureTiles;
   static constexpr int kRowTiles = kChunk / 16;
   static_assert(kWarps == 2 * kRowTiles, "two warps for each 16 queries");
   // Features that queries read at once: their features and the sums of wide heads share registers.
-  static constexpr int kMostAtOnce = W > 64 ? 32 : 64;
-  static constexpr int kQueryTile = kFeatures / 2 < kMostAtOnce ? kFeatures / 2 : kMostAtOnce;
+  static constexpr int kMaxAtOnce = W > 64 ? 32 : 64;
+  static constexpr int kQueryTile = kFeatures / 2 < kMaxAtOnce ? kFeatures / 2 : kMaxAtOnce;
   // Of tiles: the next chunk is copied while one is worked on. One where two would not fit.
   static constexpr int kStages = kIs16Bit<T> && W == 64 && !kSmall ? 2 : 1;
   // Nats by which a key may exceed its anchor. exp(30) * 64 keys leaves room for values up to 1e24
@@ -75,19 +77,19 @@ struct CausalLayout {
   static constexpr int kValue = kKey + kStages * kTileBytes;             // likewise
   static constexpr int kWeights = kValue + kStages * kTileBytes;         // kb [kFeatures][kChunk]
   static constexpr int kBefore = kWeights + kFeatures * kChunk * kSize;  // [kFeatures][W]
-  // Where partners' sums meet, after kb and the state before are done with: local, half of num, top
-  // and den of each thread.
-  static constexpr int kMeet = kWeights;
-  static constexpr int kMeetFloats = kChunk / 2 + W / 4 + 4;
+  // Peers exchange their sums here, once kb and the state before are done with: local, half of num,
+  // row_max and den of each thread.
+  static constexpr int kExchange = kWeights;
+  static constexpr int kExchangeFloats = kChunk / 2 + W / 4 + 4;
   static constexpr int kShared = kFeatures * (kChunk + W) * kSize;
-  static constexpr int kMeetBytes = kThreads * kMeetFloats * 4;
-  static constexpr int kAnchor = kWeights + (kShared > kMeetBytes ? kShared : kMeetBytes);
+  static constexpr int kExchangeBytes = kThreads * kExchangeFloats * 4;
+  static constexpr int kAnchor = kWeights + (kShared > kExchangeBytes ? kShared : kExchangeBytes);
   static constexpr int kMass = kAnchor + kFeatures * 4;  // float [kFeatures] each
   static constexpr int kStream = kMass + kFeatures * 4;
   static constexpr int kPoison = kStream + KeyStream<T, W, kThreads, kChunk>::kSharedBytes;
   static constexpr int kCuts = kPoison + W * 4;  // int [kWarps]
-  static constexpr int kPlace = kCuts + kWarps * 4;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(CausalPlace<T>));
+  static constexpr int kPointers = kCuts + kWarps * 4;
+  static constexpr int kBytes = kPointers + static_cast<int>(sizeof(CausalPointers<T>));
   static_assert(kBytes <= (kSmall ? kSmallSharedBytes : kMaxSharedBytes));
 };
 

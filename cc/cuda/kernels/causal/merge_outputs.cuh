@@ -1,5 +1,6 @@
-// Outputs of several groups of features, each normalised by itself, merged in their order:
-//   lse = log sum_z exp(lse_z)      out = sum_z exp(lse_z - lse) out_z
+// Merges the outputs of several feature blocks, each normalised by itself, in their order:
+//
+//   lse = log sum_z exp(lse_z)        out = sum_z exp(lse_z - lse) out_z
 //
 // Grid: one warp for each row and head.
 #pragma once
@@ -13,7 +14,7 @@ struct MergeOutputsParams {
   const float* part_out = nullptr;  // [parts][rows, H, W]
   const float* part_lse = nullptr;  // [parts][rows, H]
   int64_t parts = 0, rows = 0;
-  RowsOf<T> out;
+  RowsOf<T> out;  // [rows, H, E]
 };
 
 template <class T, int W>
@@ -22,12 +23,12 @@ __global__ void __launch_bounds__(256) MergeOutputsKernel(MergeOutputsParams<T> 
   const int lane = threadIdx.x % 32;
   const int64_t count = p.rows * p.out.heads;
   if (number >= count) return;
-  float top = -kInfinity;
-  for (int64_t z = 0; z < p.parts; ++z) top = fmaxf(top, p.part_lse[z * count + number]);
-  const float shift = ZeroIfNone(top);
+  float row_max = -kInfinity;
+  for (int64_t z = 0; z < p.parts; ++z) row_max = fmaxf(row_max, p.part_lse[z * count + number]);
+  const float base = ZeroIfNone(row_max);
   float sum = 0, out[W / 32] = {};
   for (int64_t z = 0; z < p.parts; ++z) {
-    const float share = expf(p.part_lse[z * count + number] - shift);
+    const float share = expf(p.part_lse[z * count + number] - base);
     sum += share;
 #pragma unroll
     for (int i = 0; i < W / 32; ++i)

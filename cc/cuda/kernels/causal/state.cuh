@@ -1,15 +1,15 @@
-// The running state of the causal kernel (causal/causal.cuh) and how it takes the keys of a chunk; values
-// on their way into it.
+// The running state of the causal kernel (causal/causal.cuh), and how it takes the keys and values
+// of a chunk.
 #pragma once
 #include "cuda/kernels/causal/layout.cuh"
 
 namespace performer {
 namespace cuda {
 
-// What one block does; members are the parts that all of its threads hold.
-template <class T, int W, int kGroups, bool kSmall>
+// What one block does. The members are the same for all of its threads.
+template <class T, int W, int kFeatureTiles, bool kSmall>
 struct CausalState {
-  using L = CausalLayout<T, W, kGroups, kSmall>;
+  using L = CausalLayout<T, W, kFeatureTiles, kSmall>;
   static constexpr int C = L::kChunk, kKeyTiles = C / 8, kColumns = W / 8;
 
   const CausalParams<T>& p;
@@ -17,9 +17,9 @@ struct CausalState {
 
   // The state of a thread's features: rows g and g + 8 of each 16.
   struct State {
-    float sum[kGroups][kColumns][4], anchor[kGroups][2], mass[kGroups][2];
+    float sum[kFeatureTiles][kColumns][4], anchor[kFeatureTiles][2], mass[kFeatureTiles][2];
   };
-  using KeyLogits = float[kGroups][kKeyTiles][4];
+  using KeyLogits = float[kFeatureTiles][kKeyTiles][4];
 
   PERFORMER_DEVICE int first_feature() const { return blockIdx.z * L::kFeatures; }
   // kMaxGrowth in units of root.
@@ -29,17 +29,17 @@ struct CausalState {
   PERFORMER_DEVICE float* floats(int offset) const {
     return reinterpret_cast<float*>(shared + offset);
   }
-  PERFORMER_DEVICE CausalPlace<T>* place() const {
-    return reinterpret_cast<CausalPlace<T>*>(shared + L::kPlace);
+  PERFORMER_DEVICE CausalPointers<T>* pointers() const {
+    return reinterpret_cast<CausalPointers<T>*>(shared + L::kPointers);
   }
-  PERFORMER_DEVICE int feature(int group, int warp) const {  // in the block, first of 16
-    return (group * L::kWarps + warp) * 16;
+  PERFORMER_DEVICE int feature(int feature_tile, int warp) const {  // in the block, first of 16
+    return (feature_tile * L::kWarps + warp) * 16;
   }
 
   PERFORMER_DEVICE void Start(State& state, int64_t index, int warp, int lane) const {
     const int g = lane / 4, t = lane % 4, width = p.keys.value.width;
 #pragma unroll
-    for (int m = 0; m < kGroups; ++m)
+    for (int m = 0; m < kFeatureTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int row = first_feature() + feature(m, warp) + g + 8 * e;
@@ -64,7 +64,7 @@ struct CausalState {
     const int g = lane / 4, t = lane % 4, width = p.keys.value.width;
     const int* poison = reinterpret_cast<const int*>(shared + L::kPoison);
 #pragma unroll
-    for (int m = 0; m < kGroups; ++m)
+    for (int m = 0; m < kFeatureTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int row = first_feature() + feature(m, warp) + g + 8 * e;
@@ -86,7 +86,7 @@ struct CausalState {
       }
   }
 
-  // x = b of the warp's features and the keys of a tile, -inf before `begin`.
+  // x = b of the warp's features and the keys of a tile, and -inf for keys before `begin`.
   PERFORMER_DEVICE void Keys(KeyLogits& x, const T* keys, const float* bias, int begin, int warp,
                              int lane) const {
     const int t = lane % 4;
@@ -97,15 +97,15 @@ struct CausalState {
       for (int i = 0; i < 4; ++i) {
         const float start = linear ? bias[n * 8 + 2 * t + (i & 1)] : 0.f;
 #pragma unroll
-        for (int m = 0; m < kGroups; ++m) x[m][n][i] = start;
+        for (int m = 0; m < kFeatureTiles; ++m) x[m][n][i] = start;
       }
-    const uint32_t* operands = place()->operands;
+    const uint32_t* operands = pointers()->operands;
 #pragma unroll
     for (int s = 0; s < W / 16; ++s) {
-      uint32_t a[kGroups][kFragment<T>];
+      uint32_t a[kFeatureTiles][kFragment<T>];
 #pragma unroll
-      for (int m = 0; m < kGroups; ++m) {
-        // Past the last features: those of the first ones, whose logits are replaced below.
+      for (int m = 0; m < kFeatureTiles; ++m) {
+        // Past the last features the first ones are read, and their logits are replaced below.
         const int row = first_feature() + feature(m, warp) < p.features_pad ? feature(m, warp) : 0;
         LoadOperand<T>(a[m], operands + (row / 16 * (W / 16) + s) * 32 * kFragment<T>, lane);
       }
@@ -114,21 +114,16 @@ struct CausalState {
         uint32_t b[kFragment<T>];
         LoadB<T, W>(b, keys, n * 16, s * 16, lane);
 #pragma unroll
-        for (int m = 0; m < kGroups; ++m) Mma<T>(x[m][2 * n], x[m][2 * n + 1], a[m], b);
+        for (int m = 0; m < kFeatureTiles; ++m) Mma<T>(x[m][2 * n], x[m][2 * n + 1], a[m], b);
       }
     }
     if (!linear)
 #pragma unroll
-      for (int m = 0; m < kGroups; ++m)
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            x[m][n][i] = MappedLogit(p.map, x[m][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+      for (int m = 0; m < kFeatureTiles; ++m) MapLogits(x[m], p.map, bias, t);
     if (begin > 0) HideKeys(x, [&](int j) { return j < begin; }, lane);
     if (first_feature() + L::kFeatures > p.features)
 #pragma unroll
-      for (int m = 0; m < kGroups; ++m)
+      for (int m = 0; m < kFeatureTiles; ++m)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
@@ -145,18 +140,19 @@ struct CausalState {
       for (int i = 0; i < 4; ++i)
         if (hide(n * 8 + 2 * (lane % 4) + (i & 1)))
 #pragma unroll
-          for (int m = 0; m < kGroups; ++m) x[m][n][i] = -kInfinity;
+          for (int m = 0; m < kFeatureTiles; ++m) x[m][n][i] = -kInfinity;
   }
 
-  // The anchors of a sub-chunk that begins at column `begin`; `keep` is what the old state is
-  // multiplied by. Returns the first column whose key the sub-chunk may not hold, as far as this warp's
-  // features say.
+  // Finds the anchors of the sub-chunk that begins at column `begin`. `keep` is the factor of the
+  // old state, and `none` says that a feature has no anchor. Returns the first column whose key the
+  // sub-chunk may not hold, judged by this warp's features.
   PERFORMER_DEVICE int Anchor(const KeyLogits& x, const float* bias, int begin, State& state,
-                              float (&keep)[kGroups][2], bool (&none)[kGroups][2], int lane) const {
+                              float (&keep)[kFeatureTiles][2], bool (&none)[kFeatureTiles][2],
+                              int lane) const {
     const bool masked = bias[begin] == -kInfinity;
     float over = -kInfinity;  // how much a key exceeds what its feature allows
 #pragma unroll
-    for (int m = 0; m < kGroups; ++m)
+    for (int m = 0; m < kFeatureTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float first = x[m][0][2 * e];
@@ -184,7 +180,7 @@ struct CausalState {
     int cut = C;
     if (__any_sync(kAllLanes, over > 0.f)) {  // rare: where?
 #pragma unroll
-      for (int m = 0; m < kGroups; ++m)
+      for (int m = 0; m < kFeatureTiles; ++m)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
@@ -201,17 +197,17 @@ struct CausalState {
     return cut;
   }
 
-  // kb and the old state to shared memory, relative to the new anchors; then the state takes the
-  // keys of the piece.
-  PERFORMER_DEVICE void Update(KeyLogits& x, const T* values, const float (&keep)[kGroups][2],
-                               const bool (&none)[kGroups][2], State& state, int warp,
+  // Stores kb and the old state in shared memory, relative to the new anchors. Then the state takes
+  // the keys of the sub-chunk.
+  PERFORMER_DEVICE void Update(KeyLogits& x, const T* values, const float (&keep)[kFeatureTiles][2],
+                               const bool (&none)[kFeatureTiles][2], State& state, int warp,
                                int lane) const {
     const int g = lane / 4, t = lane % 4;
     T* const weights = tile(L::kWeights);
     T* const before = tile(L::kBefore);
-    const float* feature_bias = place()->feature_bias + first_feature();
+    const float* feature_bias = pointers()->feature_bias + first_feature();
 #pragma unroll
-    for (int m = 0; m < kGroups; ++m)
+    for (int m = 0; m < kFeatureTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int row = feature(m, warp) + g + 8 * e, feature = first_feature() + row;
@@ -243,34 +239,35 @@ struct CausalState {
       }
 #pragma unroll
     for (int s = 0; s < C / 16; ++s) {
-      uint32_t a[kGroups][kFragment<T>];
+      uint32_t a[kFeatureTiles][kFragment<T>];
 #pragma unroll
-      for (int m = 0; m < kGroups; ++m) PackA<T>(a[m], x[m][2 * s], x[m][2 * s + 1]);
+      for (int m = 0; m < kFeatureTiles; ++m) PackA<T>(a[m], x[m][2 * s], x[m][2 * s + 1]);
 #pragma unroll
       for (int n = 0; n < kColumns / 2; ++n) {
         uint32_t b[kFragment<T>];
         LoadBTrans<T, W>(b, values, s * 16, n * 16, lane);
 #pragma unroll
-        for (int m = 0; m < kGroups; ++m)
+        for (int m = 0; m < kFeatureTiles; ++m)
           Mma<T>(state.sum[m][2 * n], state.sum[m][2 * n + 1], a[m], b);
       }
     }
   }
 
-  // Infinities and NaN of v become 0; poison[e] = the first row, counted from `row`, that held one
-  // in column e. Values as the thread copied them itself. (min has no order.)
-  PERFORMER_DEVICE void RemoveWild(T* values, int row, int tid) const {
-    constexpr int kChunks = W / kChunk<T>, kStep = L::kThreads / kChunks;
+  // Replaces infinities and NaN of v by 0. poison[e] becomes the first row, counted from `row`,
+  // that held one in column e. Each thread reads the values that it copied itself. The order of
+  // atomicMin does not matter.
+  PERFORMER_DEVICE void ZeroNonFinite(T* values, int row, int tid) const {
+    constexpr int kChunks = W / kChunk<T>, kStride = L::kThreads / kChunks;
     int* poison = reinterpret_cast<int*>(shared + L::kPoison);
     tid = Opaque(tid);
     const int column = tid % kChunks * kChunk<T>;
 #pragma unroll 1
-    for (int r = tid / kChunks; r < C; r += kStep) {
+    for (int r = tid / kChunks; r < C; r += kStride) {
       T* x = values + At<T, W>(r, column);
-      bool wild = false;
+      bool non_finite = false;
 #pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) wild |= !IsFinite(x[i]);
-      if (!wild) continue;
+      for (int i = 0; i < kChunk<T>; ++i) non_finite |= !IsFinite(x[i]);
+      if (!non_finite) continue;
 #pragma unroll 1
       for (int i = 0; i < kChunk<T>; ++i)
         if (!IsFinite(x[i])) {

@@ -1,15 +1,20 @@
-// What the two sweeps of the causal gradient share.
+// What the kernels of the causal gradient share.
 //
-//   A_ij = sum_m exp(a_im + b_mj - lse_i) for j <= i        dA_ij = grad_out_i . v_j - delta_i
+//   A_ij  = sum_m exp(a_im + b_mj - lse_i)  for j <= i
+//   dA_ij = grad_out_i . v_j - delta_i
 //
-// Rows of all large products are features, 16 of a warp; a block walks the chunks of its split.
-// More features than a block holds are taken a group after the other (backward/common.cuh).
+// The rows of all large products are features, 16 of a warp. A block walks the chunks of its split.
+// If there are more features than a block holds, it takes one feature block after the other
+// (backward/common.cuh).
 //
-// Within a chunk the log-features of a feature are kept relative to an anchor, the largest of its
-// log_mass before and b of the first key: kb = exp(b - anchor), f = exp(a + anchor - lse) <= 1. As
-// in the forward pass (causal/causal.cuh) a chunk is taken in sub-chunks, nearly always one, that end before a
-// key which exceeds an anchor by more than kMaxGrowth. Here every warp has its own sub-chunks, for its
-// own features: nothing else depends on where they end.
+// Within a chunk the log-features of a feature are kept relative to its anchor, the running
+// reference maximum: the larger of log_mass before the chunk and b of the first key. So
+//
+//   kb = exp(b - anchor)        f = exp(a + anchor - lse) <= 1
+//
+// As in the forward pass (causal/causal.cuh) a chunk is taken in sub-chunks, nearly always one. A
+// sub-chunk ends before a key that exceeds an anchor by more than kMaxKeyGrowth. Here every warp
+// has sub-chunks of its own, for its own features, because nothing else depends on where they end.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 #include "cuda/kernels/causal/layout.cuh"
@@ -24,9 +29,9 @@ struct CausalGradientParams : CausalRowsParams<T> {
   const float *lse = nullptr, *delta = nullptr;  // [B L, H], of CausalStatisticsKernel
 };
 
-// Features relative to an anchor and sums over rows do not fit half's range. They, and what they
-// are multiplied by, are operands in bfloat16 where T is half; only log-features come from products
-// in half.
+// Features relative to an anchor, and sums over rows, do not fit half's range. Where T is half
+// they, and what they are multiplied by, are operands in bfloat16. Only log-features come from
+// products in half.
 template <class T>
 using Ranged = std::conditional_t<std::is_same_v<T, Half>, BFloat16, T>;
 template <class T>
@@ -42,13 +47,13 @@ template <class T, int W, int kWarps_>
 struct CausalBackwardLayout {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kFeatures = 16 * kWarps;
-  static constexpr int kMostBytes = MaxSharedBytes(W, kWarps);
+  static constexpr int kMaxBytes = MaxSharedBytes(W, kWarps);
   static constexpr int kRows = kChunkRows<T>;
-  // Sums over features: 16 tokens of a warp and kWarpColumns, kColumns at a time.
+  // Sums over features: a warp has 16 tokens and kWarpColumns, kColumns at a time.
   static constexpr int kParts = kWarps / (kRows / 16);
   static constexpr int kWarpColumns = W / kParts;
   static constexpr int kColumns = kWarpColumns < 32 ? kWarpColumns : 32;
-  // Likewise of a tile of pairs [kRows][kRows]. (Some warps may have nothing to do.)
+  // Columns of a warp in a tile of pairs [kRows][kRows]. Some warps may have nothing to do.
   static constexpr int kPairColumns = kRows / kParts < 16 ? 16 : kRows / kParts;
 
   static constexpr int kSize = static_cast<int>(sizeof(T));
@@ -58,16 +63,29 @@ struct CausalBackwardLayout {
   static constexpr int kPairBytes = kRows * kRows * kSize;
 };
 
+// Where a warp works in a chunk: on 16 features, of the block, in products over tokens, and on 16
+// tokens and one of kParts parts of the columns in sums over features.
+template <class Layout>
+struct WarpPosition {
+  int lane, warp, feature0, row0, part;
+
+  PERFORMER_DEVICE explicit WarpPosition(int tid) {
+    const int id = Opaque(tid);
+    lane = id % 32, warp = id / 32, feature0 = warp * 16;
+    row0 = warp % (Layout::kRows / 16) * 16, part = warp / (Layout::kRows / 16);
+  }
+};
+
 // Nats by which a key may exceed its anchor.
 inline constexpr float kMaxKeyGrowth = 30.f;
 
-// Columns of a chunk: [begin, end) of kRows.
+// Keys, or queries, [begin, end) of the kRows of a chunk.
 struct SubChunk {
   int begin, end;
   PERFORMER_DEVICE bool has(int column) const { return column >= begin && column < end; }
 };
 
-// What a warp does with its 16 features, rows g and g + 8 of a thread.
+// What a warp does with its 16 features. A thread holds rows g and g + 8 of them.
 template <class T, int W>
 struct WarpFeatures {
   static constexpr int kRows = kChunkRows<T>;
@@ -76,8 +94,8 @@ struct WarpFeatures {
   const Map& map;
   float unit;
 
-  // x += rows x tokens (kColumns from j0); rows(a, s, lane) gives the A operand of summed indices
-  // from 16 s on.
+  // x += rows x tokens (kColumns from j0). rows(a, s, lane) loads the A operand of the summed
+  // indices from 16 s on.
   template <int kColumns, class Rows>
   PERFORMER_DEVICE static void Product(float (&x)[1][kColumns / 8][4], Rows rows, const T* tokens,
                                        int j0, int lane) {
@@ -95,7 +113,8 @@ struct WarpFeatures {
     }
   }
 
-  // x = b of all keys of the chunk; -inf for features that there are not (`given` of the 16).
+  // x = b of all keys of the chunk, and -inf for features that do not exist: of the 16, there are
+  // `given`. bias: of the keys, [kRows].
   template <class Rows>
   PERFORMER_DEVICE void KeyLogits(Keys& x, Rows rows, const T* keys, const float* bias, int given,
                                   int lane) const {
@@ -106,12 +125,7 @@ struct WarpFeatures {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[0][n][i] = linear ? bias[n * 8 + 2 * t + (i & 1)] : 0.f;
     Product<kRows>(x, rows, keys, 0, lane);
-    if (!linear)
-#pragma unroll
-      for (int n = 0; n < kRows / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          x[0][n][i] = MappedLogit(map, x[0][n][i]) + bias[n * 8 + 2 * t + (i & 1)];
+    if (!linear) MapLogits(x[0], map, bias, t);
     if (given < 16)
 #pragma unroll
       for (int n = 0; n < kRows / 8; ++n)
@@ -120,8 +134,8 @@ struct WarpFeatures {
           if (lane / 4 + i / 2 * 8 >= given) x[0][n][i] = -kInfinity;
   }
 
-  // The sub-chunk that begins at `begin`, with the anchors of its keys: -inf where a feature has seen
-  // nothing and sees nothing in this piece. A key that is NaN begins a piece.
+  // The sub-chunk that begins at `begin`, and its anchors. An anchor is -inf if the feature has
+  // seen nothing and sees nothing in this sub-chunk. A key that is NaN begins a sub-chunk.
   PERFORMER_DEVICE SubChunk FindSubChunk(const Keys& x, const float* bias, int begin,
                                          const float (&log_mass)[2], float (&anchor)[2],
                                          int lane) const {
@@ -153,8 +167,8 @@ struct WarpFeatures {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = n * 8 + 2 * (lane % 4) + (i & 1);
-          const float top = i < 2 ? limit[0] : limit[1];
-          if (column > begin && !(x[0][n][i] <= top)) end = min(end, column);
+          const float bound = i < 2 ? limit[0] : limit[1];
+          if (column > begin && !(x[0][n][i] <= bound)) end = min(end, column);
         }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2)
@@ -163,9 +177,9 @@ struct WarpFeatures {
     return {begin, end};
   }
 
-  // x = kb of the sub-chunk's keys, 0 elsewhere; sum = the sum of each feature.
-  PERFORMER_DEVICE void WeighKeys(Keys& x, const SubChunk& sub_chunk, const float (&anchor)[2],
-                                  float (&sum)[2], int lane) const {
+  // x = kb for the sub-chunk's keys and 0 for others; sum = the sum of kb of each feature.
+  PERFORMER_DEVICE void KeyWeights(Keys& x, const SubChunk& sub_chunk, const float (&anchor)[2],
+                                   float (&sum)[2], int lane) const {
     const bool whole = sub_chunk.begin == 0 && sub_chunk.end == kRows;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -187,7 +201,7 @@ struct WarpFeatures {
   PERFORMER_DEVICE float Factor(float from, float to) const {  // exp(from - to), 0 of nothing
     return from == -kInfinity ? 0.f : Exp2((from - to) * unit);
   }
-  // log_mass after a sub-chunk's keys.
+  // log_mass after a sub-chunk's keys, given the sum of their kb.
   PERFORMER_DEVICE void AddKeys(float (&log_mass)[2], const float (&anchor)[2],
                                 const float (&sum)[2]) const {
 #pragma unroll
@@ -197,7 +211,8 @@ struct WarpFeatures {
     }
   }
 
-  // f of kColumns queries from i0, 0 outside the sub-chunk; base: anchor and feature bias.
+  // x = f of kColumns queries from i0 on, and 0 outside the sub-chunk. base: anchor plus feature
+  // bias. lse: [kRows].
   template <int kColumns, class Rows>
   PERFORMER_DEVICE void QueryFeatures(float (&x)[1][kColumns / 8][4], Rows rows, const T* queries,
                                       const float* lse, int i0, const SubChunk& sub_chunk,
@@ -222,8 +237,8 @@ struct WarpFeatures {
   }
 };
 
-// acc += state (16 features x W, accumulators) x tokens (kColumns from j0). In 16 bits the state
-// is taken as the sum of two operands: what it gives nearly cancels against delta mass.
+// acc += state (16 features x W, accumulators) x tokens (kColumns from j0). In 16 bits the state is
+// split into the sum of two operands, because the product nearly cancels against delta mass.
 template <class R, int W, int kColumns>
 PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float (&state)[W / 8][4],
                                    const R* tokens, int j0, int lane) {
@@ -243,8 +258,8 @@ PERFORMER_DEVICE void StateProduct(float (&acc)[1][kColumns / 8][4], const float
   }
 }
 
-// The lower triangle of dA to a tile [i][j], each warp kColumns of 16 rows; to `rest`, if it is not
-// nullptr, what rounding took from it.
+// Stores the lower triangle of dA in a tile [i][j]; each warp has kColumns of 16 rows. `rest`, if
+// it is not nullptr, receives what rounding took from it.
 template <class T, int W, int kColumns>
 PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
                                          const Ranged<T>* grad_out, const Ranged<T>* values,
@@ -284,15 +299,15 @@ PERFORMER_DEVICE void StorePairGradients(Ranged<T>* tile, Ranged<T>* rest,
     }
 }
 
-// Half as bfloat16, `to` may be `from`: the rows that this thread copied itself (CopyRows,
-// CopyOperand).
+// Converts half to bfloat16; `to` may be `from`. Each thread converts what it copied itself with
+// CopyRows or CopyOperand, so no barrier is needed before.
 template <class T, int W, int kRows, int kThreads>
 PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
   if constexpr (kHasRanged<T>) {
-    constexpr int kChunks = W / kChunk<T>, kStep = kThreads / kChunks;
+    constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
     tid = Opaque(tid);
 #pragma unroll 2
-    for (int row = tid / kChunks; row < kRows; row += kStep) {
+    for (int row = tid / kChunks; row < kRows; row += kStride) {
       const int at = At<T, W>(row, tid % kChunks * kChunk<T>);
 #pragma unroll
       for (int i = 0; i < kChunk<T>; i += 2) {
@@ -303,8 +318,46 @@ PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
   }
 }
 
-// log_mass before a chunk is kept for the sweep back, [slots][G][M]: one slot for each chunk of
-// each split.
+// What the blocks of the dq and dkv kernels have in common.
+template <class T, int W, class Params, class Layout, class Pointers>
+struct CausalBackwardBlock {
+  using L = Layout;
+  using R = Ranged<T>;
+  using Warp = WarpFeatures<T, W>;
+  using Position = WarpPosition<L>;
+  static constexpr int C = L::kRows, kThreads = L::kThreads;
+  static constexpr int kQueries = 32;  // queries whose features are in registers at a time
+
+  const Params& p;
+  unsigned char* shared;
+  Warp warp;
+
+  PERFORMER_DEVICE T* tile(int offset) const { return reinterpret_cast<T*>(shared + offset); }
+  PERFORMER_DEVICE R* ranged(int offset) const { return reinterpret_cast<R*>(shared + offset); }
+  PERFORMER_DEVICE float* floats(int offset) const {
+    return reinterpret_cast<float*>(shared + offset);
+  }
+  PERFORMER_DEVICE const Pointers* pointers() const {
+    return reinterpret_cast<const Pointers*>(shared + L::kPointers);
+  }
+  PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
+  PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
+
+  PERFORMER_DEVICE void LoadProjection(int first_feature, int tid) const {
+    T* const projection = tile(L::kProjection);
+    CopyOperand<T, W, L::kFeatures, kThreads>(
+        projection, pointers()->projection + first_feature * W,
+        static_cast<int>(p.features_pad) - first_feature, tid);
+    CpAsyncCommit();
+    if constexpr (kHasRanged<T>) {
+      CpAsyncWait<0>();
+      MakeRanged<T, W, L::kFeatures, kThreads>(ranged(L::kRangedProjection), projection, tid);
+    }
+  }
+};
+
+// log_mass before a chunk is kept for the reverse scan in [slots, G, M]. This is the slot of a
+// split's first chunk; each chunk of each split has one.
 PERFORMER_HOST_DEVICE inline int64_t ChunkSlot(int64_t split, int64_t tensor_row, int rows) {
   return tensor_row / rows + split;
 }

@@ -1,6 +1,9 @@
-// The gradient of a key_bias that is common to all keys of a sequence. Moved together with the
-// initial state it moves the final state and changes no output; so it is, summed over features,
+// The gradient of a key_bias that is common to all keys of a sequence. Such a bias, moved together
+// with the initial state, moves the final state and changes no output. So its gradient, summed over
+// features, is
+//
 //   dlog_mass (final) - dlog_mass (initial)
+//
 // and 0 if it masks all keys. One thread for each feature.
 #pragma once
 #include "cuda/device/kernel_params.cuh"

@@ -1,5 +1,5 @@
-// Parameters of the causal dkv kernel, where its blocks work, its shared memory, and what they end
-// with.
+// The causal dkv kernel's parameters, block pointers and shared memory, and the gradient of the
+// initial state.
 #pragma once
 #include "cuda/device/shared_sums.cuh"
 #include "cuda/kernels/causal_backward/common.cuh"
@@ -27,25 +27,28 @@ struct CausalDkvParams : CausalGradientParams<T> {
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
 };
 
-// Where a block works; in shared memory, as KeyPlace.
+// The pointers of a block, in shared memory as KeyPointers. Rows start at the split's first row.
 template <class T>
-struct CausalKeyPlace {
-  const T *query, *grad_out;  // the split's first row, first head of the group
-  const float *lse, *delta;   // likewise
-  T *grad_key, *grad_value;
-  float *sum_key, *sum_value;
-  float* grad_bias;
-  const float* chunk_log_mass;                       // of the split's first chunk
-  const T* projection;                               // of the first feature
-  const float *before, *after;                       // log_mass there, likewise
-  const float *after_mean, *after_mass;              // reverse state there, likewise
-  const float* before_mean;                          // likewise
-  float *grad_initial_log_mass, *grad_initial_mean;  // nullptr: not this block
+struct CausalDkvPointers {
+  const T *query, *grad_out;     // [rows, H, D or E], from the group's first head on
+  const float *lse, *delta;      // [rows, H], likewise
+  T *grad_key, *grad_value;      // [rows, G, D or E], at the block's head
+  float *sum_key, *sum_value;    // [rows, G, W], likewise, or nullptr
+  float* grad_bias;              // [rows], or nullptr
+  const float* chunk_log_mass;   // [chunks, G, M], at the block's head
+  const T* projection;           // [M_pad, W]
+  const float *before, *after;   // [M]: log_mass before and after the split
+  const float* after_mean;       // [M, E]: R of the reverse state after the split
+  const float* after_mass;       // [M]: r of it
+  const float* before_mean;      // [M, E]: of the state before the split
+  float* grad_initial_log_mass;  // [M], nullptr unless this is the sequence's first split
+  float* grad_initial_mean;      // [M, E], likewise
 };
 
 template <class T, int W, int kWarps>
 struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
   using S = CausalBackwardLayout<T, W, kWarps>;
+  static constexpr int kProjection = 0;
   static constexpr int kRangedProjection = kHasRanged<T> ? S::kFeatureBytes : 0;
   static constexpr int kReverseState = kRangedProjection + S::kFeatureBytes;  // R
   static constexpr int kKey = kReverseState + S::kFeatureBytes;
@@ -53,29 +56,32 @@ struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kValue = kRangedKey + S::kTileBytes;
   static constexpr int kQuery = kValue + S::kTileBytes;
   static constexpr int kGradOut = kQuery + S::kTileBytes;
-  static constexpr int kWeights = kGradOut + S::kTileBytes;   // kb
-  static constexpr int kSummed = kWeights + S::kSummedBytes;  // f, then db
-  static constexpr int kPairs = kSummed + S::kSummedBytes;    // dA, then tril(f kb)^T
-  static constexpr int kLse = kPairs + S::kPairBytes;         // float [kRows]
-  static constexpr int kDelta = kLse + S::kRows * 4;          // likewise
-  static constexpr int kHidden = kDelta + S::kRows * 4;       // float [2][kRows]
-  static constexpr int kCounts = kHidden + 2 * S::kRows * 4;  // int [kWarps]
+  static constexpr int kKeyWeights = kGradOut + S::kTileBytes;  // kb
+  // Two buffers that are used twice: f and db share one, dA and tril(f kb)^T the other.
+  static constexpr int kQueryFeatures = kKeyWeights + S::kSummedBytes;
+  static constexpr int kKeyGradients = kQueryFeatures;
+  static constexpr int kPairGradients = kQueryFeatures + S::kSummedBytes;
+  static constexpr int kPairWeights = kPairGradients;
+  static constexpr int kLse = kPairGradients + S::kPairBytes;  // float [kRows]
+  static constexpr int kDelta = kLse + S::kRows * 4;           // float [kRows]
+  static constexpr int kKeyBias = kDelta + S::kRows * 4;       // float [2][kRows], as given
+  static constexpr int kCounts = kKeyBias + 2 * S::kRows * 4;  // int [kWarps]: sub-chunks
   static constexpr int kStream = kCounts + S::kWarps * 4;
-  static constexpr int kPlace = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
+  static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
   static constexpr int kKept =
-      (kPlace + static_cast<int>(sizeof(CausalKeyPlace<T>)) + 15) / 16 * 16;
-  // dw waits there where there is room for it.
+      (kPointers + static_cast<int>(sizeof(CausalDkvPointers<T>)) + 15) / 16 * 16;
+  // dw is kept in shared memory if there is room for it.
   static constexpr int kKeptBytes = KeptSums<W, S::kThreads, true>::kBytes;
-  static constexpr bool kKeeps = kKept + kKeptBytes <= S::kMostBytes;
+  static constexpr bool kKeeps = kKept + kKeptBytes <= S::kMaxBytes;
   using Kept = KeptSums<W, S::kThreads, kKeeps>;
   static constexpr int kBytes = kKept + (kKeeps ? kKeptBytes : 0);
-  static_assert(kStream % 8 == 0 && kPlace % 8 == 0 && kBytes <= S::kMostBytes);
+  static_assert(kStream % 8 == 0 && kPointers % 8 == 0 && kBytes <= S::kMaxBytes);
 };
 
-// The place of block (split, group).
+// The pointers of block (split, group).
 template <class T, int W>
-PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& p, int64_t split,
-                                                      int64_t group) {
+PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParams<T>& p,
+                                                            int64_t split, int64_t group) {
   constexpr int C = kChunkRows<T>;
   const WorkTile work = GetWorkTile(p.work, split);
   const int64_t heads = p.query.heads, groups = p.groups, features = p.features;
@@ -110,20 +116,20 @@ PERFORMER_DEVICE CausalKeyPlace<T> MakeCausalKeyPlace(const CausalDkvParams<T>& 
       first ? p.grad_initial_mean + state * features * width : nullptr};
 }
 
-// The reverse state before the sequence's first row is the gradient of its initial state: of a warp's
-// features from row0 on.
+// The reverse state before the sequence's first row is the gradient of its initial state. Stores
+// that of a warp's features, from row0 on.
 template <class T, int W>
-PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
-                                           const WarpFeatures<T, W>& own, int row0, int features,
+PERFORMER_DEVICE void StoreInitialGradient(const CausalDkvPointers<T>& pointers,
+                                           const WarpFeatures<T, W>& warp, int row0, int features,
                                            int width, const float (&sum)[W / 8][4],
-                                           const float (&mass)[2], const float (&reach)[2],
+                                           const float (&mass)[2], const float (&anchor)[2],
                                            int lane) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     const int feature = row0 + lane / 4 + 8 * e;
     const bool is_given = feature < features;
-    const float log_mass = is_given ? place.before[feature] * own.map.inverse_root : -kInfinity;
-    const float keep = own.Factor(log_mass, reach[e]);
+    const float log_mass = is_given ? pointers.before[feature] * warp.map.inverse_root : -kInfinity;
+    const float keep = warp.Factor(log_mass, anchor[e]);
     float dot = 0;
 #pragma unroll
     for (int n = 0; n < W / 8; ++n)
@@ -133,12 +139,12 @@ PERFORMER_DEVICE void StoreInitialGradient(const CausalKeyPlace<T>& place,
         if (!is_given || column >= width) continue;
         const int64_t at = static_cast<int64_t>(feature) * width + column;
         const float y = keep == 0.f ? 0.f : sum[n][2 * e + c] * keep;
-        place.grad_initial_mean[at] = y;
-        if (keep != 0.f) dot += y * place.before_mean[at];
+        pointers.grad_initial_mean[at] = y;
+        if (keep != 0.f) dot += y * pointers.before_mean[at];
       }
     dot = QuadSum(dot);
     if (is_given && lane % 4 == 0)
-      place.grad_initial_log_mass[feature] = keep == 0.f ? 0.f : dot - mass[e] * keep;
+      pointers.grad_initial_log_mass[feature] = keep == 0.f ? 0.f : dot - mass[e] * keep;
   }
 }
 

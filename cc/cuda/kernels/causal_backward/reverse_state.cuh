@@ -1,13 +1,16 @@
-// What later rows ask of earlier keys, the counterpart of a state for gradients. At a boundary
-// between rows with log_mass of what lies before it:
+// The reverse state: what later rows ask of earlier keys, the counterpart of a state for gradients.
+// At a boundary between rows, where log_mass is that of all keys before it:
+//
 //   R[m] = sum over later rows i of exp(a[i, m] + log_mass[m] - lse_i) grad_out_i
 //   r[m] = the same of delta_i
-// A key before the boundary gets exp(b - log_mass) (R . v - r) in its log weight, and
-// exp(b - log_mass) R in its value. The gradient of the final state is the reverse state after the last
-// row; that before the first row is the gradient of the initial state. Every factor is <= 1.
 //
-// As states are summed over splits and merged, reverse states are: ReverseStateKernel gives what the rows of
-// one split add, relative to the state before it, and MergeReverseStatesKernel adds them up from behind.
+// A key before the boundary gets exp(b - log_mass) (R . v - r) in its log weight, and exp(b -
+// log_mass) R in its value. The gradient of the final state is the reverse state after the last
+// row, and that before the first row is the gradient of the initial state. Every factor is <= 1.
+//
+// Reverse states are summed over splits and merged as states are: ReverseStateKernel gives what the
+// rows of one split add, relative to the state before it, and MergeReverseStatesKernel adds these
+// up from the last split to the first.
 #pragma once
 #include "cuda/kernels/causal_backward/common.cuh"
 
@@ -30,11 +33,11 @@ struct ReverseStateLayout : BackwardLayout<T, W, 4> {
   static constexpr int kLse = kGradOut + kStages * S::kTileBytes;  // float [2][kTile]
   static constexpr int kDelta = kLse + 2 * kTile * 4;              // likewise
   static constexpr int kBytes = kDelta + 2 * kTile * 4;
-  static_assert(kBytes <= S::kMostBytes);
+  static_assert(kBytes <= S::kMaxBytes);
 };
 
-// Grid: (splits of all sequences, query heads, groups of features). The first split of a
-// sequence is left out: nothing lies before it but the initial state.
+// Grid: (splits of all sequences, query heads, feature blocks). The first split of a sequence is
+// left out, because only the initial state lies before it.
 template <class T, int W>
 __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<T> p) {
   using L = ReverseStateLayout<T, W>;
@@ -142,11 +145,12 @@ struct MergeReverseStatesParams {
   WorkTiles splits;
   int64_t heads = 0, groups = 0, features = 0;
   int width = 0;
-  const float *part_mean = nullptr, *part_mass = nullptr;      // of ReverseStateKernel
+  const float* part_mean = nullptr;                            // [splits, H, M, E]
+  const float* part_mass = nullptr;                            // [splits, H, M]
   const float* before_log_mass = nullptr;                      // [splits, G, M]
   const float *log_mass = nullptr, *mean = nullptr;            // final state [N, G, M(, E)]
   const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // its gradient, likewise
-  // ReverseState after each split, relative to the state there: [splits, G, M(, E)].
+  // The reverse state after each split, relative to the state there: [splits, G, M(, E)].
   float *after_mean = nullptr, *after_mass = nullptr;
   // Gradient of the initial state [N, G, M(, E)]: written here for sequences without rows.
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
@@ -173,8 +177,7 @@ static __global__ void __launch_bounds__(256) MergeReverseStatesKernel(MergeReve
       sum[i] = p.grad_mean[number * p.width + column];
       mass += sum[i] * p.mean[number * p.width + column];
     }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) mass += __shfl_xor_sync(kAllLanes, mass, lanes);
+    mass = WarpSum(mass);
     mass -= p.grad_log_mass[number];
   }
   for (int64_t split = first + count - 1; split >= first; --split) {

@@ -1,6 +1,7 @@
-// Of each query row, what its causal gradient needs besides the prefix states, from the outputs of
-// the forward pass before they are rounded:
-//   lse = log sum_m exp(a + log_mass of the row)      delta = grad_out . out
+// What the causal gradient needs of each query row besides the states, from the outputs of the
+// forward pass before they are rounded:
+//
+//   lse = log sum_m exp(a + log_mass of the row)        delta = grad_out . out
 //
 // Grid: one warp for each row and head.
 #pragma once
@@ -14,7 +15,7 @@ struct CausalStatisticsParams {
   const float* part_out = nullptr;  // [parts][rows, H, W], see causal/merge_outputs.cuh
   const float* part_lse = nullptr;  // [parts][rows, H]
   int64_t parts = 0, rows = 0;
-  RowsOf<const T> grad_out;
+  RowsOf<const T> grad_out;                // [rows, H, E]
   float *lse = nullptr, *delta = nullptr;  // [rows, H]
 };
 
@@ -24,13 +25,13 @@ __global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsPa
   const int lane = threadIdx.x % 32;
   const int64_t count = p.rows * p.grad_out.heads;
   if (number >= count) return;
-  float top = -kInfinity;
-  for (int64_t z = 0; z < p.parts; ++z) top = fmaxf(top, p.part_lse[z * count + number]);
-  const float shift = ZeroIfNone(top);
+  float row_max = -kInfinity;
+  for (int64_t z = 0; z < p.parts; ++z) row_max = fmaxf(row_max, p.part_lse[z * count + number]);
+  const float base = ZeroIfNone(row_max);
   const T* grad_out = p.grad_out.Row(number / p.grad_out.heads, number % p.grad_out.heads);
   float sum = 0, delta = 0;
   for (int64_t z = 0; z < p.parts; ++z) {
-    const float share = expf(p.part_lse[z * count + number] - shift);
+    const float share = expf(p.part_lse[z * count + number] - base);
     float dot = 0;
 #pragma unroll
     for (int i = 0; i < W / 32; ++i) {
@@ -41,10 +42,9 @@ __global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsPa
     sum += share;
     delta += share == 0.f ? 0.f : share * dot;
   }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(kAllLanes, delta, lanes);
+  delta = WarpSum(delta);
   if (lane != 0) return;
-  p.lse[number] = sum == 0.f ? -kInfinity : shift + logf(sum);
+  p.lse[number] = sum == 0.f ? -kInfinity : base + logf(sum);
   p.delta[number] = sum == 0.f ? 0.f : delta / sum;
 }
 

@@ -52,7 +52,8 @@ PERFORMER_DEVICE void StoreState(const Softmax<T, W, kRowTiles>& state, const Su
       const int64_t row =
           (static_cast<int64_t>(blockIdx.x) * p.groups + head) * p.features + feature;
       if (t == 0)
-        p.log_mass[row] = inverse == 0.f ? -kInfinity : state.top[m][e] * p.map.root + logf(sum);
+        p.log_mass[row] =
+            inverse == 0.f ? -kInfinity : state.row_max[m][e] * p.map.root + logf(sum);
 #pragma unroll
       for (int n = 0; n < W / 8; ++n)
 #pragma unroll
@@ -108,22 +109,22 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
 
   Softmax<T, W, kRowTiles> state;
   state.Init();
-  stream.Fetch(0, tid);
-  stream.Publish(0, tid);
+  stream.LoadKeyBias(0, tid);
+  stream.StoreKeyBias(0, tid);
   __syncthreads();  // the masks of the first tile are visible
   stream.Issue(0, 0, keys, values, tid);
-  stream.Fetch(1, tid);
+  stream.LoadKeyBias(1, tid);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const int buffer = tile & 1, other = buffer ^ 1;
     T* const tile_keys = keys + buffer * kTile * W;
     CpAsyncWait<0>();
-    stream.Arrived(buffer, tile_keys, tid);
-    stream.Publish(other, tid);
+    stream.ComputeBias(buffer, tile_keys, tid);
+    stream.StoreKeyBias(other, tid);
     __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
     if (tile + 1 < tiles) {
       stream.Issue(tile + 1, other, keys + other * kTile * W, values + other * kTile * W, tid);
-      stream.Fetch(tile + 2, tid);
+      stream.LoadKeyBias(tile + 2, tid);
     }
     state.Step(rows, tile_keys, values + buffer * kTile * W, stream.bias + buffer * kTile, p.map,
                lane);
