@@ -195,7 +195,9 @@ def causal(
             out, log_mass, mean = attend_causally(a, b, v, *initial)
             return _to_heads(out, dtype), log_mass, mean
         log_mass, mean = (tf.broadcast_to(x, [sequences, *dims(x)[1:]]) for x in initial)
-        starts = [gather_or_zero(x, blocks.sequence) for x in (log_mass, mean)]
-        out, *after = attend_causally_in_blocks(a, b, v, *starts, blocks.first)
+        log_mass_starts, mean_starts = (
+            gather_or_zero(x, blocks.sequence) for x in (log_mass, mean)
+        )
+        out, *after = attend_causally_in_blocks(a, b, v, log_mass_starts, mean_starts, blocks.first)
         ends = map(blocks.of_last_block, after, (log_mass, mean))
         return blocks.unpack(_to_heads(out, dtype)), *ends
