@@ -1,4 +1,4 @@
-// Python module performer._core: the operators on NumPy arrays, without TensorFlow.
+// The Python module performer._core: the operators on NumPy arrays, without TensorFlow.
 #include <algorithm>
 #include <system_error>
 #include <thread>
@@ -121,7 +121,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("signature", performer::SignatureDict, arg("op"),
              "Names, types and shapes of an operator's inputs and outputs.");
   module.def("isas", performer::cpu::AvailableIsas,
-             "Instruction sets that this build and this processor share, the best last.");
+             "The instruction sets that this build and this processor share, the best last.");
   module.def("isa", performer::ChosenIsa,
              "The instruction set in force: the best, or what PERFORMER_ISA names.");
   module.def(
