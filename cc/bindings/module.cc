@@ -63,12 +63,8 @@ py::dict SignatureDict(const std::string& name) {
   const Op op = FindOp(name);
   const auto list = [](const std::vector<Argument>& arguments) {
     py::list rows;
-    for (const Argument& argument : arguments) {
-      const char* type = argument.type == ArgumentType::kTensor  ? "T"
-                         : argument.type == ArgumentType::kState ? "U"
-                                                                 : "int64";
-      rows.append(py::make_tuple(argument.name, type, argument.shape));
-    }
+    for (const Argument& argument : arguments)
+      rows.append(py::make_tuple(argument.name, NameOf(argument.type), argument.shape));
     return rows;
   };
   py::dict result;

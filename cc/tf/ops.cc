@@ -46,10 +46,7 @@ absl::Status InferOpShapes(InferenceContext* context) {
 
 // Specifications in the syntax of OpDefBuilder.
 std::string Specification(const Argument& argument) {
-  const char* type = argument.type == ArgumentType::kTensor  ? "T"
-                     : argument.type == ArgumentType::kState ? "U"
-                                                             : "int64";
-  return absl::StrCat(argument.name, ": ", type);
+  return absl::StrCat(argument.name, ": ", NameOf(argument.type));
 }
 std::string Specification(const char* name, FeatureMap value) {
   return absl::StrCat(name, ": {'", absl::StrJoin(kFeatureMapNames, "', '"), "'} = '",
