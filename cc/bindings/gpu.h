@@ -1,4 +1,4 @@
-// The operators on memory of a GPU, given as addresses: part of the module _core.
+// The part of the module _core that runs the operators on memory of a GPU, given as addresses.
 #pragma once
 #include <pybind11/pybind11.h>
 

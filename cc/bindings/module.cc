@@ -1,4 +1,4 @@
-// Python module performer._core: the operators on NumPy arrays, without TensorFlow.
+// The Python module performer._core: the operators on NumPy arrays, without TensorFlow.
 #include <algorithm>
 #include <system_error>
 #include <thread>
@@ -63,12 +63,8 @@ py::dict SignatureDict(const std::string& name) {
   const Op op = FindOp(name);
   const auto list = [](const std::vector<Argument>& arguments) {
     py::list rows;
-    for (const Argument& argument : arguments) {
-      const char* type = argument.type == ArgumentType::kTensor  ? "T"
-                         : argument.type == ArgumentType::kState ? "U"
-                                                                 : "int64";
-      rows.append(py::make_tuple(argument.name, type, argument.shape));
-    }
+    for (const Argument& argument : arguments)
+      rows.append(py::make_tuple(argument.name, NameOf(argument.type), argument.shape));
     return rows;
   };
   py::dict result;
@@ -121,7 +117,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("signature", performer::SignatureDict, arg("op"),
              "Names, types and shapes of an operator's inputs and outputs.");
   module.def("isas", performer::cpu::AvailableIsas,
-             "Instruction sets that this build and this processor share, the best last.");
+             "The instruction sets that this build and this processor share, the best last.");
   module.def("isa", performer::ChosenIsa,
              "The instruction set in force: the best, or what PERFORMER_ISA names.");
   module.def(

@@ -12,7 +12,7 @@ double Attributes::ResolvedScale(int64_t key_dim) const {
 
 bool HasAttribute(Op op, const std::string& name) { return HasKeys(op) || name != "key_norm"; }
 
-static Status FiniteAndNotNegative(const char* name, const char* zero, double value) {
+static Status RequireFiniteAndNotNegative(const char* name, const char* zero, double value) {
   if (std::isfinite(value) && value >= 0) return Status();
   std::ostringstream message;
   message << name << " must be finite and positive (0: " << zero << "); got " << value;
@@ -20,8 +20,8 @@ static Status FiniteAndNotNegative(const char* name, const char* zero, double va
 }
 
 Status ValidateAttributes(const Attributes& attributes) {
-  PERFORMER_RETURN_IF_ERROR(FiniteAndNotNegative("scale", "the default", attributes.scale));
-  return FiniteAndNotNegative("feature_epsilon", "none", attributes.feature_epsilon);
+  PERFORMER_RETURN_IF_ERROR(RequireFiniteAndNotNegative("scale", "the default", attributes.scale));
+  return RequireFiniteAndNotNegative("feature_epsilon", "none", attributes.feature_epsilon);
 }
 
 Status ParseFeatureMap(const std::string& name, FeatureMap* map) {

@@ -11,9 +11,9 @@ namespace performer {
 enum class DType { kFloat32, kBFloat16, kHalf, kFloat64 };
 
 // The positive feature map phi; the kernels work with its logarithm. With u = sqrt(scale) (w . x):
-//   kSoftmax  log phi = u (for keys also - scale |k|^2 / 2 if key_norm)  FAVOR+, arXiv:2009.14794
-//   kRelu     log phi = log(max(u, 0) + feature_epsilon)                 generalised attention, ibid.
-//   kElu      log phi = log(elu(u) + 1)                                  arXiv:2006.16236
+//   kSoftmax  log phi = u; for keys, if key_norm, u - scale |k|^2 / 2  FAVOR+, arXiv:2009.14794
+//   kRelu     log phi = log(max(u, 0) + feature_epsilon)  generalised attention, arXiv:2009.14794
+//   kElu      log phi = log(elu(u) + 1)                   arXiv:2006.16236
 enum class FeatureMap { kSoftmax, kRelu, kElu };
 inline constexpr const char* kFeatureMapNames[] = {"softmax", "relu", "elu"};  // by FeatureMap
 

@@ -1,5 +1,5 @@
-// Arithmetic of rows and heads that the kernels of the CPU and of GPUs share. Always inlined: files
-// of several instruction sets include it.
+// Integer arithmetic of rows and heads that the kernels of the CPU and of GPUs share. Always
+// inlined: files of several instruction sets include it.
 #pragma once
 #include <cstdint>
 
@@ -20,16 +20,8 @@ PERFORMER_HOST_DEVICE PERFORMER_INLINE constexpr int64_t RoundUp(int64_t n, int6
   return CeilDiv(n, unit) * unit;
 }
 
-// Rows of a split in a sequence of `rows`: the smallest multiple of `unit`, and not 0, that gives
-// at most `most` splits.
-PERFORMER_HOST_DEVICE PERFORMER_INLINE constexpr int64_t RowsPerSplit(int64_t rows, int64_t unit,
-                                                                      int64_t most) {
-  const int64_t units = CeilDiv(rows, unit * most);
-  return unit * (units > 0 ? units : 1);
-}
-
-// Index of query head `head`, of `heads`, in a tensor with `count` heads: 1, G or H. `group` is its
-// key/value head.
+// The index of query head `head` of `heads` in a tensor with `count` heads, which is 1, G or H.
+// `group` is the key/value head of that query head.
 PERFORMER_HOST_DEVICE PERFORMER_INLINE constexpr int64_t QueryHeadIndex(int64_t count, int64_t head,
                                                                         int64_t heads,
                                                                         int64_t group) {

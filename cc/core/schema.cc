@@ -76,20 +76,20 @@ std::vector<std::string> Split(const std::string& text, char separator) {
 }
 
 // "[B, 1|G, M]"
-std::string Written(const std::vector<std::string>& tokens) {
+std::string Bracketed(const std::vector<std::string>& tokens) {
   std::string text = "[";
   for (size_t i = 0; i < tokens.size(); ++i) text += (i > 0 ? ", " : "") + tokens[i];
   return text + "]";
 }
 
-// Values of the letters, each with the argument that fixed it.
+// The values of the letters, each with the argument that fixed it.
 class Letters {
  public:
-  // Checks one argument against its pattern and learns the letters that stand alone in it.
+  // Checks one argument against its pattern, and learns the letters that stand alone in it.
   Status Match(const Argument& argument, const Shape& shape) {
     if (!shape.known_rank) return Status();
     const std::vector<std::string> tokens = Split(argument.shape, ' ');
-    const std::string must = std::string(argument.name) + " must have shape " + Written(tokens);
+    const std::string must = std::string(argument.name) + " must have shape " + Bracketed(tokens);
     if (shape.rank() != static_cast<int>(tokens.size()))
       return Status::InvalidArgument(must + ", rank " + std::to_string(tokens.size()) +
                                      "; got rank " + std::to_string(shape.rank()) + ", shape " +
@@ -154,7 +154,7 @@ Status CheckSizes(const Letters& letters) {
   const struct {
     char letter;
     const char* meaning;
-    int64_t least, most;
+    int64_t min, max;
   } kBounds[] = {{'H', "number of query heads", 1, INT64_MAX},
                  {'G', "number of key and value heads", 1, INT64_MAX},
                  {'D', "key dimension", 1, kMaxWidth},
@@ -162,9 +162,9 @@ Status CheckSizes(const Letters& letters) {
                  {'E', "value dimension", 0, kMaxWidth}};
   for (const auto& bound : kBounds) {
     const int64_t value = letters[bound.letter];
-    if (value == kUnknown || (value >= bound.least && value <= bound.most)) continue;
-    std::string rule = "at least " + std::to_string(bound.least);
-    if (bound.most != INT64_MAX) rule += " and at most " + std::to_string(bound.most);
+    if (value == kUnknown || (value >= bound.min && value <= bound.max)) continue;
+    std::string rule = "at least " + std::to_string(bound.min);
+    if (bound.max != INT64_MAX) rule += " and at most " + std::to_string(bound.max);
     return Status::InvalidArgument(std::string("the ") + bound.meaning + " " + bound.letter +
                                    " must be " + rule + "; got " + std::to_string(value));
   }
@@ -216,7 +216,7 @@ Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>
       if (is_offsets(signature.inputs[i]))
         PERFORMER_RETURN_IF_ERROR(letters.Match(signature.inputs[i], inputs[i]));
   }
-  // Two passes: a broadcast dimension may stand before the argument that fixes its letter.
+  // Two passes, as a broadcast dimension may come before the argument that fixes its letter.
   for (int pass = 0; pass < 2; ++pass) {
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (is_offsets(signature.inputs[i])) continue;
@@ -244,18 +244,18 @@ Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>
 }
 
 Status ValidateOffsets(const int64_t* offsets, int64_t count, int64_t rows) {
-  const auto say = [&](const std::string& rule, int64_t n) {
+  const auto error = [&](const std::string& rule, int64_t n) {
     return Status::InvalidArgument("offsets must " + rule + "; got offsets[" + std::to_string(n) +
                                    "] = " + std::to_string(offsets[n]));
   };
-  if (offsets[0] != 0) return say("start at 0", 0);
+  if (offsets[0] != 0) return error("start at 0", 0);
   for (int64_t n = 0; n < count; ++n)
     if (offsets[n + 1] < offsets[n])
-      return say(
+      return error(
           "never fall, but offsets[" + std::to_string(n) + "] = " + std::to_string(offsets[n]),
           n + 1);
   if (offsets[count] != rows)
-    return say("end at the number of rows, " + std::to_string(rows), count);
+    return error("end at the number of rows, " + std::to_string(rows), count);
   return Status();
 }
 

@@ -23,6 +23,11 @@ enum class ArgumentType {
   kOffsets,  // int64
 };
 
+// "T", "U" or "int64": the type in the registration of the TensorFlow op.
+inline const char* NameOf(ArgumentType type) {
+  return type == ArgumentType::kTensor ? "T" : type == ArgumentType::kState ? "U" : "int64";
+}
+
 struct Argument {
   const char* name;
   ArgumentType type;

@@ -1,5 +1,4 @@
-// A tensor shape of which dimensions, or even the rank, may be unknown (as while a graph is
-// traced).
+// The shape of a tensor. Dimensions, or even the rank, may be unknown, as while a graph is traced.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -11,7 +10,7 @@ inline constexpr int64_t kUnknown = -1;
 
 struct Shape {
   bool known_rank = true;
-  std::vector<int64_t> dims;  // kUnknown where a dimension is not known; empty if the rank is not
+  std::vector<int64_t> dims;  // kUnknown where a dimension is unknown; empty if the rank is
 
   static Shape UnknownRank() { return {false, {}}; }
   int rank() const { return static_cast<int>(dims.size()); }
@@ -28,7 +27,7 @@ inline std::string ToString(const Shape& shape) {
   return text + "]";
 }
 
-// The number of elements, or kUnknown if it is not known. Sets *overflow if it exceeds int64.
+// The number of elements, or kUnknown. Sets *overflow to whether the number exceeds int64.
 inline int64_t ElementCount(const Shape& shape, bool* overflow) {
   *overflow = false;
   if (!shape.known_rank) return kUnknown;

@@ -1,4 +1,5 @@
-// Outcome of a core function: OK, or a code and a sentence for the user. No exceptions, no aborts.
+// The outcome of a core function: OK, or a code and a message for the user. The core neither throws
+// nor aborts.
 #pragma once
 #include <string>
 #include <utility>
@@ -13,15 +14,14 @@ class [[nodiscard]] Status {
   static Status InvalidArgument(std::string message) {
     return Status(Code::kInvalidArgument, std::move(message));
   }
-  // What cannot run here as things are: a driver that is too old, a device that is not there.
+  // The call cannot run on this machine: a driver that is too old, a device that is missing.
   static Status FailedPrecondition(std::string message) {
     return Status(Code::kFailedPrecondition, std::move(message));
   }
   static Status ResourceExhausted(std::string message) {
     return Status(Code::kResourceExhausted, std::move(message));
   }
-
-  // What is neither the caller's fault nor a lack of memory: an error of a driver or a device.
+  // Neither the caller's fault nor a lack of memory: an error of a driver or a device.
   static Status Internal(std::string message) {
     return Status(Code::kInternal, std::move(message));
   }

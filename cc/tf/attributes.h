@@ -25,7 +25,7 @@ inline absl::Status ToTensorFlow(const Status& status) {
   return absl::InternalError(status.message());
 }
 
-// Reads one attribute. TensorFlow has those that are double here as float32.
+// Reads one attribute. What is double here is float32 in TensorFlow.
 template <class Context>
 absl::Status ReadAttribute(Context* context, const char* name, bool* value) {
   return context->GetAttr(name, value);

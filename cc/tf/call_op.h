@@ -1,4 +1,4 @@
-// What the OpKernels of all devices do alike: tensors to a Call, validated once.
+// What the OpKernels of all devices share: they turn tensors into a Call and validate it once.
 #pragma once
 #include "core/params.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -21,9 +21,9 @@ inline DType FromTensorFlow(tensorflow::DataType type) {
 }
 
 // Device: a class with
-//   static absl::Status Check(Op, const Call&)                before outputs are allocated
+//   static absl::Status Check(Op, const Call&)  called before the outputs are allocated
 //   static absl::Status Run(tensorflow::OpKernelContext*, Op, const Call&)
-// The input "offsets" must lie in host memory, all other tensors in the device's.
+// The input "offsets" must lie in host memory, and all other tensors in that of the device.
 template <Op op, class Device>
 class CallOp : public tensorflow::OpKernel {
  public:

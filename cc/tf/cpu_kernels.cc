@@ -1,4 +1,4 @@
-// CPU OpKernels: the driver of the CPU kernels on TensorFlow's own thread pool.
+// The OpKernels for the CPU: the driver of the CPU kernels on TensorFlow's own thread pool.
 #include "cpu/run.h"
 #include "tf/call_op.h"
 

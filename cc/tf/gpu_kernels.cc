@@ -1,5 +1,6 @@
-// GPU OpKernels: the CUDA kernels on TensorFlow's stream, with workspace from its allocator.
-// Includes no CUDA header. float64 has no GPU kernel: TensorFlow places it on the CPU.
+// The OpKernels for GPUs: the CUDA kernels on TensorFlow's stream, with workspace from its
+// allocator. No CUDA header is included. float64 has no GPU kernel, so TensorFlow places it on the
+// CPU.
 #ifdef PERFORMER_HAVE_CUDA
 #include "cuda/run.h"
 #include "tf/call_op.h"
@@ -17,8 +18,8 @@ struct GpuDevice {
     const auto* device_context = context->op_device_context();
     if (device_context == nullptr || device_context->stream() == nullptr)
       return absl::InternalError("TensorFlow gave a GPU kernel no stream");
-    // TensorFlow's GPU memory is reused in the order of the stream, so the workspace may be given
-    // back when Compute returns, while kernels that use it still wait for their turn.
+    // TensorFlow reuses GPU memory in the order of the stream. So the workspace may be freed when
+    // Compute returns, while the kernels that use it are still queued.
     std::vector<tensorflow::Tensor> workspace;
     cuda::Device device;
     device.stream = device_context->stream()->platform_specific_handle().stream;

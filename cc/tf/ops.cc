@@ -44,12 +44,9 @@ absl::Status InferOpShapes(InferenceContext* context) {
   return absl::OkStatus();
 }
 
-// Specifications as the registration of TensorFlow wants them.
+// Specifications in the syntax of OpDefBuilder.
 std::string Specification(const Argument& argument) {
-  const char* type = argument.type == ArgumentType::kTensor  ? "T"
-                     : argument.type == ArgumentType::kState ? "U"
-                                                             : "int64";
-  return absl::StrCat(argument.name, ": ", type);
+  return absl::StrCat(argument.name, ": ", NameOf(argument.type));
 }
 std::string Specification(const char* name, FeatureMap value) {
   return absl::StrCat(name, ": {'", absl::StrJoin(kFeatureMapNames, "', '"), "'} = '",
@@ -62,7 +59,7 @@ std::string Specification(const char* name, bool value) {
   return absl::StrCat(name, ": bool = ", value ? "true" : "false");
 }
 
-// An operator as the schema has it.
+// The definition of an operator, from its schema.
 template <Op op>
 tensorflow::register_op::OpDefBuilderWrapper Define(const char* doc) {
   tensorflow::register_op::OpDefBuilderWrapper definition(SignatureOf(op).name);

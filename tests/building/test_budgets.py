@@ -87,8 +87,8 @@ def test_blocks_of_a_multiprocessor(architecture, registers, threads, shared, bl
 
 def test_names_of_kernels_are_those_of_the_source():
     demangled = (
-        "void performer::cuda::ReadKernel<performer::cuda::BFloat16, 64>"
-        "(performer::cuda::ReadParams<performer::cuda::BFloat16>)"
+        "void performer::cuda::ReadKernel<performer::BFloat16, 64>"
+        "(performer::cuda::ReadParams<performer::BFloat16>)"
     )
     assert CHECK["short"](demangled) == "ReadKernel<BFloat16, 64>"
     assert CHECK["short"]("performer::cuda::MergeKernel(performer::cuda::MergeParams)") == (

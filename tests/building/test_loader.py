@@ -194,7 +194,7 @@ def results(copy):
             "XLA unloadable": (copy(xla=unloadable), XLA + ATTEND),
             "XLA without ops": (missing, XLA + ATTEND_COMPILED),
         }
-    return run_forking(cases, ["tensorflow"], copy() / "performer" / "library.py")
+    return run_forking(cases, ["tensorflow"], copy() / "performer" / "loader.py")
 
 
 def test_intact_library_is_loaded_once_and_without_a_warning(results):

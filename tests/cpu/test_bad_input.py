@@ -79,6 +79,21 @@ def test_an_unknown_operator_is_refused():
         _core.run("Attend", good_inputs())
 
 
+@pytest.mark.parametrize(
+    ("attributes", "says"),
+    [
+        ({"epsilon": 0.1}, "unexpected keyword argument 'epsilon'"),
+        ({"scale": "large"}, "scale has a value of a wrong type"),
+        ({"feature_map": 1}, "feature_map has a value of a wrong type"),
+        ({"packed": np.zeros(2)}, "packed has a value of a wrong type"),
+    ],
+)
+def test_unknown_attributes_and_values_of_a_wrong_type_are_refused(attributes, says):
+    with pytest.raises(TypeError, match=says):
+        run("Causal", good_inputs(), **attributes)
+    assert_next_call_is_right("Causal")
+
+
 @pytest.mark.parametrize("function", [_core.exp2, _core.log2])
 def test_functions_of_arrays_refuse_sizes_and_types(function):
     with pytest.raises(ValueError, match=r"multiple of .*15"):

@@ -1,4 +1,4 @@
-// Python module performer_emulated, for tests: the CUDA kernels on NumPy arrays, run by the
+// The Python module performer_emulated, for tests: the CUDA kernels on NumPy arrays, run by the
 // emulator (cc/sim).
 #include <algorithm>
 #include <cmath>
@@ -33,8 +33,8 @@ struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Memory as a GPU gives it: it holds anything, here NaN. So do the bytes before and behind a buffer,
-// which nothing may write. AddressSanitizer has guards of its own, which see reads too.
+// Memory. That of a GPU may hold anything; this one holds NaN. So do the bytes before and behind a
+// buffer, which nothing may write. AddressSanitizer has guards of its own, which see reads too.
 class Memory {
  public:
 #if defined(__SANITIZE_ADDRESS__)
@@ -175,22 +175,23 @@ PYBIND11_MODULE(performer_emulated, module) {
              arg("order") = "random", arg("seed") = 1, arg("skip") = "", arg("allocations") = -1,
              arg("shared_bytes") = 0,
              "As performer._core.run. `order` and `seed`: the schedule; `skip`: a barrier or wait "
-             "that is left out; `allocations`: how many the device has memory for, -1 all; "
-             "`shared_bytes`: of a block at most, 0 as on sm_80.\n"
-             "Raises RuntimeError for what a kernel did wrong.");
-  module.def("counters", performer::Counters, "Numbers of instructions since the last reset.");
+             "that is left out; `allocations`: the number for which the device has memory, or -1 "
+             "for any number; `shared_bytes`: the most that a block may have, or 0 for that of "
+             "sm_80.\n"
+             "Raises RuntimeError for an error of a kernel.");
+  module.def("counters", performer::Counters, "The numbers of instructions since the last reset.");
   module.def("reset_counters", [] { sim::TheCounters() = sim::Counters(); });
   module.def(
       "sites", [] { return sim::Sites(); },
-      "Barriers and waits reached since the last reset, \"file:line\".");
+      "The barriers and waits reached since the last reset, as \"file:line\".");
   module.def("reset_sites", [] { sim::Sites().clear(); });
   module.def(
       "races", [] { return py::make_tuple(sim::TheRaces().count, sim::TheRaces().report); },
-      "Number of races since the last reset, and the first ones in words.");
+      "The number of races since the last reset, and a report of the first ones.");
   module.def("reset_races", sim::ResetRaces);
   module.def("planted", performer::Planted, arg("kernel"), arg("x"), arg("bug"), arg("blocks") = 2,
              arg("threads") = 64, arg("order") = "random", arg("seed") = 1,
-             "A kernel of planted.cuh, with its bug or without; returns its output.");
+             "Runs a kernel of planted.cuh, with its bug or without; returns its output.");
   module.attr("split_rows") = cuda::kSplitUnit;
   module.attr("small_shared_bytes") = cuda::kSmallSharedBytes;
   module.attr("detects_races") = sim::DetectsRaces();

@@ -1,4 +1,5 @@
-// Python module performer_probes: the wrappers of cuda/device/ptx.h, one at a time. For tests/gpu.
+// The Python module performer_probes, for tests/gpu: it runs the wrappers of cuda/device/ptx.h one
+// at a time.
 #include <pybind11/numpy.h>
 
 #include "bindings/calls.h"
@@ -25,9 +26,9 @@ py::array Run(const std::string& name, const py::array_t<uint32_t, py::array::c_
 }  // namespace performer
 
 PYBIND11_MODULE(performer_probes, module) {
-  module.doc() = "The wrappers of PTX, on the GPU or emulated, on numbers of the host.";
+  module.doc() = "The wrappers of PTX, on a GPU or emulated, on numbers in host memory.";
   module.attr("EMULATED") = performer::probes::kEmulated;
-  module.def("names", performer::probes::Names, "What `run` knows.");
+  module.def("names", performer::probes::Names, "The names that `run` knows.");
   module.def("run", performer::Run, pybind11::arg("name"), pybind11::arg("x"),
              "Runs a probe: uint32 [warps, 32, 12] to uint32 [warps, 32, 4].\n"
              "Raises ValueError for a wrong argument, RuntimeError with CUDA's text.");

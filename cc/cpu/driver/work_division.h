@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "core/splits.h"
+#include "cpu/chunks.h"
 #include "cpu/memory/buffer.h"
 #include "cpu/memory/layout.h"
 #include "cpu/run.h"

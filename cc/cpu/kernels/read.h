@@ -1,7 +1,7 @@
 // Bidirectional attention, second half: queries read the state.
 //   out[i] = softmax_m(a[i, :] + log_mass) mean
 #pragma once
-#include "core/splits.h"
+#include "cpu/chunks.h"
 #include "cpu/kernels/query_chunk.h"
 #include "cpu/kernels/state.h"
 

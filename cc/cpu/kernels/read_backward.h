@@ -5,7 +5,7 @@
 // delta = dout . out is taken from the features, not from the rounded output: in bfloat16 that
 // rounding would be the largest part of the error.
 #pragma once
-#include "core/splits.h"
+#include "cpu/chunks.h"
 #include "cpu/kernels/query_chunk.h"
 #include "cpu/kernels/state.h"
 

@@ -4,7 +4,7 @@
 // anchors; then p = 2^(b - anchor), mass += sum_j p and sum += p^T v. An anchor is the running
 // reference maximum of a feature, as in the online softmax.
 #pragma once
-#include "core/splits.h"
+#include "cpu/chunks.h"
 #include "cpu/kernels/key_chunk.h"
 
 PERFORMER_ISA_BEGIN

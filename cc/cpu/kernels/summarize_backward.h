@@ -2,7 +2,7 @@
 //   p = 2^(b - log_mass)      db = p (v dmean^T - sum_e dmean mean + dlog_mass)
 //   dk = db w - scale k sum_m db      dw += db^T k      dv = p dmean      dkey_bias = sum_m db
 #pragma once
-#include "core/splits.h"
+#include "cpu/chunks.h"
 #include "cpu/kernels/key_gradients.h"
 #include "cpu/kernels/state.h"
 

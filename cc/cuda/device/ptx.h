@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/half.h"
+
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define PERFORMER_DEVICE __device__ __forceinline__
@@ -19,13 +21,8 @@
 namespace performer {
 namespace cuda {
 
-// 16-bit numbers in memory; arithmetic is float32.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
+using performer::BFloat16;
+using performer::Half;
 
 #if defined(__CUDACC__)
 
@@ -147,36 +144,21 @@ PERFORMER_DEVICE uint32_t ToTf32(float x) {
 
 #else  // the host twins
 
-inline float AsFloat(uint32_t x) {
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-inline uint32_t AsBits(float x) {
-  uint32_t y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
+inline float AsFloat(uint32_t x) { return FromBits(x); }
+inline uint32_t AsBits(float x) { return BitsOf(x); }
 
-// Half from its bits, exactly; and to nearest even.
-inline float HalfToFloat(uint16_t bits) {
-  const uint32_t sign = uint32_t{bits & 0x8000u} << 16, rest = bits & 0x7fffu;
-  if (rest >= 0x7c00) return AsFloat(sign | 0x7f800000u | (rest & 0x3ff) << 13);
-  // Scaled by 2^-112, normal and subnormal numbers are placed alike.
-  return AsFloat(sign | AsBits(AsFloat(rest << 13) * 0x1p112f));
-}
+inline float HalfToFloat(uint16_t bits) { return Widen(Half{bits}); }
+// As cvt rounds; it has one NaN, of either sign for half and positive for bfloat16.
 inline uint16_t ToHalfBits(float x) {
-  const uint32_t bits = AsBits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-  if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7fffu);
-  if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above
-  if (rest < 0x38800000u)  // below 2^-14: the sum's last bit is a half's
-    return static_cast<uint16_t>(sign | (AsBits(AsFloat(rest) + 0.5f) - AsBits(0.5f)));
-  return static_cast<uint16_t>(sign | ((rest + 0xfffu + (rest >> 13 & 1) - 0x38000000u) >> 13));
+  Half narrow;
+  Narrow(x, &narrow);
+  const bool nan = (narrow.bits & 0x7fff) > 0x7c00;
+  return static_cast<uint16_t>(nan ? narrow.bits | 0x7fff : narrow.bits);
 }
 inline uint32_t ToBFloat16Bits(float x) {
-  const uint32_t bits = AsBits(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
-  return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  BFloat16 narrow;
+  Narrow(x, &narrow);
+  return x != x ? 0x7fff : narrow.bits;
 }
 template <class T>
 inline uint32_t Pack(float low, float high);

@@ -122,7 +122,7 @@ class Launcher {
       return Status::InvalidArgument(
           std::string(name) +
           ": too large for one launch, at most 2147483647 tiles of rows, 65535 " +
-          "heads and 65535 blocks of features; got " + std::to_string(grid.x) + ", " +
+          "heads and 65535 feature blocks; got " + std::to_string(grid.x) + ", " +
           std::to_string(grid.y) + " and " + std::to_string(grid.z));
     if (shared_bytes > shared_bytes_)
       return Status::FailedPrecondition(

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "core/indices.h"
+#include "core/splits.h"
 
 namespace performer {
 namespace cuda {

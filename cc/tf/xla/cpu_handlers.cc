@@ -1,4 +1,5 @@
-// XLA's custom calls on the CPU: the driver of the CPU kernels on XLA's intra-op threads.
+// The handlers of XLA's custom calls on the CPU: the driver of the CPU kernels on XLA's intra-op
+// threads.
 #include "cpu/run.h"
 #include "tf/xla/handler.h"
 #include "tf/xla/threads.h"

@@ -1,5 +1,5 @@
-// XLA's custom calls on an NVIDIA GPU: the CUDA kernels on XLA's stream, with workspace from its
-// allocator. Includes no CUDA header.
+// The handlers of XLA's custom calls on an NVIDIA GPU: the CUDA kernels on XLA's stream, with
+// workspace from its allocator. No CUDA header is included.
 #ifdef PERFORMER_HAVE_CUDA
 #include <algorithm>
 
@@ -12,8 +12,8 @@ struct CUstream_st;
 namespace performer {
 namespace {
 
-// Offsets of packed sequences decide how work is divided, so the host has to have them: such a call
-// waits for the stream. Returns the call with `offsets`, which must outlive it, in their place.
+// Copies the offsets of packed sequences to `offsets`, which must outlive the call, and lets the
+// call point there. The host needs them to divide the work, so such a call waits for the stream.
 Status FetchOffsets(Op op, CUstream_st* stream, std::vector<int64_t>* offsets, Call* call) {
   if (!call->attributes.packed) return Status();
   const void** input = &call->inputs[OffsetsIndex(op)];
@@ -33,8 +33,8 @@ ffi::Error RunOnGpu(CUstream_st* stream, ffi::ScratchAllocator scratch, ffi::Dic
     PERFORMER_RETURN_IF_ERROR(cuda::Supports(op, call.dtype, call.dims));
     std::vector<int64_t> offsets;
     PERFORMER_RETURN_IF_ERROR(FetchOffsets(op, stream, &offsets, &call));
-    // XLA reuses memory in the order of the stream, so that the workspace may be given back on
-    // return, while kernels that use it still wait for their turn.
+    // XLA reuses memory in the order of the stream. So the workspace may be freed on return, while
+    // the kernels that use it are still queued.
     const auto allocate = [&](size_t bytes) {
       return scratch.Allocate(bytes, cuda::kWorkspaceAlignment).value_or(nullptr);
     };
@@ -53,7 +53,8 @@ XLA_FFI_Error* Handler(XLA_FFI_CallFrame* frame) {
   return handler->Call(frame);
 }
 
-// Not as fit for command buffers (CUDA graphs), which cannot hold the wait of packed sequences.
+// The handlers are not registered as fit for command buffers (CUDA graphs), which cannot hold the
+// wait for the offsets of packed sequences.
 [[maybe_unused]] const bool registered = [] {
 #define PERFORMER_REGISTER(op) RegisterHandler(Op::k##op, "CUDA", Handler<Op::k##op>);
   PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)

@@ -1,4 +1,4 @@
-// The threads of XLA's intra-op pool, as the CPU kernels want them.
+// Adapts XLA's intra-op thread pool to the CPU kernels.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -12,10 +12,10 @@
 
 namespace performer {
 
-// One parallel loop, cut into blocks. The caller takes blocks like everyone else and waits for
-// those only that somebody has begun: a pool that is busy, or has no free thread at all, costs time
-// and cannot deadlock. Helpers that come late find no block; they may outlive the call, so that
-// they hold the loop by shared_ptr and touch `body` for a block they took.
+// One parallel loop, cut into blocks. The calling thread takes blocks as the threads of the pool
+// do, and waits only for blocks that have begun. So a busy pool, even one without a free thread,
+// costs time but cannot deadlock. A thread that comes late finds no block left. It may outlive the
+// call: therefore it holds the loop by shared_ptr, and uses `body` only for a block that it took.
 class ParallelLoop {
  public:
   using Body = std::function<void(int64_t begin, int64_t end)>;
@@ -26,7 +26,7 @@ class ParallelLoop {
   // Runs blocks until none is left.
   void Work() {
     for (int64_t block = next_++; block < blocks_; block = next_++) {
-      // Not count * block / blocks, which may overflow.
+      // count * block / blocks may overflow.
       const int64_t size = count_ / blocks_, rest = count_ % blocks_;
       const int64_t begin = size * block + std::min(block, rest);
       body_(begin, begin + size + (block < rest ? 1 : 0));
@@ -50,9 +50,10 @@ class ParallelLoop {
   std::condition_variable all_done_;
 };
 
-// Valid as long as `pool`.
+// The result is valid as long as `pool`.
 inline cpu::Threads ThreadsOf(xla::ffi::ThreadPool& pool) {
-  // A thread is worth waking for this much work; more blocks than threads even out their speeds.
+  // It pays to wake a thread for this much work. With more blocks than threads, a slow thread does
+  // fewer of them.
   constexpr int64_t kWorthwhileNanoseconds = 30000, kBlocksPerThread = 4;
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const auto parallel_for = [&pool, threads](int64_t count, int64_t cost,

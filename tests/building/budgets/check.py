@@ -149,7 +149,7 @@ def kernels_of(library: Path, architecture: str) -> list[Kernel]:
 
 def short(name: str) -> str:
     """ "ReadKernel<BFloat16, 64>" of a demangled "void performer::cuda::ReadKernel<...>(...)"."""
-    name = re.sub(r"performer::cuda::|^void ", "", name)
+    name = re.sub(r"performer::(cuda::)?|^void ", "", name)
     depth = 0
     for i, letter in enumerate(name):
         depth += {"<": 1, ">": -1}.get(letter, 0)

@@ -10,6 +10,7 @@
 // anchor by more than kCutBits, and rows before the cut do the same arithmetic with or without it.
 // Products end at the row itself (triangle.h).
 #pragma once
+#include "core/causal_cut.h"
 #include "cpu/kernels/causal/sub_chunks.h"
 #include "cpu/kernels/key_chunk.h"
 #include "cpu/kernels/state.h"
@@ -17,7 +18,7 @@
 PERFORMER_ISA_BEGIN
 
 template <class Acc>
-constexpr Acc kCutBits = 43;  // 30 nats above an anchor
+constexpr Acc kCutBits = kCausalCutBits;
 // An anchor is raised, and its sums rescaled, when the mass relative to it exceeds this.
 template <class Acc>
 constexpr Acc kRescaleThreshold = static_cast<Acc>(0x1p30);

@@ -2,7 +2,7 @@
 // and windows of sub-chunks that are kept for them. The driver (pipeline.h) shares these layouts
 // with the kernels of every instruction set (causal.h).
 #pragma once
-#include "core/splits.h"
+#include "cpu/chunks.h"
 #include "cpu/memory/layout.h"
 
 namespace performer {

@@ -10,12 +10,12 @@ namespace performer {
 namespace cuda {
 
 // The forward pass as it has been launched. The gradient reads from it what it needs again: states
-// before splits, operands, and the outputs of the blocks of features.
+// before splits, operands, and the outputs of the feature blocks.
 template <class T>
 struct CausalPass {
   Division splits;
   CausalParams<T> params;
-  int64_t feature_blocks = 0;  // how many blocks of features a row is divided among
+  int64_t feature_blocks = 0;
 };
 
 inline MergeParams MakeInitialMergeParams(const Context& context, const Division& splits,
@@ -56,9 +56,9 @@ inline Status WriteStatesOfEmptySequences(const Context& context,
   return Merge(context, merge);
 }
 
-template <class T, int W, int kGroups, bool kSmall>
+template <class T, int W, int kFeatureTiles, bool kSmall>
 Status LaunchCausalKernel(const Context& context, bool keep_parts, CausalPass<T>* pass) {
-  using Layout = CausalLayout<T, W, kGroups, kSmall>;
+  using Layout = CausalLayout<T, W, kFeatureTiles, kSmall>;
   const Dims& dims = context.dims;
   CausalParams<T>& p = pass->params;
   pass->feature_blocks = CeilDiv(dims.features, Layout::kFeatures);
@@ -71,13 +71,13 @@ Status LaunchCausalKernel(const Context& context, bool keep_parts, CausalPass<T>
         context.launcher.Allocate(pass->feature_blocks * p.part_lse, "partial outputs", &p.lse));
   }
   const Grid grid = {pass->splits.count, dims.heads, pass->feature_blocks};
-  return context.launcher.Launch("causal", CausalKernel<T, W, kGroups, kSmall>, grid,
+  return context.launcher.Launch("causal", CausalKernel<T, W, kFeatureTiles, kSmall>, grid,
                                  Layout::kThreads, Layout::kBytes, p);
 }
 
 // The causal kernel and what goes before it. With keep_parts, or where features need several
 // blocks, the outputs stay in workspace (params.part_out, params.lse): they are normalised in each
-// block of features, and neither merged nor rounded.
+// feature block, and neither merged nor rounded.
 template <class T, int W>
 Status CausalForward(const Context& context, const performer::CausalParams& call, bool keep_parts,
                      CausalPass<T>* pass) {

@@ -1,6 +1,7 @@
 // Parameters of the causal kernel, its block pointers, and its division of features, rows and
 // shared memory.
 #pragma once
+#include "core/causal_cut.h"
 #include "cuda/device/row_pipeline.cuh"
 
 namespace performer {
@@ -64,9 +65,9 @@ struct CausalLayout {
   static constexpr int kQueryTile = kFeatures / 2 < kMaxAtOnce ? kFeatures / 2 : kMaxAtOnce;
   // Of tiles: the next chunk is copied while one is worked on. One where two would not fit.
   static constexpr int kStages = kIs16Bit<T> && W == 64 && !kSmall ? 2 : 1;
-  // Nats by which a key may exceed its anchor. exp(30) * 64 keys leaves room for values up to 1e24
-  // in bfloat16 and float32; half ends at 65504.
-  static constexpr float kMaxGrowth = std::is_same_v<T, Half> ? 10.f : 30.f;
+  // Nats by which a key may exceed its anchor.
+  static constexpr float kMaxGrowth =
+      std::is_same_v<T, Half> ? kCausalCutNatsOfHalf : kCausalCutNats;
 
   // Shared memory, in bytes.
   static constexpr int kSize = static_cast<int>(sizeof(T));

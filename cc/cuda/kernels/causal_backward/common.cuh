@@ -16,6 +16,7 @@
 // sub-chunk ends before a key that exceeds an anchor by more than kMaxKeyGrowth. Here every warp
 // has sub-chunks of its own, for its own features, because nothing else depends on where they end.
 #pragma once
+#include "core/causal_cut.h"
 #include "cuda/kernels/backward/common.cuh"
 #include "cuda/kernels/causal/layout.cuh"
 
@@ -77,7 +78,7 @@ struct WarpPosition {
 };
 
 // Nats by which a key may exceed its anchor.
-inline constexpr float kMaxKeyGrowth = 30.f;
+inline constexpr float kMaxKeyGrowth = kCausalCutNats;
 
 // Keys, or queries, [begin, end) of the kRows of a chunk.
 struct SubChunk {

@@ -1,7 +1,7 @@
 // Bidirectional attention, first half: keys and values to a state of M features.
 //   log_mass[m] = log sum_j exp(b[m, j])      mean[m] = softmax_j(b[m, :]) v
 //
-// Grid: (splits of all sequences, key/value heads, blocks of features). A block walks the keys of
+// Grid: (splits of all sequences, key/value heads, feature blocks). A block walks the keys of
 // its split in tiles of 64, with its features as the rows of the softmax. The states of splits are
 // then merged in their order (forward/merge_states.cuh).
 #pragma once
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
 
   const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
                static_cast<int64_t>(first_feature) * W;
-  // In the last block of features, rows past features_pad repeat an earlier one; their results are
+  // In the last feature block, rows past features_pad repeat an earlier one; their results are
   // not written.
   const int rows_here = static_cast<int>(p.features_pad) - first_feature;
   uint32_t w_registers[kRowTiles][W / 16][kFragment<T>];
