@@ -33,10 +33,7 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
   struct State {
     float sum[1][W / 8][4], mass[2], anchor[2];
   };
-  // Which parts of a gradient that is summed in parts are at hand.
-  struct Parts {
-    bool first, last;
-  };
+  int each;  // query heads of a key/value head
 
   PERFORMER_DEVICE int groups() const { return static_cast<int>(p.groups); }
 
@@ -215,8 +212,8 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
   }
 
   // dv += tril(f kb)^T grad_out, and kb^T R once, with_state.
-  PERFORMER_DEVICE void StoreGradValue(bool with_state, const Parts& parts, int chunk, int rows,
-                                       const float* key_bias, const Position& at) const {
+  PERFORMER_DEVICE void StoreGradValue(bool with_state, bool first_part, bool last_part, int chunk,
+                                       int rows, const float* key_bias, const Position& at) const {
 #pragma unroll 1
     for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
       const int c0 = at.part * L::kWarpColumns + i, lane = Opaque(at.lane);
@@ -244,7 +241,7 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
           const int column = c0 + n * 8 + 2 * (lane % 4);
           float2 y = {dv[n][2 * e], dv[n][2 * e + 1]};
           if (!AddPart(y, pointers()->sum_value, static_cast<int64_t>(row) * groups() * W + column,
-                       parts.first, parts.last))
+                       first_part, last_part))
             continue;
           if (key_bias[r] == -kInfinity) y = float2{0.f, 0.f};
           StoreColumns(pointers()->grad_value + static_cast<int64_t>(row) * p.grad_value.stride,
@@ -283,8 +280,8 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
   }
 
   // dk and the gradient of key_bias. total: as FinishKeyGradients leaves it.
-  PERFORMER_DEVICE void StoreGradKey(float (&total)[2], const Parts& parts, int chunk, int rows,
-                                     const float* key_bias, const Position& at) const {
+  PERFORMER_DEVICE void StoreGradKey(float (&total)[2], bool first_part, bool last_part, int chunk,
+                                     int rows, const float* key_bias, const Position& at) const {
     const bool linear = p.map.linear();
     const R* const key_gradients = ranged(L::kKeyGradients);
     const R* const projection = ranged(L::kRangedProjection);
@@ -314,7 +311,7 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
             y.x -= norm * k.x, y.y -= norm * k.y;
           }
           if (!AddPart(y, pointers()->sum_key, static_cast<int64_t>(row) * groups() * W + column,
-                       parts.first, parts.last))
+                       first_part, last_part))
             continue;
           if (masked) y = float2{0.f, 0.f};
           StoreColumns(pointers()->grad_key + static_cast<int64_t>(row) * p.grad_key.stride, column,
@@ -322,8 +319,8 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
         }
         if (c0 != 0 || lane % 4 != 0 || pointers()->grad_bias == nullptr) continue;
         float y = total[e];
-        if (!parts.first) y += pointers()->grad_bias[row];
-        pointers()->grad_bias[row] = parts.last && masked ? 0.f : y;
+        if (!first_part) y += pointers()->grad_bias[row];
+        pointers()->grad_bias[row] = last_part && masked ? 0.f : y;
       }
     }
   }
@@ -334,7 +331,6 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
                                   int rows, int first_feature, const float* bias,
                                   const float* key_bias, int tid) const {
     const Position at(tid);
-    const int each = heads() / groups();
     const bool first_block = first_feature == 0;
     const bool last_block = first_feature + L::kFeatures >= features();
     int* const counts = reinterpret_cast<int*>(shared + L::kCounts);
@@ -388,16 +384,15 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
         __syncthreads();  // [5] f is visible; dA may be overwritten
         StorePairWeights(at);
         __syncthreads();  // [6] pair weights are visible; f may be overwritten
-        StoreGradValue(head == 0,
-                       {first_block && pass == 0 && head == 0,
-                        last_block && pass + 1 == passes && head + 1 == each},
-                       chunk, rows, key_bias, at);
+        StoreGradValue(head == 0, first_block && pass == 0 && head == 0,
+                       last_block && pass + 1 == passes && head + 1 == each, chunk, rows, key_bias,
+                       at);
       }
 
       float total[2] = {};
       FinishKeyGradients(db, total, sum_projection, at);
       __syncthreads();  // [9] db slope is visible
-      StoreGradKey(total, {first_block && pass == 0, last_block && pass + 1 == passes}, chunk, rows,
+      StoreGradKey(total, first_block && pass == 0, last_block && pass + 1 == passes, chunk, rows,
                    key_bias, at);
     }
   }
@@ -409,9 +404,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParam
   using L = typename Block::L;
   constexpr int C = L::kRows, kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
-  const Block block = {{p, shared, {p.map, p.map.unit()}}};
+  const Block block = {{p, shared, {p.map, p.map.unit()}},
+                       static_cast<int>(p.query.heads) / static_cast<int>(p.groups)};
   const int tid = threadIdx.x, features = block.features();
-  const bool one_head = block.heads() == block.groups();  // for each key/value head
 
   if (tid == 0)
     *const_cast<CausalDkvPointers<T>*>(block.pointers()) =
@@ -436,13 +431,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParam
       __syncthreads();  // [0] nobody reads the last chunk any more
       stream.Issue(chunk, 0, block.tile(L::kKey), block.tile(L::kValue), tid);
       if (chunk > 0) stream.LoadKeyBias(chunk - 1, tid);
-      if (one_head) block.IssueQueries(chunk, 0, rows, tid);
+      if (block.each == 1) block.IssueQueries(chunk, 0, rows, tid);
       CpAsyncWait<0>();
       stream.ComputeBias(0, block.tile(L::kKey), tid);
       if (tid < C) key_bias[tid] = stream.key_bias[tid];
       MakeRanged<T, W, C, kThreads>(block.ranged(L::kValue), block.tile(L::kValue), tid);
       MakeRanged<T, W, C, kThreads>(block.ranged(L::kRangedKey), block.tile(L::kKey), tid);
-      if (one_head)
+      if (block.each == 1)
         MakeRanged<T, W, C, kThreads>(block.ranged(L::kGradOut), block.tile(L::kGradOut), tid);
       __syncthreads();  // [1] the chunk is complete
       block.TakeChunk(state, sum_projection, chunk, rows, first_feature, stream.bias, key_bias,
