@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from performer.layers._arguments import check_seed, check_size, default_seed
 
-_HIGHEST = float(np.finfo(np.float32).max)
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _CHUNK = 512  # tokens of a prompt that the model reads in one call
 _INPUTS = (  # of the loop; the state comes after them
     tf.TensorSpec([None, None], tf.int32, "prompt"),
@@ -85,7 +85,7 @@ def generate(
     rows, single = _rows(prompt)
     lengths = np.array([len(row) for row in rows], np.int32)
     count = check_size("max_new_tokens", max_new_tokens)
-    temperature = float(np.float32(_number("temperature", temperature, low=0, high=_HIGHEST)))
+    temperature = float(np.float32(_number("temperature", temperature, low=0, high=_MAX_FLOAT32)))
     top_k = None if top_k is None else check_size("top_k", top_k)
     top_p = None if top_p is None else _number("top_p", top_p, low=0, high=1)
     if top_p == 0:
