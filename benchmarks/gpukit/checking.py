@@ -44,8 +44,8 @@ def error(impl: str, case, x: dict, results) -> float | None:
         wanted = torch.autograd.grad(attention(*leaves), leaves, g)
         got = results
     return max(
-        _distance(mine[0, :, 0].double()[-theirs.shape[-2] :], theirs[0, 0])
-        for mine, theirs in zip(got, wanted, strict=True)
+        _distance(actual[0, :, 0].double()[-expected.shape[-2] :], expected[0, 0])
+        for actual, expected in zip(got, wanted, strict=True)
     )
 
 
@@ -61,5 +61,5 @@ def exact(query, key, value, causal: bool):
     return torch.softmax(scores, -1) @ value
 
 
-def _distance(mine, theirs) -> float:
-    return float((mine - theirs).square().mean().sqrt() / theirs.square().mean().sqrt())
+def _distance(actual, expected) -> float:
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
