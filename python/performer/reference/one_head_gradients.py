@@ -51,8 +51,8 @@ def _causal(a, b, v, state, dout, dfinal):
     weight = softmax(a + mass, -1)
     delta = np.sum(dout * np.einsum("im,ime->ie", weight, mean), -1)
     da = weight * (np.einsum("ie,ime->im", dout, mean) - delta[:, None])
-    # The reverse state (r_value [M, E], r_mass [M]) holds what the rows from j on ask of a key, relative
-    # to log_mass of row j.
+    # The reverse state (r_value [M, E], r_mass [M]) holds what the rows from j on ask of a key. It
+    # is relative to the log_mass of row j.
     db, dv, whole = np.empty_like(b), np.empty_like(v), state[0]
     r_value, r_mass = dfinal[1], np.sum(dfinal[1] * state[1], -1) - dfinal[0]
     for j in reversed(range(rows)):
