@@ -140,9 +140,8 @@ struct DqBlock {
   // P and dS of 32 queries from j0; dS to shared memory, both to the sums over tokens. scale: see
   // LogitGradientScale.
   PERFORMER_DEVICE void TakeQueries(Gradients& gradients, int parity, int j0, float scale,
-                                    int tid) const {
+                                    bool linear, int tid) const {
     const int lane = Opaque(tid % 32), t = lane % 4;
-    const bool linear = p.map.linear();
     const float unit = p.map.unit();
     const T* const queries = tile(L::kQuery, parity);
     const T* const grad_out = tile(L::kGradOut, parity);
@@ -158,7 +157,9 @@ struct DqBlock {
         for (int m = 0; m < kRowTiles; ++m) x[m][n][i] = start, ds[m][n][i] = center;
       }
     FeatureProduct<T, W, kRowTiles>(x, tile(L::kProjection), feature0(tid), queries, j0, lane);
-    FeatureProduct<T, W, kRowTiles>(ds, tile(L::kMean), feature0(tid), grad_out, j0, lane);
+    // Computed again, so that it takes no register before.
+    const int own = feature0(Opaque(tid));
+    FeatureProduct<T, W, kRowTiles>(ds, tile(L::kMean), own, grad_out, j0, lane);
     if (!linear)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
@@ -190,8 +191,7 @@ struct DqBlock {
     SumTokens<T, W, kRowTiles>(gradients.projection, ds, queries, j0, Opaque(lane));
   }
 
-  PERFORMER_DEVICE void StoreGradQuery(bool first_block, bool last_block, int number, float scale,
-                                       int tid) const {
+  PERFORMER_DEVICE void StoreGradQuery(int first_feature, int number, float scale, int tid) const {
     const int id = Opaque(tid), lane = id % 32, warp = id / 32, r0 = warp % 4 * 16;
 #pragma unroll 1
     for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
@@ -201,7 +201,8 @@ struct DqBlock {
                                                           tile(L::kProjection), r0, c0, lane);
       StoreRowGradient<T, W, L::kColumns>(
           pointers()->grad_query, p.grad_query, pointers()->sum_query, dq, p.map.root / scale,
-          number * kTile + r0, pointers()->rows, c0, first_block, last_block, lane);
+          number * kTile + r0, pointers()->rows, c0, first_feature == 0,
+          first_feature + L::kFeatures >= features(), lane);
     }
   }
 
@@ -239,6 +240,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
   __syncthreads();  // the pointers are visible
   const auto* pointers = block.pointers();
   const int tiles = static_cast<int>(CeilDiv(pointers->rows, kTile));
+  const bool linear = p.map.linear();
   float scale = 1;
   if constexpr (std::is_same_v<T, Half>)
     scale =
@@ -248,8 +250,6 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
   const int features = block.features();
 #pragma unroll 1
   for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {
-    const bool first_block = first_feature == 0;
-    const bool last_block = first_feature + L::kFeatures >= features;
     __syncthreads();  // nobody reads the last features any more
     block.LoadFeatures(first_feature, tid);
     if (L::kStages == 2) block.IssueTile(0, 0, tid);
@@ -264,9 +264,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
       __syncthreads();  // [1] the tile is complete; the other buffers and dS are free
       if (L::kStages == 2 && number + 1 < tiles) block.IssueTile(number + 1, parity ^ 1, tid);
 #pragma unroll 1
-      for (int j0 = 0; j0 < kTile; j0 += 32) block.TakeQueries(gradients, parity, j0, scale, tid);
+      for (int j0 = 0; j0 < kTile; j0 += 32)
+        block.TakeQueries(gradients, parity, j0, scale, linear, tid);
       __syncthreads();  // [2] dS is visible
-      block.StoreGradQuery(first_block, last_block, number, scale, tid);
+      block.StoreGradQuery(first_feature, number, scale, tid);
     }
     block.StoreGradients(gradients, first_feature, scale, tid);
   }

@@ -330,6 +330,7 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
   PERFORMER_DEVICE void TakeChunk(State& state, typename L::Kept& sum_projection, int chunk,
                                   int rows, int first_feature, const float* bias,
                                   const float* key_bias, int tid) const {
+    // Phases that are short of registers compute their position again.
     const Position at(tid);
     const bool first_block = first_feature == 0;
     const bool last_block = first_feature + L::kFeatures >= features();
@@ -380,7 +381,7 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
 #pragma unroll
           for (int i = 0; i < L::kWarps; ++i) passes = max(passes, counts[i]);
         TakeQueries(db, state, sub_chunk, anchor, static_cast<int64_t>(blockIdx.y) * each + head,
-                    first_feature, at);
+                    first_feature, Position(tid));
         __syncthreads();  // [5] f is visible; dA may be overwritten
         StorePairWeights(at);
         __syncthreads();  // [6] pair weights are visible; f may be overwritten
@@ -390,10 +391,10 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
       }
 
       float total[2] = {};
-      FinishKeyGradients(db, total, sum_projection, at);
+      FinishKeyGradients(db, total, sum_projection, Position(tid));
       __syncthreads();  // [9] db slope is visible
       StoreGradKey(total, first_block && pass == 0, last_block && pass + 1 == passes, chunk, rows,
-                   key_bias, at);
+                   key_bias, Position(tid));
     }
   }
 };
