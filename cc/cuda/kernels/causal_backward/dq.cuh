@@ -392,7 +392,8 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
         float key_sum[2];
         block.TakeKeys(kb, key_sum, state, sub_chunk, first_feature, stream.bias, at);
         block.TakeQueries(gradients, state, kb, sub_chunk, feature_bias, at);
-        block.UpdateState(state, kb, key_sum, at);
+        // Computed again, so that the position takes no register meanwhile.
+        block.UpdateState(state, kb, key_sum, typename Block::Position(tid));
       }
       __syncthreads();  // [3] da is visible
       if constexpr (kDelta)
