@@ -29,7 +29,7 @@ def with_gradients(inputs, state, cotangents, causal, offsets=None, **attributes
         ({}, [0, 4, 4, 9]),
         ({}, [0, 1, 1, 140]),
     ],
-    ids=[*MAPS, "packed", "packed, several pieces"],
+    ids=[*MAPS, "packed", "packed, several packed blocks"],
 )
 def test_gradients_are_those_of_the_reference(attributes, causal, offsets):
     packed, rows = offsets is not None, offsets[-1] if offsets else 9

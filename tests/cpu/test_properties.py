@@ -230,10 +230,10 @@ def test_rows_that_see_nothing_are_exactly_zero(causal, isa, dtype):
     x["key_bias"][0, 0, :40] = -np.inf
     x["key"][0, :40], x["value"][0, :40] = np.nan, np.inf
     results = forward(x, causal, isa=isa)
-    blind = np.zeros_like(results["out"], bool)
-    blind[1] = True
-    blind[0, :40] = causal
-    assert np.array_equal(results["out"] == 0, blind)
+    fully_masked = np.zeros_like(results["out"], bool)
+    fully_masked[1] = True
+    fully_masked[0, :40] = causal
+    assert np.array_equal(results["out"] == 0, fully_masked)
     assert np.isneginf(results["log_mass"][1]).all()
     assert not results["mean"][1].any()
 

@@ -28,8 +28,8 @@ def assert_next_call_is_right(op):
 
 
 def assert_message(caught, says):
-    for piece in says:
-        assert piece in str(caught.value), f"{piece!r} is not in {caught.value}"
+    for part in says:
+        assert part in str(caught.value), f"{part!r} is not in {caught.value}"
 
 
 @every_row

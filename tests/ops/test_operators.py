@@ -174,8 +174,8 @@ SPECS = {
 
 @pytest.mark.parametrize("op", FORWARD)
 def test_shape_inference_puts_together_what_each_argument_knows(op):
-    sides, rest, wanted = SPECS[op]
-    shapes = {**sides, **rest, "offsets": [None]}
+    given, rest, wanted = SPECS[op]
+    shapes = {**given, **rest, "offsets": [None]}
     with tf.Graph().as_default():
         inputs = {
             name: tf.compat.v1.placeholder(tf.int64 if name == "offsets" else tf.float32, shape)

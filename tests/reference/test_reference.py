@@ -1,4 +1,4 @@
-"""The reference keeps what attention through landmarks promises: three forms, closed forms."""
+"""The reference keeps what attention through features promises: three forms, closed forms."""
 
 import hypothesis.strategies as st
 import numpy as np
