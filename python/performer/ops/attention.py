@@ -11,7 +11,7 @@ import tensorflow as tf
 from performer.composition.packed_blocks import segment_offsets
 from performer.ops.arguments import prepare
 from performer.ops.dispatch import run
-from performer.ops.state import AttentionState, empty_state, merge
+from performer.ops.state import AttentionState, empty_state, join
 from performer.shapes import dims
 
 
@@ -271,7 +271,7 @@ def _bidirectional(call, offsets):
     """Output and state of a prepared call in which every query sees every key."""
     state = _summarize(call, offsets)
     if call.state is not None:
-        state = merge(call.state, state)
+        state = join(call.state, state, call.draw)
     return _read(call._replace(state=state), offsets), state
 
 

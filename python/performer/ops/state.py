@@ -82,7 +82,11 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
             raise ValueError(
                 f"{field} of the states must agree, but for N = 1 on axis 0, got {one} and {two}"
             )
-    draw = same_draw(first.draw, second.draw, "merged states")
+    return join(first, second, same_draw(first.draw, second.draw, "merged states"))
+
+
+def join(first, second, draw):
+    """`merge` of states that fit, and whose common draw is `draw`."""
     with tf.name_scope("merge"):
         return AttentionState(
             *logsumexp.merge(first.log_mass, first.mean, second.log_mass, second.mean),
