@@ -1,6 +1,7 @@
 #include "core/attributes.h"
 
 #include <cmath>
+#include <iterator>
 #include <sstream>
 
 namespace performer {
@@ -25,13 +26,15 @@ Status ValidateAttributes(const Attributes& attributes) {
 }
 
 Status ParseFeatureMap(const std::string& name, FeatureMap* map) {
-  for (const FeatureMap known : {FeatureMap::kSoftmax, FeatureMap::kRelu, FeatureMap::kElu})
-    if (name == NameOf(known)) {
-      *map = known;
+  std::string names;
+  for (size_t i = 0; i < std::size(kFeatureMapNames); ++i) {
+    if (name == kFeatureMapNames[i]) {
+      *map = static_cast<FeatureMap>(i);
       return Status();
     }
-  return Status::InvalidArgument("feature_map must be 'softmax', 'relu' or 'elu'; got '" + name +
-                                 "'");
+    names += (i == 0 ? "'" : ", '") + std::string(kFeatureMapNames[i]) + "'";
+  }
+  return Status::InvalidArgument("feature_map must be one of " + names + "; got '" + name + "'");
 }
 
 }  // namespace performer
