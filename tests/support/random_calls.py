@@ -210,8 +210,12 @@ def draw(random: Random, ops=OPS) -> Drawn:
 
 
 def assert_refused(drawn: Drawn, error: Exception) -> None:
-    """The message of a call that was refused names an argument or an attribute."""
+    """The message of a call that was refused names an argument, an attribute or a size.
+
+    Of a wrong type TensorFlow names the operator or the types, before the operator is asked.
+    """
     names = [*drawn.call.shapes, *drawn.call.attributes, "the number of", "dimension"]
+    names += [f"Performer>{drawn.call.op}", "requested dtype"]
     assert any(name in str(error) for name in names), f"{drawn}: {error!r}"
 
 
