@@ -131,7 +131,8 @@ class Performer(keras.layers.MultiHeadAttention):
         No epsilon and no clamp: sums are taken relative to their largest term, in float32 (or
         float64, under that policy). The rms error to exact softmax falls as `supports`**-0.5 and
         grows exponentially with the norms of query and key. Causal outputs do not depend on later
-        inputs by a single bit.
+        inputs by a single bit. A single position (one step of a stream) is rounded otherwise than
+        the same position in a longer input, in its last bits.
 
     Example:
 

@@ -96,7 +96,8 @@ def favor_attention(
     Numerics: everything in log space, scaled by the largest term of each sum: no epsilon, no clamp,
         and entries up to 1e4 stay finite. Sums and states are float32 (float64 for float64).
         Bounds: `performer.tolerances`. Causal rows do not depend on later keys, not even in their
-        last bit. Differentiable to any order.
+        last bit; only a single token (L = 1, without segments) is rounded otherwise than the same
+        row of a longer call, on the CPU. Differentiable to any order.
 
     Example:
 
