@@ -304,14 +304,16 @@ class Performer(keras.layers.MultiHeadAttention):
                 **given,
             )
         masks = Masks(**given, **added)
-        axes = masks.check(query.shape, value.shape, self._attention_axes)
+        key = value if key is None else key
+        axes = masks.check(query.shape, value.shape, self._attention_axes, key.shape)
         general = masks.is_general(axes)
         dense = general or return_attention_scores
         if initial_state is not None or return_state:
             check_call(masks, (query.shape, value.shape), axes, dense)
         # The dense layers support no masks, and would warn that they lose one. `tf.identity` gives
         # a tensor without the attached mask, and leaves the caller's tensor as it is.
-        query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
+        with tf.control_dependencies(masks.check_when_run(query, value, key, axes)):
+            query, value, key = (tf.identity(x) for x in (query, value, key))
         folded, start = masks.fold(query, key, axes), position_of(initial_state)
         heads = self._heads(query, key, value, start, folded.segment_ids)
         dropout = None

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from performer.composition import dense
 from performer.ops.arguments import pair_mask, prepare
+from performer.ops.sizes import sizes_when_run
 
 
 @tf.autograph.experimental.do_not_convert
@@ -79,6 +80,8 @@ def dense_attention(
         )
         if mask is not None:
             mask = pair_mask("mask", mask, call.queries["query"], call.keys["key"])
+        with tf.control_dependencies(sizes_when_run("dense", {**call.queries, **call.keys})):
+            queries = {name: tf.identity(x) for name, x in call.queries.items()}
         return dense.attend(
-            **call.queries, **call.keys, **call.attributes, mask=mask, dropped_keys=dropped_keys
+            **queries, **call.keys, **call.attributes, mask=mask, dropped_keys=dropped_keys
         )
