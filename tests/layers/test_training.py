@@ -9,10 +9,10 @@ import pytest
 import tensorflow as tf
 
 import performer
-from performer import loader
 from performer.layers._projection import RandomProjection
 from performer.ops import fingerprint
 from support.keras_versions import known
+from support.operator_calls import needs_xla
 
 
 def normal(*shape, seed=0, std=1.0):
@@ -249,10 +249,8 @@ def layer_dense(layer, x):
     return layer.query_dense
 
 
-@pytest.mark.parametrize("how", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("how", ["eager", "graph", pytest.param("xla", marks=needs_xla)])
 def test_calls_of_eight_threads_are_counted_one_by_one(how):
-    if how == "xla" and loader.xla_status():
-        pytest.skip("no XLA")
     layer, x = linear(redraw_interval=3), normal(2, 3, 6)
     call = layer if how == "eager" else tf.function(layer, jit_compile=how == "xla")
     call(x, x, training=True)

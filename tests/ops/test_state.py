@@ -8,8 +8,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 
-from performer import loader, reference
-from performer import orthogonal_projection
+from performer import orthogonal_projection, reference
 from performer.ops import (
     AttentionState,
     empty_state,
@@ -20,6 +19,7 @@ from performer.ops import (
     summarize,
 )
 from support.compare import assert_close, assert_finite, assert_same_bits
+from support.operator_calls import needs_xla
 
 SHAPE = (2, 2, 3)  # N, G, M
 VALUE_DIM = 2
@@ -181,10 +181,8 @@ def tensors(seed=0):
     return x, orthogonal_projection(8, 4, seed=seed), orthogonal_projection(8, 4, seed=seed + 1)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_xla)])
 def test_a_fingerprint_is_the_same_eagerly_in_graphs_and_under_xla(compiled):
-    if compiled and loader.xla_status():
-        pytest.skip("no XLA")
     _, w, other = tensors()
     call = tf.function(fingerprint, jit_compile=compiled, reduce_retracing=True)
     for projection in (w, tf.cast(w, tf.float64), w[None], (w, w), (w, other), (other, w)):

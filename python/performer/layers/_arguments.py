@@ -1,7 +1,6 @@
 """Arguments of layers and their rules, first those that `Performer` adds to the parent's."""
 
 import dataclasses
-import math
 import numbers
 import random
 from typing import Any
@@ -113,7 +112,7 @@ def check_size(name, value, limit=2**31):
 def check_rate(name, value):
     """Returns `value` as a float in [0, 1); ValueError otherwise."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or math.isnan(value) or not 0 <= value < 1:
+    if not number or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
     return float(value)
 

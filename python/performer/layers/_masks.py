@@ -51,6 +51,14 @@ class Masks:
     segment_ids: Any = None
     prefix_mask: Any = None
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "use_causal_mask" or value is None or hasattr(value, "_keras_history"):
+                continue
+            # Frozen to all but this: from here on masks are tensors.
+            object.__setattr__(self, field.name, checks.tensor(f"`{field.name}`", value))
+
     def check(self, query_shape, value_shape, attention_axes, key_shape=None):
         """Refuses what no form of attention can compute, from static shapes alone.
 

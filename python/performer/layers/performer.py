@@ -5,9 +5,10 @@ import inspect
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from performer import loader
+from performer import checks, loader
 from performer.checks import accumulator
 from performer.layers._arguments import (
     DENSE_LIMIT,
@@ -237,8 +238,10 @@ class Performer(keras.layers.MultiHeadAttention):
         if isinstance(query, list | tuple) and not args and "value" not in kwargs:
             query, args = split_list(query)
         if self._options.linear:
-            query, args = self._converted(query), tuple(self._converted(x) for x in args)
-            kwargs.update((k, self._converted(kwargs[k])) for k in ("value", "key") if k in kwargs)
+            query = self._converted("query", query)
+            names = ("value", "key")
+            args = tuple(map(self._converted, names, args)) + args[len(names) :]
+            kwargs.update((k, self._converted(k, kwargs[k])) for k in names if k in kwargs)
             if kwargs.get("initial_state") is not None:
                 kwargs["initial_state"] = with_tensors(kwargs["initial_state"])
         return super().__call__(query, *args, **kwargs)
@@ -331,7 +334,7 @@ class Performer(keras.layers.MultiHeadAttention):
                 **options,
                 score_shape=ScoreShape.of(dims(query), dims(key), axes, self._num_heads),
                 limit=self._options.dense_limit,
-                attention_mask=attention_mask if general else None,
+                attention_mask=masks.attention_mask if general else None,
             )
         else:
             output, state = attend(
@@ -377,6 +380,8 @@ class Performer(keras.layers.MultiHeadAttention):
         """
         self._check_streams("get_initial_state")
         sizes = batch_size if isinstance(batch_size, list | tuple) else [batch_size]
+        for size in sizes or [batch_size]:
+            checks.size_tensor("batch_size", size, least=0)
         return empty_state(
             *self._state_sizes(product(sizes)),
             accumulator(tf.as_dtype(self.compute_dtype)),
@@ -409,8 +414,8 @@ class Performer(keras.layers.MultiHeadAttention):
         True
         """
         self._check_streams("summarize")
-        value = self._converted(value)
-        key = value if key is None else self._converted(key)
+        value = checks.tensor("`value`", self._converted("value", value))
+        key = value if key is None else self._converted("key", key)
         masks = Masks(
             value_mask=mask_of(value) if value_mask is None else value_mask,
             key_mask=mask_of(key) if key_mask is None else key_mask,
@@ -449,7 +454,7 @@ class Performer(keras.layers.MultiHeadAttention):
         Example: see `summarize`.
         """
         self._check_streams("read")
-        query = self._converted(query)
+        query = checks.tensor("`query`", self._converted("query", query))
         masks = Masks(query_mask=mask_of(query) if query_mask is None else query_mask)
         query = tf.identity(query)
         axes = resolve_axes(self._attention_axes, len(query.shape))
@@ -521,9 +526,13 @@ class Performer(keras.layers.MultiHeadAttention):
             "flash_attention": self._requested_flash_attention,
         }
 
-    def _converted(self, x):
+    def _converted(self, name, x):
         """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
         mask = mask_of(x)
+        if x is None:
+            return None
+        if not hasattr(x, "shape") or isinstance(x, np.ndarray):
+            x = checks.tensor(f"`{name}`", x)
         x = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
         if mask is not None:
             x._keras_mask = mask

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from performer import checks
 from performer.composition.packed_blocks import segment_offsets
 from performer.ops.arguments import prepare
 from performer.ops.dispatch import run
@@ -113,8 +114,8 @@ def favor_attention(
     with tf.name_scope(name or "favor_attention"):
         call = prepare(
             projection,
-            query=query,
-            key=key,
+            query=checks.tensor("query", query),
+            key=checks.tensor("key", key),
             value=value,
             causal=causal,
             feature_bias=feature_bias,
@@ -189,7 +190,7 @@ def summarize(
         return _summarize(
             prepare(
                 projection,
-                key=key,
+                key=checks.tensor("key", key),
                 value=value,
                 key_mask=key_mask,
                 key_bias=key_bias,
@@ -240,7 +241,7 @@ def read(
         return _read(
             prepare(
                 projection,
-                query=query,
+                query=checks.tensor("query", query),
                 state=state,
                 feature_bias=feature_bias,
                 draw=draw,
