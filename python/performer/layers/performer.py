@@ -28,6 +28,7 @@ from performer.layers._state import check_call, position_of, product, with_posit
 from performer.layers.rotary_embedding import positions_in_runs
 from performer.ops import AttentionState, empty_state, merge
 from performer.ops import read as read_state
+from performer.ops.state import checked_state
 from performer.shapes import dims
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
@@ -250,6 +251,7 @@ class Performer(keras.layers.MultiHeadAttention):
         """Creates the weights for inputs of these shapes."""
         if self._options.linear:
             Masks().check(query_shape, value_shape, self._attention_axes)
+        self._input_rank = len(query_shape)
         groups = self._options.num_key_value_heads
         if groups is None or groups == self._num_heads:
             super().build(query_shape, value_shape, key_shape)
@@ -421,8 +423,11 @@ class Performer(keras.layers.MultiHeadAttention):
             key_mask=mask_of(key) if key_mask is None else key_mask,
         )
         value, key = tf.identity(value), tf.identity(key)
+        self._check_rank(value=value, key=key)
+        state = self.get_initial_state(1)
+        if initial_state is not None:
+            state = checked_state("`initial_state`", initial_state, state.log_mass.dtype)
         axes = resolve_axes(self._attention_axes, len(value.shape))
-        state = self.get_initial_state(1) if initial_state is None else initial_state
         start = position_of(state)
         features = self._random_projection.current_features(training=False)
         keys = self._rotated(fold(self._key_dense(key), axes), start_index=start)
@@ -457,6 +462,7 @@ class Performer(keras.layers.MultiHeadAttention):
         query = checks.tensor("`query`", self._converted("query", query))
         masks = Masks(query_mask=mask_of(query) if query_mask is None else query_mask)
         query = tf.identity(query)
+        self._check_rank(query=query)
         axes = resolve_axes(self._attention_axes, len(query.shape))
         features = self._random_projection.current_features(training=False)
         output = read_state(
@@ -621,6 +627,16 @@ class Performer(keras.layers.MultiHeadAttention):
                 f"`{method}` needs a built layer with attention_method='linear'. Received: "
                 f"attention_method={self._options.attention_method!r}, built={self.built}"
             )
+
+    def _check_rank(self, **inputs):
+        """Refuses inputs of another rank than those that the layer was built for."""
+        rank = self._input_rank
+        for name, x in inputs.items():
+            if len(x.shape) != rank:
+                raise ValueError(
+                    f"`{name}` must have rank {rank}, as in the layer's other calls. "
+                    f"Received: {name}.shape={tuple(x.shape)}"
+                )
 
     def _state_sizes(self, batch):
         """Sizes `[N, G, M, E]` of the `mean` of a state of `batch` rows."""
