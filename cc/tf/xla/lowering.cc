@@ -11,6 +11,7 @@
 #include "core/schema.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tf/attributes.h"
+#include "tf/registration.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape_util.h"
@@ -146,7 +147,11 @@ class PerformerXlaOp : public XlaOpKernel {
   PERFORMER_REGISTER_DEVICE(op, "XLA_CPU_JIT")               \
   PERFORMER_REGISTER_TYPE(op, "XLA_CPU_JIT", double, double) \
   PERFORMER_REGISTER_DEVICE(op, "XLA_GPU_JIT")
-PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+[[maybe_unused]] const bool registered = [] {
+  if (IsRegistered("XLA_CPU_JIT")) return false;
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+  return true;
+}();
 
 }  // namespace
 }  // namespace performer
