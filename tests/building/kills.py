@@ -140,7 +140,7 @@ class CheckpointManager:
 
     def load(self):
         """The model with the weights that were saved."""
-        self.checkpoint.read(self.manager.latest_checkpoint).assert_existing_objects_matched()
+        self.checkpoint.read(self.manager.latest_checkpoint).expect_partial()
         return self.model
 
 
