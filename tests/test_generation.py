@@ -1,6 +1,10 @@
 """Models that stream, and sampling from them."""
 
 import gc
+import os
+import signal
+import threading
+import time
 import weakref
 
 import keras
@@ -14,6 +18,7 @@ from performer import (
     StreamingSequential,
     TokenAndPositionEmbedding,
     generate,
+    generation,
 )
 from performer.generation import _sample
 from support.compare import assert_close, assert_same_bits
@@ -230,6 +235,52 @@ def test_one_graph_serves_all_lengths_and_batch_sizes():
     assert 0 < model.calls == calls
 
 
+def test_values_of_top_k_and_top_p_make_no_graphs():
+    model = Counting()
+    first = generate(model, [1, 2], 3, top_k=2, top_p=0.5, seed=1)
+    calls = model.calls
+    for i in range(1, 30):
+        generate(model, [1, 2], 3, top_k=i, top_p=i / 30, temperature=0.1 * i)
+    assert model.calls == calls
+    np.testing.assert_array_equal(generate(model, [1, 2], 3, top_k=2, top_p=0.5, seed=1), first)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.3}, {"temperature": 0}):
+        generate(model, [1, 2], 3, **options)
+    assert model.calls == 5 * calls  # what is left out is not computed
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.6}])
+def test_the_values_of_top_k_and_top_p_are_those_of_the_call(options):
+    """Twenty draws at once, first of all tokens, then of few."""
+    model, prompt = Cycle(1.0), np.zeros([2000, 1], int)
+    for wider in ({}, {"top_k": 20, "top_p": 1.0}):
+        assert len(np.unique(generate(model, prompt, 1, seed=1, **wider))) == V
+    drawn = generate(model, prompt, 1, seed=1, **options)
+    logits = tf.repeat(tf.one_hot([1], V), 2000, 0)
+    position = tf.constant([1, 1], tf.int64)  # seed, position
+    given = {"top_k": None, "top_p": None, **options}
+    np.testing.assert_array_equal(drawn[:, 0], _sample(logits - 1, position, False, **given))
+
+
+def test_an_interrupt_ends_it_soon():
+    model = Cycle()
+    generate(model, [1], 1)
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [1], 3_000_000)
+    assert time.monotonic() - start < 10
+    np.testing.assert_array_equal(generate(model, [1], 3, temperature=0), [2, 3, 4])
+
+
+def test_slices_of_any_size_write_the_same_tokens(monkeypatch):
+    model, prompts = make(), [[3, 1], [7, 1, 4, 9, 2, 2, 8, 1, 1, 0], [5, 5]]
+    one = generate(model, prompts, 40, seed=1, top_k=5)
+    for size, seconds in ((1, 1e-9), (7, 1e9)):
+        monkeypatch.setattr(generation, "_FIRST_SLICE", size)
+        monkeypatch.setattr(generation, "_SLICE_SECONDS", seconds)
+        np.testing.assert_array_equal(generate(model, prompts, 40, seed=1, top_k=5), one)
+
+
 def test_one_graph_of_a_deep_model_serves_all_batch_sizes(monkeypatch):
     model, text = make(), tokens(3, 5)
     together = generate(model, text, 8, temperature=0)
@@ -282,6 +333,7 @@ def test_new_weights_are_used():
         ({"prompt": np.ones((1, 2, 3), int)}, ValueError, r"`prompt` must.*\(1, 2, 3\)"),
         ({"prompt": [1.5]}, TypeError, "must hold integers. Received: float64"),
         ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be a positive integer"),
+        ({"max_new_tokens": 2**31 - 2}, ValueError, "`max_new_tokens`.*2147483646, a prompt of 2"),
         ({"temperature": -1}, ValueError, r"`temperature` must.*temperature=-1"),
         ({"temperature": float("nan")}, ValueError, r"`temperature` must.*nan"),
         ({"top_k": 0}, ValueError, "`top_k` must be a positive integer"),
@@ -302,16 +354,34 @@ def test_wrong_arguments_are_refused(change, error, message):
         generate(Cycle(), **{"prompt": [1, 2], "max_new_tokens": 3, **change})
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}])
-def test_what_is_no_distribution_is_not_sampled_from(value, options):
-    class Constant(Cycle):
-        def __call__(self, *args, **kwargs):
-            logits, state = super().__call__(*args, **kwargs)
-            return tf.fill(tf.shape(logits), value), state
+class Fixed(Cycle):
+    """A model whose logits are the same always."""
 
-    with pytest.raises(tf.errors.InvalidArgumentError, match="logits are NaN or infinite"):
-        generate(Constant(), [1, 2], 3, **options)
+    def __init__(self, *logits):
+        self.logits = tf.constant([logits])
+
+    def __call__(self, tokens, initial_state, return_state, training):
+        rows = tf.repeat(self.logits, tf.shape(tokens)[0], 0)
+        return tf.repeat(rows[:, tf.newaxis], tf.shape(tokens)[1], 1), initial_state
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(
+    "logits", [(NAN, NAN), (NAN, 1.0), (1.0, NAN), (INF, 1.0), (INF, INF), (-INF, -INF)]
+)
+def test_logits_that_allow_no_token_are_refused(logits, temperature):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"logits are NaN, \+inf or all -inf"):
+        generate(Fixed(*logits), [0], 2, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40, 1e-38, 1e-20, 1, 1e38])
+def test_large_logits_and_impossible_tokens_are_sampled_rightly(temperature):
+    drawn = generate(Fixed(-INF, 5e37, -5e37), [0], 50, temperature=temperature, seed=1)
+    assert 0 not in drawn
+    assert (drawn == 1).all() == (temperature < 1e38)
 
 
 def test_excluded_tokens_are_not_sampled_even_at_the_lowest_temperatures():

@@ -13,6 +13,7 @@
 #include "core/schema.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tf/attributes.h"
+#include "tf/registration.h"
 #include "tf/xla/other_count.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
@@ -197,7 +198,11 @@ class PerformerXlaOp : public XlaOpKernel {
   PERFORMER_REGISTER_DEVICE(op, "XLA_CPU_JIT")               \
   PERFORMER_REGISTER_TYPE(op, "XLA_CPU_JIT", double, double) \
   PERFORMER_REGISTER_DEVICE(op, "XLA_GPU_JIT")
-PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+[[maybe_unused]] const bool registered = [] {
+  if (IsRegistered("XLA_CPU_JIT")) return false;
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+  return true;
+}();
 
 }  // namespace
 }  // namespace performer
