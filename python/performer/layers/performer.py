@@ -242,7 +242,7 @@ class Performer(keras.layers.MultiHeadAttention):
         if self._options.linear:
             query = self._converted("query", query)
             names = ("value", "key")
-            args = tuple(map(self._converted, names, args)) + args[len(names) :]
+            args = (*map(self._converted, names, args), *args[len(names) :])
             kwargs.update((k, self._converted(k, kwargs[k])) for k in names if k in kwargs)
             if kwargs.get("initial_state") is not None:
                 kwargs["initial_state"] = with_tensors(kwargs["initial_state"])
