@@ -44,8 +44,8 @@ struct SummarizeGradScratch {
   }
 };
 
-// anchor, column, centre and grad_mean from the state and its gradient. A feature that saw nothing gets an
-// infinite anchor, so that its p is 0.
+// anchor, column, centre and grad_mean from the state and its gradient. A feature that saw nothing
+// gets an infinite anchor, so that its p is 0.
 template <class Acc, class In>
 PERFORMER_INLINE void LoadStateGradient(const LoadedState<Acc>& state, const LoadedState<Acc>& grad,
                                         const Strides& strides, SummarizeGradScratch<Acc, In>& s) {
@@ -56,8 +56,7 @@ PERFORMER_INLINE void LoadStateGradient(const LoadedState<Acc>& state, const Loa
   }
   for (int64_t m = 0; m < strides.m_pad; ++m) {
     const bool nothing = m >= strides.m || state.log_mass[m] == -kInf<Acc>;
-    s.anchor[m] = nothing ? kInf<Acc>
-                          : static_cast<Acc>(kLog2eDouble * static_cast<double>(state.log_mass[m]));
+    s.anchor[m] = nothing ? kInf<Acc> : static_cast<Acc>(state.Log2Mass(m));
     Acc column = nothing ? Acc(0) : -grad.log_mass[m];
     for (int64_t e = 0; e < strides.e_pad && m < strides.m; ++e) {
       const bool given = e < strides.e && !nothing;
