@@ -383,3 +383,13 @@ def test_large_logits_and_impossible_tokens_are_sampled_rightly(temperature):
     drawn = generate(Fixed(-INF, 5e37, -5e37), [0], 50, temperature=temperature, seed=1)
     assert 0 not in drawn
     assert (drawn == 1).all() == (temperature < 1e38)
+
+
+def test_excluded_tokens_are_not_sampled_even_at_the_lowest_temperatures():
+    class Excluding(Cycle):
+        def __call__(self, *args, **kwargs):
+            logits, state = super().__call__(*args, **kwargs)
+            return tf.where(tf.range(V) == 4, 3.0, -np.inf) + 0 * logits, state
+
+    for temperature in (0, 1e-44, 1e-30, 1, 1e38):
+        assert (generate(Excluding(), [1, 2], 5, temperature=temperature) == 4).all()

@@ -17,8 +17,8 @@ class Arguments {
   }
 
   Common Shared() const {
-    const void* offsets = call_.attributes.packed ? In("offsets") : nullptr;
-    return {call_.dtype, call_.attributes, call_.dims, static_cast<const int64_t*>(offsets)};
+    const int64_t* offsets = call_.attributes.packed ? call_.offsets.data() : nullptr;
+    return {call_.dtype, call_.attributes, call_.dims, offsets};
   }
   QuerySide Queries() const {
     return {In("query"), In("query_projection"), Dim("query_projection", 0), In("feature_bias"),
@@ -56,8 +56,15 @@ class Arguments {
 
 Status CheckOffsets(Op op, const Call& call) {
   if (!call.attributes.packed) return Status();
-  return ValidateOffsets(static_cast<const int64_t*>(call.inputs[OffsetsIndex(op)]),
-                         call.dims.sequences, HasKeys(op) ? call.dims.keys : call.dims.queries);
+  return ValidateOffsets(call.offsets.data(), call.dims.sequences,
+                         HasKeys(op) ? call.dims.keys : call.dims.queries);
+}
+
+Status TakeOffsets(Op op, Call* call) {
+  if (!call->attributes.packed) return Status();
+  const auto* given = static_cast<const int64_t*>(call->inputs[OffsetsIndex(op)]);
+  call->offsets.assign(given, given + call->dims.sequences + 1);
+  return CheckOffsets(op, *call);
 }
 
 // The order of the values below is that of the members of the structs.

@@ -116,11 +116,16 @@ struct Call {
   std::vector<Shape> input_shapes;
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
+  // [N + 1], where sequences are packed: a checked copy in host memory. Only this is used, so that
+  // no thread can change the offsets between the check and their use.
+  std::vector<int64_t> offsets;
 };
 
-// Applies ValidateOffsets to the offsets of the call, which lie in host memory. OK where sequences
-// are not packed.
+// Applies ValidateOffsets to call.offsets. OK where sequences are not packed.
 Status CheckOffsets(Op op, const Call& call);
+
+// Copies the input "offsets", which lies in host memory, to call->offsets, and checks the copy.
+Status TakeOffsets(Op op, Call* call);
 
 // SummarizeParams MakeSummarizeParams(const Call& call), and likewise for each operator.
 #define PERFORMER_DECLARE_MAKE_PARAMS(op) op##Params Make##op##Params(const Call& call);

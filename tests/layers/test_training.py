@@ -1,6 +1,7 @@
 """The Performer layer in training: redraws, dropout, gradients, fit, dtype policies."""
 
 import itertools
+import threading
 
 import keras
 import numpy as np
@@ -9,7 +10,9 @@ import tensorflow as tf
 
 import performer
 from performer.layers._projection import RandomProjection
+from performer.ops import fingerprint
 from support.keras_versions import known
+from support.operator_calls import needs_xla
 
 
 def normal(*shape, seed=0, std=1.0):
@@ -28,7 +31,7 @@ def draws_of_training(layer, calls, call=None):
     used = []
     for _ in range(calls):
         (call or layer)(x, x, training=True)
-        used.append((layer.projection.numpy(), int(layer.draw)))
+        used.append((layer.projection.numpy(), int(layer.redraws)))
     return used
 
 
@@ -44,7 +47,7 @@ def test_redraw_schedule(graph):
     before = layer(x, x)
     for _ in range(7):
         np.testing.assert_array_equal(layer(x, x, training=False), before)
-    assert layer.draw == 2
+    assert layer.redraws == 2
 
     # The same seed draws the same sequence, eagerly and in graphs.
     again = draws_of_training(linear(redraw_interval=3), 8)
@@ -58,14 +61,14 @@ def test_no_schedule_no_redraw():
     layer = linear()
     used = draws_of_training(layer, 4)
     assert all(np.array_equal(projection, used[0][0]) for projection, _ in used)
-    assert layer.draw == 0
+    assert layer.redraws == 0
 
 
 def test_redraw_by_hand_restarts_the_count():
     layer = linear(redraw_interval=2)
     first = draws_of_training(layer, 1)[0][0]
     layer.redraw()
-    assert layer.draw == 1 and not np.array_equal(layer.projection, first)
+    assert layer.redraws == 1 and not np.array_equal(layer.projection, first)
     assert [draw for _, draw in draws_of_training(layer, 3)] == [1, 1, 2]
 
 
@@ -87,7 +90,7 @@ def test_schedule_under_xla_draws_what_it_draws_without():
         projection = RandomProjection(6, 4, scaling=1, seed=5, redraw_interval=2)
         projection.build()
         step = tf.function(lambda: projection.current(training=True), jit_compile=jit_compile)
-        return [step().numpy() for _ in range(5)], int(projection.draw)
+        return [step()[0].numpy() for _ in range(5)], int(projection.redraws)
 
     (compiled, draw), (plain, _) = used(True), used(False)
     assert draw == 2
@@ -108,7 +111,7 @@ def test_schedule_in_a_stateless_scope():
         )
     names = [v.path for v in layer.non_trainable_variables]
     after = dict(zip(names, variables, strict=True))
-    assert after[layer.draw.path] == 2 and layer.draw == 0
+    assert after[layer.redraws.path] == 2 and layer.redraws == 0
 
 
 @pytest.mark.parametrize("scaling", [0, 1])
@@ -198,7 +201,7 @@ def test_fit(eager):
     x = normal(8, 6, 8)
     history = model.fit(x, x[..., :1], batch_size=4, epochs=2, verbose=0).history["loss"]
     assert history[-1] < history[0]
-    assert layer.draw == 1  # 4 training calls, 2 by each draw
+    assert layer.redraws == 1  # 4 training calls, 2 by each draw
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,7 @@ def test_dtype_policies(policy, bound):
     assert output.dtype == layer.compute_dtype == layer(keras.Input((6, 8)), x).dtype
     error = np.sqrt(np.mean((np.asarray(output, "float64") - expected) ** 2))
     assert error < bound * np.sqrt(np.mean(expected**2))
-    assert layer.projection.dtype == "float32" and layer.draw.dtype == "int64"
+    assert layer.projection.dtype == "float32" and layer.redraws.dtype == "int64"
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(layer(x, x, training=True, use_causal_mask=True))
     assert all(g is not None for g in tape.gradient(loss, layer.trainable_weights))
@@ -244,3 +247,59 @@ def test_feature_maps(feature_map):
 def layer_dense(layer, x):
     layer.build(x.shape, x.shape)
     return layer.query_dense
+
+
+@pytest.mark.parametrize("how", ["eager", "graph", pytest.param("xla", marks=needs_xla)])
+def test_calls_of_eight_threads_are_counted_one_by_one(how):
+    layer, x = linear(redraw_interval=3), normal(2, 3, 6)
+    call = layer if how == "eager" else tf.function(layer, jit_compile=how == "xla")
+    call(x, x, training=True)
+    threads = [
+        threading.Thread(target=lambda: [call(x, x, training=True) for _ in range(10)])
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert layer.redraws == 80 // 3  # 81 calls, 3 by each draw
+    assert_fingerprint(layer)
+    again = linear(redraw_interval=3)
+    again.build((2, 3, 6), (2, 3, 6))
+    for _ in range(80 // 3):
+        again.redraw()
+    np.testing.assert_allclose(layer.projection, again.projection, rtol=1e-5, atol=1e-6)
+
+
+def assert_fingerprint(layer):
+    assert int(layer.draw) == int(fingerprint(layer.projection))
+
+
+def test_the_draw_follows_whatever_replaces_the_projection(tmp_path):
+    layer, x = linear(), normal(2, 3, 6)
+    layer(x, x)
+    seen = [int(layer.draw)]
+
+    def changed():
+        assert_fingerprint(layer)
+        seen.append(int(layer.draw))
+        assert len(set(seen)) == len(seen)
+
+    assert_fingerprint(layer)
+    layer.redraw()
+    changed()
+    layer.projection.assign(normal(8, 4, seed=9))
+    changed()
+    weights = layer.get_weights()
+    place = [w is layer.projection for w in layer.weights].index(True)
+    weights[place] = normal(8, 4, seed=10)  # the fingerprint in the list is of another one
+    layer.set_weights(weights)
+    changed()
+    checkpoint = tf.train.Checkpoint(layer=layer)
+    path = checkpoint.write(str(tmp_path / "checkpoint"))
+    saved = int(layer.draw)
+    layer.redraw()
+    changed()
+    checkpoint.read(path).assert_consumed()
+    assert_fingerprint(layer)
+    assert int(layer.draw) == saved

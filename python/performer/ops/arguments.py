@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from performer import checks
-from performer.ops.state import AttentionState, as_draw, checked_state, same_draw
+from performer.ops.fingerprint import fingerprint_of_sides
+from performer.ops.state import AttentionState, as_draw, checked_state, fit_projection
 
 
 class Prepared(NamedTuple):
@@ -25,7 +26,7 @@ class Prepared(NamedTuple):
             [1|B, 1|G, 1|S], and the attribute key_norm; empty in a call without keys.
         attributes: feature_map, scale and feature_epsilon.
         state: the state that the call reads or goes on from, or None.
-        draw: int64 scalar, the common draw of projection and state.
+        draw: int64 scalar, the common draw of projection and state; None in a call without state.
         segment_ids: integers [B, S], or None.
         max_segments: int or None.
     """
@@ -34,7 +35,7 @@ class Prepared(NamedTuple):
     keys: dict[str, Any]
     attributes: dict[str, Any]
     state: AttentionState | None
-    draw: tf.Tensor
+    draw: tf.Tensor | None
     segment_ids: tf.Tensor | None = None
     max_segments: int | None = None
 
@@ -52,7 +53,8 @@ def prepare(
     state=None,
     segment_ids=None,
     max_segments=None,
-    draw=0,
+    draw=None,
+    returns_state=False,
     feature_map="softmax",
     scale=None,
     key_norm=True,
@@ -62,6 +64,7 @@ def prepare(
 
     Args:
         state: the `initial_state` of a call with keys; what a call without keys reads.
+        returns_state: whether the call returns a state.
         others: as `favor_attention`.
 
     Raises:
@@ -79,6 +82,10 @@ def prepare(
     key_side: Any = None if key is None else _projection_side(projection, 1, dtype)
     if key is None:
         state = checked_state("state", state, dtype, projection=query_side)
+    if key is not None:
+        checks.positive("key", 2, key, "G")
+    else:
+        checks.positive("state.log_mass", 1, state.log_mass, "G")
     queries, keys = {}, {}
     if query is not None:
         feature_bias = _feature_bias(feature_bias, query_side[1], dtype)
@@ -98,19 +105,22 @@ def prepare(
     if key is not None:
         bias = _key_bias(key, dtype, key_mask, key_bias)
         keys = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}
-        keys["key_norm"] = bool(key_norm)
-    draw = as_draw(draw)
+        keys["key_norm"] = checks.flag("key_norm", key_norm)
+    if draw is not None:
+        draw = as_draw(draw)
+    elif state is not None or returns_state:
+        draw = _fingerprint(projection, dtype)
     if key is None:
         checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
-        draw = same_draw(draw, state.draw, "projection and state")
+        draw = fit_projection(draw, state.draw, "projection and state")
     elif state is not None:
         state = checked_state("initial_state", state, dtype, key, value, key_side)
         if segment_ids is None:
             checks.one_of("initial_state.log_mass", 0, state.log_mass, {"1": 1, "B": key.shape[0]})
-        draw = same_draw(draw, state.draw, "projection and initial_state")
+        draw = fit_projection(draw, state.draw, "projection and initial_state")
     max_segments = _max_segments(max_segments, segment_ids)
     if segment_ids is not None:
-        segment_ids = _segment_ids(segment_ids, query, key)
+        segment_ids = _segment_ids(segment_ids, query, key, value)
     return Prepared(queries, keys, attributes, state, draw, segment_ids, max_segments)
 
 
@@ -123,12 +133,16 @@ def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     checks.one_of(name, 1, mask, {"1": 1, "H": query.shape[2]})
     checks.same(name, 2, mask, "query", 1, query, "L")
     checks.same(name, 3, mask, "key", 1, key, "S")
-    return mask
+    lengths = checks.same_when_run(name, 2, mask, "query", 1, query, "L")
+    lengths += checks.same_when_run(name, 3, mask, "key", 1, key, "S")
+    with tf.control_dependencies(lengths):
+        return tf.identity(mask)
 
 
 def _attributes(feature_map, scale, feature_epsilon) -> dict:
     """The attributes shared by all operators."""
-    if feature_map not in checks.FEATURE_MAPS and not callable(feature_map):
+    named = isinstance(feature_map, str) and feature_map in checks.FEATURE_MAPS
+    if not named and (isinstance(feature_map, type) or not callable(feature_map)):
         raise ValueError(
             f"feature_map must be one of {', '.join(checks.FEATURE_MAPS)}, or a function of "
             f"log-features, got {feature_map!r}"
@@ -161,6 +175,18 @@ def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Te
     return name, projection
 
 
+def _fingerprint(projection, dtype: tf.DType) -> tf.Tensor:
+    """The draw of a projection that has no explicit one: both sides, as they are used."""
+    if not isinstance(projection, tuple):
+        return fingerprint_of_sides(checks.tensor("projection", projection, ("MD", "HMD"), dtype))
+    sides = (0, 0) if projection[0] is projection[1] else (0, 1)
+    sides = [
+        checks.tensor(f"projection[{side}]", projection[side], ("MD", "HMD"), dtype)
+        for side in sides
+    ]
+    return fingerprint_of_sides(*sides)
+
+
 def _feature_bias(bias, projection, dtype):
     """[1|G|H, M]; zeros where there is none."""
     if bias is None:
@@ -190,6 +216,10 @@ def _key_bias(key, dtype: tf.DType, mask, bias) -> tf.Tensor:
             )
         checks.same("key_mask", 0, mask, "key", 0, key, "B")
         checks.same("key_mask", 1, mask, "key", 1, key, "S")
+        sizes = checks.same_when_run("key_mask", 0, mask, "key", 0, key, "B")
+        sizes += checks.same_when_run("key_mask", 1, mask, "key", 1, key, "S")
+        with tf.control_dependencies(sizes):
+            mask = tf.identity(mask)
         result = tf.where(mask[:, None, :], result, tf.constant(float("-inf"), dtype))
     return result
 
@@ -237,7 +267,7 @@ def _max_segments(maximum, segment_ids):
     return maximum
 
 
-def _segment_ids(segment_ids, query, key):
+def _segment_ids(segment_ids, query, key, value):
     """Integers [B, S], for self-attention."""
     segment_ids = checks.tensor("segment_ids", segment_ids, ("BS",))
     if not segment_ids.dtype.is_integer:
@@ -245,4 +275,10 @@ def _segment_ids(segment_ids, query, key):
     checks.same("query", 1, query, "key", 1, key, "length (L = S with segment_ids)")
     checks.same("segment_ids", 0, segment_ids, "key", 0, key, "B")
     checks.same("segment_ids", 1, segment_ids, "key", 1, key, "S")
-    return segment_ids
+    # The operators take the rows of the batch one after another, and see their total number only.
+    found = []
+    for name, x in (("query", query), ("value", value), ("segment_ids", segment_ids)):
+        for axis, letter in enumerate("BS"):
+            found += checks.same_when_run(name, axis, x, "key", axis, key, letter)
+    with tf.control_dependencies(found):
+        return tf.identity(segment_ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from performer import checks
 from performer.composition.packed_blocks import segment_offsets
 from performer.ops.arguments import prepare
 from performer.ops.dispatch import run
@@ -30,7 +31,7 @@ def favor_attention(
     feature_bias=None,
     initial_state=None,
     return_state=False,
-    draw=0,
+    draw=None,
     feature_map="softmax",
     scale=None,
     key_norm=True,
@@ -70,7 +71,10 @@ def favor_attention(
         initial_state: `AttentionState` of keys that come before, N = B (with segment_ids: one for
             each run; B max_segments) or 1.
         return_state: also return the state that includes all keys.
-        draw: integer, which draw of the projection this is. It must equal that of `initial_state`.
+        draw: integer that identifies the projection in states; it must equal that of
+            `initial_state`. Default: `fingerprint(projection)`, computed in calls that take or
+            return a state. A number of one's own saves this time, and lets a state be used with
+            changed projections.
         feature_map: "softmax"; "relu": b = log(max(u, 0) + feature_epsilon) + key_bias, "elu": b =
             log(elu(u) + 1) + key_bias, and a likewise; or a function f: b = f(u) + key_bias, in
             plain TensorFlow, slower and with features of size S M in memory.
@@ -96,7 +100,8 @@ def favor_attention(
     Numerics: everything in log space, scaled by the largest term of each sum: no epsilon, no clamp,
         and entries up to 1e4 stay finite. Sums and states are float32 (float64 for float64).
         Bounds: `performer.tolerances`. Causal rows do not depend on later keys, not even in their
-        last bit. Differentiable to any order.
+        last bit; only a single token (L = 1, without segments) is rounded otherwise than the same
+        row of a longer call, on the CPU. Differentiable to any order.
 
     Example:
 
@@ -110,8 +115,8 @@ def favor_attention(
     with tf.name_scope(name or "favor_attention"):
         call = prepare(
             projection,
-            query=query,
-            key=key,
+            query=checks.tensor("query", query),
+            key=checks.tensor("key", key),
             value=value,
             causal=causal,
             feature_bias=feature_bias,
@@ -121,6 +126,7 @@ def favor_attention(
             segment_ids=segment_ids,
             max_segments=max_segments,
             draw=draw,
+            returns_state=return_state,
             feature_map=feature_map,
             scale=scale,
             key_norm=key_norm,
@@ -149,7 +155,7 @@ def summarize(
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
-    draw=0,
+    draw=None,
     name=None,
 ) -> AttentionState:
     """Summarizes keys and values into a state of constant size, the first half of linear attention.
@@ -160,7 +166,7 @@ def summarize(
         key: [B, S, G, D], float32, bfloat16, float16 or float64. S may be 0.
         value: [B, S, G, E], of the type of key.
         projection: [M, D], [G, M, D], or a pair (query side, key side), of which the key side is
-            used.
+            used. The fingerprint is that of the pair: give the same one to `read`.
         key_mask, key_bias, feature_map, scale, key_norm, feature_epsilon, draw, name: as
             `favor_attention`.
 
@@ -185,11 +191,12 @@ def summarize(
         return _summarize(
             prepare(
                 projection,
-                key=key,
+                key=checks.tensor("key", key),
                 value=value,
                 key_mask=key_mask,
                 key_bias=key_bias,
                 draw=draw,
+                returns_state=True,
                 feature_map=feature_map,
                 scale=scale,
                 key_norm=key_norm,
@@ -208,7 +215,7 @@ def read(
     feature_map="softmax",
     scale=None,
     feature_epsilon=1e-3,
-    draw=0,
+    draw=None,
     name=None,
 ) -> tf.Tensor:
     """Attention of queries to the keys of a state, the second half of linear attention.
@@ -218,7 +225,7 @@ def read(
     Args:
         query: [B, L, H, D], float32, bfloat16, float16 or float64.
         projection: [M, D], [G|H, M, D], or a pair (query side, key side), of which the query side
-            is used.
+            is used. Either what `summarize` was given, or with an explicit `draw`.
         state: `AttentionState` with log_mass [B, G, M], mean [B, G, M, E]; H a multiple of G.
         feature_bias, feature_map, scale, feature_epsilon, draw, name: as `favor_attention`.
 
@@ -235,7 +242,7 @@ def read(
         return _read(
             prepare(
                 projection,
-                query=query,
+                query=checks.tensor("query", query),
                 state=state,
                 feature_bias=feature_bias,
                 draw=draw,

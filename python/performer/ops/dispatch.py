@@ -7,6 +7,7 @@ import tensorflow as tf
 from performer import composition, loader
 from performer.ops import gradients as gradients  # registers the gradients of the operators,
 from performer.ops import vectorize as vectorize  # and how loops over them are vectorized
+from performer.ops.sizes import LAYOUTS, sizes_when_run
 
 
 def run(operator: str, offsets, **inputs):
@@ -31,4 +32,7 @@ def run(operator: str, offsets, **inputs):
     if not packed:
         with tf.device("/CPU:0"):  # every device reads it there
             offsets = tf.constant([0], tf.int64)
+    found = [] if compiled else sizes_when_run(operator, inputs, packed)
+    with tf.control_dependencies(found):
+        inputs = {k: tf.identity(x) if k in LAYOUTS[operator] else x for k, x in inputs.items()}
     return function(offsets=offsets, packed=packed, **inputs)

@@ -33,7 +33,7 @@ void StartForwardState(CausalGradient<Acc>& gradient) {
   TransposeToPanels(s.initial_mean, strides.m, strides.e_pad, strides.e_pad, s.sum_panels);
   for (int64_t m = 0; m < strides.m_pad; ++m) {
     // The padding weighs nothing.
-    s.anchor[m] = m < strides.m ? gradient.initial.log_mass[m] * kLog2e<Acc> : kInf<Acc>;
+    s.anchor[m] = m < strides.m ? static_cast<Acc>(gradient.initial.Log2Mass(m)) : kInf<Acc>;
     s.mass[m] = m < strides.m && s.anchor[m] != -kInf<Acc> ? 1 : 0;
   }
 }
