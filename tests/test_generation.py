@@ -264,13 +264,13 @@ def test_values_of_top_k_and_top_p_make_no_graphs():
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.6}])
 def test_the_values_of_top_k_and_top_p_are_those_of_the_call(options):
-    """Twenty draws at once, first of all tokens, then of few."""
-    model, prompt = Cycle(1.0), np.zeros([2000, 1], int)
+    """2000 draws at once, first of all tokens, then of few; each position has its own numbers."""
+    model, prompt = Cycle(1.0), np.zeros([2000, 2], int)
     for wider in ({}, {"top_k": 20, "top_p": 1.0}):
         assert len(np.unique(generate(model, prompt, 1, seed=1, **wider))) == V
     drawn = generate(model, prompt, 1, seed=1, **options)
     logits = tf.repeat(tf.one_hot([1], V), 2000, 0)
-    position = tf.constant([1, 1], tf.int64)  # seed, position
+    position = tf.constant([1, 2], tf.int64)  # seed, position
     given = {"top_k": None, "top_p": None, **options}
     np.testing.assert_array_equal(drawn[:, 0], _sample(logits - 1, position, False, **given))
 
@@ -290,6 +290,7 @@ def test_slices_of_any_size_write_the_same_tokens(monkeypatch):
     model, prompts = make(), [[3, 1], [7, 1, 4, 9, 2, 2, 8, 1, 1, 0], [5, 5]]
     one = generate(model, prompts, 40, seed=1, top_k=5)
     for size, seconds in ((1, 1e-9), (7, 1e9)):
+        generation._graphs.clear()
         monkeypatch.setattr(generation, "_FIRST_SLICE", size)
         monkeypatch.setattr(generation, "_SLICE_SECONDS", seconds)
         np.testing.assert_array_equal(generate(model, prompts, 40, seed=1, top_k=5), one)

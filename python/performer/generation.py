@@ -17,8 +17,8 @@ _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _SHARE_SLACK = 2.0**-20
 _CHUNK = 512  # tokens of a prompt that the model reads in one call
 # Tokens are written in slices, and Python runs between them: Ctrl-C waits for one slice at most.
-_SLICE_SECONDS = 0.1
-_FIRST_SLICE = 32  # tokens, before the time of a token is known
+_SLICE_SECONDS = 0.25  # each costs a few milliseconds more
+_FIRST_SLICE = 64  # tokens, before the time of a token is known
 _INPUTS = (  # of the graph that writes a slice; the state comes after them
     tf.TensorSpec([None, None], tf.int32, "prompt"),
     tf.TensorSpec([None], tf.int32, "lengths"),
@@ -36,10 +36,11 @@ _graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class _Graphs(NamedTuple):
-    """The compiled functions of a model: `_read_chunk` and `_write_slice`."""
+    """The compiled functions of a model, and the tokens of a slice, by batch size, so far."""
 
     read: tf.types.experimental.PolymorphicFunction
     write: tf.types.experimental.PolymorphicFunction
+    slices: dict[int, int]
 
 
 def generate(
@@ -59,7 +60,7 @@ def generate(
 
     The model reads the prompt in chunks and then its own tokens one by one, in a compiled loop,
     with a state of constant size: time and memory of a token do not depend on how many came before.
-    The loop runs in slices of about 0.1 s, between which Ctrl-C (`KeyboardInterrupt`) ends it. Its
+    The loop runs in slices of about 0.25 s, between which Ctrl-C (`KeyboardInterrupt`) ends it. Its
     graphs serve all batch sizes, lengths and values of `temperature`, `top_k` and `top_p`.
 
     Args:
@@ -152,21 +153,21 @@ def generate(
         "top_p": tf.constant(max(top_p or 1.0, _MIN_FLOAT32), tf.float32),
         "seed": tf.constant(seed, tf.int64),
     }
-    new, state = _write(graphs.write, tokens, lengths, count, end, state, options)
+    new, state = _write(graphs, tokens, lengths, count, end, state, options)
     new = new[0] if single else new
     return (new, state) if return_state else new
 
 
-def _write(write_slice, prompt, lengths, count, end, state, options):
+def _write(graphs, prompt, lengths, count, end, state, options):
     """Goes on slice by slice, after what all prompts have, until all rows are full or have ended.
 
     Args:
-        write_slice: `_write_slice` of the model, compiled.
+        graphs: `_Graphs` of the model.
         prompt, lengths: int32 `(B, P)` and `(B,)`.
         count: number of tokens to add to each prompt.
         end: the token that ends a sequence; -1 for none.
         state: the model's, which has read all but the last token of the shortest prompt.
-        options: the other inputs of `write_slice`.
+        options: the other inputs of `graphs.write`.
 
     Returns:
         int32 `(B, count)`, and the state.
@@ -176,14 +177,15 @@ def _write(write_slice, prompt, lengths, count, end, state, options):
     written = np.full((len(prompt), steps), end, np.int32)
     last, ended = tf.constant(prompt[:, shortest - 1]), tf.zeros([len(prompt)], tf.bool)
     prompt = tf.constant(prompt)
-    done, size = 0, _FIRST_SLICE
+    done, size = 0, graphs.slices.get(len(written), _FIRST_SLICE)
     while done < steps and not np.all(ended):
         began = time.monotonic()
-        new, last, ended, state = write_slice(
+        given = min(size, steps - done)
+        new, last, ended, state = graphs.write(
             prompt=prompt,
             lengths=tf.constant(lengths),
             first=tf.constant(shortest + done),
-            count=tf.constant(min(size, steps - done)),
+            count=tf.constant(given),
             end=tf.constant(end),
             last=last,
             ended=ended,
@@ -193,7 +195,9 @@ def _write(write_slice, prompt, lengths, count, end, state, options):
         written[:, done : done + new.shape[1]] = new
         done += new.shape[1]
         pace = _SLICE_SECONDS / max(time.monotonic() - began, 1e-9)
-        size = max(1, round(size * min(max(pace, 0.5), 2.0)))
+        if given == size or pace < 1:
+            size = max(1, round(given * min(max(pace, 0.5), 2.0)))
+    graphs.slices[len(written)] = size
     own = (lengths - shortest)[:, np.newaxis] + np.arange(count)
     return np.take_along_axis(written, own, 1), state
 
@@ -235,12 +239,9 @@ def _graphs_of(model, state, batch, sampling, by_rank, by_share):
             def choose(logits, position):
                 if not sampling:
                     return _sample(logits, None, True, None, None)
-                # The largest becomes 0: a small temperature makes no logit infinite.
-                logits = (logits - tf.reduce_max(logits, -1, keepdims=True)) / temperature
                 stream = tf.stack([seed, tf.cast(position, tf.int64)])
-                return _sample(
-                    logits, stream, False, top_k if by_rank else None, top_p if by_share else None
-                )
+                kept = top_k if by_rank else None, top_p if by_share else None
+                return _sample(logits / temperature, stream, False, *kept)
 
             return _write_slice(
                 reference(), choose, prompt, lengths, first, count, end, last, ended, state
@@ -249,6 +250,7 @@ def _graphs_of(model, state, batch, sampling, by_rank, by_share):
         kept[key] = _Graphs(
             tf.function(read, autograph=False, input_signature=[_INPUTS[0], states]),
             tf.function(write, autograph=False, input_signature=[*_INPUTS, states]),
+            {},
         )
     return kept[key]
 
@@ -264,7 +266,8 @@ def _write_slice(model, choose, prompt, lengths, first, count, end, last, ended,
     """Goes on token by token.
 
     Args:
-        choose: function of logits `(B, V)` and their position to tokens `(B,)`.
+        choose: function of logits `(B, V)`, of which the largest is 0, and their position to tokens
+            `(B,)`.
         prompt, lengths: int32 `(B, P)` and `(B,)`.
         first, count: position of the first token to write, and how many to write at most.
         end: the token that ends a sequence; -1 for none.
@@ -281,9 +284,12 @@ def _write_slice(model, choose, prompt, lengths, first, count, end, last, ended,
         logits, state = _read(model, last[:, tf.newaxis], state)
         logits = tf.cast(logits[:, -1], tf.float32)
         position = first + index
+        # The largest becomes 0: a small temperature makes no logit infinite. Whatever allows no
+        # token makes the sum NaN.
+        logits -= tf.reduce_max(logits, -1, keepdims=True)
+        total = tf.reduce_sum(logits, -1)
         check = tf.debugging.Assert(
-            tf.reduce_all(tf.math.is_finite(tf.reduce_max(logits, -1)))
-            & tf.reduce_all(logits == logits),
+            tf.reduce_all(total == total),
             ["the model's logits are NaN, +inf or all -inf before token", position],
         )
         with tf.control_dependencies([check]):
