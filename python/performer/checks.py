@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 FEATURE_MAPS = ("softmax", "relu", "elu")
+WINDOW_UNIT, LARGEST_WINDOW = 64, 65536  # of exact_window: kernels work on blocks of 64 rows
 _TYPES = (tf.float32, tf.bfloat16, tf.float16, tf.float64)
 
 
@@ -50,6 +51,20 @@ def size(name: str, value) -> int:
     """An integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return int(value)
+
+
+def exact_window(value) -> int:
+    """A window of exact attention: a multiple of 64, up to 65536."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value % WINDOW_UNIT:
+        value_is_good = False
+    else:
+        value_is_good = 0 < value <= LARGEST_WINDOW
+    if not value_is_good:
+        raise ValueError(
+            f"exact_window must be None or a multiple of {WINDOW_UNIT} from {WINDOW_UNIT} to "
+            f"{LARGEST_WINDOW}, got {value!r}"
+        )
     return int(value)
 
 

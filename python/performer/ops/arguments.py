@@ -12,7 +12,15 @@ import numpy as np
 import tensorflow as tf
 
 from performer import checks
-from performer.ops.state import AttentionState, as_draw, checked_state, same_draw
+from performer.ops.state import (
+    AttentionState,
+    as_draw,
+    checked_state,
+    near_rows,
+    same_draw,
+    stored_rows,
+)
+from performer.shapes import dims
 
 
 class Prepared(NamedTuple):
@@ -28,6 +36,9 @@ class Prepared(NamedTuple):
         draw: int64 scalar, the common draw of projection and state.
         segment_ids: integers [B, S], or None.
         max_segments: int or None.
+        exact_window: int, or None for linear attention to all keys. With it `far_bias` is in
+            feature_bias.
+        query_norm: whether the far part has the norm of the query; see `favor_attention`.
     """
 
     queries: dict[str, Any]
@@ -37,6 +48,8 @@ class Prepared(NamedTuple):
     draw: tf.Tensor
     segment_ids: tf.Tensor | None = None
     max_segments: int | None = None
+    exact_window: int | None = None
+    query_norm: bool = True
 
 
 def prepare(
@@ -57,6 +70,9 @@ def prepare(
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
+    exact_window=None,
+    far_bias=None,
+    query_norm=True,
 ) -> Prepared:
     """Prepares a call of `favor_attention`, `summarize` (without query) or `read` (without key).
 
@@ -70,6 +86,7 @@ def prepare(
         tf.errors.InvalidArgumentError: draws that are known only when the graph runs differ.
     """
     attributes = _attributes(feature_map, scale, feature_epsilon)
+    exact_window = _exact_window(exact_window, feature_map, far_bias)
     if query is not None:
         query = checks.tensor("query", query, ("BLHD",))
     if key is not None:
@@ -84,6 +101,8 @@ def prepare(
         feature_bias = _feature_bias(feature_bias, query_side[1], dtype)
         groups = state.log_mass.shape[1] if key is None else key.shape[2]
         _check_queries(query, groups, query_side, feature_bias)
+        if far_bias is not None:
+            feature_bias = _with_far_bias(feature_bias, far_bias, query, dtype)
         queries = {"query": query, "query_projection": query_side[1], "feature_bias": feature_bias}
     if query is not None and key is not None:
         checks.same_dtype("key", key, "query", query)
@@ -102,16 +121,34 @@ def prepare(
     draw = as_draw(draw)
     if key is None:
         checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
+        if near_rows(state) is not None:
+            raise ValueError(
+                "state must have no near rows, which `read` cannot attend to exactly: give it to "
+                "`favor_attention` as its initial_state. Got a state with "
+                f"{state.near_key.shape[1]} of them"
+            )
         draw = same_draw(draw, state.draw, "projection and state")
     elif state is not None:
         state = checked_state("initial_state", state, dtype, key, value, key_side)
         if segment_ids is None:
             checks.one_of("initial_state.log_mass", 0, state.log_mass, {"1": 1, "B": key.shape[0]})
         draw = same_draw(draw, state.draw, "projection and initial_state")
+        if near_rows(state) is not None:
+            _check_near_rows(state, exact_window, causal, segment_ids)
     max_segments = _max_segments(max_segments, segment_ids)
     if segment_ids is not None:
         segment_ids = _segment_ids(segment_ids, query, key)
-    return Prepared(queries, keys, attributes, state, draw, segment_ids, max_segments)
+    return Prepared(
+        queries,
+        keys,
+        attributes,
+        state,
+        draw,
+        segment_ids,
+        max_segments,
+        exact_window,
+        bool(query_norm),
+    )
 
 
 def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
@@ -138,6 +175,55 @@ def _attributes(feature_map, scale, feature_epsilon) -> dict:
         "scale": 0.0 if scale is None else checks.number("scale", scale, zero=False),
         "feature_epsilon": checks.number("feature_epsilon", feature_epsilon, zero=True),
     }
+
+
+def _exact_window(window, feature_map, far_bias) -> int | None:
+    """`window`, which goes with the softmax map, and without which there is no `far_bias`."""
+    if window is None:
+        if far_bias is not None:
+            raise ValueError(
+                "far_bias needs exact_window: where every key is far it cancels. "
+                "Got far_bias without exact_window"
+            )
+        return None
+    window = checks.exact_window(window)
+    if feature_map != "softmax":
+        raise ValueError(
+            "exact_window needs feature_map='softmax', whose features estimate exp(scale "
+            "query.key), the weight of near keys. The features of any other map are its kernel, "
+            f"exactly: there is nothing to make exact. Got feature_map={feature_map!r}"
+        )
+    return window
+
+
+def _with_far_bias(feature_bias, far_bias, query, dtype):
+    """feature_bias [1|G|H, M] plus far_bias, a number or [1|H]: [1|G|H, M]."""
+    far_bias = checks.tensor("far_bias", far_bias, ("", "H"), dtype)
+    if far_bias.shape.rank == 0:
+        return feature_bias + far_bias
+    checks.one_of("far_bias", 0, far_bias, {"1": 1, "H": query.shape[2]})
+    heads, given = dims(query)[2], dims(feature_bias)[0]
+    return tf.repeat(feature_bias, heads // given, 0) + far_bias[:, None]
+
+
+def _check_near_rows(state, window, causal, segment_ids) -> None:
+    """A call may go on from a state with near rows where it knows what is near."""
+    rows = state.near_key.shape[1]
+    if window is None:
+        raise ValueError(
+            f"exact_window must be that of the call which returned initial_state, with {rows} near "
+            "rows, got None"
+        )
+    if rows is not None and rows != stored_rows(window):
+        raise ValueError(
+            f"initial_state must have {stored_rows(window)} near rows (2 exact_window - 1) with "
+            f"exact_window={window}, got {rows}"
+        )
+    if not causal or segment_ids is not None:
+        raise ValueError(
+            "initial_state must have no near rows without causal=True or with segment_ids: there "
+            f"is no row that they come before. Got {rows} of them"
+        )
 
 
 def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Tensor]:
