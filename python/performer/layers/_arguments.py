@@ -8,8 +8,10 @@ from typing import Any
 
 import keras
 
+from performer.checks import exact_window
 from performer.features import feature_maps
 
+LEARNED = "learned"
 METHODS = ("linear", "quadratic")
 SCALINGS = (0, 1)
 # Scores, T * S, of the dense form: 2048 * 2048, 32 MiB in float64 for one head and batch row.
@@ -37,6 +39,8 @@ class Options:
     max_segments: int | None
     dense_limit: int
     rotary_embedding: Any
+    exact_window: int | None
+    far_bias: Any
     num_heads: dataclasses.InitVar[int]
     sliding_window: dataclasses.InitVar[int | None] = None
 
@@ -71,12 +75,35 @@ class Options:
                 "`keras.layers.MultiHeadAttention` and has no such argument. "
                 f"Received: rotary_embedding={self.rotary_embedding!r}"
             )
+        self._check_window()
         groups = self.num_key_value_heads
         if groups is not None and num_heads % groups:
             raise ValueError(
                 "`num_key_value_heads` must divide `num_heads`. Received: "
                 f"num_heads={num_heads}, num_key_value_heads={groups}"
             )
+
+    def _check_window(self):
+        """The rules of `exact_window` and `far_bias`."""
+        if self.exact_window is None:
+            if self.far_bias is not None:
+                raise ValueError(
+                    "`far_bias` needs `exact_window`: where every key is far it cancels. "
+                    f"Received: far_bias={self.far_bias!r}, exact_window=None"
+                )
+            return
+        object.__setattr__(self, "exact_window", _check_exact_window(self.exact_window))
+        feature_map = feature_maps.get(self.feature_map)
+        if not self.linear or feature_map.epilogue != "softmax":
+            raise ValueError(
+                "`exact_window` needs attention_method='linear' and a feature map of softmax, "
+                "which estimates the weights that near keys have exactly. ('quadratic' is exact, "
+                "and other maps are their kernel: there is nothing to make exact.) Received: "
+                f"exact_window={self.exact_window}, attention_method={self.attention_method!r}, "
+                f"feature_map={self.feature_map!r}"
+            )
+        if self.far_bias not in (None, LEARNED):
+            object.__setattr__(self, "far_bias", check_number("far_bias", self.far_bias))
 
     @property
     def linear(self):
@@ -99,6 +126,24 @@ def check_size(name, value):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
     return int(value)
+
+
+def check_number(name, value):
+    """Returns `value`, a finite number, as a float; ValueError otherwise."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(
+            f"`{name}` must be None, 'learned' or a finite number. Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def _check_exact_window(value):
+    """Returns a window; ValueError in the words of layers otherwise."""
+    try:
+        return exact_window(value)
+    except ValueError as error:
+        raise ValueError(f"`exact_window`: {error}") from error
 
 
 def check_rate(name, value):

@@ -9,6 +9,7 @@ from performer.features import feature_maps
 
 # Joined to the layer's seed, so that projections share no random stream with dropout.
 _STREAM = 0x46_41_56_4F_52
+FIRST_FAR_BIAS = -4.0
 
 
 class Features(NamedTuple):
@@ -18,11 +19,15 @@ class Features(NamedTuple):
         feature_map: `performer.feature_maps.FeatureMap`, or the like.
         projection: float32 `[M, D]`, as drawn.
         draw: int64 scalar, number of the draw: how often the projection has been redrawn.
+        exact_window: the layer's, or None.
+        far_bias: a number, or float32 `[H]`; None for none.
     """
 
     feature_map: Any
     projection: tf.Tensor
     draw: tf.Tensor
+    exact_window: int | None = None
+    far_bias: Any = None
 
     def for_keys(self):
         """The arguments of `summarize` that say how features are made."""
@@ -41,9 +46,41 @@ class Features(NamedTuple):
             "feature_bias": self.feature_map.feature_bias(self.projection),
         }
 
+    def for_window(self):
+        """What `favor_attention` is given besides, in a layer with a window."""
+        if self.exact_window is None:
+            return {}
+        return {
+            "exact_window": self.exact_window,
+            "far_bias": self.far_bias,
+            "query_norm": getattr(self.feature_map, "query_norm", True),
+        }
+
     def for_queries(self):
         """Those of `read`."""
         return {k: v for k, v in self.for_attention().items() if k != "key_norm"}
+
+
+class FarBias(keras.layers.Layer):
+    """Holds the log of the factor of all far weights, one for each query head, float32 `[H]`.
+
+    It starts at -4. Early in training attention to far keys is noise, exact attention too, and near
+    keys tell most; from there the weight finds its balance.
+    """
+
+    def __init__(self, heads, trainable=True):
+        super().__init__(dtype="float32", autocast=False, name="far_bias", trainable=trainable)
+        self._heads = heads
+
+    def build(self):
+        """Creates the weight."""
+        self.bias = self.add_weight(
+            name="bias",
+            shape=(self._heads,),
+            initializer=keras.initializers.Constant(FIRST_FAR_BIAS),
+            dtype="float32",
+            autocast=False,
+        )
 
 
 class RandomProjection(keras.layers.Layer):

@@ -112,8 +112,9 @@ def prepare(
         _check_keys(key, value, key_side)
     if query is not None and key is not None:
         checks.same(key_side[0], 1, key_side[1], query_side[0], 1, query_side[1], "M")
-        if causal:
-            checks.same("query", 1, query, "key", 1, key, "length (L = S when causal)")
+        if causal or exact_window is not None:
+            when = "when causal" if causal else "with exact_window"
+            checks.same("query", 1, query, "key", 1, key, f"length (L = S {when})")
     if key is not None:
         bias = _key_bias(key, dtype, key_mask, key_bias)
         keys = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}

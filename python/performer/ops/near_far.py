@@ -20,8 +20,9 @@ def attend(call, offsets, causal, return_state):
     blocks from the position of its first key, of which the place in a block is all that matters:
     with R rows before position p that is p - R, or p + 1.
     """
+    call = _with_equal_lengths(call)
     keys, before, start = call.keys, call.state, 0
-    if causal and offsets is None and before is not None:
+    if offsets is None and before is not None:
         start = before.position % call.exact_window
         if near_rows(before) is not None:
             keys = _after_near_rows(keys, before)
@@ -51,9 +52,23 @@ def attend(call, offsets, causal, return_state):
     return out, log_weight, AttentionState(log_mass, mean, call.draw, position, *near)
 
 
+def _with_equal_lengths(call):
+    """The call, with a check that L = S where that is known only when the graph runs.
+
+    The operator takes more keys than queries, because of near rows.
+    """
+    query, key = call.queries["query"], call.keys["key"]
+    if None not in (query.shape[1], key.shape[1]):
+        return call
+    message = "query and key must have the same length (L = S with exact_window)"
+    check = tf.debugging.assert_equal(tf.shape(query)[1], tf.shape(key)[1], message=message)
+    with tf.control_dependencies([] if check is None else [check]):
+        return call._replace(queries={**call.queries, "query": tf.identity(query)})
+
+
 def _after_near_rows(keys, state):
     """The keys of a call with the near rows of a state before them."""
-    batch, _, groups, _ = dims(keys["key"])
+    batch = dims(keys["key"])[0]
     key, value, bias = near_rows(state)
 
     def joined(before, x):

@@ -17,8 +17,8 @@ part estimates what the near part knows. The keys of an initial state are far fo
 final state of a causal call has the keys up to block(S) - 2, where S is the row that would come
 next: the rows of the last two blocks will be near again. Otherwise it has all keys.
 
-Two independent forms give the same result: `near_far_direct` (quadratic) and `near_far_in_blocks` (blocks and
-states).
+Two independent forms give the same result: `near_far_direct` (quadratic) and `near_far_in_blocks`
+(blocks and states).
 """
 
 from __future__ import annotations
