@@ -56,11 +56,8 @@ def size(name: str, value) -> int:
 
 def exact_window(value) -> int:
     """A window of exact attention: a multiple of 64, up to 65536."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value % WINDOW_UNIT:
-        value_is_good = False
-    else:
-        value_is_good = 0 < value <= LARGEST_WINDOW
-    if not value_is_good:
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or int(value) % WINDOW_UNIT or not 0 < int(value) <= LARGEST_WINDOW:
         raise ValueError(
             f"exact_window must be None or a multiple of {WINDOW_UNIT} from {WINDOW_UNIT} to "
             f"{LARGEST_WINDOW}, got {value!r}"

@@ -101,7 +101,7 @@ def near_far(
         ]
         logits, values, poison = _near_logits(
             heads.queries(_grouped(tf.cast(query, b.dtype), groups)),
-            *near,
+            near,
             scale_for(scale, "softmax", dims(key)[-1], b.dtype),
             heads.repeats if causal else None,
         )
@@ -346,12 +346,12 @@ def _near_keys(key, value, bias, groups):
     ]
 
 
-def _near_logits(query, key, value, bias, poisoned, scale, repeats):
+def _near_logits(query, near, scale, repeats):
     """Logits of near keys.
 
     Args:
         query: [K, X, W R, D].
-        key, value, bias, poisoned: [K, X, Y, ...], as `_near_keys` makes them, Y near rows.
+        near: key, value, bias, poisoned [K, X, Y, ...], as `_near_keys` makes them, Y near rows.
         scale: factor of query.key.
         repeats: R if causal: a row then sees the keys up to its own; else None.
 
@@ -359,6 +359,7 @@ def _near_logits(query, key, value, bias, poisoned, scale, repeats):
         Logits [K, X, W R, Y], -inf where a row does not see the key; value; and what to add to rows
         [K, X, W R, 1]: NaN where one sees a poisoned key, else 0.
     """
+    key, value, bias, poisoned = near
     bias, poisoned = tf.linalg.matrix_transpose(bias), tf.linalg.matrix_transpose(poisoned)
     seen = tf.not_equal(bias, logsumexp.NONE)
     if repeats is not None:

@@ -69,7 +69,7 @@ def check_call(masks, shapes, axes, dense):
 
 def refuse_near_rows(state):
     """Refuses a state with near rows in `summarize`: they end where the next keys would follow."""
-    if near_rows(state) is not None:
+    if near_rows(state):
         raise ValueError(
             "`initial_state` of `summarize` must have no near rows. A causal call continues the "
             "sequence of a state that has them. Received: a state with near rows"

@@ -122,7 +122,7 @@ def prepare(
     draw = as_draw(draw)
     if key is None:
         checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
-        if near_rows(state) is not None:
+        if near_rows(state):
             raise ValueError(
                 "state must have no near rows, which `read` cannot attend to exactly: give it to "
                 "`favor_attention` as its initial_state. Got a state with "
@@ -134,7 +134,7 @@ def prepare(
         if segment_ids is None:
             checks.one_of("initial_state.log_mass", 0, state.log_mass, {"1": 1, "B": key.shape[0]})
         draw = same_draw(draw, state.draw, "projection and initial_state")
-        if near_rows(state) is not None:
+        if near_rows(state):
             _check_near_rows(state, exact_window, causal, segment_ids)
     max_segments = _max_segments(max_segments, segment_ids)
     if segment_ids is not None:

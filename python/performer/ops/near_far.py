@@ -24,7 +24,7 @@ def attend(call, offsets, causal, return_state):
     keys, before, start = call.keys, call.state, 0
     if offsets is None and before is not None:
         start = before.position % call.exact_window
-        if near_rows(before) is not None:
+        if near_rows(before):
             keys = _after_near_rows(keys, before)
             start = (before.position + 1) % call.exact_window
     if before is None:

@@ -65,11 +65,11 @@ class AttentionState(_Fields):
 NEAR_FIELDS = ("near_key", "near_value", "near_bias")
 
 
-def near_rows(state) -> list | None:
-    """near_key, near_value and near_bias of a state; None where it has none."""
+def near_rows(state) -> list:
+    """near_key, near_value and near_bias of a state; an empty list where it has none."""
     rows = [getattr(state, field) for field in NEAR_FIELDS]
     rank = rows[0].shape.rank if tf.is_tensor(rows[0]) else len(np.shape(rows[0]))
-    return None if rank == 1 else rows  # of (), also as an empty array, the rank is 1
+    return [] if rank == 1 else rows  # of (), also as an empty array, the rank is 1
 
 
 @tf.autograph.experimental.do_not_convert
@@ -116,12 +116,12 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
             raise ValueError(
                 f"{field} of the states must agree, but for N = 1 on axis 0, got {one} and {two}"
             )
-    if near_rows(first) is not None and near_rows(second) is not None:
+    if near_rows(first) and near_rows(second):
         raise ValueError(
             "first and second must not both have near rows (of exact_window): the rows at the end "
             "of the earlier one would have to become features. Give the earlier one to the call "
             "over the later keys as its initial_state, or make one of them by `summarize`. Got "
-            f"{first.near_key.shape[1]} and {second.near_key.shape[1]} near rows"
+            f"{near_rows(first)[0].shape[1]} and {near_rows(second)[0].shape[1]} near rows"
         )
     return join(first, second, same_draw(first.draw, second.draw, "merged states"))
 
@@ -130,7 +130,7 @@ def join(first, second, draw):
     """`merge` of states that fit, and whose common draw is `draw`."""
     with tf.name_scope("merge"):
         log_mass, mean = logsumexp.merge(first.log_mass, first.mean, second.log_mass, second.mean)
-        near = near_rows(first) or near_rows(second) or ()
+        near = near_rows(first) or near_rows(second)
         count = dims(log_mass)[0]
         return AttentionState(
             log_mass,
@@ -227,14 +227,14 @@ def checked_state(name, state, dtype=None, key=None, value=None, projection=None
 
 def _checked_near_rows(name, state, log_mass, mean, key, value) -> list[tf.Tensor]:
     """The near rows of a state, which fit its own shapes and those of key and value."""
-    if near_rows(state) is None:
-        return []
     near = [
         checks.tensor(f"{name}.{field}", x, (layout,))
         for field, x, layout in zip(
-            NEAR_FIELDS, near_rows(state), ("NRGD", "NRGE", "NGR"), strict=True
+            NEAR_FIELDS, near_rows(state), ("NRGD", "NRGE", "NGR"), strict=False
         )
     ]
+    if not near:
+        return []
     names = [f"{name}.{field}" for field in NEAR_FIELDS]
     for i, group_axis in enumerate((2, 2, 1)):
         checks.same(names[i], 0, near[i], f"{name}.log_mass", 0, log_mass, "N")

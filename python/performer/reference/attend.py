@@ -176,7 +176,7 @@ def _final_of(grad_state, at):
 
 def _sum_over_heads(inputs, offsets, initial_state, of_head):
     """Gradients of the operator's inputs, from those of each one-head call."""
-    calls = _calls(*inputs.values(), offsets, initial_state)
+    calls = _calls(*[*inputs.values(), offsets, initial_state])
     if initial_state is not None:
         state = dict(zip(("initial_log_mass", "initial_mean"), initial_state, strict=True))
         inputs = {**inputs, **state}
