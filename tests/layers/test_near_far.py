@@ -349,6 +349,34 @@ def test_exact_models_are_converted_with_a_window():
     assert_close(converted(x[:, :100]), model(x[:, :100]), rms=1e-5)
 
 
+def test_heavy_keys_are_exact_in_every_form():
+    query, x = normal(2, 30, 16), normal(2, 50, 16, seed=1)
+    mask = np.random.default_rng(1).random((2, 50)) > 0.2
+    layer = built((2, 50, 16), exact_window=None, exact_keys=8, num_key_value_heads=2)
+    out = layer(query, x, value_mask=mask)
+    dense, _ = layer(query, x, value_mask=mask, return_attention_scores=True)
+    assert_close(out, dense, rms=BOUND.rms)
+    plain = built((2, 50, 16), exact_window=None, num_key_value_heads=2)
+    every = built((2, 50, 16), exact_window=None, exact_keys=50, num_key_value_heads=2)
+    exact = performer.Performer(4, 8, num_key_value_heads=2, attention_method="quadratic")
+    exact.build((2, 50, 16), (2, 50, 16))
+    for other in (plain, every, exact):
+        for name in ("query_dense", "key_dense", "value_dense", "output_dense"):
+            weights = zip(getattr(other, name).weights, getattr(layer, name).weights, strict=True)
+            for one, two in weights:
+                one.assign(two)
+    assert_close(every(query, x, value_mask=mask), exact(query, x, value_mask=mask), rms=1e-5)
+    error, without = (
+        np.std(f(query, x, value_mask=mask) - exact(query, x, value_mask=mask))
+        for f in (layer, plain)
+    )
+    assert error < without
+    config = performer.Performer.from_config(layer.get_config()).get_config()
+    assert config["exact_keys"] == 8
+    with pytest.raises(ValueError, match="exact_keys needs causal=False"):
+        layer(x, x, use_causal_mask=True)
+
+
 class OwnNorm(feature_maps.FeatureMap):
     key_norm = False
 
@@ -363,7 +391,10 @@ REFUSED = {
         "`exact_window` needs attention_method='linear'",
     ),
     "elu": ({"exact_window": 64, "feature_map": "elu"}, "nothing to make exact"),
-    "far_bias alone": ({"far_bias": 1.0, "exact_window": None}, "`far_bias` needs `exact_window`"),
+    "far_bias alone": (
+        {"far_bias": 1.0, "exact_window": None},
+        "`far_bias` needs `exact_window` or",
+    ),
     "far_bias": ({"far_bias": "yes"}, "'learned' or a finite number. Received: far_bias='yes'"),
     "infinite": ({"far_bias": float("inf")}, "finite number. Received: far_bias=inf"),
 }

@@ -345,7 +345,7 @@ REFUSED = {
     "0": ({"exact_window": 0}, ValueError, "multiple of 64 .* got 0"),
     "too large": ({"exact_window": 2**17}, ValueError, "to 65536, got 131072"),
     "relu": ({"exact_window": 64, "feature_map": "relu"}, ValueError, "nothing to make exact"),
-    "far_bias alone": ({"far_bias": 1.0}, ValueError, "far_bias needs exact_window"),
+    "far_bias alone": ({"far_bias": 1.0}, ValueError, "far_bias needs exact_window or exact_keys"),
     "far_bias of 3": (
         {"far_bias": [1.0] * 3, "exact_window": 64},
         ValueError,

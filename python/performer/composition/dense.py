@@ -40,9 +40,10 @@ def attend(
     Args:
         mask: bool [1|B, 1|H, L, S], True: the query attends to the key. None: all do.
         dropped_keys: bool [B, G, S], or None. Keys that count in the weights, not in the output.
-        near: bool [1|B, L, S], or None. Pairs of which the weight is exact, exp(scale query.key +
-            key_bias), and with which those of all others have to be comparable: then a has the norm
-            of the query (unless not `query_norm`) and the number of features, as in `windowed`.
+        near: bool [1|B, 1|G, 1|L, S], or None. Pairs of which the weight is exact, exp(scale
+            query.key + key_bias), and with which those of all others have to be comparable: then a
+            has the norm of the query (with `query_norm`) and the number of features, as in
+            `windowed`.
         others: as the operators' inputs and attributes.
     """
     batch, length, heads, _ = dims(query)
@@ -71,7 +72,7 @@ def attend(
     log_weights = _log_products(a, b[:, :, None], visible)
     if near is not None:
         exact = _exact_logits(query, key, key_bias, groups, scale, b.dtype)
-        log_weights = tf.where(near[:, None, None], tf.cast(exact, tf.float64), log_weights)
+        log_weights = tf.where(near[:, :, None], tf.cast(exact, tf.float64), log_weights)
 
     weights = kept = _softmax(log_weights, visible, poisoned, values.dtype)
     if dropped_keys is not None:

@@ -41,6 +41,7 @@ class Options:
     rotary_embedding: Any
     exact_window: int | None
     far_bias: Any
+    exact_keys: int | None
     num_heads: dataclasses.InitVar[int]
     sliding_window: dataclasses.InitVar[int | None] = None
 
@@ -62,6 +63,7 @@ class Options:
             "redraw_interval",
             "num_key_value_heads",
             "max_segments",
+            "exact_keys",
             "dense_limit",
         )
         for name in sizes:
@@ -84,24 +86,26 @@ class Options:
             )
 
     def _check_window(self):
-        """The rules of `exact_window` and `far_bias`."""
-        if self.exact_window is None:
+        """The rules of `exact_window`, `exact_keys` and `far_bias`."""
+        given = {name: getattr(self, name) for name in ("exact_window", "exact_keys")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
             if self.far_bias is not None:
                 raise ValueError(
-                    "`far_bias` needs `exact_window`: where every key is far it cancels. "
-                    f"Received: far_bias={self.far_bias!r}, exact_window=None"
+                    "`far_bias` needs `exact_window` or `exact_keys`: where every key is far it "
+                    f"cancels. Received: far_bias={self.far_bias!r}"
                 )
             return
-        object.__setattr__(self, "exact_window", _check_exact_window(self.exact_window))
-        feature_map = feature_maps.get(self.feature_map)
-        if not self.linear or feature_map.epilogue != "softmax":
+        if not self.linear or feature_maps.get(self.feature_map).epilogue != "softmax":
             raise ValueError(
-                "`exact_window` needs attention_method='linear' and a feature map of softmax, "
-                "which estimates the weights that near keys have exactly. ('quadratic' is exact, "
-                "and other maps are their kernel: there is nothing to make exact.) Received: "
-                f"exact_window={self.exact_window}, attention_method={self.attention_method!r}, "
+                f"`{next(iter(given))}` needs attention_method='linear' and a feature map of "
+                "softmax, which estimates the weights that near keys have exactly. ('quadratic' "
+                "is exact, and other maps are their kernel: there is nothing to make exact.) "
+                f"Received: attention_method={self.attention_method!r}, "
                 f"feature_map={self.feature_map!r}"
             )
+        if self.exact_window is not None:
+            object.__setattr__(self, "exact_window", _check_exact_window(self.exact_window))
         if self.far_bias not in (None, LEARNED):
             object.__setattr__(self, "far_bias", check_number("far_bias", self.far_bias))
 

@@ -165,11 +165,11 @@ def map_bias(key, features):
         ValueError: it stands for the norm of the keys, in a layer with a window.
     """
     bias = features.feature_map.key_bias(key)
-    if bias is not None and features.exact_window is not None and not features.feature_map.key_norm:
+    if bias is not None and features.has_exact_keys and not features.feature_map.key_norm:
         raise ValueError(
-            "`feature_map` must have key_norm=True, or no `key_bias`, with `exact_window`: a norm "
-            "in the bias of the keys would count in exact attention to near keys, too. Received: "
-            f"feature_map={features.feature_map!r}, exact_window={features.exact_window}"
+            "`feature_map` must have key_norm=True, or no `key_bias`, with `exact_window` and "
+            "`exact_keys`: a norm in the bias of the keys would count in exact attention, too. "
+            f"Received: feature_map={features.feature_map!r}"
         )
     return bias
 

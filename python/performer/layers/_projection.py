@@ -21,6 +21,7 @@ class Features(NamedTuple):
         draw: int64 scalar, number of the draw: how often the projection has been redrawn.
         exact_window: the layer's, or None.
         far_bias: a number, or float32 `[H]`; None for none.
+        exact_keys: the layer's, or None.
     """
 
     feature_map: Any
@@ -28,6 +29,7 @@ class Features(NamedTuple):
     draw: tf.Tensor
     exact_window: int | None = None
     far_bias: Any = None
+    exact_keys: int | None = None
 
     def for_keys(self):
         """The arguments of `summarize` that say how features are made."""
@@ -46,13 +48,19 @@ class Features(NamedTuple):
             "feature_bias": self.feature_map.feature_bias(self.projection),
         }
 
+    @property
+    def has_exact_keys(self):
+        """Whether some weights are exact, with which those of features have to be comparable."""
+        return self.exact_window is not None or self.exact_keys is not None
+
     def for_window(self):
-        """What `favor_attention` is given besides, in a layer with a window."""
-        if self.exact_window is None:
+        """What `favor_attention` is given besides, in a layer with exact keys."""
+        if not self.has_exact_keys:
             return {}
         return {
             "exact_window": self.exact_window,
             "far_bias": self.far_bias,
+            "exact_keys": self.exact_keys,
             "query_norm": getattr(self.feature_map, "query_norm", True),
         }
 

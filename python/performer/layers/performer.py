@@ -87,10 +87,14 @@ class Performer(keras.layers.MultiHeadAttention):
             (several attention axes make one sequence, in their order, and near is what is near in
             that). Linear attention with a feature map of softmax, and query and value of the same
             length. 64 is a good choice. Defaults to `None`: all keys through features.
-        far_bias: Log of a factor of all far weights, with `exact_window`: `None` (default) for 0,
+        far_bias: Log of a factor of all weights through features, with `exact_window` or
+            `exact_keys`: `None` (default) for 0,
             a number, or `"learned"`: a weight for each query head, float32, which starts at -4 and
             is trained. Learn it in models that are trained from scratch, where the far part is
             noise at first.
+        exact_keys: Number of keys of each head to which every query attends exactly, those of the
+            largest expected weight (see `performer.favor_attention`). Neither with a causal mask,
+            nor with segments, nor with `return_state`. Defaults to `None`.
         max_segments: Largest number of sequences in a row of `segment_ids`. It changes no output.
             Set it where XLA compiles the layer: XLA cannot count the sequences, and without it
             reserves memory for S of them in each row. Defaults to `None`.
@@ -186,6 +190,7 @@ class Performer(keras.layers.MultiHeadAttention):
         rotary_embedding=None,
         exact_window=None,
         far_bias=None,
+        exact_keys=None,
         max_segments=None,
         dense_limit=DENSE_LIMIT,
         seed=None,
@@ -207,6 +212,7 @@ class Performer(keras.layers.MultiHeadAttention):
             rotary_embedding=rotary_embedding,
             exact_window=exact_window,
             far_bias=far_bias,
+            exact_keys=exact_keys,
             num_heads=num_heads,
             sliding_window=kwargs.get("sliding_window"),
         )
@@ -542,6 +548,7 @@ class Performer(keras.layers.MultiHeadAttention):
         far_bias = self._options.far_bias
         return self._random_projection.current_features(training)._replace(
             exact_window=self._options.exact_window,
+            exact_keys=self._options.exact_keys,
             far_bias=far_bias if self._far_bias is None else self._far_bias.bias.value,
         )
 

@@ -38,6 +38,7 @@ class Prepared(NamedTuple):
         max_segments: int or None.
         exact_window: int, or None for linear attention to all keys. With it `far_bias` is in
             feature_bias.
+        exact_keys: int, or None.
         query_norm: whether the far part has the norm of the query; see `favor_attention`.
     """
 
@@ -49,6 +50,7 @@ class Prepared(NamedTuple):
     segment_ids: tf.Tensor | None = None
     max_segments: int | None = None
     exact_window: int | None = None
+    exact_keys: int | None = None
     query_norm: bool = True
 
 
@@ -72,7 +74,9 @@ def prepare(
     feature_epsilon=1e-3,
     exact_window=None,
     far_bias=None,
+    exact_keys=None,
     query_norm=True,
+    return_state=False,
 ) -> Prepared:
     """Prepares a call of `favor_attention`, `summarize` (without query) or `read` (without key).
 
@@ -86,7 +90,13 @@ def prepare(
         tf.errors.InvalidArgumentError: draws that are known only when the graph runs differ.
     """
     attributes = _attributes(feature_map, scale, feature_epsilon)
-    exact_window = _exact_window(exact_window, feature_map, far_bias)
+    exact_window = _exact_window(exact_window, feature_map)
+    exact_keys = _exact_keys(exact_keys, feature_map, causal, segment_ids, return_state)
+    if far_bias is not None and exact_window is None and exact_keys is None:
+        raise ValueError(
+            "far_bias needs exact_window or exact_keys: where every key is far it cancels. "
+            "Got far_bias without both"
+        )
     if query is not None:
         query = checks.tensor("query", query, ("BLHD",))
     if key is not None:
@@ -148,6 +158,7 @@ def prepare(
         segment_ids,
         max_segments,
         exact_window,
+        exact_keys,
         bool(query_norm),
     )
 
@@ -178,23 +189,39 @@ def _attributes(feature_map, scale, feature_epsilon) -> dict:
     }
 
 
-def _exact_window(window, feature_map, far_bias) -> int | None:
-    """`window`, which goes with the softmax map, and without which there is no `far_bias`."""
+def _exact_window(window, feature_map) -> int | None:
+    """`window`, which goes with the softmax map."""
     if window is None:
-        if far_bias is not None:
-            raise ValueError(
-                "far_bias needs exact_window: where every key is far it cancels. "
-                "Got far_bias without exact_window"
-            )
         return None
     window = checks.exact_window(window)
+    _check_estimates("exact_window", feature_map)
+    return window
+
+
+def _exact_keys(count, feature_map, causal, segment_ids, return_state) -> int | None:
+    """`count`, which goes with the softmax map where all queries see the same keys."""
+    if count is None:
+        return None
+    count = checks.size("exact_keys", count)
+    _check_estimates("exact_keys", feature_map)
+    if causal or segment_ids is not None or return_state:
+        raise ValueError(
+            "exact_keys needs causal=False, no segment_ids and return_state=False: all queries of "
+            "a batch row attend to the same keys, and no state can hold them. Got "
+            f"causal={causal!r}, segment_ids {'given' if segment_ids is not None else 'None'}, "
+            f"return_state={return_state!r}"
+        )
+    return count
+
+
+def _check_estimates(name, feature_map) -> None:
+    """Exact weights stand beside those of features that estimate them."""
     if feature_map != "softmax":
         raise ValueError(
-            "exact_window needs feature_map='softmax', whose features estimate exp(scale "
-            "query.key), the weight of near keys. The features of any other map are its kernel, "
-            f"exactly: there is nothing to make exact. Got feature_map={feature_map!r}"
+            f"{name} needs feature_map='softmax', whose features estimate exp(scale query.key), "
+            "the exact weight. The features of any other map are its kernel, exactly: there is "
+            f"nothing to make exact. Got feature_map={feature_map!r}"
         )
-    return window
 
 
 def _with_far_bias(feature_bias, far_bias, query, dtype):

@@ -11,9 +11,10 @@ import tensorflow as tf
 from performer import composition
 from performer.composition.log_features import scale_for
 from performer.composition.packed_blocks import segment_offsets
-from performer.ops import near_far
+from performer.ops import chosen_keys, near_far
 from performer.ops.arguments import prepare
 from performer.ops.dispatch import run
+from performer.ops.outputs import merge_outputs
 from performer.ops.state import AttentionState, empty_state, join
 from performer.shapes import dims
 
@@ -40,6 +41,7 @@ def favor_attention(
     feature_epsilon=1e-3,
     exact_window=None,
     far_bias=None,
+    exact_keys=None,
     query_norm=True,
     return_log_weight=False,
     name=None,
@@ -101,10 +103,17 @@ def favor_attention(
         exact_window: None, or W: a multiple of 64, up to 65536. Only with the softmax map, the
             features of which estimate the weights that near keys have exactly; those of other maps
             are their kernel, exactly, so that there is nothing to make exact.
-        far_bias: floating, a number or [H], with `exact_window`: the log of a factor of all far
-            weights. Below 0 it favours near keys; a trained model may learn it.
-        query_norm: subtract scale |query|^2 / 2 from a, where it counts: with `exact_window` and
-            `return_log_weight`. False for features that estimate exp(scale query.key) without it.
+        far_bias: floating, a number or [H], with `exact_window` or `exact_keys`: the log of a
+            factor of all weights through features. Below 0 it favours near keys; a trained model
+            may learn it.
+        exact_keys: None, or n of at least 1: every query attends exactly to the n keys of each
+            key/value head with the largest expected weight, for queries that are normal with the
+            mean and covariance of those given: exp(scale k.mu + scale^2 k'C k / 2 + key_bias). Its
+            other keys are as without it. Not causal, without segment_ids and return_state, softmax
+            map only. The choice has no gradient. In plain TensorFlow, L n logits in memory.
+        query_norm: subtract scale |query|^2 / 2 from a, where it counts: with `exact_window`,
+            `exact_keys` and `return_log_weight`. False for features that estimate
+            exp(scale query.key) without it.
         return_log_weight: also return the log of each row's total weight, sum_j A[i, j], with the
             constants of the far weights above (other maps than softmax: as A is defined for them).
             Results over disjoint sets of keys join by it: `merge_outputs`. Without `exact_window`
@@ -159,20 +168,17 @@ def favor_attention(
             feature_epsilon=feature_epsilon,
             exact_window=exact_window,
             far_bias=far_bias,
+            exact_keys=exact_keys,
             query_norm=query_norm,
+            return_state=return_state,
         )
         offsets, packed = None, call
         if call.segment_ids is not None:
             _check_state_of_segments(return_state, causal, call.exact_window)
             offsets = segment_offsets(call.segment_ids, call.max_segments)
             packed = _pack(call)
-        if call.exact_window is not None:
-            out, log_weight, state = near_far.attend(packed, offsets, causal, return_state)
-        elif return_log_weight:
-            out, log_weight, state = _with_log_weight(packed, offsets, causal)
-        else:
-            log_weight = None
-            out, state = (_causal if causal else _bidirectional)(packed, offsets)
+        weighed = return_log_weight or call.exact_keys is not None
+        out, log_weight, state = _attend(packed, offsets, causal, weighed, return_state)
         if offsets is not None:
             rows = tf.shape(call.queries["query"])[:3]
             out = tf.reshape(out, tf.concat([rows, tf.shape(out)[3:]], 0))
@@ -289,6 +295,21 @@ def read(
                 feature_epsilon=feature_epsilon,
             )
         )
+
+
+def _attend(call, offsets, causal, return_log_weight, return_state):
+    """Output, log weights and state of a prepared call; None for what is not wanted."""
+    if call.exact_keys is not None:
+        chosen = chosen_keys.choose(call)
+        others = chosen_keys.without(call, chosen)
+        parts = [chosen_keys.attend_to(call, chosen), _attend(others, None, False, True, False)[:2]]
+        return *merge_outputs(*zip(*parts, strict=True)), None
+    if call.exact_window is not None:
+        return near_far.attend(call, offsets, causal, return_state)
+    if return_log_weight:
+        return _with_log_weight(call, offsets, causal)
+    out, state = (_causal if causal else _bidirectional)(call, offsets)
+    return out, None, state
 
 
 def _causal(call, offsets):

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from performer.composition import dense
 from performer.ops.arguments import pair_mask, prepare
+from performer.ops.chosen_keys import choose, is_chosen
 from performer.shapes import dims
 
 
@@ -31,6 +32,7 @@ def dense_attention(
     feature_epsilon=1e-3,
     exact_window=None,
     far_bias=None,
+    exact_keys=None,
     query_norm=True,
     positions=None,
     name=None,
@@ -42,8 +44,8 @@ def dense_attention(
 
     Args:
         query, key, value, projection, key_mask, key_bias, feature_bias, feature_map, scale,
-            key_norm, feature_epsilon, exact_window, far_bias, query_norm, name: as
-            `favor_attention`.
+            key_norm, feature_epsilon, exact_window, far_bias, exact_keys, query_norm,
+            name: as `favor_attention`.
         mask: bool [1|B, 1|H, L, S], True: query i attends to key j.
         dropped_keys: bool [B, G, S], True: the key counts in the weights that are returned, but
             not in the output, for which the others are normalised again.
@@ -86,11 +88,15 @@ def dense_attention(
             feature_epsilon=feature_epsilon,
             exact_window=exact_window,
             far_bias=far_bias,
+            exact_keys=exact_keys,
             query_norm=query_norm,
         )
         near = None
         if call.exact_window is not None:
             near = _near(positions, call.keys["key"], call.exact_window)
+        if call.exact_keys is not None:
+            chosen = is_chosen(choose(call), dims(call.keys["key"])[1])[:, :, None]
+            near = chosen if near is None else near | chosen
         if mask is not None:
             mask = pair_mask("mask", mask, call.queries["query"], call.keys["key"])
         return dense.attend(
@@ -105,8 +111,8 @@ def dense_attention(
 
 
 def _near(positions, key, window):
-    """Bool [1|B, L, S], L = S: whether the blocks of two rows are the same or follow each other."""
+    """Bool [1|B, 1, L, S], L = S: whether two rows are in the same block or in adjacent ones."""
     if positions is None:
         positions = tf.range(dims(key)[1])[None]
     blocks = tf.cast(positions, tf.int64) // window
-    return tf.abs(blocks[:, :, None] - blocks[:, None, :]) <= 1
+    return tf.abs(blocks[:, None, :, None] - blocks[:, None, None, :]) <= 1
