@@ -70,7 +70,13 @@ class Options:
             value = getattr(self, name)
             if value is None and name != "dense_limit":
                 continue
-            object.__setattr__(self, name, check_size(name, value))
+            limit = 2**63 if name in ("redraw_interval", "dense_limit") else 2**31
+            object.__setattr__(self, name, check_size(name, value, limit))
+        if self.rotary_embedding is not None and not callable(self.rotary_embedding):
+            raise ValueError(
+                "`rotary_embedding` must be None or a layer like `performer.RotaryEmbedding()`. "
+                f"Received: rotary_embedding={self.rotary_embedding!r}"
+            )
         if self.rotary_embedding is not None and not self.linear:
             raise ValueError(
                 "`rotary_embedding` must be None with attention_method='quadratic', which is "
@@ -125,10 +131,13 @@ class Options:
         }
 
 
-def check_size(name, value):
-    """Returns `value`, an integer of at least 1; ValueError otherwise."""
+def check_size(name, value, limit=2**31):
+    """Returns `value`, an integer of at least 1 and below `limit`; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    if value >= limit:
+        power = limit.bit_length() - 1
+        raise ValueError(f"`{name}` must be below 2**{power}. Received: {name}={value!r}")
     return int(value)
 
 
@@ -191,6 +200,7 @@ def split_list(inputs):
 
 
 def _check_choice(name, value, choices):
-    if isinstance(value, bool) or value not in choices:
+    scalar = isinstance(value, str | numbers.Integral) and not isinstance(value, bool)
+    if not scalar or value not in choices:
         allowed = ", ".join(map(repr, choices))
         raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}")

@@ -253,8 +253,16 @@ class Performer(keras.layers.MultiHeadAttention):
 
     @property
     def draw(self):
+        """The weight that identifies the projection in states: its `performer.ops.fingerprint`.
+
+        int64; None if there is none (yet). It follows whatever replaces the projection.
+        """
+        return self._random_projection and self._random_projection.fingerprint
+
+    @property
+    def redraws(self):
         """The weight that counts redraws, int64; None if there is none (yet)."""
-        return self._random_projection and self._random_projection.draw
+        return self._random_projection and self._random_projection.redraws
 
     def __call__(self, query, *args, **kwargs):
         """Calls the layer; `query` may be a list `[query, value]` or `[query, value, key]`."""
@@ -494,7 +502,7 @@ class Performer(keras.layers.MultiHeadAttention):
         return self._output(output, query, axes)
 
     def redraw(self):
-        """Replaces the projection by the next one of its seed, and counts that in `draw`.
+        """Replaces the projection by the next one of its seed, and counts that in `redraws`.
 
         Raises:
             ValueError: the layer has no projection: it is quadratic, or not built.
@@ -516,7 +524,15 @@ class Performer(keras.layers.MultiHeadAttention):
         added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
         if not self._options.linear:
             _refuse_in_quadratic(**added)
-            return super().compute_output_spec(**given)
+            with_scores = given.pop("return_attention_scores", False)
+            output = super().compute_output_spec(**given)
+            if not with_scores:
+                return output
+            # The parent gives scores a shape (B, H, T, T), whatever S and the axes are.
+            shapes = given["query"].shape, given["value"].shape
+            axes = resolve_axes(self._attention_axes, len(shapes[0]))
+            sizes = ScoreShape.of(*shapes, axes, self._num_heads).sizes()
+            return output, keras.KerasTensor(tuple(sizes), self.compute_dtype)
         fields = {field.name for field in dataclasses.fields(Masks)}
         masks = Masks(**{k: v for k, v in {**given, **added}.items() if k in fields})
         shapes = given["query"].shape, given["value"].shape
@@ -557,7 +573,7 @@ class Performer(keras.layers.MultiHeadAttention):
         return empty_state(
             *self._state_sizes(batch),
             accumulator(tf.as_dtype(self.compute_dtype)),
-            draw=self._random_projection.draw.value,
+            draw=self._random_projection.fingerprint.value,
             **window,
         )
 
@@ -628,7 +644,9 @@ class Performer(keras.layers.MultiHeadAttention):
 
     def _rotated(self, x, **where):
         """A query or key `[B', L, H, D]`, rotated by its positions if the layer has rotary ones."""
-        return x if self._rotary_embedding is None else self._rotary_embedding(x, **where)
+        if self._rotary_embedding is None:
+            return x
+        return tf.cast(self._rotary_embedding(x, **where), x.dtype)
 
     def _output(self, output, query, axes):
         """The layer's output, from its input `query` and the attention of its heads.

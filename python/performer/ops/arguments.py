@@ -12,12 +12,13 @@ import numpy as np
 import tensorflow as tf
 
 from performer import checks
+from performer.ops.fingerprint import fingerprint_of_sides
 from performer.ops.state import (
     AttentionState,
     as_draw,
     checked_state,
+    fit_projection,
     near_rows,
-    same_draw,
     stored_rows,
 )
 from performer.shapes import dims
@@ -33,7 +34,7 @@ class Prepared(NamedTuple):
             [1|B, 1|G, 1|S], and the attribute key_norm; empty in a call without keys.
         attributes: feature_map, scale and feature_epsilon.
         state: the state that the call reads or goes on from, or None.
-        draw: int64 scalar, the common draw of projection and state.
+        draw: int64 scalar, the common draw of projection and state; None in a call without state.
         segment_ids: integers [B, S], or None.
         max_segments: int or None.
         exact_window: int, or None for linear attention to all keys. With it `far_bias` is in
@@ -46,7 +47,7 @@ class Prepared(NamedTuple):
     keys: dict[str, Any]
     attributes: dict[str, Any]
     state: AttentionState | None
-    draw: tf.Tensor
+    draw: tf.Tensor | None
     segment_ids: tf.Tensor | None = None
     max_segments: int | None = None
     exact_window: int | None = None
@@ -67,7 +68,8 @@ def prepare(
     state=None,
     segment_ids=None,
     max_segments=None,
-    draw=0,
+    draw=None,
+    returns_state=False,
     feature_map="softmax",
     scale=None,
     key_norm=True,
@@ -76,12 +78,12 @@ def prepare(
     far_bias=None,
     exact_keys=None,
     query_norm=True,
-    return_state=False,
 ) -> Prepared:
     """Prepares a call of `favor_attention`, `summarize` (without query) or `read` (without key).
 
     Args:
         state: the `initial_state` of a call with keys; what a call without keys reads.
+        returns_state: whether the call returns a state.
         others: as `favor_attention`.
 
     Raises:
@@ -91,7 +93,7 @@ def prepare(
     """
     attributes = _attributes(feature_map, scale, feature_epsilon)
     exact_window = _exact_window(exact_window, feature_map)
-    exact_keys = _exact_keys(exact_keys, feature_map, causal, segment_ids, return_state)
+    exact_keys = _exact_keys(exact_keys, feature_map, causal, segment_ids, returns_state)
     if far_bias is not None and exact_window is None and exact_keys is None:
         raise ValueError(
             "far_bias needs exact_window or exact_keys: where every key is far it cancels. "
@@ -129,7 +131,10 @@ def prepare(
         bias = _key_bias(key, dtype, key_mask, key_bias)
         keys = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}
         keys["key_norm"] = bool(key_norm)
-    draw = as_draw(draw)
+    if draw is not None:
+        draw = as_draw(draw)
+    elif state is not None or returns_state:
+        draw = _fingerprint(projection, dtype)
     if key is None:
         checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
         if near_rows(state):
@@ -138,17 +143,17 @@ def prepare(
                 "`favor_attention` as its initial_state. Got a state with "
                 f"{state.near_key.shape[1]} of them"
             )
-        draw = same_draw(draw, state.draw, "projection and state")
+        draw = fit_projection(draw, state.draw, "projection and state")
     elif state is not None:
         state = checked_state("initial_state", state, dtype, key, value, key_side)
         if segment_ids is None:
             checks.one_of("initial_state.log_mass", 0, state.log_mass, {"1": 1, "B": key.shape[0]})
-        draw = same_draw(draw, state.draw, "projection and initial_state")
+        draw = fit_projection(draw, state.draw, "projection and initial_state")
         if near_rows(state):
             _check_near_rows(state, exact_window, causal, segment_ids)
     max_segments = _max_segments(max_segments, segment_ids)
     if segment_ids is not None:
-        segment_ids = _segment_ids(segment_ids, query, key)
+        segment_ids = _segment_ids(segment_ids, query, key, value)
     return Prepared(
         queries,
         keys,
@@ -172,12 +177,16 @@ def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     checks.one_of(name, 1, mask, {"1": 1, "H": query.shape[2]})
     checks.same(name, 2, mask, "query", 1, query, "L")
     checks.same(name, 3, mask, "key", 1, key, "S")
-    return mask
+    lengths = checks.same_when_run(name, 2, mask, "query", 1, query, "L")
+    lengths += checks.same_when_run(name, 3, mask, "key", 1, key, "S")
+    with tf.control_dependencies(lengths):
+        return tf.identity(mask)
 
 
 def _attributes(feature_map, scale, feature_epsilon) -> dict:
     """The attributes shared by all operators."""
-    if feature_map not in checks.FEATURE_MAPS and not callable(feature_map):
+    named = isinstance(feature_map, str) and feature_map in checks.FEATURE_MAPS
+    if not named and (isinstance(feature_map, type) or not callable(feature_map)):
         raise ValueError(
             f"feature_map must be one of {', '.join(checks.FEATURE_MAPS)}, or a function of "
             f"log-features, got {feature_map!r}"
@@ -275,6 +284,18 @@ def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Te
     return name, projection
 
 
+def _fingerprint(projection, dtype: tf.DType) -> tf.Tensor:
+    """The draw of a projection that has no explicit one: both sides, as they are used."""
+    if not isinstance(projection, tuple):
+        return fingerprint_of_sides(checks.tensor("projection", projection, ("MD", "HMD"), dtype))
+    sides = (0, 0) if projection[0] is projection[1] else (0, 1)
+    sides = [
+        checks.tensor(f"projection[{side}]", projection[side], ("MD", "HMD"), dtype)
+        for side in sides
+    ]
+    return fingerprint_of_sides(*sides)
+
+
 def _feature_bias(bias, projection, dtype):
     """[1|G|H, M]; zeros where there is none."""
     if bias is None:
@@ -304,6 +325,10 @@ def _key_bias(key, dtype: tf.DType, mask, bias) -> tf.Tensor:
             )
         checks.same("key_mask", 0, mask, "key", 0, key, "B")
         checks.same("key_mask", 1, mask, "key", 1, key, "S")
+        sizes = checks.same_when_run("key_mask", 0, mask, "key", 0, key, "B")
+        sizes += checks.same_when_run("key_mask", 1, mask, "key", 1, key, "S")
+        with tf.control_dependencies(sizes):
+            mask = tf.identity(mask)
         result = tf.where(mask[:, None, :], result, tf.constant(float("-inf"), dtype))
     return result
 
@@ -351,7 +376,7 @@ def _max_segments(maximum, segment_ids):
     return maximum
 
 
-def _segment_ids(segment_ids, query, key):
+def _segment_ids(segment_ids, query, key, value):
     """Integers [B, S], for self-attention."""
     segment_ids = checks.tensor("segment_ids", segment_ids, ("BS",))
     if not segment_ids.dtype.is_integer:
@@ -359,4 +384,10 @@ def _segment_ids(segment_ids, query, key):
     checks.same("query", 1, query, "key", 1, key, "length (L = S with segment_ids)")
     checks.same("segment_ids", 0, segment_ids, "key", 0, key, "B")
     checks.same("segment_ids", 1, segment_ids, "key", 1, key, "S")
-    return segment_ids
+    # The operators take the rows of the batch one after another, and see their total number only.
+    found = []
+    for name, x in (("query", query), ("value", value), ("segment_ids", segment_ids)):
+        for axis, letter in enumerate("BS"):
+            found += checks.same_when_run(name, axis, x, "key", axis, key, letter)
+    with tf.control_dependencies(found):
+        return tf.identity(segment_ids)

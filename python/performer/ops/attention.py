@@ -34,7 +34,7 @@ def favor_attention(
     feature_bias=None,
     initial_state=None,
     return_state=False,
-    draw=0,
+    draw=None,
     feature_map="softmax",
     scale=None,
     key_norm=True,
@@ -92,7 +92,10 @@ def favor_attention(
             another causal call with the same window, which continues the sequence.
         return_state: also return the state that includes all keys. With causal and `exact_window`
             it has near rows, and counts positions; then without segment_ids.
-        draw: integer, which draw of the projection this is. It must equal that of `initial_state`.
+        draw: integer that identifies the projection in states; it must equal that of
+            `initial_state`. Default: `fingerprint(projection)`, computed in calls that take or
+            return a state. A number of one's own saves this time, and lets a state be used with
+            changed projections.
         feature_map: "softmax"; "relu": b = log(max(u, 0) + feature_epsilon) + key_bias, "elu": b =
             log(elu(u) + 1) + key_bias, and a likewise; or a function f: b = f(u) + key_bias, in
             plain TensorFlow, slower and with features of size S M in memory.
@@ -162,6 +165,7 @@ def favor_attention(
             segment_ids=segment_ids,
             max_segments=max_segments,
             draw=draw,
+            returns_state=return_state,
             feature_map=feature_map,
             scale=scale,
             key_norm=key_norm,
@@ -170,7 +174,6 @@ def favor_attention(
             far_bias=far_bias,
             exact_keys=exact_keys,
             query_norm=query_norm,
-            return_state=return_state,
         )
         offsets, packed = None, call
         if call.segment_ids is not None:
@@ -200,7 +203,7 @@ def summarize(
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
-    draw=0,
+    draw=None,
     name=None,
 ) -> AttentionState:
     """Summarizes keys and values into a state of constant size, the first half of linear attention.
@@ -211,7 +214,7 @@ def summarize(
         key: [B, S, G, D], float32, bfloat16, float16 or float64. S may be 0.
         value: [B, S, G, E], of the type of key.
         projection: [M, D], [G, M, D], or a pair (query side, key side), of which the key side is
-            used.
+            used. The fingerprint is that of the pair: give the same one to `read`.
         key_mask, key_bias, feature_map, scale, key_norm, feature_epsilon, draw, name: as
             `favor_attention`.
 
@@ -241,6 +244,7 @@ def summarize(
                 key_mask=key_mask,
                 key_bias=key_bias,
                 draw=draw,
+                returns_state=True,
                 feature_map=feature_map,
                 scale=scale,
                 key_norm=key_norm,
@@ -259,7 +263,7 @@ def read(
     feature_map="softmax",
     scale=None,
     feature_epsilon=1e-3,
-    draw=0,
+    draw=None,
     name=None,
 ) -> tf.Tensor:
     """Attention of queries to the keys of a state, the second half of linear attention.
@@ -269,7 +273,7 @@ def read(
     Args:
         query: [B, L, H, D], float32, bfloat16, float16 or float64.
         projection: [M, D], [G|H, M, D], or a pair (query side, key side), of which the query side
-            is used.
+            is used. Either what `summarize` was given, or with an explicit `draw`.
         state: `AttentionState` with log_mass [B, G, M], mean [B, G, M, E]; H a multiple of G.
         feature_bias, feature_map, scale, feature_epsilon, draw, name: as `favor_attention`.
 
