@@ -299,7 +299,7 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
   }
 
   // delta += the sum of da over features.
-  PERFORMER_DEVICE void StoreCorrectedDelta(bool first_block, int chunk, int rows,
+  PERFORMER_DEVICE void StoreCorrectedDelta(int first_feature, int chunk, int rows,
                                             const Position& at) const {
     if (at.part > 0) return;
     float total[2] = {};
@@ -310,11 +310,11 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
       const float all = QuadSum(total[e]);
       if (row >= rows || at.lane % 4 != 0) continue;
       float* const to = pointers()->corrected_delta + static_cast<int64_t>(row) * heads();
-      *to = (first_block ? floats(L::kDelta)[r] : *to) + all;
+      *to = (first_feature == 0 ? floats(L::kDelta)[r] : *to) + all;
     }
   }
 
-  PERFORMER_DEVICE void StoreGradQuery(bool first_block, bool last_block, int chunk, int rows,
+  PERFORMER_DEVICE void StoreGradQuery(int first_feature, int chunk, int rows,
                                        const Position& at) const {
 #pragma unroll 1
     for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
@@ -322,9 +322,10 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
       float dq[L::kColumns / 8][4] = {}, unused[2];
       SumFeatures<R, W, L::kFeatures, L::kColumns, false, C>(
           dq, unused, ranged(L::kSummed), ranged(L::kRangedProjection), at.row0, c0, at.lane);
-      StoreRowGradient<T, W, L::kColumns>(
-          pointers()->grad_query, p.grad_query, pointers()->sum_query, dq, p.map.root,
-          chunk * C + at.row0, rows, c0, first_block, last_block, at.lane);
+      StoreRowGradient<T, W, L::kColumns>(pointers()->grad_query, p.grad_query,
+                                          pointers()->sum_query, dq, p.map.root,
+                                          chunk * C + at.row0, rows, c0, first_feature == 0,
+                                          first_feature + L::kFeatures >= features(), at.lane);
     }
   }
 
@@ -364,8 +365,6 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
 
 #pragma unroll 1
   for (int first_feature = 0; first_feature < features; first_feature += L::kFeatures) {
-    const bool first_block = first_feature == 0;
-    const bool last_block = first_feature + L::kFeatures >= features;
     __syncthreads();  // nobody reads the last features any more
     block.LoadProjection(first_feature, tid);
     stream.LoadKeyBias(0, tid);
@@ -391,15 +390,16 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
         typename Block::KeyOperand kb;
         float key_sum[2];
         block.TakeKeys(kb, key_sum, state, sub_chunk, first_feature, stream.bias, at);
-        block.TakeQueries(gradients, state, kb, sub_chunk, feature_bias, at);
-        // Computed again, so that the position takes no register meanwhile.
+        // Phases compute their position again, so that it takes no register meanwhile.
+        block.TakeQueries(gradients, state, kb, sub_chunk, feature_bias,
+                          typename Block::Position(tid));
         block.UpdateState(state, kb, key_sum, typename Block::Position(tid));
       }
       __syncthreads();  // [3] da is visible
       if constexpr (kDelta)
-        block.StoreCorrectedDelta(first_block, chunk, rows, at);
+        block.StoreCorrectedDelta(first_feature, chunk, rows, typename Block::Position(tid));
       else
-        block.StoreGradQuery(first_block, last_block, chunk, rows, at);
+        block.StoreGradQuery(first_feature, chunk, rows, typename Block::Position(tid));
     }
     if constexpr (!kDelta) block.StoreGradients(gradients, first_feature, tid);
   }
