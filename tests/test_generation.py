@@ -302,6 +302,23 @@ def test_wrong_arguments_are_refused(change, error, message):
         generate(Cycle(), **{"prompt": [1, 2], "max_new_tokens": 3, **change})
 
 
-def test_nan_is_not_sampled_from():
-    with pytest.raises(tf.errors.InvalidArgumentError, match="logits are NaN"):
-        generate(Cycle(float("nan")), [1, 2], 3)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}])
+def test_what_is_no_distribution_is_not_sampled_from(value, options):
+    class Constant(Cycle):
+        def __call__(self, *args, **kwargs):
+            logits, state = super().__call__(*args, **kwargs)
+            return tf.fill(tf.shape(logits), value), state
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="logits are NaN or infinite"):
+        generate(Constant(), [1, 2], 3, **options)
+
+
+def test_excluded_tokens_are_not_sampled_even_at_the_lowest_temperatures():
+    class Excluding(Cycle):
+        def __call__(self, *args, **kwargs):
+            logits, state = super().__call__(*args, **kwargs)
+            return tf.where(tf.range(V) == 4, 3.0, -np.inf) + 0 * logits, state
+
+    for temperature in (0, 1e-44, 1e-30, 1, 1e38):
+        assert (generate(Excluding(), [1, 2], 5, temperature=temperature) == 4).all()

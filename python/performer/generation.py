@@ -83,6 +83,10 @@ def generate(
     >>> generate(model, [[1, 2, 3], [4, 5]], max_new_tokens=7, temperature=0.8, seed=1).shape
     (2, 7)
     """
+    if not callable(model) or not hasattr(model, "get_initial_state"):
+        raise TypeError(
+            f"`model` must have `get_initial_state`, and be callable. Received: model={model!r}"
+        )
     rows, single = _rows(prompt)
     lengths = np.array([len(row) for row in rows], np.int32)
     count = check_size("max_new_tokens", max_new_tokens)
@@ -258,6 +262,10 @@ def _rows(prompt):
         prompt = prompt.to_list()
     ragged = isinstance(prompt, list | tuple) and any(np.ndim(row) for row in prompt)
     single = not ragged and np.ndim(prompt) == 1
+    if not ragged and np.ndim(prompt) == 0:
+        raise ValueError(
+            f"`prompt` must have shape (P,) or (B, P), or be a list of lists. Received: {prompt!r}"
+        )
     rows = [np.asarray(row) for row in ([prompt] if single else prompt)]
     if not rows or any(row.ndim != 1 or not len(row) for row in rows):
         raise ValueError(
@@ -277,7 +285,7 @@ def _rows(prompt):
 
 def _number(name, value, low, high):
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not (math.isfinite(value) and low <= value <= high):
+    if not number or isinstance(value, np.complexfloating) or not low <= value <= high:
         raise ValueError(
             f"`{name}` must be a finite number from {low} to {high}. Received: {name}={value!r}"
         )

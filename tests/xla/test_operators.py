@@ -169,6 +169,7 @@ def test_packed_sequences_whose_number_is_known_when_the_program_runs(causal, bo
                 max_segments=bound,
                 causal=causal,
                 initial_state=AttentionState(mass, mean, 0),
+                draw=0,
                 return_state=True,
             )
             return out, state.log_mass, state.mean

@@ -162,7 +162,7 @@ def _check_exact_window(value):
 def check_rate(name, value):
     """Returns `value` as a float in [0, 1); ValueError otherwise."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or math.isnan(value) or not 0 <= value < 1:
+    if not number or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
     return float(value)
 

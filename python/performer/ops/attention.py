@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import composition
+from performer import checks, composition
 from performer.composition.log_features import scale_for
 from performer.composition.packed_blocks import segment_offsets
 from performer.ops import chosen_keys, near_far
@@ -154,8 +154,8 @@ def favor_attention(
     with tf.name_scope(name or "favor_attention"):
         call = prepare(
             projection,
-            query=query,
-            key=key,
+            query=checks.tensor("query", query),
+            key=checks.tensor("key", key),
             value=value,
             causal=causal,
             feature_bias=feature_bias,
@@ -239,7 +239,7 @@ def summarize(
         return _summarize(
             prepare(
                 projection,
-                key=key,
+                key=checks.tensor("key", key),
                 value=value,
                 key_mask=key_mask,
                 key_bias=key_bias,
@@ -290,7 +290,7 @@ def read(
         return _read(
             prepare(
                 projection,
-                query=query,
+                query=checks.tensor("query", query),
                 state=state,
                 feature_bias=feature_bias,
                 draw=draw,
