@@ -168,7 +168,7 @@ def prepare(
         max_segments,
         exact_window,
         exact_keys,
-        bool(query_norm),
+        checks.flag("query_norm", query_norm),
     )
 
 

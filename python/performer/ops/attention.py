@@ -180,6 +180,7 @@ def favor_attention(
             _check_state_of_segments(return_state, causal, call.exact_window)
             offsets = segment_offsets(call.segment_ids, call.max_segments)
             packed = _pack(call)
+        return_log_weight = checks.flag("return_log_weight", return_log_weight)
         weighed = return_log_weight or call.exact_keys is not None
         out, log_weight, state = _attend(packed, offsets, causal, weighed, return_state)
         if offsets is not None:
