@@ -55,17 +55,21 @@ def tensor(
 
 def size(name: str, value) -> int:
     """An integer of at least 1, of 31 bits."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not _is_integer(value) or int(value) < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {_short(value)}")
-    if value >= 2**31:
+    if int(value) >= 2**31:
         raise ValueError(f"{name} must be below 2**31, got {_short(value)}")
     return int(value)
 
 
+def _is_integer(value) -> bool:
+    """Whether it is an integer of Python or NumPy, and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def exact_window(value) -> int:
     """A window of exact attention: a multiple of 64, up to 65536."""
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or int(value) % WINDOW_UNIT or not 0 < int(value) <= LARGEST_WINDOW:
+    if not _is_integer(value) or int(value) % WINDOW_UNIT or not 0 < int(value) <= LARGEST_WINDOW:
         raise ValueError(
             f"exact_window must be None or a multiple of {WINDOW_UNIT} from {WINDOW_UNIT} to "
             f"{LARGEST_WINDOW}, got {value!r}"
@@ -82,7 +86,7 @@ def flag(name: str, value) -> bool:
 
 def size_tensor(name: str, value, least: int) -> None:
     """An integer, or an integer scalar tensor, of at least `least` where it is known."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if _is_integer(value):
         known = int(value)
     else:
         x = tensor(name, value)

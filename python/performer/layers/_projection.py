@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from performer.features import feature_maps
-from performer.ops import fingerprint
+from performer.ops.fingerprint import fingerprint
 
 # Joined to the layer's seed, so that projections share no random stream with dropout.
 _STREAM = 0x46_41_56_4F_52

@@ -292,12 +292,13 @@ def _fingerprint(projection, dtype: tf.DType) -> tf.Tensor:
     """The draw of a projection that has no explicit one: both sides, as they are used."""
     if not isinstance(projection, tuple):
         return fingerprint_of_sides(checks.tensor("projection", projection, ("MD", "HMD"), dtype))
-    sides = (0, 0) if projection[0] is projection[1] else (0, 1)
-    sides = [
-        checks.tensor(f"projection[{side}]", projection[side], ("MD", "HMD"), dtype)
-        for side in sides
-    ]
-    return fingerprint_of_sides(*sides)
+    numbers = (0, 0) if projection[0] is projection[1] else (0, 1)
+    return fingerprint_of_sides(
+        *(
+            checks.tensor(f"projection[{side}]", projection[side], ("MD", "HMD"), dtype)
+            for side in numbers
+        )
+    )
 
 
 def _feature_bias(bias, projection, dtype):
