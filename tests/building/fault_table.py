@@ -183,8 +183,8 @@ PYTHON = [
         ),
         (
             "a redraw draws what was there",
-            "lambda: self._sample(self.base_seed.value, draw + 1)",
-            "lambda: self._sample(self.base_seed.value, draw)",
+            "projection = self._sample(self.base_seed.value, redraws + 1)",
+            "projection = self._sample(self.base_seed.value, redraws)",
         ),
         (
             "a redraw by hand leaves the count of calls",
@@ -259,8 +259,8 @@ PYTHON = [
             "if self._dropout:",
         ),
         (
-            "a state keeps no draw of the projection",
-            "draw=self._random_projection.draw.value,",
+            "an initial state belongs to any projection",
+            "draw=self._random_projection.fingerprint.value,",
             "draw=0,",
         ),
     ),
@@ -378,8 +378,8 @@ CPU = [
         ("any number of query heads is taken", "heads % groups != 0)", "heads % groups == heads)"),
         (
             "sizes that must agree are not compared",
-            "    if (values_[i] == dim) return Status();\n",
-            "    if (values_[i] != kUnknown) return Status();\n",
+            "    if ((*this)[letter] == dim) return Status();\n",
+            "    if ((*this)[letter] != kUnknown) return Status();\n",
         ),
         ("a size of 0 is taken for D", '"key dimension", 1,', '"key dimension", 0,'),
     ),
@@ -543,8 +543,8 @@ CPU = [
         ),
         (
             "the first token reads what an empty state holds",
-            "empty ? add * s.keys.v[e] : keep * from[e]",
-            "keep * from[e]",
+            "} else if (before.log_mass[m] == -kInf<Acc>) {",
+            "} else if (false) {",
         ),
     ),
     *_faults(
