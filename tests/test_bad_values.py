@@ -19,6 +19,8 @@ from performer import callbacks, diagnostics, feature_maps, generate, ops
 from performer.features.tolerances import tolerances
 from performer.ops.dense import dense_attention
 
+pytestmark = pytest.mark.slow
+
 X = tf.constant(np.random.default_rng(0).normal(size=[1, 3, 2, 4]), tf.float32)
 W = performer.orthogonal_projection(6, 4, seed=1)
 IDS = tf.constant([[0, 0, 1]])

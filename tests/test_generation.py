@@ -209,6 +209,20 @@ def test_shares_of_tokens(options, expected):
     assert not got[expected == 0].any()
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.75, 0.9, 1.0])
+def test_no_choice_of_tokens_hangs_on_the_last_bit(top_p):
+    """The same shares, rounded otherwise in every row: sums of theirs meet `top_p` exactly."""
+    count = 512
+    offsets = tf.random.stateless_uniform([count, 1], [5, 6], -4.0, 4.0)
+    logits = tf.math.log(tf.constant([[0.5, 0.1, 0.25, 0.15]])) + offsets
+    drawn = [
+        _sample(logits, tf.constant([7, i], tf.int64), greedy=False, top_k=None, top_p=top_p)
+        for i in range(4)
+    ]
+    expected = {0.5: {0}, 0.75: {0, 2}, 0.9: {0, 2, 3}, 1.0: {0, 1, 2, 3}}[top_p]
+    assert set(np.concatenate(drawn)) == expected
+
+
 def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_do():
     assert (generate(Cycle(0.1), [1], 30, temperature=0) == (2 + np.arange(30)) % V).all()
     assert (generate(Cycle(0.1), [1], 30, temperature=1e-46) == (2 + np.arange(30)) % V).all()

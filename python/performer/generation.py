@@ -12,6 +12,9 @@ from performer.layers._arguments import check_seed, check_size, default_seed
 
 _MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+# Logits are float32, so that shares of tokens are known to this relative error. A sum that misses
+# `top_p` by less reaches it, on every processor.
+_SHARE_SLACK = 2.0**-20
 _CHUNK = 512  # tokens of a prompt that the model reads in one call
 # Tokens are written in slices, and Python runs between them: Ctrl-C waits for one slice at most.
 _SLICE_SECONDS = 0.25  # each costs a few milliseconds more
@@ -73,7 +76,7 @@ def generate(
             Defaults to 1.
         top_k: Sample from the `top_k` likeliest tokens only (more, where logits are equal).
         top_p: Sample from the fewest likeliest tokens whose probabilities, after temperature and
-            `top_k`, add up to `top_p` or more; in (0, 1]. (Holtzman et al.,
+            `top_k`, add up to `top_p` or more, to a relative 1e-6; in (0, 1]. (Holtzman et al.,
             https://arxiv.org/abs/1904.09751.)
         seed: Integer. The same seed gives the same tokens; `None` takes one from Python's random
             generator, which `keras.utils.set_random_seed` fixes.
@@ -315,9 +318,11 @@ def _sample(logits, seed, greedy, top_k, top_p):
         logits = _at_least(logits, kept[:, -1:])
     if top_p is not None:
         falling = tf.sort(logits, direction="DESCENDING")
-        before = tf.cumsum(tf.nn.softmax(falling), -1, exclusive=True)
-        kept = tf.where(before < top_p, falling, math.inf)
-        logits = _at_least(logits, tf.reduce_min(kept, -1, keepdims=True))
+        before = tf.cumsum(tf.nn.softmax(tf.cast(falling, tf.float64)), -1, exclusive=True)
+        share = tf.cast(top_p, tf.float64)
+        kept = (before * (1 + _SHARE_SLACK) < share) | (share >= 1)
+        least = tf.reduce_min(tf.where(kept, falling, math.inf), -1, keepdims=True)
+        logits = _at_least(logits, least)
     return tf.random.stateless_categorical(logits, 1, seed, tf.int32)[:, 0]
 
 

@@ -31,6 +31,48 @@ struct LoadedState {
   }
 };
 
+// centre[e] = the average of mean[m][e] = sum[m][e] / mass[m] over the features that have seen a
+// key; 0 if it is not finite. `at(m, e)` gives sum[m][e]. False, and 0, if no feature has seen one.
+//
+// Attention to values less a vector is attention to the values, less that vector. Its gradients
+// stay the same, but what values have in common no longer hides their differences in rounding
+// errors.
+template <class Acc, class Sum>
+bool Centre(const Strides& strides, const Acc* mass, Sum at, Acc* centre) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < strides.e_pad; ++e) centre[e] = 0;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    if (!(mass[m] > 0)) continue;
+    ++count;
+    const Acc inverse = 1 / mass[m];
+    for (int64_t e = 0; e < strides.e; ++e) centre[e] += at(m, e) * inverse;
+  }
+  for (int64_t e = 0; e < strides.e; ++e) {
+    centre[e] = count > 0 ? centre[e] / static_cast<Acc>(count) : Acc(0);
+    if (!(centre[e] - centre[e] == 0)) centre[e] = 0;
+  }
+  return count > 0;
+}
+
+// The same of the means of a state; empty features do not count.
+template <class Acc>
+bool CentreOfMeans(const Strides& strides, const Acc* log_mass, const Acc* mean, int64_t stride,
+                   Acc* mass, Acc* centre) {
+  for (int64_t m = 0; m < strides.m; ++m) mass[m] = log_mass[m] == -kInf<Acc> ? 0 : 1;
+  return Centre<Acc>(
+      strides, mass, [&](int64_t m, int64_t e) { return mean[m * stride + e]; }, centre);
+}
+
+// rows[n][e_pad] -= centre.
+template <class Acc>
+void SubtractCentre(const Strides& strides, int64_t n, const Acc* centre, Acc* rows) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t e = 0; e < strides.e_pad; e += kLanes<Acc>) {
+      Acc* at = rows + j * strides.e_pad + e;
+      Store(at, Load(at) - Load(centre + e));
+    }
+}
+
 // x as Acc, rounded up or down with probabilities that make the expected error 0 (stochastic
 // rounding). The coin is a hash of x and `salt`, so that equal calls give equal bits.
 //
