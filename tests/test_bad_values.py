@@ -110,6 +110,21 @@ CALLS = {
         {**attention, **options, **keys, "initial_state": None, "draw": 0},
     ),
     "packed": (ops.favor_attention, {**attention, "segment_ids": IDS, "max_segments": 2}),
+    "near and far": (
+        ops.favor_attention,
+        {
+            **attention,
+            "exact_window": 64,
+            "far_bias": 0.5,
+            "exact_keys": 2,
+            "query_norm": True,
+            "return_log_weight": True,
+        },
+    ),
+    "merge_outputs": (
+        ops.merge_outputs,
+        {"outputs": [X, X], "log_weights": [tf.zeros([1, 3, 2]), tf.zeros([1, 3, 2])]},
+    ),
     "causal": (
         functools.partial(ops.favor_attention, causal=True, return_state=True),
         {**attention, **keys, "initial_state": STATE, "draw": 0},
@@ -164,6 +179,9 @@ CALLS = {
             "redraw_interval": None,
             "num_key_value_heads": None,
             "rotary_embedding": None,
+            "exact_window": 64,
+            "far_bias": None,
+            "exact_keys": None,
             "max_segments": None,
             "dense_limit": 9,
             "seed": 1,

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 FEATURE_MAPS = ("softmax", "relu", "elu")
+WINDOW_UNIT, LARGEST_WINDOW = 64, 65536  # of exact_window: kernels work on blocks of 64 rows
 _TYPES = (tf.float32, tf.bfloat16, tf.float16, tf.float64)
 
 
@@ -58,6 +59,17 @@ def size(name: str, value) -> int:
         raise ValueError(f"{name} must be an integer of at least 1, got {_short(value)}")
     if value >= 2**31:
         raise ValueError(f"{name} must be below 2**31, got {_short(value)}")
+    return int(value)
+
+
+def exact_window(value) -> int:
+    """A window of exact attention: a multiple of 64, up to 65536."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or int(value) % WINDOW_UNIT or not 0 < int(value) <= LARGEST_WINDOW:
+        raise ValueError(
+            f"exact_window must be None or a multiple of {WINDOW_UNIT} from {WINDOW_UNIT} to "
+            f"{LARGEST_WINDOW}, got {value!r}"
+        )
     return int(value)
 
 

@@ -72,7 +72,7 @@ def test_2000_single_tokens_are_the_full_pass_with_flat_memory():
     shape = (1, 2000, 16)
     layer = built(shape, key_dim=32, supports=128, rotary_embedding=performer.RotaryEmbedding())
     x, state = normal(*shape), layer.get_initial_state(1)
-    sizes = [(part.shape, part.dtype) for part in state]
+    sizes = [(part.shape, part.dtype) for part in tf.nest.flatten(state)]
 
     @tf.function
     def step(token, state):
@@ -82,7 +82,7 @@ def test_2000_single_tokens_are_the_full_pass_with_flat_memory():
     for i in range(2000):
         output, state = step(x[:, i : i + 1], state)
         outputs.append(output)
-        assert [(part.shape, part.dtype) for part in state] == sizes
+        assert [(part.shape, part.dtype) for part in tf.nest.flatten(state)] == sizes
         if i == 200:
             before = resident()
     assert resident() - before < 16 * 2**20

@@ -12,6 +12,7 @@ from performer.ops import fingerprint
 
 # Joined to the layer's seed, so that projections share no random stream with dropout.
 _STREAM = 0x46_41_56_4F_52
+FIRST_FAR_BIAS = -4.0
 _mutex_numbers = itertools.count()
 
 
@@ -22,11 +23,17 @@ class Features(NamedTuple):
         feature_map: `performer.feature_maps.FeatureMap`, or the like.
         projection: float32 `[M, D]`, as drawn.
         draw: int64 scalar, the projection's fingerprint, which states carry.
+        exact_window: the layer's, or None.
+        far_bias: a number, or float32 `[H]`; None for none.
+        exact_keys: the layer's, or None.
     """
 
     feature_map: Any
     projection: tf.Tensor
     draw: tf.Tensor
+    exact_window: int | None = None
+    far_bias: Any = None
+    exact_keys: int | None = None
 
     def for_keys(self):
         """The arguments of `summarize` that say how features are made."""
@@ -45,9 +52,47 @@ class Features(NamedTuple):
             "feature_bias": self.feature_map.feature_bias(self.projection),
         }
 
+    @property
+    def has_exact_keys(self):
+        """Whether some weights are exact, with which those of features have to be comparable."""
+        return self.exact_window is not None or self.exact_keys is not None
+
+    def for_window(self):
+        """What `favor_attention` is given besides, in a layer with exact keys."""
+        if not self.has_exact_keys:
+            return {}
+        return {
+            "exact_window": self.exact_window,
+            "far_bias": self.far_bias,
+            "exact_keys": self.exact_keys,
+            "query_norm": getattr(self.feature_map, "query_norm", True),
+        }
+
     def for_queries(self):
         """Those of `read`."""
         return {k: v for k, v in self.for_attention().items() if k != "key_norm"}
+
+
+class FarBias(keras.layers.Layer):
+    """Holds the log of the factor of all far weights, one for each query head, float32 `[H]`.
+
+    It starts at -4. Early in training attention to far keys is noise, exact attention too, and near
+    keys tell most; from there the weight finds its balance.
+    """
+
+    def __init__(self, heads, trainable=True):
+        super().__init__(dtype="float32", autocast=False, name="far_bias", trainable=trainable)
+        self._heads = heads
+
+    def build(self):
+        """Creates the weight."""
+        self.bias = self.add_weight(
+            name="bias",
+            shape=(self._heads,),
+            initializer=keras.initializers.Constant(FIRST_FAR_BIAS),
+            dtype="float32",
+            autocast=False,
+        )
 
 
 class _Projection(keras.Variable):

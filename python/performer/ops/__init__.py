@@ -2,6 +2,7 @@
 
 from performer.ops.attention import favor_attention, read, summarize
 from performer.ops.fingerprint import fingerprint
+from performer.ops.outputs import merge_outputs
 from performer.ops.state import AttentionState, empty_state, merge
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "favor_attention",
     "fingerprint",
     "merge",
+    "merge_outputs",
     "read",
     "summarize",
 ]

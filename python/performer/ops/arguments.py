@@ -13,7 +13,15 @@ import tensorflow as tf
 
 from performer import checks
 from performer.ops.fingerprint import fingerprint_of_sides
-from performer.ops.state import AttentionState, as_draw, checked_state, fit_projection
+from performer.ops.state import (
+    AttentionState,
+    as_draw,
+    checked_state,
+    fit_projection,
+    near_rows,
+    stored_rows,
+)
+from performer.shapes import dims
 
 
 class Prepared(NamedTuple):
@@ -29,6 +37,10 @@ class Prepared(NamedTuple):
         draw: int64 scalar, the common draw of projection and state; None in a call without state.
         segment_ids: integers [B, S], or None.
         max_segments: int or None.
+        exact_window: int, or None for linear attention to all keys. With it `far_bias` is in
+            feature_bias.
+        exact_keys: int, or None.
+        query_norm: whether the far part has the norm of the query; see `favor_attention`.
     """
 
     queries: dict[str, Any]
@@ -38,6 +50,9 @@ class Prepared(NamedTuple):
     draw: tf.Tensor | None
     segment_ids: tf.Tensor | None = None
     max_segments: int | None = None
+    exact_window: int | None = None
+    exact_keys: int | None = None
+    query_norm: bool = True
 
 
 def prepare(
@@ -59,6 +74,10 @@ def prepare(
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
+    exact_window=None,
+    far_bias=None,
+    exact_keys=None,
+    query_norm=True,
 ) -> Prepared:
     """Prepares a call of `favor_attention`, `summarize` (without query) or `read` (without key).
 
@@ -73,6 +92,13 @@ def prepare(
         tf.errors.InvalidArgumentError: draws that are known only when the graph runs differ.
     """
     attributes = _attributes(feature_map, scale, feature_epsilon)
+    exact_window = _exact_window(exact_window, feature_map)
+    exact_keys = _exact_keys(exact_keys, feature_map, causal, segment_ids, returns_state)
+    if far_bias is not None and exact_window is None and exact_keys is None:
+        raise ValueError(
+            "far_bias needs exact_window or exact_keys: where every key is far it cancels. "
+            "Got far_bias without both"
+        )
     if query is not None:
         query = checks.tensor("query", query, ("BLHD",))
     if key is not None:
@@ -91,6 +117,8 @@ def prepare(
         feature_bias = _feature_bias(feature_bias, query_side[1], dtype)
         groups = state.log_mass.shape[1] if key is None else key.shape[2]
         _check_queries(query, groups, query_side, feature_bias)
+        if far_bias is not None:
+            feature_bias = _with_far_bias(feature_bias, far_bias, query, dtype)
         queries = {"query": query, "query_projection": query_side[1], "feature_bias": feature_bias}
     if query is not None and key is not None:
         checks.same_dtype("key", key, "query", query)
@@ -100,8 +128,9 @@ def prepare(
         _check_keys(key, value, key_side)
     if query is not None and key is not None:
         checks.same(key_side[0], 1, key_side[1], query_side[0], 1, query_side[1], "M")
-        if causal:
-            checks.same("query", 1, query, "key", 1, key, "length (L = S when causal)")
+        if causal or exact_window is not None:
+            when = "when causal" if causal else "with exact_window"
+            checks.same("query", 1, query, "key", 1, key, f"length (L = S {when})")
     if key is not None:
         bias = _key_bias(key, dtype, key_mask, key_bias)
         keys = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}
@@ -112,16 +141,35 @@ def prepare(
         draw = _fingerprint(projection, dtype)
     if key is None:
         checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
+        if near_rows(state):
+            raise ValueError(
+                "state must have no near rows, which `read` cannot attend to exactly: give it to "
+                "`favor_attention` as its initial_state. Got a state with "
+                f"{state.near_key.shape[1]} of them"
+            )
         draw = fit_projection(draw, state.draw, "projection and state")
     elif state is not None:
         state = checked_state("initial_state", state, dtype, key, value, key_side)
         if segment_ids is None:
             checks.one_of("initial_state.log_mass", 0, state.log_mass, {"1": 1, "B": key.shape[0]})
         draw = fit_projection(draw, state.draw, "projection and initial_state")
+        if near_rows(state):
+            _check_near_rows(state, exact_window, causal, segment_ids)
     max_segments = _max_segments(max_segments, segment_ids)
     if segment_ids is not None:
         segment_ids = _segment_ids(segment_ids, query, key, value)
-    return Prepared(queries, keys, attributes, state, draw, segment_ids, max_segments)
+    return Prepared(
+        queries,
+        keys,
+        attributes,
+        state,
+        draw,
+        segment_ids,
+        max_segments,
+        exact_window,
+        exact_keys,
+        checks.flag("query_norm", query_norm),
+    )
 
 
 def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
@@ -152,6 +200,71 @@ def _attributes(feature_map, scale, feature_epsilon) -> dict:
         "scale": 0.0 if scale is None else checks.number("scale", scale, zero=False),
         "feature_epsilon": checks.number("feature_epsilon", feature_epsilon, zero=True),
     }
+
+
+def _exact_window(window, feature_map) -> int | None:
+    """`window`, which goes with the softmax map."""
+    if window is None:
+        return None
+    window = checks.exact_window(window)
+    _check_estimates("exact_window", feature_map)
+    return window
+
+
+def _exact_keys(count, feature_map, causal, segment_ids, return_state) -> int | None:
+    """`count`, which goes with the softmax map where all queries see the same keys."""
+    if count is None:
+        return None
+    count = checks.size("exact_keys", count)
+    _check_estimates("exact_keys", feature_map)
+    if causal or segment_ids is not None or return_state:
+        raise ValueError(
+            "exact_keys needs causal=False, no segment_ids and return_state=False: all queries of "
+            "a batch row attend to the same keys, and no state can hold them. Got "
+            f"causal={causal!r}, segment_ids {'given' if segment_ids is not None else 'None'}, "
+            f"return_state={return_state!r}"
+        )
+    return count
+
+
+def _check_estimates(name, feature_map) -> None:
+    """Exact weights stand beside those of features that estimate them."""
+    if feature_map != "softmax":
+        raise ValueError(
+            f"{name} needs feature_map='softmax', whose features estimate exp(scale query.key), "
+            "the exact weight. The features of any other map are its kernel, exactly: there is "
+            f"nothing to make exact. Got feature_map={feature_map!r}"
+        )
+
+
+def _with_far_bias(feature_bias, far_bias, query, dtype):
+    """feature_bias [1|G|H, M] plus far_bias, a number or [1|H]: [1|G|H, M]."""
+    far_bias = checks.tensor("far_bias", far_bias, ("", "H"), dtype)
+    if far_bias.shape.rank == 0:
+        return feature_bias + far_bias
+    checks.one_of("far_bias", 0, far_bias, {"1": 1, "H": query.shape[2]})
+    heads, given = dims(query)[2], dims(feature_bias)[0]
+    return tf.repeat(feature_bias, heads // given, 0) + far_bias[:, None]
+
+
+def _check_near_rows(state, window, causal, segment_ids) -> None:
+    """A call may go on from a state with near rows where it knows what is near."""
+    rows = state.near_key.shape[1]
+    if window is None:
+        raise ValueError(
+            f"exact_window must be that of the call which returned initial_state, with {rows} near "
+            "rows, got None"
+        )
+    if rows is not None and rows != stored_rows(window):
+        raise ValueError(
+            f"initial_state must have {stored_rows(window)} near rows (2 exact_window - 1) with "
+            f"exact_window={window}, got {rows}"
+        )
+    if not causal or segment_ids is not None:
+        raise ValueError(
+            "initial_state must have no near rows without causal=True or with segment_ids: there "
+            f"is no row that they come before. Got {rows} of them"
+        )
 
 
 def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Tensor]:

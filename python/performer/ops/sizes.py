@@ -35,6 +35,17 @@ LAYOUTS = {
         "initial_log_mass": "1|N G M",
         "initial_mean": "1|N G M E",
     },
+    "near_far": {
+        "query": "B L H D",
+        "key": "B S G D",
+        "value": "B S G E",
+        "query_projection": "1|G|H M D",
+        "key_projection": "1|G M D",
+        "feature_bias": "1|G|H M",
+        "key_bias": "1|B 1|G 1|S",
+        "initial_log_mass": "1|N G M",
+        "initial_mean": "1|N G M E",
+    },
     "dense": {
         "query": "B L H D",
         "key": "B S G D",
@@ -51,7 +62,7 @@ def sizes_when_run(operator: str, inputs: dict, packed: bool = False) -> list:
     """What must run before the inputs are used, for `tf.control_dependencies`.
 
     Args:
-        operator: "summarize", "read", "causal" or "dense".
+        operator: "summarize", "read", "causal", "near_far" or "dense".
         inputs: the tensors, by name; others are ignored.
         packed: whether N counts packed sequences; otherwise N = B.
 

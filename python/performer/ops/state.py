@@ -3,18 +3,32 @@
 `summarize` makes one, `merge` joins two, `read` asks it.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from performer import checks
 from performer.composition import logsumexp
+from performer.shapes import dims
 
 ANY_DRAW = -(2**63)  # fits every projection; even, which no fingerprint is
 
 
-class AttentionState(NamedTuple):
+class _Fields(NamedTuple):
+    log_mass: tf.Tensor
+    mean: tf.Tensor
+    draw: tf.Tensor
+    position: tf.Tensor | int = 0
+    near_key: tf.Tensor | tuple = ()
+    near_value: tf.Tensor | tuple = ()
+    near_bias: tf.Tensor | tuple = ()
+
+
+class AttentionState(_Fields):
     """Summary of a set of keys. N sequences, G key/value heads, M features, E value dim.
 
     Attributes:
@@ -26,8 +40,13 @@ class AttentionState(NamedTuple):
             in common: joining or reading them is an error. `ANY_DRAW`, of a state of no keys: it
             fits all.
         position: int64 scalar, where the sequence goes on: one past the last position that was
-            summarized, for who counts them, as the layer does. The functions know no positions;
-            they hand it on, and `merge` takes the later one.
+            summarized, for who counts them, as the layer does. Without `exact_window` the functions
+            know no positions; they hand it on, and `merge` takes the later one. With it they count
+            rows: blocks of the window begin at its multiples.
+        near_key, near_value, near_bias: [N, R, G, D], [N, R, G, E] of the keys' type, and [N, G, R]
+            of the type of log_mass: the last R = 2 exact_window - 1 keys, values and their biases,
+            in order. They are not in log_mass yet where their bias is not -inf. Of the size of no
+            row, whatever has been read, where there is no window: an empty tuple.
 
     A plain structure: `tf.nest`, loops and functions take it apart, `state._asdict()` gives what
     `np.savez` saves, and NumPy arrays do as well as tensors.
@@ -35,16 +54,35 @@ class AttentionState(NamedTuple):
     Example:
 
     >>> import numpy as np
+    >>> import tensorflow as tf
     >>> from performer.ops.state import AttentionState
     >>> nothing = AttentionState(np.full([1, 2, 8], -np.inf), np.zeros([1, 2, 8, 4]), draw=0)
-    >>> sorted(nothing._asdict())
-    ['draw', 'log_mass', 'mean', 'position']
+    >>> list(nothing._asdict())
+    ['log_mass', 'mean', 'draw', 'position', 'near_key', 'near_value', 'near_bias']
+    >>> len(tf.nest.flatten(nothing))  # near rows only with a window
+    4
     """
 
-    log_mass: tf.Tensor
-    mean: tf.Tensor
-    draw: tf.Tensor
-    position: tf.Tensor | int = 0
+    __slots__ = ()
+
+    def __new__(cls, log_mass, mean, draw, position=0, near_key=(), near_value=(), near_bias=()):
+        """A state; what `np.savez` made of an empty tuple is one again."""
+        near = [() if _is_nothing(x) else x for x in (near_key, near_value, near_bias)]
+        return super().__new__(cls, log_mass, mean, draw, position, *near)
+
+
+def _is_nothing(x):
+    return isinstance(x, np.ndarray) and x.shape == (0,)
+
+
+NEAR_FIELDS = ("near_key", "near_value", "near_bias")
+
+
+def near_rows(state) -> list:
+    """near_key, near_value and near_bias of a state; an empty list where it has none."""
+    rows = [getattr(state, field) for field in NEAR_FIELDS]
+    rank = rows[0].shape.rank if tf.is_tensor(rows[0]) else len(np.shape(rows[0]))
+    return [] if rank == 1 else rows  # of (), also as an empty array, the rank is 1
 
 
 @tf.autograph.experimental.do_not_convert
@@ -55,6 +93,10 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
     Streaming, splitting over the sequence and sequence parallelism all are this function.
     Differentiable to any order.
 
+    Near rows of one state stay near. The keys of the other, and those of log_mass, are far from
+    every query that reads the result. Two states that both have near rows do not join: those of the
+    earlier one would have to become features, for which a state has no projection.
+
     Args:
         first, second: `AttentionState` of the same G, M, E and type; N equal, or 1 in one of them.
 
@@ -63,7 +105,7 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
 
     Raises:
         TypeError: the types differ.
-        ValueError: the shapes or the draws do.
+        ValueError: the shapes or the draws do; both have near rows.
         tf.errors.InvalidArgumentError: shapes or draws that are known only when the graph runs do.
 
     Numerics: in log space, scaled by the larger mass: no overflow, rounding only. Merging with the
@@ -88,6 +130,13 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
                 f"first and second must agree in {field}, but for N = 1 on axis 0, got {one} and "
                 f"{two}"
             )
+    if near_rows(first) and near_rows(second):
+        raise ValueError(
+            "first and second must not both have near rows (of exact_window): the rows at the end "
+            "of the earlier one would have to become features. Give the earlier one to the call "
+            "over the later keys as its initial_state, or make one of them by `summarize`. Got "
+            f"{near_rows(first)[0].shape[1]} and {near_rows(second)[0].shape[1]} near rows"
+        )
     return join(first, second, same_draw(first.draw, second.draw, "merged states"))
 
 
@@ -96,10 +145,15 @@ def join(first, second, draw):
     with tf.name_scope("merge"):
         with tf.control_dependencies(_fit_when_run(first, second)):
             log_mass, mean = tf.identity(first.log_mass), tf.identity(first.mean)
+        log_mass, mean = logsumexp.merge(log_mass, mean, second.log_mass, second.mean)
+        near = near_rows(first) or near_rows(second)
+        count = dims(log_mass)[0]
         return AttentionState(
-            *logsumexp.merge(log_mass, mean, second.log_mass, second.mean),
+            log_mass,
+            mean,
             draw,
             tf.maximum(first.position, second.position),
+            *(tf.broadcast_to(x, [count, *dims(x)[1:]]) for x in near),
         )
 
 
@@ -120,7 +174,16 @@ def _fit_when_run(first, second):
 
 @tf.autograph.experimental.do_not_convert
 def empty_state(
-    batch, heads, features, value_dim, dtype=tf.float32, draw=ANY_DRAW
+    batch,
+    heads,
+    features,
+    value_dim,
+    dtype=tf.float32,
+    draw=ANY_DRAW,
+    *,
+    exact_window=None,
+    key_dim=None,
+    key_dtype=None,
 ) -> AttentionState:
     """The state of no keys, identity of `merge`.
 
@@ -131,12 +194,17 @@ def empty_state(
         value_dim: E.
         dtype: tf.float32, or tf.float64 for float64 inputs.
         draw: `draw` of the states that it is going to be joined with; by default it fits all.
+        exact_window: None, or that of the calls that go on from the state. It then has masked near
+            rows, so that its shapes are those of every later state.
+        key_dim: D, with `exact_window`.
+        key_dtype: type of keys and values, with `exact_window`; defaults to `dtype`.
 
     Returns:
         `AttentionState` with log_mass -inf [N, G, M] and mean 0 [N, G, M, E].
 
     Raises:
-        ValueError: a size below 0, or 0 for the features; another dtype.
+        ValueError: a size below 0, or 0 for the features; another type; a window that
+            `favor_attention` refuses, or one without `key_dim`.
         TypeError: a size or `draw` that is no integer.
 
     Example:
@@ -155,12 +223,25 @@ def empty_state(
             "batch, heads, features and value_dim must have a product below 2**63, "
             f"got {', '.join(map(str, sizes.values()))}"
         )
+    near: list[tf.Tensor] = []
+    if exact_window is not None:
+        rows = stored_rows(checks.exact_window(exact_window))
+        key_dim = checks.size("key_dim", key_dim)
+        key_dtype = dtype if key_dtype is None else key_dtype
+        near = [tf.zeros([batch, rows, heads, dim], key_dtype) for dim in (key_dim, value_dim)]
+        near.append(tf.fill([batch, heads, rows], tf.constant(logsumexp.NONE, dtype)))
     return AttentionState(
         tf.fill([batch, heads, features], tf.constant(logsumexp.NONE, dtype)),
         tf.zeros([batch, heads, features, value_dim], dtype),
         as_draw(draw),
         tf.zeros([], tf.int64),
+        *near,
     )
+
+
+def stored_rows(exact_window: int) -> int:
+    """R: the most rows that a later query may have to meet exactly, in two blocks with itself."""
+    return 2 * exact_window - 1
 
 
 def checked_state(name, state, dtype=None, key=None, value=None, projection=None):
@@ -175,7 +256,33 @@ def checked_state(name, state, dtype=None, key=None, value=None, projection=None
     if key is not None:
         checks.same(f"{name}.log_mass", 1, log_mass, "key", 2, key, "G")
         checks.same(f"{name}.mean", 3, mean, "value", 3, value, "E")
-    return AttentionState(log_mass, mean, as_draw(state.draw), as_position(state.position))
+    near = _checked_near_rows(name, state, log_mass, mean, key, value)
+    return AttentionState(log_mass, mean, as_draw(state.draw), as_position(state.position), *near)
+
+
+def _checked_near_rows(name, state, log_mass, mean, key, value) -> list[tf.Tensor]:
+    """The near rows of a state, which fit its own shapes and those of key and value."""
+    near = [
+        checks.tensor(f"{name}.{field}", x, (layout,))
+        for field, x, layout in zip(
+            NEAR_FIELDS, near_rows(state), ("NRGD", "NRGE", "NGR"), strict=False
+        )
+    ]
+    if not near:
+        return []
+    names = [f"{name}.{field}" for field in NEAR_FIELDS]
+    for i, group_axis in enumerate((2, 2, 1)):
+        checks.same(names[i], 0, near[i], f"{name}.log_mass", 0, log_mass, "N")
+        checks.same(names[i], group_axis, near[i], f"{name}.log_mass", 1, log_mass, "G")
+    checks.same(names[1], 3, near[1], f"{name}.mean", 3, mean, "E")
+    checks.same(names[1], 1, near[1], names[0], 1, near[0], "R")
+    checks.same(names[2], 2, near[2], names[0], 1, near[0], "R")
+    checks.same_dtype(names[2], near[2], f"{name}.log_mass", log_mass)
+    checks.same_dtype(names[1], near[1], names[0], near[0])
+    if key is not None:
+        checks.same_dtype(names[0], near[0], "key", key)
+        checks.same(names[0], 3, near[0], "key", 3, key, "D")
+    return near
 
 
 def _check_shapes(name: str, log_mass, mean, dtype: tf.DType) -> None:
