@@ -131,8 +131,8 @@ PYTHON = [
         ),
         (
             "an empty state has a mass",
-            "tf.constant(logsumexp.NONE, dtype)",
-            "tf.constant(0.0, dtype)",
+            "tf.fill([batch, heads, features], tf.constant(logsumexp.NONE, dtype))",
+            "tf.fill([batch, heads, features], tf.constant(0.0, dtype))",
         ),
     ),
     *_faults(
@@ -140,8 +140,8 @@ PYTHON = [
         "tests/ops/test_favor_attention.py",
         (
             "the initial state is read twice and the keys not at all",
-            "state = join(call.state, state, call.draw)",
-            "state = join(call.state, call.state, call.draw)",
+            "else join(call.state, state, call.draw)",
+            "else join(call.state, call.state, call.draw)",
         ),
         (
             "packed key biases are not laid out as the keys",
@@ -160,8 +160,8 @@ PYTHON = [
         ),
         (
             "second-order gradients leave out the cotangents",
-            "*[None] * len(saved), *second[count:]]",
-            "*[None] * len(saved), *map(tf.zeros_like, second[count:])]",
+            "*nothing, *second[count:]]",
+            "*nothing, *map(tf.zeros_like, second[count:])]",
         ),
     ),
     *_faults(
@@ -183,8 +183,8 @@ PYTHON = [
         ),
         (
             "a redraw draws what was there",
-            "lambda: self._sample(self.base_seed.value, draw + 1)",
-            "lambda: self._sample(self.base_seed.value, draw)",
+            "projection = self._sample(self.base_seed.value, redraws + 1)",
+            "projection = self._sample(self.base_seed.value, redraws)",
         ),
         (
             "a redraw by hand leaves the count of calls",
@@ -259,8 +259,8 @@ PYTHON = [
             "if self._dropout:",
         ),
         (
-            "a state keeps no draw of the projection",
-            "draw=self._random_projection.draw.value,",
+            "an initial state belongs to any projection",
+            "draw=self._random_projection.fingerprint.value,",
             "draw=0,",
         ),
     ),
@@ -307,8 +307,8 @@ PYTHON = [
         ),
         (
             "the share of `top_p` takes one token more",
-            "kept = tf.where(before <",
-            "kept = tf.where(before <=",
+            "kept = (before * (1 + _SHARE_SLACK) <",
+            "kept = (before * (1 - 1e-3) <=",
         ),
         (
             "an end token of the prompt ends it",
@@ -378,8 +378,8 @@ CPU = [
         ("any number of query heads is taken", "heads % groups != 0)", "heads % groups == heads)"),
         (
             "sizes that must agree are not compared",
-            "    if (values_[i] == dim) return Status();\n",
-            "    if (values_[i] != kUnknown) return Status();\n",
+            "    if ((*this)[letter] == dim) return Status();\n",
+            "    if ((*this)[letter] != kUnknown) return Status();\n",
         ),
         ("a size of 0 is taken for D", '"key dimension", 1,', '"key dimension", 0,'),
     ),
@@ -543,8 +543,8 @@ CPU = [
         ),
         (
             "the first token reads what an empty state holds",
-            "empty ? add * s.keys.v[e] : keep * from[e]",
-            "keep * from[e]",
+            "} else if (before.log_mass[m] == -kInf<Acc>) {",
+            "} else if (false) {",
         ),
     ),
     *_faults(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from performer import reference
+from performer import composition, reference
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_finite
 from support.composition_calls import MAPS, E, M, attend, random_inputs, random_state, tensors
@@ -168,3 +168,15 @@ def test_masks_over_nan_leave_values_and_gradients_of_both_orders_finite(causal,
     if mask == "everything":
         assert not out.numpy().any()
         assert not any(grad.numpy().any() for grad in grads.values())
+
+
+def test_relu_features_that_are_zero_have_finite_gradients():
+    x, w = -tf.ones([1, 3, 1, 2]), tf.constant([[[1.0, 1.0], [-1.0, -1.0]]])  # one is, one is not
+    inputs = {"key": x, "value": x, "key_projection": w, "key_bias": tf.zeros([1, 1, 1])}
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        log_mass, mean = composition.summarize(**inputs, feature_map="relu", feature_epsilon=0.0)
+        total = tf.reduce_sum(mean) + tf.reduce_sum(log_mass[..., 1])
+    assert log_mass[0, 0, 0] == float("-inf")
+    for name, gradient in tape.gradient(total, inputs).items():
+        assert np.isfinite(gradient).all(), name
