@@ -143,8 +143,8 @@ def test_draws_known_only_at_run_time_are_checked_there():
 @pytest.mark.parametrize(
     ("error", "change", "message"),
     [
-        (ValueError, {"features": 4}, r"log_mass .*got \(1, 2, 3\) and \(1, 2, 4\)"),
-        (ValueError, {"value_dim": 5}, r"mean .*got \(1, 2, 3, 2\) and \(1, 2, 3, 5\)"),
+        (ValueError, {"features": 4}, r"agree in log_mass, .*got \(1, 2, 3\) and \(1, 2, 4\)"),
+        (ValueError, {"value_dim": 5}, r"agree in mean, .*got \(1, 2, 3, 2\) and \(1, 2, 3, 5\)"),
         (TypeError, {"dtype": tf.float64}, r"second\.log_mass must be float32, got float64"),
     ],
 )
