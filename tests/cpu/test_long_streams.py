@@ -48,9 +48,10 @@ def test_a_stream_does_not_drift(rows, isa):
     exact = {n: a if n == "offsets" else a.astype("float64") for n, a in x.items()}
     whole = run("Summarize", exact)
     read = run("Read", {**exact, **whole})["out"][0, 0]
-    # Rounded to nearest at every token: 1e-3 and 2e-5 for single tokens, 1.4e-4 and 2.3e-6 for 8.
+    # With log_mass rounded to nearest, and weights of the means that do not add up to 1 exactly,
+    # the errors are 1e-3 and 2e-5 for single tokens, 1.4e-4 and 2.3e-6 for 8 at a time.
     np.testing.assert_allclose(state["initial_log_mass"], whole["log_mass"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(out, read, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out, read, rtol=0, atol={1: 4e-6, 8: 2e-6}[rows])
 
 
 @isas

@@ -54,7 +54,7 @@ def test_layer_test_of_keras_over_two_axes():
         init_kwargs={**OPTIONS, "attention_axes": (2, 3), **known({"use_gate": True})},
         input_shape={"query_shape": (2, 3, 3, 4, 8), "value_shape": (2, 3, 3, 2, 8)},
         expected_output_shape=(2, 3, 3, 4, 8),
-        expected_num_non_trainable_weights=4,
+        expected_num_non_trainable_weights=5,
         supports_masking=True,
         run_training_check=False,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from performer import checks
 from performer.shapes import dims
 
-# As the core declares them; the dense form is no operator of its.
+# As the core declares them, P being 1 or N; the dense form is no operator of its.
 LAYOUTS = {
     "summarize": {
         "key": "B S G D",
@@ -32,8 +32,8 @@ LAYOUTS = {
         "key_projection": "1|G M D",
         "feature_bias": "1|G|H M",
         "key_bias": "1|B 1|G 1|L",
-        "initial_log_mass": "1|N G M",
-        "initial_mean": "1|N G M E",
+        "initial_log_mass": "P G M",
+        "initial_mean": "P G M E",
     },
     "near_far": {
         "query": "B L H D",
@@ -43,8 +43,8 @@ LAYOUTS = {
         "key_projection": "1|G M D",
         "feature_bias": "1|G|H M",
         "key_bias": "1|B 1|G 1|S",
-        "initial_log_mass": "1|N G M",
-        "initial_mean": "1|N G M E",
+        "initial_log_mass": "P G M",
+        "initial_mean": "P G M E",
     },
     "dense": {
         "query": "B L H D",
@@ -86,10 +86,14 @@ def sizes_when_run(operator: str, inputs: dict, packed: bool = False) -> list:
                 found += checks.same_when_run(
                     name, axis, inputs[name], other, other_axis, inputs[other], letters
                 )
-        elif letters != "1|N":
+        else:
             allowed = {
                 letter: 1 if letter == "1" else dims(inputs[first[letter][0]])[first[letter][1]]
                 for letter in letters.split("|")
             }
             found += checks.one_of_when_run(name, axis, inputs[name], allowed)
+    if "P" in first and not packed:
+        name, axis = first["P"]
+        allowed = {"1": 1, "N": dims(inputs[first["B"][0]])[first["B"][1]]}
+        found += checks.one_of_when_run(name, axis, inputs[name], allowed)
     return found
