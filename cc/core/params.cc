@@ -34,6 +34,7 @@ class Arguments {
   MutableState StateOut(const char* log_mass, const char* mean) const {
     return {Out(log_mass), Out(mean)};
   }
+  int64_t Start() const { return *static_cast<const int64_t*>(In("start")); }
   QueryGradients QueryGrads() const {
     return {Out("grad_query"), Out("grad_query_projection"), Out("grad_feature_bias")};
   }
@@ -55,6 +56,8 @@ class Arguments {
 }  // namespace
 
 Status CheckOffsets(Op op, const Call& call) {
+  if (IsNearFar(op))
+    PERFORMER_RETURN_IF_ERROR(ValidateStart(Arguments(op, call).Start(), call.attributes.packed));
   if (!call.attributes.packed) return Status();
   return ValidateOffsets(static_cast<const int64_t*>(call.inputs[OffsetsIndex(op)]),
                          call.dims.sequences, HasKeys(op) ? call.dims.keys : call.dims.queries);
@@ -78,6 +81,18 @@ CausalParams MakeCausalParams(const Call& call) {
           of.Out("out"), of.StateOut("log_mass", "mean")};
 }
 
+NearFarParams MakeNearFarParams(const Call& call) {
+  const Arguments of(Op::kNearFar, call);
+  return {of.Shared(),
+          of.Queries(),
+          of.Keys(),
+          of.StateIn("initial_log_mass", "initial_mean"),
+          of.Start(),
+          of.Out("out"),
+          of.Out("log_weight"),
+          of.StateOut("log_mass", "mean")};
+}
+
 SummarizeGradParams MakeSummarizeGradParams(const Call& call) {
   const Arguments of(Op::kSummarizeGrad, call);
   return {of.Shared(), of.Keys(), of.StateIn("log_mass", "mean"),
@@ -97,6 +112,22 @@ CausalGradParams MakeCausalGradParams(const Call& call) {
           of.Keys(),
           of.StateIn("initial_log_mass", "initial_mean"),
           of.In("grad_out"),
+          of.StateIn("grad_log_mass", "grad_mean"),
+          of.QueryGrads(),
+          of.KeyGrads(),
+          of.StateOut("grad_initial_log_mass", "grad_initial_mean")};
+}
+
+NearFarGradParams MakeNearFarGradParams(const Call& call) {
+  const Arguments of(Op::kNearFarGrad, call);
+  return {of.Shared(),
+          of.Queries(),
+          of.Keys(),
+          of.StateIn("initial_log_mass", "initial_mean"),
+          of.Start(),
+          of.In("log_weight"),
+          of.In("grad_out"),
+          of.In("grad_log_weight"),
           of.StateIn("grad_log_mass", "grad_mean"),
           of.QueryGrads(),
           of.KeyGrads(),

@@ -83,6 +83,16 @@ struct CausalParams : Common {
   MutableState state;
 };
 
+struct NearFarParams : Common {
+  QuerySide queries;
+  KeySide keys;
+  State initial;
+  int64_t start = 0;           // the position of the first key row of each sequence
+  void* out = nullptr;         // [B, L, H, E]
+  void* log_weight = nullptr;  // [B, L, H], in nats
+  MutableState state;
+};
+
 struct SummarizeGradParams : Common {
   KeySide keys;
   State state, grad_state;
@@ -108,6 +118,20 @@ struct CausalGradParams : Common {
   MutableState grad_initial;  // [initial.count, G, M(, E)]
 };
 
+struct NearFarGradParams : Common {
+  QuerySide queries;
+  KeySide keys;
+  State initial;
+  int64_t start = 0;
+  const void* log_weight = nullptr;       // [B, L, H]
+  const void* grad_out = nullptr;         // [B, L, H, E]
+  const void* grad_log_weight = nullptr;  // [B, L, H]
+  State grad_state;                       // of the final state
+  QueryGradients grad_queries;
+  KeyGradients grad_keys;
+  MutableState grad_initial;  // [initial.count, G, M(, E)]
+};
+
 // One call of an operator: inputs and outputs in the order of its signature.
 struct Call {
   DType dtype = DType::kFloat32;
@@ -118,8 +142,8 @@ struct Call {
   std::vector<void*> outputs;
 };
 
-// Applies ValidateOffsets to the offsets of the call, which lie in host memory. OK where sequences
-// are not packed.
+// Applies ValidateOffsets and ValidateStart to the offsets and the start of the call, which lie in
+// host memory. Offsets count only where sequences are packed.
 Status CheckOffsets(Op op, const Call& call);
 
 // SummarizeParams MakeSummarizeParams(const Call& call), and likewise for each operator.

@@ -13,6 +13,8 @@ inline constexpr int64_t kGradChunk = 96;
 // Also the width of the triangle that is computed pairwise.
 inline constexpr int64_t kCausalChunk = 48;
 inline constexpr int64_t kCausalGradChunk = 48;
+// Queries of near-and-far attention, which lie in one block.
+inline constexpr int64_t kNearFarChunk = 64;
 
 // The rows of a split are a multiple of this, which is a multiple of every chunk that runs over
 // splits. It is a little more than a power of two, so that sequences of such lengths are cut into

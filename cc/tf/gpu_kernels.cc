@@ -45,7 +45,7 @@ struct GpuDevice {
   PERFORMER_REGISTER_TYPE(op, float)                \
   PERFORMER_REGISTER_TYPE(op, tensorflow::bfloat16) \
   PERFORMER_REGISTER_TYPE(op, Eigen::half)
-PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)
 
 }  // namespace
 }  // namespace performer

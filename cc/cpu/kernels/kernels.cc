@@ -7,6 +7,7 @@
 #include "cpu/kernels/causal/causal.h"
 #include "cpu/kernels/causal_backward/causal_backward.h"
 #include "cpu/kernels/decode.h"
+#include "cpu/kernels/near_far/near_far.h"
 #include "cpu/kernels/read.h"
 #include "cpu/kernels/read_backward.h"
 #include "cpu/kernels/summarize.h"
@@ -58,6 +59,7 @@ const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
                                             Causal<Acc>,
                                             CausalKeys<Acc>,
                                             CausalQueries<Acc>,
+                                            NearFar<Acc>,
                                             Decode<Acc>,
                                             PERFORMER_BIDIRECTIONAL(SummarizeGrad),
                                             PERFORMER_BIDIRECTIONAL(ReadGrad),

@@ -45,6 +45,10 @@ struct Kernels {
   bool (*causal_queries)(const CausalParams& params, const Acc* query_projection, int64_t group,
                          CausalWindow<Acc>* window);
 
+  // Near-and-far attention: a whole sequence and key/value head, as `causal`.
+  bool (*near_far)(const NearFarParams& params, const Acc* query_projection,
+                   const Acc* key_projection, WorkRange range);
+
   // A whole sequence and key/value head for one token, range.end = range.begin + 1. It uses the
   // projections in params.
   bool (*decode)(const CausalParams& params, WorkRange range);

@@ -5,7 +5,7 @@
 // handlers (in _ops.so), which read them. There is one target for each operator, with the
 // operator's name. Operands and results are its inputs and outputs in the order of the signature,
 // row-major. The attributes are those of VisitAttributes: a feature map is a string with its name,
-// a double is f64.
+// a double is f64, an int64_t is i64.
 #pragma once
 #include <string>
 #include <string_view>
