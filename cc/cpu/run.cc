@@ -34,7 +34,7 @@ Status RunTyped(Op op, const Call& call, const Threads& threads, const std::stri
     case Op::kCausalGrad:
       return backward(MakeCausalGradParams(call));
     case Op::kNearFarGrad:
-      return Status::Internal("not yet");
+      return backward(MakeNearFarGradParams(call));
   }
   return Status::InvalidArgument("unknown operator");
 }

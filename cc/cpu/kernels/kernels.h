@@ -64,6 +64,10 @@ struct Kernels {
                       const Acc* key_projection, WorkRange range, Acc* key_bias,
                       CausalGradPartial<Acc> partial);
 
+  bool (*near_far_grad)(const NearFarGradParams& params, const Acc* query_projection,
+                        const Acc* key_projection, WorkRange range, Acc* key_bias,
+                        CausalGradPartial<Acc> partial);
+
   // For tests: y[i] = 2^x[i] and log2(x[i]), n a multiple of kPad.
   void (*exp2)(const Acc* x, int64_t n, Acc* y);
   void (*log2)(const Acc* x, int64_t n, Acc* y);

@@ -49,6 +49,11 @@ struct NearFarHead {
     At(block).Load(params, params.keys, map, strides, range, row, blocks.End(block) - row,
                    &prefetcher);
   }
+  // Loads what a bidirectional block of queries needs besides the keys of the block before.
+  void LoadNear(int64_t block) {
+    if (block == 0) LoadBlock(0);
+    if (block + 1 < blocks.count()) LoadBlock(block + 1);
+  }
   void Summarize(int64_t block, const SummaryPartial<Acc>& to) {
     summarizer.Add(map, At(block).keys, At(block).rows, key_projection, strides, &prefetcher, to);
   }
@@ -85,6 +90,16 @@ struct NearFarHead {
   BlockSummarizer<Acc> summarizer;
   Prefetcher prefetcher;
 };
+
+// The states of all blocks.
+template <class Acc, class Params>
+void SummarizeBlocks(NearFarHead<Acc, Params>& head, const FarStates<Acc>& states) {
+  for (int64_t block = 0; block < head.blocks.count(); ++block) {
+    head.LoadBlock(block);
+    ClearState(head.strides, states.Block(block));
+    head.Summarize(block, states.Block(block));
+  }
+}
 
 template <class Acc>
 struct NearFarScratch {
@@ -237,17 +252,12 @@ bool BidirectionalNearFar(NearFarHead<Acc, NearFarParams>& head) {
         states.SetPointers(arena);
       }))
     return false;
-  for (int64_t block = 0; block < blocks.count(); ++block) {
-    head.LoadBlock(block);
-    ClearState(head.strides, states.Block(block));
-    head.Summarize(block, states.Block(block));
-  }
+  SummarizeBlocks(head, states);
   LoadState(LoadedState<Acc>(head.params.initial, head.dims, head.range.sequence, head.range.head),
             head.strides, states.Base());
   states.Start();
   for (int64_t block = 0; block < blocks.count(); ++block) {
-    if (block == 0) head.LoadBlock(0);
-    if (block + 1 < blocks.count()) head.LoadBlock(block + 1);
+    head.LoadNear(block);
     NearFarBlock(head, block, states.At(block), s);
   }
   FinishNearFar(head, states.All());
