@@ -39,7 +39,7 @@ bool IsEmpty(const Strides& strides, const SummaryPartial<Acc>& state) {
   return true;
 }
 
-// Adds blocks of keys to states.
+// Summarizes blocks of keys.
 template <class Acc>
 struct BlockSummarizer {
   Acc *p, *column_max;  // [rows][m_stride], [m_pad]
@@ -50,89 +50,105 @@ struct BlockSummarizer {
     p = arena.Take<Acc>(rows * strides.m_stride);
     column_max = arena.Take<Acc>(strides.m_pad);
   }
+  // Adds `count` keys to a state; sets it to that of the keys if `first`.
   void Add(const Map<Acc>& map, const KeyChunk<Acc>& keys, int64_t count,
-           const ProjectionOperands<Acc, Acc>& projection, const Strides& strides,
+           const ProjectionOperands<Acc, Acc>& projection, const Strides& strides, bool first,
            Prefetcher* prefetcher, const SummaryPartial<Acc>& to) {
-    if (!keys.any) return;
-    for (int64_t j = 0; j < count; j += rows)
+    if (!keys.any) {
+      if (first) ClearState(strides, to);
+      return;
+    }
+    for (int64_t m = 0; first && m < strides.m_pad; ++m) to.anchor[m] = -kInf<Acc>, to.mass[m] = 0;
+    for (int64_t j = 0; j < count; j += rows, first = false)
       AddToSummary<Acc, Acc>(map, {keys.k + j * strides.d_pad, strides.d_pad, 1},
                              {keys.v + j * strides.e_pad, strides.e_pad}, keys.offset + j,
-                             count - j < rows ? count - j : rows, projection, strides, false, p,
+                             count - j < rows ? count - j : rows, projection, strides, first, p,
                              nullptr, column_max, prefetcher, to);
   }
 };
 
 // States of `count` blocks, of which At(c) merges those that lie two blocks or more from block c,
-// and a base, in memory of this class. Suffixes are kept for kGroup blocks at a time.
+// and a base. First the blocks are given from the last to the first, then At is called from the
+// first to the last; the other way round if `reversed`. Suffixes of the blocks after c are kept for
+// kGroup blocks at a time: the memory is little more than that of the blocks.
 template <class Acc>
 class FarStates {
  public:
   static constexpr int64_t kGroup = 8;
 
-  FarStates(const Strides& strides, int64_t count) : strides_(strides), count_(count) {}
+  // The states of the blocks lie in slots [count + 2][SummaryPartial::Size], from slot 2 on; if
+  // `reversed` from slot 0 on. So, as At(c) is the last to need the slot c, reversed states may take
+  // the place of those that they are made from.
+  FarStates(const Strides& strides, int64_t count, bool reversed)
+      : strides_(strides), count_(count), reversed_(reversed) {}
 
   void SetPointers(Arena& arena) {
     const int64_t size = SummaryPartial<Acc>::Size(strides_);
-    blocks_ = arena.Take<Acc>((count_ + 2) * size);
     ends_ = arena.Take<Acc>(CeilDiv(count_, kGroup) * size);
     suffixes_ = arena.Take<Acc>((kGroup + 1) * size);
-    before_ = arena.Take<Acc>(size);
-    merged_ = arena.Take<Acc>(size);
+    for (Acc** state : {&given_, &base_, &merged_}) *state = arena.Take<Acc>(size);
   }
-  // The state of one block, empty at first. Once At(c) has returned, Spare(c) is memory for another
-  // state of block c, which outlives all calls of At.
-  SummaryPartial<Acc> Block(int64_t block) const { return Slot(blocks_, first_ + block); }
-  SummaryPartial<Acc> Spare(int64_t block) const { return Slot(blocks_, block); }
-  // The states of Spare become those of the blocks, for another pass of Start and At.
-  void UseSpares() { first_ = 0; }
-  // The state that all blocks share; to be set before Start.
-  SummaryPartial<Acc> Base() const { return Slot(before_, 0); }
+  void Start(Acc* slots) {
+    slots_ = slots;
+    ClearState(strides_, Slot(given_, 0));
+  }
+  SummaryPartial<Acc> Block(int64_t block) const {
+    return Slot(slots_, reversed_ ? block : block + 2);
+  }
+  // The state that all blocks share, to be set before At is called.
+  SummaryPartial<Acc> Base() const { return Slot(base_, 0); }
 
-  // To be called when the states of all blocks are there.
-  void Start() {
-    const auto running = Slot(merged_, 0);
-    ClearState(strides_, running);
-    int64_t block = count_;
-    for (int64_t group = CeilDiv(count_, kGroup) - 1; group >= 0; --group) {
-      for (const int64_t end = (group + 1) * kGroup + 2; block > end;)
-        MergeSummaries(strides_, running, Block(--block));
-      CopyState(strides_, running, Slot(ends_, group));
-    }
+  // To be called when the state of a block is there.
+  void Give(int64_t block) {
+    const int64_t i = Order(block);
+    MergeSummaries(strides_, Slot(given_, 0), Block(block));
+    if (i >= kGroup + 2 && i % kGroup == 2)
+      CopyState(strides_, Slot(given_, 0), Slot(ends_, i / kGroup - 1));
   }
-  // To be called for c = 0, 1, ... in this order; valid until the next call.
-  SummaryPartial<Acc> At(int64_t c) {
-    if (c % kGroup == 0) StartGroup(c);
-    if (c >= 2) MergeSummaries(strides_, Base(), Block(c - 2));
+  // Valid until the next call.
+  SummaryPartial<Acc> At(int64_t block) {
+    const int64_t i = Order(block);
+    if (i % kGroup == 0) StartGroup(i);
+    if (i >= 2) MergeSummaries(strides_, Base(), InOrder(i - 2));
     const auto merged = Slot(merged_, 0);
-    CopyState(strides_, Base(), merged);
-    MergeSummaries(strides_, merged, Slot(suffixes_, c % kGroup));
+    MergedSummary(strides_, Base(), Slot(suffixes_, i % kGroup), merged);
     return merged;
   }
   // Of the base and all blocks, after the last At.
   SummaryPartial<Acc> All() const {
-    for (int64_t c = count_ > 2 ? count_ - 2 : 0; c < count_; ++c)
-      MergeSummaries(strides_, Base(), Block(c));
+    for (int64_t i = count_ > 2 ? count_ - 2 : 0; i < count_; ++i)
+      MergeSummaries(strides_, Base(), InOrder(i));
     return Base();
   }
 
  private:
+  int64_t Order(int64_t block) const { return reversed_ ? count_ - 1 - block : block; }
+  SummaryPartial<Acc> InOrder(int64_t i) const { return Block(Order(i)); }
   SummaryPartial<Acc> Slot(Acc* base, int64_t i) const {
     return SummaryPartial<Acc>::At(base + i * SummaryPartial<Acc>::Size(strides_), strides_);
   }
-  // suffixes[i]: of the blocks from c + i + 2 on.
-  void StartGroup(int64_t c) {
-    CopyState(strides_, Slot(ends_, c / kGroup), Slot(suffixes_, kGroup));
-    for (int64_t i = kGroup - 1; i >= 0; --i) {
-      CopyState(strides_, Slot(suffixes_, i + 1), Slot(suffixes_, i));
-      if (c + i + 2 < count_) MergeSummaries(strides_, Slot(suffixes_, i), Block(c + i + 2));
+  // suffixes[j]: of the blocks from i + j + 2 on.
+  void StartGroup(int64_t i) {
+    if (i + kGroup + 2 < count_) {
+      CopyState(strides_, Slot(ends_, i / kGroup), Slot(suffixes_, kGroup));
+    } else {
+      ClearState(strides_, Slot(suffixes_, kGroup));
+    }
+    for (int64_t j = kGroup - 1; j >= 0; --j) {
+      if (i + j + 2 < count_) {
+        MergedSummary(strides_, Slot(suffixes_, j + 1), InOrder(i + j + 2), Slot(suffixes_, j));
+      } else {
+        ClearState(strides_, Slot(suffixes_, j));
+      }
     }
   }
 
   const Strides strides_;
   const int64_t count_;
-  int64_t first_ = 2;  // where the state of block 0 lies in blocks_
-  Acc *blocks_ = nullptr, *ends_ = nullptr, *suffixes_ = nullptr;  // states
-  Acc *before_ = nullptr, *merged_ = nullptr;
+  const bool reversed_;
+  Acc* slots_ = nullptr;                       // [count + 2] states
+  Acc *ends_ = nullptr, *suffixes_ = nullptr;  // of whole groups, of one group
+  Acc *given_ = nullptr, *base_ = nullptr, *merged_ = nullptr;
 };
 
 PERFORMER_ISA_END

@@ -54,8 +54,10 @@ struct NearFarHead {
     if (block == 0) LoadBlock(0);
     if (block + 1 < blocks.count()) LoadBlock(block + 1);
   }
-  void Summarize(int64_t block, const SummaryPartial<Acc>& to) {
-    summarizer.Add(map, At(block).keys, At(block).rows, key_projection, strides, &prefetcher, to);
+  // Adds the keys of a block, which has been loaded, to a state; sets it if `first`.
+  void Summarize(int64_t block, bool first, const SummaryPartial<Acc>& to) {
+    summarizer.Add(map, At(block).keys, At(block).rows, key_projection, strides, first, &prefetcher,
+                   to);
   }
   // The near keys of a block of queries, which have been loaded.
   NearKeys<Acc> Near(int64_t block) {
@@ -91,14 +93,16 @@ struct NearFarHead {
   Prefetcher prefetcher;
 };
 
-// The states of all blocks.
+// The states of all blocks, on the initial state as base.
 template <class Acc, class Params>
-void SummarizeBlocks(NearFarHead<Acc, Params>& head, const FarStates<Acc>& states) {
-  for (int64_t block = 0; block < head.blocks.count(); ++block) {
+void SummarizeBlocks(NearFarHead<Acc, Params>& head, FarStates<Acc>& states) {
+  for (int64_t block = head.blocks.count() - 1; block >= 0; --block) {
     head.LoadBlock(block);
-    ClearState(head.strides, states.Block(block));
-    head.Summarize(block, states.Block(block));
+    head.Summarize(block, true, states.Block(block));
+    states.Give(block);
   }
+  LoadState(LoadedState<Acc>(head.params.initial, head.dims, head.range.sequence, head.range.head),
+            head.strides, states.Base());
 }
 
 template <class Acc>
@@ -230,12 +234,12 @@ bool CausalNearFar(NearFarHead<Acc, NearFarParams>& head) {
   LoadState(LoadedState<Acc>(head.params.initial, head.dims, head.range.sequence, head.range.head),
             head.strides, state);
   for (int64_t block = 0; block < blocks.count(); ++block) {
-    if (block >= 2) head.Summarize(block - 2, state);
+    if (block >= 2) head.Summarize(block - 2, false, state);
     head.LoadBlock(block);
     if (blocks.FirstQuery(block) < blocks.End(block)) NearFarBlock(head, block, state, s);
   }
   if (blocks.FinalBlocks() == blocks.count() - 1 && blocks.count() > 1)
-    head.Summarize(blocks.count() - 2, state);
+    head.Summarize(blocks.count() - 2, false, state);
   FinishNearFar(head, state);
   return true;
 }
@@ -245,17 +249,17 @@ bool BidirectionalNearFar(NearFarHead<Acc, NearFarParams>& head) {
   const Blocks& blocks = head.blocks;
   Arena arena;
   NearFarScratch<Acc> s;
-  FarStates<Acc> states(head.strides, blocks.count());
+  FarStates<Acc> states(head.strides, blocks.count(), false);
+  Acc* slots;
   if (!arena.Allocate([&] {
         head.SetPointers(arena, false);
         s.SetPointers(arena, head.strides, blocks, head.NearBlocks());
         states.SetPointers(arena);
+        slots = arena.Take<Acc>((blocks.count() + 2) * SummaryPartial<Acc>::Size(head.strides));
       }))
     return false;
+  states.Start(slots);
   SummarizeBlocks(head, states);
-  LoadState(LoadedState<Acc>(head.params.initial, head.dims, head.range.sequence, head.range.head),
-            head.strides, states.Base());
-  states.Start();
   for (int64_t block = 0; block < blocks.count(); ++block) {
     head.LoadNear(block);
     NearFarBlock(head, block, states.At(block), s);

@@ -105,14 +105,14 @@ bool CausalNearFarGrad(NearFarGradient<Acc>& gradient) {
   const auto state = SummaryPartial<Acc>::At(forward_memory, strides);
   LoadState(gradient.initial, strides, state);
   for (int64_t block = 0; block < count; ++block) {
-    if (block >= 2) gradient.Summarize(block - 2, state);
+    if (block >= 2) gradient.Summarize(block - 2, false, state);
     for (int64_t m = 0; m < strides.m_pad; ++m)
       anchors[block * strides.m_pad + m] = state.anchor[m];
     gradient.LoadBlock(block);
     if (blocks.FirstQuery(block) < blocks.End(block))
       QueryGradients<Acc>(gradient, block, state, nullptr);
   }
-  if (blocks.FinalBlocks() == count - 1 && count > 1) gradient.Summarize(count - 2, state);
+  if (blocks.FinalBlocks() == count - 1 && count > 1) gradient.Summarize(count - 2, false, state);
 
   gradient.prefetcher = Prefetcher(true);
   const auto reverse = SummaryPartial<Acc>::At(reverse_memory, strides);
@@ -131,38 +131,36 @@ bool CausalNearFarGrad(NearFarGradient<Acc>& gradient) {
 template <class Acc>
 bool BidirectionalNearFarGrad(NearFarGradient<Acc>& gradient) {
   const Strides& strides = gradient.strides;
-  const Blocks& blocks = gradient.blocks;
-  const int64_t count = blocks.count();
+  const int64_t count = gradient.blocks.count();
   Arena arena;
-  FarStates<Acc> states(strides, count);
-  Acc* memory;
+  FarStates<Acc> states(strides, count, false), reverse_states(strides, count, true);
+  Acc* slots;
   if (!arena.Allocate([&] {
         gradient.SetPointers(arena);
         states.SetPointers(arena);
-        memory = arena.Take<Acc>(SummaryPartial<Acc>::Size(strides));
+        reverse_states.SetPointers(arena);
+        slots = arena.Take<Acc>((count + 2) * SummaryPartial<Acc>::Size(strides));
       }))
     return false;
   gradient.Start();
+  states.Start(slots);
+  reverse_states.Start(slots);
   SummarizeBlocks(gradient, states);
-  LoadState(gradient.initial, strides, states.Base());
-  states.Start();
   for (int64_t block = 0; block < count; ++block) {
     gradient.LoadNear(block);
-    const auto state = states.At(block), reverse = states.Spare(block);
+    const auto state = states.At(block), reverse = reverse_states.Block(block);
     ClearState(strides, reverse);
     MirrorAnchors(strides, state.anchor, reverse.anchor);
     QueryGradients(gradient, block, state, &reverse);
+    reverse_states.Give(block);
   }
-  const auto final_gradient = SummaryPartial<Acc>::At(memory, strides);
-  StartReverseState(gradient, states.All(), final_gradient);
-  CopyState(strides, final_gradient, states.Base());
-  states.UseSpares();
-  states.Start();
-  for (int64_t block = 0; block < count; ++block) {
-    const auto reverse = states.At(block);
+  StartReverseState(gradient, states.All(), reverse_states.Base());
+  gradient.prefetcher = Prefetcher(true);
+  for (int64_t block = count - 1; block >= 0; --block) {
+    const auto reverse = reverse_states.At(block);
     KeyGradientsOfBlock(gradient, block, &reverse);
   }
-  StoreInitialGradient(gradient, states.All());
+  StoreInitialGradient(gradient, reverse_states.All());
   return true;
 }
 
