@@ -39,11 +39,11 @@ def make_model(**options):
 )
 def test_redraws(every, unit, draws):
     model, seen = make_model(), []
-    draw = model.get_layer("second").draw
+    draw = model.get_layer("second").redraws
     watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(int(draw)))
     redraws = callbacks.RedrawProjections(every, unit)
     model.fit(X, X, batch_size=2, epochs=4, verbose=0, callbacks=[redraws, watch])
-    assert seen == draws and model.get_layer("first").draw == draws[-1]
+    assert seen == draws and model.get_layer("first").redraws == draws[-1]
     # Draw number n is the same whoever asks for it.
     again = make_model()
     for _ in range(draws[-1]):
@@ -87,10 +87,12 @@ def test_error_and_draws_are_logged(tmp_path):
     model.fit(X, X, batch_size=2, epochs=3, verbose=0, callbacks=[logger])
     found = scalars(tmp_path)
     assert set(found) == {
-        f"performer/{layer}/{what}" for layer in ("first", "second") for what in ("error", "draw")
+        f"performer/{layer}/{what}"
+        for layer in ("first", "second")
+        for what in ("error", "redraws")
     }
     # 4 calls an epoch, 4 by each draw.
-    assert found["performer/second/draw"] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert found["performer/second/redraws"] == [(0, 0.0), (1, 1.0), (2, 2.0)]
     errors = [error for _, error in found["performer/second/error"]]
     assert len(set(errors)) == 3 and all(0 < error < 3 for error in errors)
 

@@ -39,6 +39,7 @@ if _find_spec("tensorflow") is not None:
         empty_state,
         favor_attention,
         merge,
+        merge_outputs,
         read,
         summarize,
     )
@@ -60,6 +61,7 @@ if _find_spec("tensorflow") is not None:
         "feature_maps",
         "generate",
         "merge",
+        "merge_outputs",
         "orthogonal_projection",
         "read",
         "summarize",

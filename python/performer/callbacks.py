@@ -97,7 +97,7 @@ class LogApproximation(keras.callbacks.Callback):
 
     - `performer/<layer>/error`: distance of the estimated attention weights to those of softmax,
       relative to the distance of uniform weights: 0 is exact, 1 is no better than not to look.
-    - `performer/<layer>/draw`: how often its projection has been redrawn.
+    - `performer/<layer>/redraws`: how often its projection has been redrawn.
 
     The weights are those of the queries and keys that the layer gets when the model is called on
     the sample, without masks; see `performer.diagnostics.approximation_error`. The call is one of
@@ -140,20 +140,21 @@ class LogApproximation(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Writes the scalars of an epoch."""
         with self._writer.as_default(step=epoch):
-            for name, error, draw in self.measure():
+            for name, error, redraws in self.measure():
                 _write_scalar(f"performer/{name}/error", error)
-                _write_scalar(f"performer/{name}/draw", draw)
+                _write_scalar(f"performer/{name}/redraws", redraws)
         self._writer.flush()
 
     def measure(self) -> list[tuple[str, float, int]]:
-        """Name, error and draw of every linear layer that the model calls, as it is now."""
+        """Name, error and redraws of every linear layer that the model calls, as it is now."""
         found: list[tuple] = []
         with contextlib.ExitStack() as stack:
             for layer in linear_layers(self.model):
                 stack.enter_context(_heads_of_calls(layer, self._positions, found))
             self.model(self._sample, training=False)
         return [
-            (layer.name, _error(layer, query, key), int(layer.draw)) for layer, query, key in found
+            (layer.name, _error(layer, query, key), int(layer.redraws))
+            for layer, query, key in found
         ]
 
     def on_train_end(self, logs=None):

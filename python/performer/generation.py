@@ -70,7 +70,8 @@ def generate(
         ValueError: an argument outside its range, an empty prompt, `return_state` with prompts of
             different lengths or an `end_token`.
         TypeError: a prompt that does not hold integers.
-        tf.errors.InvalidArgumentError: the model's logits are NaN; a state that does not fit.
+        tf.errors.InvalidArgumentError: the model's logits are NaN, or +inf, or -inf for all tokens
+            (-inf for some excludes these); a state that does not fit.
 
     Example:
 
@@ -85,6 +86,11 @@ def generate(
     rows, single = _rows(prompt)
     lengths = np.array([len(row) for row in rows], np.int32)
     count = check_size("max_new_tokens", max_new_tokens)
+    if count + lengths.max() >= 2**31:
+        raise ValueError(
+            "`max_new_tokens` and the longest prompt must have fewer than 2**31 tokens together. "
+            f"Received: max_new_tokens={count} and a prompt of {lengths.max()}"
+        )
     temperature = float(np.float32(_number("temperature", temperature, low=0, high=_MAX_FLOAT32)))
     top_k = None if top_k is None else check_size("top_k", top_k)
     top_p = None if top_p is None else _number("top_p", top_p, low=0, high=1)
@@ -185,11 +191,18 @@ def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
         logits, state = read(last[:, tf.newaxis], state)
         logits = tf.cast(logits[:, -1], tf.float32)
         position = shortest + index
+        largest = tf.reduce_max(logits, -1, keepdims=True)  # NaN if one of them is
         check = tf.debugging.Assert(
-            tf.reduce_all(logits == logits), ["the model's logits are NaN before token", position]
+            tf.reduce_all(tf.math.is_finite(largest)) & tf.reduce_all(logits == logits),
+            [
+                "the model's logits are NaN or infinite (a -inf excludes a token, but not all of "
+                "them) before token",
+                position,
+            ],
         )
         with tf.control_dependencies([check]):
-            scaled = logits / tf.where(temperature > 0, temperature, 1.0)
+            # The likeliest token stays at 0, where a low temperature would make an infinity of it.
+            scaled = (logits - largest) / tf.where(temperature > 0, temperature, 1.0)
         new = sample(scaled, tf.stack([seed, tf.cast(position, tf.int64)]))
         given = position < lengths  # a longer prompt says what comes here
         new = tf.where(

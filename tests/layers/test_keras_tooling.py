@@ -40,7 +40,7 @@ def test_layer_test_of_keras(case):
         init_kwargs={**OPTIONS, **options},
         input_shape={"query_shape": (2, 8, 16), "value_shape": (2, 4, 16)},
         expected_output_shape=(2, 8, 16),
-        expected_num_non_trainable_weights=4,  # projection, draw, calls, base_seed
+        expected_num_non_trainable_weights=5,  # fingerprint, projection, redraws, calls, base_seed
         expected_num_losses=0,
         supports_masking=True,
         run_training_check=False,  # its model calls the layer with a dict

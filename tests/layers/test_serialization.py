@@ -62,7 +62,7 @@ def trained(data):
     model = make_model()
     for _ in range(3):
         model(data, training=True)
-    assert model.get_layer("attention").draw == 1
+    assert model.get_layer("attention").redraws == 1
     return model
 
 
@@ -108,7 +108,7 @@ def test_weights_of_the_parent_come_first(trained):
     assert paths[: len(exact.weights)] == [w.path for w in exact.weights]
     assert paths[len(exact.weights) :] == [
         f"attention/random_projection/{name}"
-        for name in ("projection", "draw", "calls", "base_seed")
+        for name in ("fingerprint", "projection", "redraws", "calls", "base_seed")
     ]
 
 
@@ -128,7 +128,7 @@ def test_weights_file_restores_the_schedule_too(trained, saved, data):
     for model in (restored, reference):
         for _ in range(2):
             model(data, training=True)
-        assert model.get_layer("attention").draw == 2
+        assert model.get_layer("attention").redraws == 2
     # The seed is a weight: what is drawn next does not depend on the configuration's seed.
     np.testing.assert_array_equal(restored(data), reference(data))
 
@@ -142,7 +142,7 @@ def test_checkpoint(trained, saved, data):
     model = make_model(seed=78)
     tf.train.Checkpoint(model=model).read(str(saved / "checkpoint")).assert_consumed()
     np.testing.assert_array_equal(model(data), trained(data))
-    assert model.get_layer("attention").draw == 1
+    assert model.get_layer("attention").redraws == 1
 
 
 def test_clone(trained, data):

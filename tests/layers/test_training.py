@@ -28,7 +28,7 @@ def draws_of_training(layer, calls, call=None):
     used = []
     for _ in range(calls):
         (call or layer)(x, x, training=True)
-        used.append((layer.projection.numpy(), int(layer.draw)))
+        used.append((layer.projection.numpy(), int(layer.redraws)))
     return used
 
 
@@ -44,7 +44,7 @@ def test_redraw_schedule(graph):
     before = layer(x, x)
     for _ in range(7):
         np.testing.assert_array_equal(layer(x, x, training=False), before)
-    assert layer.draw == 2
+    assert layer.redraws == 2
 
     # The same seed draws the same sequence, eagerly and in graphs.
     again = draws_of_training(linear(redraw_interval=3), 8)
@@ -58,14 +58,14 @@ def test_no_schedule_no_redraw():
     layer = linear()
     used = draws_of_training(layer, 4)
     assert all(np.array_equal(projection, used[0][0]) for projection, _ in used)
-    assert layer.draw == 0
+    assert layer.redraws == 0
 
 
 def test_redraw_by_hand_restarts_the_count():
     layer = linear(redraw_interval=2)
     first = draws_of_training(layer, 1)[0][0]
     layer.redraw()
-    assert layer.draw == 1 and not np.array_equal(layer.projection, first)
+    assert layer.redraws == 1 and not np.array_equal(layer.projection, first)
     assert [draw for _, draw in draws_of_training(layer, 3)] == [1, 1, 2]
 
 
@@ -87,7 +87,7 @@ def test_schedule_under_xla_draws_what_it_draws_without():
         projection = RandomProjection(6, 4, scaling=1, seed=5, redraw_interval=2)
         projection.build()
         step = tf.function(lambda: projection.current(training=True), jit_compile=jit_compile)
-        return [step().numpy() for _ in range(5)], int(projection.draw)
+        return [step()[0].numpy() for _ in range(5)], int(projection.redraws)
 
     (compiled, draw), (plain, _) = used(True), used(False)
     assert draw == 2
@@ -108,7 +108,7 @@ def test_schedule_in_a_stateless_scope():
         )
     names = [v.path for v in layer.non_trainable_variables]
     after = dict(zip(names, variables, strict=True))
-    assert after[layer.draw.path] == 2 and layer.draw == 0
+    assert after[layer.redraws.path] == 2 and layer.redraws == 0
 
 
 @pytest.mark.parametrize("scaling", [0, 1])
@@ -198,7 +198,7 @@ def test_fit(eager):
     x = normal(8, 6, 8)
     history = model.fit(x, x[..., :1], batch_size=4, epochs=2, verbose=0).history["loss"]
     assert history[-1] < history[0]
-    assert layer.draw == 1  # 4 training calls, 2 by each draw
+    assert layer.redraws == 1  # 4 training calls, 2 by each draw
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_dtype_policies(policy, bound):
     assert output.dtype == layer.compute_dtype == layer(keras.Input((6, 8)), x).dtype
     error = np.sqrt(np.mean((np.asarray(output, "float64") - expected) ** 2))
     assert error < bound * np.sqrt(np.mean(expected**2))
-    assert layer.projection.dtype == "float32" and layer.draw.dtype == "int64"
+    assert layer.projection.dtype == "float32" and layer.redraws.dtype == "int64"
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(layer(x, x, training=True, use_causal_mask=True))
     assert all(g is not None for g in tape.gradient(loss, layer.trainable_weights))

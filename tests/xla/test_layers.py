@@ -51,7 +51,7 @@ def test_compiled_training_is_the_training_without(tmp_path):
     plain, plain_losses, plain_loss, plain_predictions = trained(False)
     model, losses, loss, predictions = trained(True)
     # Six calls, two by each draw.
-    assert int(model.attention.draw) == int(plain.attention.draw) == 2
+    assert int(model.attention.redraws) == int(plain.attention.redraws) == 2
     np.testing.assert_allclose(model.attention.projection, plain.attention.projection, rtol=1e-6)
     np.testing.assert_allclose(losses, plain_losses, rtol=1e-4)
     np.testing.assert_allclose(loss, plain_loss, rtol=1e-4)

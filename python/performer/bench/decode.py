@@ -42,7 +42,7 @@ def measure(features: int, dim: int, heads: int = 8, rounds: int = 5) -> dict:
         )
 
     def identity(query, key, value, projection, state):
-        return tf.identity(value), ops.AttentionState(*map(tf.identity, state))
+        return tf.identity(value), tf.nest.map_structure(tf.identity, state)
 
     def called(body):
         function = tf.function(body, autograph=False)

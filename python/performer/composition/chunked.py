@@ -80,7 +80,7 @@ def _within(a, b, v, size):
     return weight, out
 
 
-def _carried(ends, initial, starts=None, first=None):
+def carried(ends, initial, starts=None, first=None):
     """States after each of K chunks.
 
     Args:
@@ -114,7 +114,8 @@ def _before(after, initial):
 def _attend_in_chunks(a, b, v, log_mass, mean):
     """Causal attention inside each of X chunks, and to the state before it.
 
-    a [X, C, R, M], b [X, C, M], v [X, C, E], state [X, M], [X, M, E] to [X, C, R, E].
+    a [X, C, R, M], b [X, C, M], v [X, C, E], state [X, M], [X, M, E] to log weights [X, C, R] and
+    averages [X, C, R, E].
     """
     chunks, size, repeats, features = dims(a)
     queries = tf.reshape(a, [chunks, size * repeats, features])
@@ -122,7 +123,7 @@ def _attend_in_chunks(a, b, v, log_mass, mean):
     past_weight = tf.reshape(past_weight, [chunks, size, repeats])
     past = tf.reshape(past, [chunks, size, repeats, dims(v)[-1]])
     weight, out = _within(a, b, v, size)
-    return logsumexp.merge(weight, out, past_weight, past)[1]
+    return logsumexp.merge(weight, out, past_weight, past)
 
 
 def _swapped(x):
@@ -138,7 +139,8 @@ def attend_causally(a, b, v, log_mass, mean):
         log_mass, mean: [1|B, G, M], [1|B, G, M, E].
 
     Returns:
-        out [B, G, L, R, E], log_mass [B, G, M], mean [B, G, M, E] after the last row.
+        log weights of what is seen [B, G, L, R], out [B, G, L, R, E]; log_mass [B, G, M] and mean
+        [B, G, M, E] after the last row.
     """
     batch, groups, length, repeats, _ = dims(a)
     size = chunk_rows(length)
@@ -162,10 +164,11 @@ def attend_causally(a, b, v, log_mass, mean):
     a, b, v = in_chunks(a, 0), in_chunks(b, logsumexp.NONE), in_chunks(v, 0)
     initial = [tf.broadcast_to(x, [batch, *dims(x)[1:]]) for x in (log_mass, mean)]
     initial = [tf.reshape(x, [heads, *dims(x)[2:]]) for x in initial]
-    after = _carried([chunks_first(x) for x in state_of_keys(b, v)], initial)
-    out = _attend_in_chunks(a, b, v, *(chunks_last(x) for x in _before(after, initial)))
+    after = carried([chunks_first(x) for x in state_of_keys(b, v)], initial)
+    weight, out = _attend_in_chunks(a, b, v, *(chunks_last(x) for x in _before(after, initial)))
+    weight = tf.reshape(weight, [batch, groups, rows, repeats])[:, :, :length]
     out = tf.reshape(out, [batch, groups, rows, repeats, dims(v)[-1]])[:, :, :length]
-    return out, *(tf.reshape(x[-1], [batch, groups, *dims(x)[2:]]) for x in after)
+    return weight, out, *(tf.reshape(x[-1], [batch, groups, *dims(x)[2:]]) for x in after)
 
 
 def attend_causally_in_blocks(a, b, v, log_mass, mean, first):
@@ -177,14 +180,17 @@ def attend_causally_in_blocks(a, b, v, log_mass, mean, first):
         first: bool [K], whether the block is the first of its sequence.
 
     Returns:
-        out [K, G, C, R, E], and log_mass [K, G, M], mean [K, G, M, E] after each block.
+        log weights of what is seen [K, G, C, R], out [K, G, C, R, E]; log_mass [K, G, M] and mean
+        [K, G, M, E] after each block.
     """
     starts = [log_mass, mean]
     zeros = [tf.zeros_like(x[0]) for x in starts]
-    after = _carried(state_of_keys(b, v), zeros, starts, first)
+    after = carried(state_of_keys(b, v), zeros, starts, first)
     before = [
         tf.where(tf.reshape(first, [-1] + [1] * (len(start.shape) - 1)), start, past)
         for start, past in zip(starts, _before(after, zeros), strict=True)
     ]
     flat = [tf.reshape(x, [-1, *dims(x)[2:]]) for x in (a, b, v, *before)]
-    return tf.reshape(_attend_in_chunks(*flat), [*dims(a)[:4], dims(v)[-1]]), *after
+    weight, out = _attend_in_chunks(*flat)
+    sizes = dims(a)[:4]
+    return tf.reshape(weight, sizes), tf.reshape(out, [*sizes, dims(v)[-1]]), *after

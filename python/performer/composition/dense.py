@@ -8,7 +8,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer.composition import logsumexp
-from performer.composition.log_features import key_features, query_features
+from performer.composition.log_features import key_features, query_features, scale_for
 from performer.shapes import dims
 
 # Smallest sum of products that float64 still holds to full precision, as a logarithm, and how near
@@ -28,6 +28,8 @@ def attend(
     *,
     mask=None,
     dropped_keys=None,
+    near=None,
+    query_norm=True,
     feature_map,
     scale,
     key_norm,
@@ -38,6 +40,10 @@ def attend(
     Args:
         mask: bool [1|B, 1|H, L, S], True: the query attends to the key. None: all do.
         dropped_keys: bool [B, G, S], or None. Keys that count in the weights, not in the output.
+        near: bool [1|B, 1|G, 1|L, S], or None. Pairs of which the weight is exact, exp(scale
+            query.key + key_bias), and with which those of all others have to be comparable: then a
+            has the norm of the query (with `query_norm`) and the number of features, as in
+            `windowed`.
         others: as the operators' inputs and attributes.
     """
     batch, length, heads, _ = dims(query)
@@ -50,9 +56,12 @@ def attend(
     poisoned = ~numbers & (key_bias > logsumexp.NONE)
     key_bias = tf.where(numbers, key_bias, logsumexp.NONE)
 
-    a = query_features(
-        query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
-    )
+    if near is not None:
+        features = tf.cast(tf.shape(query_projection)[1], feature_bias.dtype)
+        feature_bias = feature_bias - tf.math.log(features)
+    of_map = feature_map, scale, feature_epsilon
+    with_norm = near is not None and query_norm
+    a = query_features(query, query_projection, feature_bias, groups, *of_map, norm=with_norm)
     b, values = key_features(
         key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
     )
@@ -61,6 +70,9 @@ def attend(
     if mask is not None:
         visible = _grouped(mask, groups, repeats)
     log_weights = _log_products(a, b[:, :, None], visible)
+    if near is not None:
+        exact = _exact_logits(query, key, key_bias, groups, scale, b.dtype)
+        log_weights = tf.where(near[:, :, None], tf.cast(exact, tf.float64), log_weights)
 
     weights = kept = _softmax(log_weights, visible, poisoned, values.dtype)
     if dropped_keys is not None:
@@ -71,6 +83,20 @@ def attend(
     output = tf.transpose(output, [0, 2, 1, 3])
     weights = tf.reshape(weights, [batch, heads, length, keys])
     return tf.cast(output, query.dtype), tf.cast(weights, query.dtype)
+
+
+def _exact_logits(query, key, key_bias, groups, scale, dtype):
+    """scale query.key + key_bias [B, G, R, L, S]; -inf for masked keys, whatever they hold."""
+    batch, length, heads, dim = dims(query)
+    masked = tf.equal(key_bias, logsumexp.NONE)
+    zero = tf.zeros([], dtype)
+    key = tf.where(masked[..., None], zero, tf.transpose(tf.cast(key, dtype), [0, 2, 1, 3]))
+    query = tf.reshape(tf.cast(query, dtype), [batch, length, groups, heads // groups, dim])
+    query = tf.reshape(tf.transpose(query, [0, 2, 3, 1, 4]), [batch, groups, -1, dim])
+    logits = tf.matmul(query, key, transpose_b=True) * scale_for(scale, "softmax", dim, dtype)
+    logits += tf.where(masked, zero, key_bias)[:, :, None]
+    logits = tf.where(masked[:, :, None], tf.constant(logsumexp.NONE, dtype), logits)
+    return tf.reshape(logits, [batch, groups, heads // groups, length, dims(key)[2]])
 
 
 def _softmax(log_weights, visible, poisoned, dtype):

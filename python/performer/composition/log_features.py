@@ -40,18 +40,26 @@ def _products(x, projection):
     return tf.matmul(x, projection, transpose_b=True)
 
 
+def _attribute(value, dtype):
+    """A number of the precision of an operator's attribute, which is float32."""
+    return value if tf.is_tensor(value) else tf.cast(tf.constant(value, tf.float32), dtype)
+
+
+def scale_for(scale, feature_map, dim, dtype):
+    """The factor of query.key that the attribute `scale` means, for key dimension `dim`."""
+    if not scale:
+        scale = tf.cast(dim, dtype) ** -0.5 if feature_map == "softmax" else 1.0
+    return _attribute(scale, dtype)
+
+
 def _log_features(x, projection, feature_map, scale, feature_epsilon, norm):
     """x [..., rows, D] and projection [..., M, D] to log-features without bias [..., rows, M].
 
     feature_map is a name, or a function from sqrt(scale) w.x to its log-feature. `norm` subtracts
     scale |x|^2 / 2 (softmax only).
     """
-    if not scale:
-        scale = tf.cast(dims(x)[-1], x.dtype) ** -0.5 if feature_map == "softmax" else 1.0
-    scale, feature_epsilon = (
-        value if tf.is_tensor(value) else tf.cast(tf.constant(value, tf.float32), x.dtype)
-        for value in (scale, feature_epsilon)  # attributes of operators are float32
-    )
+    scale = scale_for(scale, feature_map, dims(x)[-1], x.dtype)
+    feature_epsilon = _attribute(feature_epsilon, x.dtype)
     u = _products(x, projection) * tf.sqrt(scale)
     if feature_map == "softmax":
         return u - scale / 2 * tf.reduce_sum(x * x, -1, keepdims=True) if norm else u
@@ -63,7 +71,9 @@ def _log_features(x, projection, feature_map, scale, feature_epsilon, norm):
     return feature_map(u)
 
 
-def query_features(query, projection, feature_bias, groups, feature_map, scale, feature_epsilon):
+def query_features(
+    query, projection, feature_bias, groups, feature_map, scale, feature_epsilon, norm=False
+):
     """Log-features of the queries.
 
     Args:
@@ -72,6 +82,7 @@ def query_features(query, projection, feature_bias, groups, feature_map, scale, 
         feature_bias: U[1|G|H, M].
         groups: G.
         feature_map, scale, feature_epsilon: as the operators, or a function as feature_map.
+        norm: subtract scale |query|^2 / 2 (softmax only), which cancels in a softmax over features.
 
     Returns:
         a U[B, G, L, R, M].
@@ -87,7 +98,7 @@ def query_features(query, projection, feature_bias, groups, feature_map, scale, 
         return tf.reshape(x, [outer, first // outer, *rest])
 
     projection = per_head(_rounded(projection, query_dtype))
-    features = _log_features(query, projection, feature_map, scale, feature_epsilon, norm=False)
+    features = _log_features(query, projection, feature_map, scale, feature_epsilon, norm)
     return tf.transpose(features + per_head(feature_bias)[..., None, :], [0, 1, 3, 2, 4])
 
 

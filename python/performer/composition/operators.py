@@ -63,6 +63,13 @@ def _to_heads(out, dtype):
     return tf.cast(tf.reshape(out, [batch, length, groups * repeats, dim]), dtype)
 
 
+def _log_weight_of_heads(weight, blocks=None):
+    """[B, G, L, R] to [B, L, H], or of packed blocks to [1, S, H]: -inf on rows of no sequence."""
+    batch, groups, length, repeats = dims(weight)
+    weight = tf.reshape(tf.transpose(weight, [0, 2, 1, 3]), [batch, length, groups * repeats])
+    return weight if blocks is None else blocks.unpack(weight, logsumexp.NONE)
+
+
 @tf.autograph.experimental.do_not_convert
 def summarize(
     *,
@@ -116,6 +123,7 @@ def read(
     scale=0.0,
     feature_epsilon=1e-3,
     packed=False,
+    return_log_weight=False,
     name=None,
 ):
     """`Performer>Read`: attention of query T[B, L, H, D] to the keys of a state.
@@ -125,6 +133,8 @@ def read(
         feature_bias: U[1|G|H, M].
         log_mass, mean: U[N, G, M], U[N, G, M, E].
         offsets, and the attributes: as `summarize`.
+        return_log_weight: also return the log of the sum over the features of exp(a + log_mass),
+            U[B, L, H], which the operator does not; -inf where out is 0.
 
     Returns:
         out T[B, L, H, E]; 0 where the state is empty and on rows outside every sequence.
@@ -140,11 +150,15 @@ def read(
             query, query_projection, feature_bias, groups, feature_map, scale, feature_epsilon
         )
         batch, groups, rows, repeats, features = dims(a)
-        _, out = attend_to_state(
+        weight, out = attend_to_state(
             tf.reshape(a, [batch, groups, rows * repeats, features]), log_mass, mean
         )
         out = _to_heads(tf.reshape(out, [batch, groups, rows, repeats, dims(mean)[-1]]), dtype)
-        return blocks.unpack(out) if packed else out
+        out = blocks.unpack(out) if packed else out
+        if not return_log_weight:
+            return out
+        weight = tf.reshape(weight, [batch, groups, rows, repeats])
+        return out, _log_weight_of_heads(weight, blocks if packed else None)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -165,6 +179,7 @@ def causal(
     key_norm=True,
     feature_epsilon=1e-3,
     packed=False,
+    return_log_weight=False,
     name=None,
 ):
     """`Performer>Causal`: query i attends to keys 0 to i and to the keys of the initial state.
@@ -172,7 +187,7 @@ def causal(
     Args:
         query, key, value: T[B, L, H, D], T[B, L, G, D], T[B, L, G, E].
         initial_log_mass, initial_mean: U[1|N, G, M], U[1|N, G, M, E]; (-inf, 0) for none.
-        others: as `summarize` and `read`.
+        others: as `summarize` and `read`; with `return_log_weight` it comes after out.
 
     Returns:
         out T[B, L, H, E], and the state after the last row: log_mass U[N, G, M] and
@@ -192,12 +207,15 @@ def causal(
             key, value, key_projection, key_bias, feature_map, scale, key_norm, feature_epsilon
         )
         if not packed:
-            out, log_mass, mean = attend_causally(a, b, v, *initial)
-            return _to_heads(out, dtype), log_mass, mean
+            weight, out, *after = attend_causally(a, b, v, *initial)
+            weights = [_log_weight_of_heads(weight)] if return_log_weight else []
+            return _to_heads(out, dtype), *weights, *after
         log_mass, mean = (tf.broadcast_to(x, [sequences, *dims(x)[1:]]) for x in initial)
         log_mass_starts, mean_starts = (
             gather_or_zero(x, blocks.sequence) for x in (log_mass, mean)
         )
-        out, *after = attend_causally_in_blocks(a, b, v, log_mass_starts, mean_starts, blocks.first)
+        starts = log_mass_starts, mean_starts
+        weight, out, *after = attend_causally_in_blocks(a, b, v, *starts, blocks.first)
+        weights = [_log_weight_of_heads(weight, blocks)] if return_log_weight else []
         ends = map(blocks.of_last_block, after, (log_mass, mean))
-        return blocks.unpack(_to_heads(out, dtype)), *ends
+        return blocks.unpack(_to_heads(out, dtype)), *weights, *ends

@@ -34,11 +34,11 @@ class PackedBlocks(NamedTuple):
         """x [1, S, ...] to [K, C, ...]; what fills blocks up is 0."""
         return gather_or_zero(x[0], self.rows)
 
-    def unpack(self, x: tf.Tensor) -> tf.Tensor:
-        """x [K, C, ...] to [1, S, ...], the inverse of `pack`; rows of no sequence are 0."""
+    def unpack(self, x: tf.Tensor, fill: float = 0) -> tf.Tensor:
+        """x [K, C, ...] to [1, S, ...], the inverse of `pack`; rows of no sequence are `fill`."""
         flat = tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0))
         flat = tf.ensure_shape(flat, [None, *x.shape[2:]])
-        return gather_or_zero(flat, self.position)[None]
+        return gather_or_zero(flat, self.position, fill)[None]
 
     def of_last_block(self, x: tf.Tensor, otherwise: tf.Tensor) -> tf.Tensor:
         """x [K, ...] to [N, ...], of each sequence's last block; `otherwise` for empty ones."""
@@ -79,9 +79,10 @@ def packed_blocks(offsets: tf.Tensor, length: tf.Tensor | int, size: int) -> Pac
     )
 
 
-def gather_or_zero(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """Entries of x [X, ...] along its first axis; 0 where the index is X."""
-    return tf.gather(tf.pad(x, [[0, 1]] + [[0, 0]] * (len(x.shape) - 1)), index)
+def gather_or_zero(x: tf.Tensor, index: tf.Tensor, fill: float = 0) -> tf.Tensor:
+    """Entries of x [X, ...] along its first axis; 0, or `fill`, where the index is X."""
+    padding = [[0, 1]] + [[0, 0]] * (len(x.shape) - 1)
+    return tf.gather(tf.pad(x, padding, constant_values=fill), index)
 
 
 def run_starts(ids: tf.Tensor) -> tf.Tensor:

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
+from performer import checks
 from performer.ops.dense import dense_attention
 
 
@@ -29,7 +30,8 @@ def approximation_error(query, key, projection, *, scale=None, **options) -> tf.
             in `favor_attention`.
 
     Returns:
-        float64 scalar; where softmax is uniform itself, 0 if it is met to rounding, else inf.
+        float64 scalar; where softmax is uniform itself, 0 if it is met to rounding, else inf; NaN
+            where an entry of query or key is NaN or infinite.
 
     Raises:
         ValueError, TypeError: An argument breaks its rule, as in `favor_attention`.
@@ -46,17 +48,21 @@ def approximation_error(query, key, projection, *, scale=None, **options) -> tf.
     >>> bool(diagnostics.approximation_error(q, k, few) > 0.5)
     True
     """
-    query, key = tf.convert_to_tensor(query), tf.convert_to_tensor(key)
-    if scale is None and options.get("feature_map", "softmax") == "softmax":
-        scale = query.shape[-1] ** -0.5
+    query, key = checks.tensor("query", query), checks.tensor("key", key)
+    default = max(query.shape[-1] or 1, 1) ** -0.5 if query.shape.rank else 1.0
+    named = options.get("feature_map", "softmax")
+    if scale is None and isinstance(named, str) and named == "softmax":
+        scale = default
     _, estimate = dense_attention(query, key, key, projection, scale=scale, **options)
     estimate, q, k = (tf.cast(x, tf.float64) for x in (estimate, query, key))
     k = tf.repeat(k, q.shape[2] // k.shape[2], 2)
-    scores = tf.einsum("blhd,bshd->bhls", q, k) * (scale or q.shape[-1] ** -0.5)
+    scores = tf.einsum("blhd,bshd->bhls", q, k) * (default if scale is None else scale)
     exact = tf.nn.softmax(scores)
     uniform = 1 / tf.cast(tf.shape(exact)[-1], tf.float64)
     distance, unit = tf.norm(estimate - exact), tf.norm(uniform - exact)
     # What the weights' own rounding may make of a softmax that is uniform.
     rounding = 2 * ml_dtypes.finfo(query.dtype.as_numpy_dtype).eps * tf.norm(exact)
     if_uniform = tf.where(distance > rounding, tf.constant(np.inf, tf.float64), 0.0)
-    return tf.where(unit > 0, tf.math.divide_no_nan(distance, unit), if_uniform)
+    error = tf.where(unit > 0, tf.math.divide_no_nan(distance, unit), if_uniform)
+    # No comparison above holds for NaN.
+    return tf.where(tf.math.is_nan(distance + unit), tf.constant(np.nan, tf.float64), error)

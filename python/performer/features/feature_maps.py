@@ -40,6 +40,11 @@ class FeatureMap:
         key_norm: whether "softmax" adds -scale |key|^2 / 2 to b; without it `key_bias` may hold
             another norm.
         feature_epsilon: of "relu".
+        query_norm: whether, with `exact_window`, "softmax" subtracts scale |query|^2 / 2 from a.
+            There, sum_m exp(a + b) / M has to be an estimate of exp(scale query . key) with all of
+            its factors, also those that are the same for all keys or all features and cancel
+            otherwise: put them into `feature_bias`. A map with a norm of its own in `key_bias`
+            cannot have a window, because biases of keys count in the exact part too.
 
     Example: the map of hyperbolic features, of lower variance for the same number of draws.
 
@@ -59,6 +64,7 @@ class FeatureMap:
     scale: float | None = None
     key_norm: bool = True
     feature_epsilon: float = 1e-3
+    query_norm: bool = True
 
     def draw(self, features, dim, *, scaling, seed) -> tf.Tensor:
         """Draws the projection, which a layer keeps as a weight.
@@ -136,7 +142,7 @@ def get(identifier) -> FeatureMap:
         return _Named(identifier)
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
-    names = [name for name in vars(FeatureMap) if not name.startswith("_")]
+    names = [n for n in vars(FeatureMap) if not n.startswith("_") and n != "query_norm"]
     missing = (
         [] if isinstance(identifier, str) else [n for n in names if not hasattr(identifier, n)]
     )

@@ -8,8 +8,10 @@ from typing import Any
 
 import keras
 
+from performer.checks import exact_window
 from performer.features import feature_maps
 
+LEARNED = "learned"
 METHODS = ("linear", "quadratic")
 SCALINGS = (0, 1)
 # Scores, T * S, of the dense form: 2048 * 2048, 32 MiB in float64 for one head and batch row.
@@ -37,6 +39,9 @@ class Options:
     max_segments: int | None
     dense_limit: int
     rotary_embedding: Any
+    exact_window: int | None
+    far_bias: Any
+    exact_keys: int | None
     num_heads: dataclasses.InitVar[int]
     sliding_window: dataclasses.InitVar[int | None] = None
 
@@ -58,25 +63,57 @@ class Options:
             "redraw_interval",
             "num_key_value_heads",
             "max_segments",
+            "exact_keys",
             "dense_limit",
         )
         for name in sizes:
             value = getattr(self, name)
             if value is None and name != "dense_limit":
                 continue
-            object.__setattr__(self, name, check_size(name, value))
+            limit = 2**63 if name in ("redraw_interval", "dense_limit") else 2**31
+            object.__setattr__(self, name, check_size(name, value, limit))
+        if self.rotary_embedding is not None and not callable(self.rotary_embedding):
+            raise ValueError(
+                "`rotary_embedding` must be None or a layer like `performer.RotaryEmbedding()`. "
+                f"Received: rotary_embedding={self.rotary_embedding!r}"
+            )
         if self.rotary_embedding is not None and not self.linear:
             raise ValueError(
                 "`rotary_embedding` must be None with attention_method='quadratic', which is "
                 "`keras.layers.MultiHeadAttention` and has no such argument. "
                 f"Received: rotary_embedding={self.rotary_embedding!r}"
             )
+        self._check_window()
         groups = self.num_key_value_heads
         if groups is not None and num_heads % groups:
             raise ValueError(
                 "`num_key_value_heads` must divide `num_heads`. Received: "
                 f"num_heads={num_heads}, num_key_value_heads={groups}"
             )
+
+    def _check_window(self):
+        """The rules of `exact_window`, `exact_keys` and `far_bias`."""
+        given = {name: getattr(self, name) for name in ("exact_window", "exact_keys")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            if self.far_bias is not None:
+                raise ValueError(
+                    "`far_bias` needs `exact_window` or `exact_keys`: where every key is far it "
+                    f"cancels. Received: far_bias={self.far_bias!r}"
+                )
+            return
+        if not self.linear or feature_maps.get(self.feature_map).epilogue != "softmax":
+            raise ValueError(
+                f"`{next(iter(given))}` needs attention_method='linear' and a feature map of "
+                "softmax, which estimates the weights that near keys have exactly. ('quadratic' "
+                "is exact, and other maps are their kernel: there is nothing to make exact.) "
+                f"Received: attention_method={self.attention_method!r}, "
+                f"feature_map={self.feature_map!r}"
+            )
+        if self.exact_window is not None:
+            object.__setattr__(self, "exact_window", _check_exact_window(self.exact_window))
+        if self.far_bias not in (None, LEARNED):
+            object.__setattr__(self, "far_bias", check_number("far_bias", self.far_bias))
 
     @property
     def linear(self):
@@ -94,11 +131,32 @@ class Options:
         }
 
 
-def check_size(name, value):
-    """Returns `value`, an integer of at least 1; ValueError otherwise."""
+def check_size(name, value, limit=2**31):
+    """Returns `value`, an integer of at least 1 and below `limit`; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    if value >= limit:
+        power = limit.bit_length() - 1
+        raise ValueError(f"`{name}` must be below 2**{power}. Received: {name}={value!r}")
     return int(value)
+
+
+def check_number(name, value):
+    """Returns `value`, a finite number, as a float; ValueError otherwise."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(
+            f"`{name}` must be None, 'learned' or a finite number. Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def _check_exact_window(value):
+    """Returns a window; ValueError in the words of layers otherwise."""
+    try:
+        return exact_window(value)
+    except ValueError as error:
+        raise ValueError(f"`exact_window`: {error}") from error
 
 
 def check_rate(name, value):
@@ -142,6 +200,7 @@ def split_list(inputs):
 
 
 def _check_choice(name, value, choices):
-    if isinstance(value, bool) or value not in choices:
+    scalar = isinstance(value, str | numbers.Integral) and not isinstance(value, bool)
+    if not scalar or value not in choices:
         allowed = ", ".join(map(repr, choices))
         raise ValueError(f"`{name}` must be one of {allowed}. Received: {name}={value!r}")

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from performer.checks import accumulator
-from performer.ops import favor_attention, merge, summarize
+from performer.ops import favor_attention, merge, merge_outputs, summarize
 from performer.shapes import dims
 
 
@@ -40,7 +40,18 @@ def attend(
     # With a state no key may be left out: the operator checks that there are as many as queries.
     if masks.causal and initial_state is None and not return_state:
         key, value, keys = _resize_keys(query, key, value, keys)
-    bias = _key_bias(key, features.feature_map, dropout)
+    bias = _key_bias(key, features, dropout)
+    options = {
+        "key_bias": bias,
+        "draw": features.draw,
+        **features.for_attention(),
+        **features.for_window(),
+    }
+    if masks.prefix is not None and features.exact_window is not None:
+        output, state = _attend_to_near_prefix(
+            *(query, key, value, masks.prefix, keys, initial_state, return_state), options
+        )
+        return hide_queries(output, masks.queries), state
     if masks.prefix is not None:
         # Every query attends to the keys of the prefix: they enter as an initial state. The causal
         # mask then acts on the other keys only.
@@ -56,16 +67,55 @@ def attend(
         value,
         causal=masks.causal,
         key_mask=keys,
-        key_bias=bias,
         segment_ids=masks.segment_ids,
         max_segments=None if masks.segment_ids is None else max_segments,
         initial_state=initial_state,
         return_state=return_state,
-        draw=features.draw,
-        **features.for_attention(),
+        **options,
     )
     output, state = output if return_state else (output, None)
     return hide_queries(output, masks.queries), state
+
+
+def _attend_to_near_prefix(query, key, value, prefix, keys, state, return_state, options):
+    """Causal attention with a window, in which every query attends to the keys of a prefix, too.
+
+    Attention to those keys is not causal, attention to the others is. Their results are joined.
+
+    Args:
+        query, key, value: as `attend`, of one length.
+        prefix, keys: bool `[B', S]`: the keys of the prefix; the keys that exist, or None.
+        state, return_state: as `attend`. The state after the call has all keys in order, as if none
+            were of the prefix.
+        options: further arguments of `favor_attention`.
+    """
+    others = ~prefix if keys is None else ~prefix & keys
+    prefix = prefix if keys is None else prefix & keys
+    if state is None:
+        place = {}
+    else:  # no key, at the position where this call begins
+        nothing = tf.constant(float("-inf"), state.log_mass.dtype)
+        empty = state._replace(
+            log_mass=tf.fill(tf.shape(state.log_mass), nothing),
+            mean=tf.zeros_like(state.mean),
+            near_key=(),
+            near_value=(),
+            near_bias=(),
+        )
+        place = {"initial_state": empty}
+
+    def call(causal, mask, **more):
+        return favor_attention(query, key, value, causal=causal, key_mask=mask, **more, **options)
+
+    results = [
+        call(True, others, initial_state=state, return_log_weight=True),
+        call(False, prefix, return_log_weight=True, **place),
+    ]
+    output, _ = merge_outputs(*zip(*results, strict=True))
+    after = None
+    if return_state:
+        after = call(True, keys, initial_state=state, return_state=True)[1]
+    return output, after
 
 
 def summarize_keys(key, value, features, keys, bias):
@@ -95,9 +145,9 @@ def dropped_keys(key, rate, seed_generator):
     return uniform < rate
 
 
-def _key_bias(key, feature_map, dropout):
+def _key_bias(key, features, dropout):
     """Bias of the keys' log-features: that of the feature map, and -inf for dropped keys."""
-    bias = feature_map.key_bias(key)
+    bias = map_bias(key, features)
     if dropout is None:
         return bias
     zero = tf.zeros([], accumulator(key.dtype))
@@ -106,6 +156,22 @@ def _key_bias(key, feature_map, dropout):
         return dropped
     by_head = bias if len(bias.shape) == 3 else bias[:, tf.newaxis]
     return dropped + tf.cast(by_head, zero.dtype)
+
+
+def map_bias(key, features):
+    """The feature map's bias of the keys; None for none.
+
+    Raises:
+        ValueError: it stands for the norm of the keys, in a layer with a window.
+    """
+    bias = features.feature_map.key_bias(key)
+    if bias is not None and features.has_exact_keys and not features.feature_map.key_norm:
+        raise ValueError(
+            "`feature_map` must have key_norm=True, or no `key_bias`, with `exact_window` and "
+            "`exact_keys`: a norm in the bias of the keys would count in exact attention, too. "
+            f"Received: feature_map={features.feature_map!r}"
+        )
+    return bias
 
 
 def _resize_keys(query, key, value, keys):

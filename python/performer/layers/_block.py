@@ -12,7 +12,7 @@ from performer.layers.performer import Performer
 # Arguments of the attention layers that the block sets.
 _SET_BY_BLOCK = (
     "num_heads", "key_dim", "dropout", "attention_method", "supports", "rotary_embedding", "seed",
-    "name", "dtype",
+    "name", "dtype", "exact_window", "far_bias",
 )  # fmt: skip
 
 
@@ -44,6 +44,8 @@ class Block(keras.layers.Layer):
         attention_method="linear",
         supports=256,
         rotary_embedding=None,
+        exact_window=None,
+        far_bias=None,
         attention_options=None,
         seed=None,
         **kwargs,
@@ -66,6 +68,8 @@ class Block(keras.layers.Layer):
         if isinstance(rotary_embedding, dict):
             rotary_embedding = deserialize(rotary_embedding)
         self.rotary_embedding = rotary_embedding
+        self.exact_window = exact_window
+        self.far_bias = far_bias
         conflicts = sorted(set(attention_options or {}) & set(_SET_BY_BLOCK))
         if conflicts:
             raise ValueError(
@@ -80,7 +84,11 @@ class Block(keras.layers.Layer):
         self.supports_masking = True
         # An attention layer made here refuses wrong options here, and says whether XLA can compile
         # it.
-        self.supports_jit = self._attention(1, "attention").supports_jit
+        self.supports_jit = self._attention(1, "attention", **self._window()).supports_jit
+
+    def _window(self):
+        """The arguments of self-attention that say what is near; other attention has no such."""
+        return {"exact_window": self.exact_window, "far_bias": self.far_bias}
 
     def _attention(self, key_dim, name, **options):
         """An attention layer of the block's arguments and `options`."""
@@ -213,6 +221,7 @@ class Block(keras.layers.Layer):
             "attention_method": self.attention_method,
             "supports": self.supports,
             "rotary_embedding": self.rotary_embedding and serialize(self.rotary_embedding),
+            **self._window(),
             "attention_options": serialize(dict(self.attention_options)),
             "seed": self.seed,
         }

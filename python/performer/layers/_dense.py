@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from performer.composition.packed_blocks import run_starts
-from performer.layers._attention import dropped_keys, hide_queries
+from performer.layers._attention import dropped_keys, hide_queries, map_bias
 from performer.layers._masks import combine
+from performer.layers.rotary_embedding import positions_in_runs
 from performer.ops.dense import dense_attention
 from performer.shapes import dims
 
@@ -65,7 +66,7 @@ def attend_densely(
         ValueError: more scores than `limit`; a mask that does not fit.
         tf.errors.InvalidArgumentError: the first, where it is known only when the graph runs.
     """
-    length, keys = dims(query)[1], dims(key)[1]
+    length, keys, segments = dims(query)[1], dims(key)[1], masks.segment_ids
     with tf.control_dependencies(check_size(length, keys, limit)):
         query = tf.identity(query)
     output, scores = dense_attention(
@@ -74,9 +75,11 @@ def attend_densely(
         value,
         mask=_pairs(masks, attention_mask, length, keys, score_shape),
         key_mask=masks.keys,
-        key_bias=features.feature_map.key_bias(key),
+        key_bias=map_bias(key, features),
         dropped_keys=None if dropout is None else dropped_keys(key, *dropout),
+        positions=None if segments is None else positions_in_runs(segments),
         **features.for_attention(),
+        **features.for_window(),
     )
     if masks.queries is not None:
         exists = masks.queries[:, tf.newaxis, :, tf.newaxis]

@@ -6,7 +6,7 @@ import operator
 import keras
 import tensorflow as tf
 
-from performer.ops.state import AttentionState, as_position
+from performer.ops.state import AttentionState, as_position, near_rows
 
 
 def with_tensors(state):
@@ -65,6 +65,15 @@ def check_call(masks, shapes, axes, dense):
             what = f"`use_causal_mask` for {lengths[0]} queries and {lengths[1]} keys"
     if what:
         raise ValueError(f"`initial_state` and `return_state` cannot be combined with {what}.")
+
+
+def refuse_near_rows(state):
+    """Refuses a state with near rows in `summarize`: they end where the next keys would follow."""
+    if near_rows(state):
+        raise ValueError(
+            "`initial_state` of `summarize` must have no near rows. A causal call continues the "
+            "sequence of a state that has them. Received: a state with near rows"
+        )
 
 
 def product(sizes):

@@ -11,6 +11,7 @@ from performer import loader
 from performer.checks import accumulator
 from performer.layers._arguments import (
     DENSE_LIMIT,
+    LEARNED,
     Options,
     check_rate,
     check_seed,
@@ -22,11 +23,19 @@ from performer.layers._attention import attend, hide_queries, summarize_keys
 from performer.layers._axes import fold, resolve_axes, unfold
 from performer.layers._dense import ScoreShape, attend_densely
 from performer.layers._masks import Masks, mask_of
-from performer.layers._projection import RandomProjection
-from performer.layers._state import check_call, position_of, product, with_position, with_tensors
+from performer.layers._projection import FarBias, RandomProjection
+from performer.layers._state import (
+    check_call,
+    position_of,
+    product,
+    refuse_near_rows,
+    with_position,
+    with_tensors,
+)
 from performer.layers.rotary_embedding import positions_in_runs
 from performer.ops import AttentionState, empty_state, merge
 from performer.ops import read as read_state
+from performer.ops.state import stored_rows
 from performer.shapes import dims
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
@@ -72,6 +81,20 @@ class Performer(keras.layers.MultiHeadAttention):
             of the query uses head h // (num_heads / G). Defaults to `num_heads`.
         rotary_embedding: `performer.RotaryEmbedding`, or a layer that is called like it: rotates
             queries and keys by their positions. Linear attention only. Defaults to `None`.
+        exact_window: Number W, a multiple of 64: a query attends exactly, by softmax, to the keys
+            of its own block of W positions and of the blocks beside it, and to all others through
+            the random features, in one softmax. Blocks are counted from the start of the sequence
+            (several attention axes make one sequence, in their order, and near is what is near in
+            that). Linear attention with a feature map of softmax, and query and value of the same
+            length. 64 is a good choice. Defaults to `None`: all keys through features.
+        far_bias: Log of a factor of all weights through features, with `exact_window` or
+            `exact_keys`: `None` (default) for 0,
+            a number, or `"learned"`: a weight for each query head, float32, which starts at -4 and
+            is trained. Learn it in models that are trained from scratch, where the far part is
+            noise at first.
+        exact_keys: Number of keys of each head to which every query attends exactly, those of the
+            largest expected weight (see `performer.favor_attention`). Neither with a causal mask,
+            nor with segments, nor with `return_state`. Defaults to `None`.
         max_segments: Largest number of sequences in a row of `segment_ids`. It changes no output.
             Set it where XLA compiles the layer: XLA cannot count the sequences, and without it
             reserves memory for S of them in each row. Defaults to `None`.
@@ -110,7 +133,8 @@ class Performer(keras.layers.MultiHeadAttention):
             Linear attention only, and neither with scores, nor with `segment_ids`, nor with a
             causal mask for T other than S. With several attention axes, a call holds a part of
             the first of them.
-        return_state: Boolean, whether to return the state after all keys, too.
+        return_state: Boolean, whether to return the state after all keys, too. With `exact_window`
+            and a causal mask it has the last 2 W - 1 keys and values.
 
     Returns:
         Tensor of the shape of `query`, the last axis replaced by `output_shape` if given, in the
@@ -144,6 +168,8 @@ class Performer(keras.layers.MultiHeadAttention):
 
     # A `RandomProjection` once the layer is built, if it is linear.
     _random_projection: Any = None
+    # A `FarBias` once the layer is built, if it learns one.
+    _far_bias: Any = None
 
     def __init__(
         self,
@@ -162,6 +188,9 @@ class Performer(keras.layers.MultiHeadAttention):
         redraw_interval=None,
         num_key_value_heads=None,
         rotary_embedding=None,
+        exact_window=None,
+        far_bias=None,
+        exact_keys=None,
         max_segments=None,
         dense_limit=DENSE_LIMIT,
         seed=None,
@@ -181,6 +210,9 @@ class Performer(keras.layers.MultiHeadAttention):
             max_segments=max_segments,
             dense_limit=dense_limit,
             rotary_embedding=rotary_embedding,
+            exact_window=exact_window,
+            far_bias=far_bias,
+            exact_keys=exact_keys,
             num_heads=num_heads,
             sliding_window=kwargs.get("sliding_window"),
         )
@@ -221,8 +253,16 @@ class Performer(keras.layers.MultiHeadAttention):
 
     @property
     def draw(self):
+        """The weight that identifies the projection in states: its `performer.ops.fingerprint`.
+
+        int64; None if there is none (yet). It follows whatever replaces the projection.
+        """
+        return self._random_projection and self._random_projection.fingerprint
+
+    @property
+    def redraws(self):
         """The weight that counts redraws, int64; None if there is none (yet)."""
-        return self._random_projection and self._random_projection.draw
+        return self._random_projection and self._random_projection.redraws
 
     def __call__(self, query, *args, **kwargs):
         """Calls the layer; `query` may be a list `[query, value]` or `[query, value, key]`."""
@@ -258,6 +298,9 @@ class Performer(keras.layers.MultiHeadAttention):
                 name="random_projection",
             )
             self._random_projection.build()
+            if self._options.far_bias == LEARNED:
+                self._far_bias = FarBias(self._num_heads)
+                self._far_bias.build()
 
     def call(
         self,
@@ -310,7 +353,7 @@ class Performer(keras.layers.MultiHeadAttention):
         if training and self._dropout:
             dropout = self._dropout, self._dropout_layer.seed_generator
         options = {
-            "features": self._random_projection.current_features(training),
+            "features": self._features(training),
             "masks": folded,
             "dropout": dropout,
         }
@@ -345,7 +388,8 @@ class Performer(keras.layers.MultiHeadAttention):
 
         Returns:
             `performer.AttentionState`, empty, N the product of `batch_size`: float32 (float64
-            under that policy). Its size does not depend on the length of the sequence.
+            under that policy), near rows of `exact_window` in the compute dtype. Its size does not
+            depend on the length of the sequence.
 
         Raises:
             ValueError: the layer is quadratic, or not built.
@@ -367,18 +411,21 @@ class Performer(keras.layers.MultiHeadAttention):
         """
         self._check_streams("get_initial_state")
         sizes = batch_size if isinstance(batch_size, list | tuple) else [batch_size]
-        return empty_state(
-            *self._state_sizes(product(sizes)),
-            accumulator(tf.as_dtype(self.compute_dtype)),
-            draw=self._random_projection.draw.value,
+        return self._empty_state(
+            product(sizes),
+            exact_window=self._options.exact_window,
+            key_dim=self._key_dim,
+            key_dtype=tf.as_dtype(self.compute_dtype),
         )
 
     def summarize(self, value, key=None, *, value_mask=None, key_mask=None, initial_state=None):
         """The state of keys and values, such as an encoder's, which `read` may use many times.
 
+        With `exact_window` all of them are far from every query that reads the state.
+
         Args:
             value, key, value_mask, key_mask: As in a call. `key` defaults to `value`.
-            initial_state: State of keys that come before. Defaults to none.
+            initial_state: State of keys that come before, without near rows. Defaults to none.
 
         Returns:
             `performer.AttentionState` of all of them. `performer.merge` joins such states.
@@ -407,9 +454,10 @@ class Performer(keras.layers.MultiHeadAttention):
         )
         value, key = tf.identity(value), tf.identity(key)
         axes = resolve_axes(self._attention_axes, len(value.shape))
-        state = self.get_initial_state(1) if initial_state is None else initial_state
+        state = self._empty_state(1) if initial_state is None else initial_state
         start = position_of(state)
-        features = self._random_projection.current_features(training=False)
+        refuse_near_rows(state)
+        features = self._features(training=False)
         keys = self._rotated(fold(self._key_dense(key), axes), start_index=start)
         after = summarize_keys(
             keys,
@@ -443,7 +491,7 @@ class Performer(keras.layers.MultiHeadAttention):
         masks = Masks(query_mask=mask_of(query) if query_mask is None else query_mask)
         query = tf.identity(query)
         axes = resolve_axes(self._attention_axes, len(query.shape))
-        features = self._random_projection.current_features(training=False)
+        features = self._features(training=False)
         output = read_state(
             self._rotated(fold(self._query_dense(query), axes), start_index=start_index),
             state=state,
@@ -454,7 +502,7 @@ class Performer(keras.layers.MultiHeadAttention):
         return self._output(output, query, axes)
 
     def redraw(self):
-        """Replaces the projection by the next one of its seed, and counts that in `draw`.
+        """Replaces the projection by the next one of its seed, and counts that in `redraws`.
 
         Raises:
             ValueError: the layer has no projection: it is quadratic, or not built.
@@ -468,7 +516,7 @@ class Performer(keras.layers.MultiHeadAttention):
 
     def random_features(self):
         """The `Features` that inference uses now, for diagnostics; the layer must be built."""
-        return self._random_projection.current_features(training=False)
+        return self._features(training=False)
 
     def compute_output_spec(self, *args, **kwargs):
         """Shapes and dtypes of what a symbolic call returns, without running `call`."""
@@ -476,7 +524,15 @@ class Performer(keras.layers.MultiHeadAttention):
         added = {name: given.pop(name) for name in ADDED_CALL_ARGUMENTS if name in given}
         if not self._options.linear:
             _refuse_in_quadratic(**added)
-            return super().compute_output_spec(**given)
+            with_scores = given.pop("return_attention_scores", False)
+            output = super().compute_output_spec(**given)
+            if not with_scores:
+                return output
+            # The parent gives scores a shape (B, H, T, T), whatever S and the axes are.
+            shapes = given["query"].shape, given["value"].shape
+            axes = resolve_axes(self._attention_axes, len(shapes[0]))
+            sizes = ScoreShape.of(*shapes, axes, self._num_heads).sizes()
+            return output, keras.KerasTensor(tuple(sizes), self.compute_dtype)
         fields = {field.name for field in dataclasses.fields(Masks)}
         masks = Masks(**{k: v for k, v in {**given, **added}.items() if k in fields})
         shapes = given["query"].shape, given["value"].shape
@@ -490,7 +546,7 @@ class Performer(keras.layers.MultiHeadAttention):
         if added.get("initial_state") is not None or added.get("return_state"):
             check_call(masks, shapes, axes, dense)
         if added.get("return_state"):
-            return output, self._state_spec(shapes[0], axes)
+            return output, self._state_spec(shapes[0], axes, masks.use_causal_mask)
         if with_scores:
             return output, keras.KerasTensor(tuple(scores.sizes()), self.compute_dtype)
         return output
@@ -502,6 +558,24 @@ class Performer(keras.layers.MultiHeadAttention):
             **self._options.config(),
             "flash_attention": self._requested_flash_attention,
         }
+
+    def _features(self, training):
+        """The `Features` of a call."""
+        far_bias = self._options.far_bias
+        return self._random_projection.current_features(training)._replace(
+            exact_window=self._options.exact_window,
+            exact_keys=self._options.exact_keys,
+            far_bias=far_bias if self._far_bias is None else self._far_bias.bias.value,
+        )
+
+    def _empty_state(self, batch, **window):
+        """The state of no key for `batch` rows; with near rows for the arguments of a `window`."""
+        return empty_state(
+            *self._state_sizes(batch),
+            accumulator(tf.as_dtype(self.compute_dtype)),
+            draw=self._random_projection.fingerprint.value,
+            **window,
+        )
 
     def _converted(self, x):
         """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
@@ -570,7 +644,9 @@ class Performer(keras.layers.MultiHeadAttention):
 
     def _rotated(self, x, **where):
         """A query or key `[B', L, H, D]`, rotated by its positions if the layer has rotary ones."""
-        return x if self._rotary_embedding is None else self._rotary_embedding(x, **where)
+        if self._rotary_embedding is None:
+            return x
+        return tf.cast(self._rotary_embedding(x, **where), x.dtype)
 
     def _output(self, output, query, axes):
         """The layer's output, from its input `query` and the attention of its heads.
@@ -598,16 +674,25 @@ class Performer(keras.layers.MultiHeadAttention):
         groups = self._options.num_key_value_heads or self._num_heads
         return batch, groups, self._random_projection.features, self._value_dim
 
-    def _state_spec(self, query_shape, axes):
+    def _state_spec(self, query_shape, axes, causal):
         """The `AttentionState` of a symbolic call."""
         others = [size for axis, size in enumerate(query_shape[:-1]) if axis not in axes]
         sizes = self._state_sizes(None if None in others else product(others))
         dtype = accumulator(tf.as_dtype(self.compute_dtype)).name
+        near = []
+        if causal and self._options.exact_window is not None:
+            (batch, groups), rows = sizes[:2], stored_rows(self._options.exact_window)
+            near = [
+                keras.KerasTensor((batch, rows, groups, self._key_dim), self.compute_dtype),
+                keras.KerasTensor((batch, rows, groups, self._value_dim), self.compute_dtype),
+                keras.KerasTensor((batch, groups, rows), dtype),
+            ]
         return AttentionState(
             keras.KerasTensor(sizes[:-1], dtype),
             keras.KerasTensor(sizes, dtype),
             keras.KerasTensor((), "int64"),
             keras.KerasTensor((), "int64"),
+            *near,
         )
 
 

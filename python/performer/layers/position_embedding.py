@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from performer.layers._arguments import check_size, clone_initializer
+from performer.layers._positions import integer_scalar, positions_of
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -18,12 +19,14 @@ class PositionEmbedding(keras.layers.Layer):
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: `(B, L, dim)`; only its shape matters.
+        inputs: `(B, L, dim)`, or `(B, ..., L, dim)`; only its shape matters.
         start_index: Integer, position of the first element of `inputs`. Defaults to 0.
+        positions: Integers `(L,)` or `(B, L)`, the positions of all elements, in place of
+            `start_index`.
 
     Returns:
-        `(B, L, dim)`, the vectors of positions `start_index` to `start_index + L - 1`, which the
-        caller adds to `inputs`.
+        Tensor of the shape of `inputs`, the vectors of positions `start_index` to
+        `start_index + L - 1`, which the caller adds to `inputs`.
 
     Raises:
         ValueError, tf.errors.InvalidArgumentError: a position below 0 or beyond `sequence_length`.
@@ -52,29 +55,46 @@ class PositionEmbedding(keras.layers.Layer):
             initializer=self.initializer,
         )
 
-    def call(self, inputs, start_index=0):
+    def call(self, inputs, start_index=0, positions=None):
         """The vectors of the positions of `inputs`; see the class."""
-        return tf.broadcast_to(
-            self.at(start_index, tf.shape(inputs)[1], inputs.shape[1]), tf.shape(inputs)
-        )
+        if positions is None:
+            found = self._vectors(self._following(start_index, inputs))
+        else:
+            positions = positions_of(inputs, positions, len(inputs.shape) - 2)
+            found = self._vectors(positions)
+            if len(positions.shape) == 2:
+                between = [1] * (len(inputs.shape) - 3)
+                found = tf.reshape(
+                    found, tf.concat([tf.shape(found)[:1], between, tf.shape(found)[1:]], 0)
+                )
+        return tf.broadcast_to(found, tf.shape(inputs))
 
-    def at(self, start_index, length, static_length=None):
-        """The vectors `(length, dim)` from position `start_index` on."""
-        rule = (
+    def _following(self, start_index, inputs):
+        """int64 `(L,)`: the positions from `start_index` on."""
+        start_index = integer_scalar("start_index", start_index)
+        start, size = tf.get_static_value(start_index), inputs.shape[-2] or 0
+        if start is not None and not 0 <= start <= self.sequence_length - size:
+            raise ValueError(
+                f"{self._rule()}. Received: start_index={start} and inputs of length {size}"
+            )
+        return tf.range(tf.shape(inputs, tf.int64)[-2]) + start_index
+
+    def _rule(self):
+        return (
             "positions from `start_index` on must be at least 0 and below sequence_length = "
             f"{self.sequence_length}"
         )
-        start, size = tf.get_static_value(tf.convert_to_tensor(start_index)), static_length or 0
-        if start is not None and not 0 <= start <= self.sequence_length - size:
-            raise ValueError(f"{rule}. Received: start_index={start} and inputs of length {size}")
-        positions = tf.range(length) + tf.cast(start_index, tf.int32)
+
+    def _vectors(self, positions):
+        """The vectors of int64 `positions`, of any shape."""
+        rule = self._rule()
         inside = (positions >= 0) & (positions < self.sequence_length)
         check = tf.debugging.Assert(tf.reduce_all(inside), [rule, positions], summarize=1)
         with tf.control_dependencies([] if check is None else [check]):
             table = tf.convert_to_tensor(self.position_embeddings)
-            found = tf.gather(table, tf.where(inside, positions, 0))
+            found = tf.gather(table, tf.where(inside, positions, tf.zeros_like(positions)))
             # XLA drops assertions: there NaN stands for the vector of a wrong position.
-            return tf.where(inside[:, tf.newaxis], found, tf.cast(float("nan"), table.dtype))
+            return tf.where(inside[..., tf.newaxis], found, tf.cast(float("nan"), table.dtype))
 
     def compute_output_shape(self, input_shape, **kwargs):
         """The shape of the inputs."""
@@ -175,7 +195,8 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         embedded += self.position_embedding(embedded, start_index=start)
         if not return_state:
             return embedded
-        return embedded, tf.cast(start, tf.int64) + tf.shape(inputs, tf.int64)[1]
+        start = integer_scalar("start_index", start)
+        return embedded, start + tf.shape(inputs, tf.int64)[1]
 
     def compute_mask(self, inputs, mask=None):
         """Which tokens are not padding, if `mask_zero`; None otherwise."""

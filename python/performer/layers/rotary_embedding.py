@@ -1,11 +1,14 @@
 """Rotary position embedding of queries and keys."""
 
 import math
+import numbers
+import sys
 
 import keras
 import tensorflow as tf
 
 from performer.composition.packed_blocks import run_starts
+from performer.layers._positions import integer_scalar, positions_of
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -20,19 +23,23 @@ class RotaryEmbedding(keras.layers.Layer):
     Args:
         max_wavelength: Factor of the longest wavelength, above 0. Defaults to 10000.
         scaling_factor: Positions are divided by it. Defaults to 1.
+        sequence_axis: Axis of the positions, not the batch's. Defaults to 1.
+        feature_axis: Axis of the dimensions that are rotated. Defaults to -1.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: `(B, L, D)` or `(B, L, H, D)`, D even.
+        inputs: `(B, L, D)` or `(B, L, H, D)`, D even; or other axes, with `sequence_axis` and
+            `feature_axis`.
         start_index: Integer, position of the first element of `inputs`. Defaults to 0.
         positions: Integers `(L,)` or `(B, L)`, the positions of all elements, in place of
             `start_index`.
 
     Returns:
-        Tensor of the shape and dtype of `inputs`.
+        Tensor of the shape of `inputs`. Its dtype is that of `inputs` where the layer's is float32
+            (the default), and the layer's otherwise.
 
     Raises:
-        ValueError: an argument outside its range; D odd.
+        ValueError: an argument outside its range; D odd; axes that `inputs` does not have.
 
     Numerics:
         Angles are reduced to one turn in float64, so that positions of millions keep their
@@ -48,40 +55,75 @@ class RotaryEmbedding(keras.layers.Layer):
     TensorShape([2, 10, 16])
     """
 
-    def __init__(self, max_wavelength=10000, scaling_factor=1.0, **kwargs):
+    def __init__(
+        self,
+        max_wavelength=10000,
+        scaling_factor=1.0,
+        sequence_axis=1,
+        feature_axis=-1,
+        **kwargs,
+    ):
         super().__init__(autocast=False, **kwargs)
         for name, value in (("max_wavelength", max_wavelength), ("scaling_factor", scaling_factor)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"`{name}` must be a number above 0. Received: {name}={value!r}")
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not number or not 0 < value <= sys.float_info.max:
+                raise ValueError(
+                    f"`{name}` must be a number above 0, and finite. Received: {name}={value!r}"
+                )
+        for name, value in (("sequence_axis", sequence_axis), ("feature_axis", feature_axis)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}")
         self.max_wavelength = max_wavelength
         self.scaling_factor = scaling_factor
+        self.sequence_axis = int(sequence_axis)
+        self.feature_axis = int(feature_axis)
         self.built = True
 
     def call(self, inputs, start_index=0, positions=None):
         """Rotates `inputs`; see the class."""
-        size = inputs.shape[-1]
-        if size % 2:
+        rank = len(inputs.shape)
+        axes = [axis + rank * (axis < 0) for axis in (self.sequence_axis, self.feature_axis)]
+        if len(set(axes)) < 2 or not all(0 < axis < rank for axis in axes):
+            raise ValueError(
+                "`sequence_axis` and `feature_axis` must be two axes of the inputs behind the "
+                f"batch. Received: sequence_axis={self.sequence_axis}, "
+                f"feature_axis={self.feature_axis}, inputs.shape={tuple(inputs.shape)}"
+            )
+        sequence, feature = axes
+        size = inputs.shape[feature]
+        if size is None or size % 2:
             raise ValueError(
                 "Rotary positions rotate pairs of dimensions, and need an even number of them. "
                 f"Received: inputs.shape={tuple(inputs.shape)}"
             )
         if positions is None:
-            positions = tf.range(tf.shape(inputs)[1], dtype=tf.int64) + tf.cast(
-                start_index, tf.int64
+            positions = tf.range(tf.shape(inputs, tf.int64)[sequence]) + integer_scalar(
+                "start_index", start_index
             )
+        else:
+            positions = positions_of(inputs, positions, sequence)
         exponents = tf.range(0, size, 2, dtype=tf.float64) / size
         turns_per_step = tf.pow(tf.constant(self.max_wavelength, tf.float64), -exponents) / (
             2 * math.pi * self.scaling_factor
         )
         turns = tf.cast(positions, tf.float64)[..., tf.newaxis] * turns_per_step
-        dtype = tf.float64 if inputs.dtype == tf.float64 else tf.float32
+        result = self.compute_dtype
+        result = inputs.dtype if result in (None, "float32") else tf.as_dtype(result)
+        dtype = tf.float64 if tf.float64 in (inputs.dtype, result) else tf.float32
         angles = 2 * math.pi * tf.cast(turns - tf.floor(turns), dtype)
-        if len(inputs.shape) == 4:
-            angles = angles[..., tf.newaxis, :]
-        cos, sin = tf.cos(angles), tf.sin(angles)
-        first, second = tf.split(tf.cast(inputs, dtype), 2, axis=-1)
-        rotated = tf.concat([first * cos - second * sin, second * cos + first * sin], -1)
-        return tf.cast(rotated, inputs.dtype)
+        cos, sin = (_expand(x, rank, sequence, feature) for x in (tf.cos(angles), tf.sin(angles)))
+        first, second = tf.split(tf.cast(inputs, dtype), 2, axis=feature)
+        rotated = tf.concat([first * cos - second * sin, second * cos + first * sin], feature)
+        return tf.cast(rotated, result)
+
+    def compute_output_shape(self, input_shape, **kwargs):
+        """The shape of the inputs."""
+        return input_shape
+
+    def compute_output_spec(self, inputs, *args, **kwargs):
+        """What a symbolic call returns."""
+        # `Layer` would give it the compute dtype.
+        return keras.Operation.compute_output_spec(self, inputs, *args, **kwargs)
 
     def get_config(self):
         """Every argument of the constructor."""
@@ -89,7 +131,20 @@ class RotaryEmbedding(keras.layers.Layer):
             **super().get_config(),
             "max_wavelength": self.max_wavelength,
             "scaling_factor": self.scaling_factor,
+            "sequence_axis": self.sequence_axis,
+            "feature_axis": self.feature_axis,
         }
+
+
+def _expand(x, rank, sequence, feature):
+    """`(L, D/2)` or `(B, L, D/2)` with the axes of an input of this rank, of which others are 1."""
+    if feature < sequence:
+        x = tf.linalg.matrix_transpose(x)
+    index = [
+        slice(None) if axis in (sequence, feature) or (axis == 0 and len(x.shape) == 3) else None
+        for axis in range(rank)
+    ]
+    return x[tuple(tf.newaxis if i is None else i for i in index)]
 
 
 def positions_in_runs(ids):

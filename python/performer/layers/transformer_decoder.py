@@ -22,7 +22,8 @@ class PerformerDecoder(Block):
     Args:
         intermediate_dim, num_heads, dropout, activation, layer_norm_epsilon, kernel_initializer,
             bias_initializer, normalize_first, kernel_regularizer, bias_regularizer,
-            attention_method, supports, attention_options, seed: As `performer.PerformerEncoder`.
+            attention_method, supports, exact_window, far_bias, attention_options, seed: As
+            `performer.PerformerEncoder`.
         rotary_embedding: As `performer.Performer`, for self-attention.
         delay_keys: Boolean, whether the key of a position is computed from the position before it.
             A query then attends to the positions that followed earlier occurrences of its token:
@@ -80,7 +81,11 @@ class PerformerDecoder(Block):
         """Creates the sublayers, with cross-attention if there is an encoder."""
         shape = decoder_sequence_shape
         self._channels = shape[-1]
-        self._make_attention("self_attention", shape, shape, rotary_embedding=self.rotary_embedding)
+        self._make_attention(
+            *("self_attention", shape, shape),
+            rotary_embedding=self.rotary_embedding,
+            **self._window(),
+        )
         self._cross_attention_layer = None
         if encoder_sequence_shape is not None:
             self._make_attention("cross_attention", shape, encoder_sequence_shape)

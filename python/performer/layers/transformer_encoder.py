@@ -28,6 +28,7 @@ class PerformerEncoder(Block):
         kernel_regularizer, bias_regularizer: Of all dense layers. Default to `None`.
         attention_method, supports, rotary_embedding: As `performer.Performer`. `supports` defaults
             to 256.
+        exact_window, far_bias: As `performer.Performer`, for self-attention. Default to `None`.
         attention_options: Dict of further arguments of `performer.Performer`, for the attention
             layers; none that the block sets.
         seed: Integer that seeds projection and dropout, or `None`.
@@ -67,6 +68,7 @@ class PerformerEncoder(Block):
             inputs_shape,
             layer_name="self_attention_layer",
             rotary_embedding=self.rotary_embedding,
+            **self._window(),
         )
         self._feedforward_layer_norm = self._norm("feedforward_layer_norm", inputs_shape)
         self._build_feedforward(inputs_shape)

@@ -12,7 +12,16 @@ import numpy as np
 import tensorflow as tf
 
 from performer import checks
-from performer.ops.state import AttentionState, as_draw, checked_state, same_draw
+from performer.ops.fingerprint import fingerprint_of_sides
+from performer.ops.state import (
+    AttentionState,
+    as_draw,
+    checked_state,
+    fit_projection,
+    near_rows,
+    stored_rows,
+)
+from performer.shapes import dims
 
 
 class Prepared(NamedTuple):
@@ -25,18 +34,25 @@ class Prepared(NamedTuple):
             [1|B, 1|G, 1|S], and the attribute key_norm; empty in a call without keys.
         attributes: feature_map, scale and feature_epsilon.
         state: the state that the call reads or goes on from, or None.
-        draw: int64 scalar, the common draw of projection and state.
+        draw: int64 scalar, the common draw of projection and state; None in a call without state.
         segment_ids: integers [B, S], or None.
         max_segments: int or None.
+        exact_window: int, or None for linear attention to all keys. With it `far_bias` is in
+            feature_bias.
+        exact_keys: int, or None.
+        query_norm: whether the far part has the norm of the query; see `favor_attention`.
     """
 
     queries: dict[str, Any]
     keys: dict[str, Any]
     attributes: dict[str, Any]
     state: AttentionState | None
-    draw: tf.Tensor
+    draw: tf.Tensor | None
     segment_ids: tf.Tensor | None = None
     max_segments: int | None = None
+    exact_window: int | None = None
+    exact_keys: int | None = None
+    query_norm: bool = True
 
 
 def prepare(
@@ -52,16 +68,22 @@ def prepare(
     state=None,
     segment_ids=None,
     max_segments=None,
-    draw=0,
+    draw=None,
+    returns_state=False,
     feature_map="softmax",
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
+    exact_window=None,
+    far_bias=None,
+    exact_keys=None,
+    query_norm=True,
 ) -> Prepared:
     """Prepares a call of `favor_attention`, `summarize` (without query) or `read` (without key).
 
     Args:
         state: the `initial_state` of a call with keys; what a call without keys reads.
+        returns_state: whether the call returns a state.
         others: as `favor_attention`.
 
     Raises:
@@ -70,6 +92,13 @@ def prepare(
         tf.errors.InvalidArgumentError: draws that are known only when the graph runs differ.
     """
     attributes = _attributes(feature_map, scale, feature_epsilon)
+    exact_window = _exact_window(exact_window, feature_map)
+    exact_keys = _exact_keys(exact_keys, feature_map, causal, segment_ids, returns_state)
+    if far_bias is not None and exact_window is None and exact_keys is None:
+        raise ValueError(
+            "far_bias needs exact_window or exact_keys: where every key is far it cancels. "
+            "Got far_bias without both"
+        )
     if query is not None:
         query = checks.tensor("query", query, ("BLHD",))
     if key is not None:
@@ -84,6 +113,8 @@ def prepare(
         feature_bias = _feature_bias(feature_bias, query_side[1], dtype)
         groups = state.log_mass.shape[1] if key is None else key.shape[2]
         _check_queries(query, groups, query_side, feature_bias)
+        if far_bias is not None:
+            feature_bias = _with_far_bias(feature_bias, far_bias, query, dtype)
         queries = {"query": query, "query_projection": query_side[1], "feature_bias": feature_bias}
     if query is not None and key is not None:
         checks.same_dtype("key", key, "query", query)
@@ -93,25 +124,48 @@ def prepare(
         _check_keys(key, value, key_side)
     if query is not None and key is not None:
         checks.same(key_side[0], 1, key_side[1], query_side[0], 1, query_side[1], "M")
-        if causal:
-            checks.same("query", 1, query, "key", 1, key, "length (L = S when causal)")
+        if causal or exact_window is not None:
+            when = "when causal" if causal else "with exact_window"
+            checks.same("query", 1, query, "key", 1, key, f"length (L = S {when})")
     if key is not None:
         bias = _key_bias(key, dtype, key_mask, key_bias)
         keys = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}
         keys["key_norm"] = bool(key_norm)
-    draw = as_draw(draw)
+    if draw is not None:
+        draw = as_draw(draw)
+    elif state is not None or returns_state:
+        draw = _fingerprint(projection, dtype)
     if key is None:
         checks.same("state.log_mass", 0, state.log_mass, "query", 0, query, "B")
-        draw = same_draw(draw, state.draw, "projection and state")
+        if near_rows(state):
+            raise ValueError(
+                "state must have no near rows, which `read` cannot attend to exactly: give it to "
+                "`favor_attention` as its initial_state. Got a state with "
+                f"{state.near_key.shape[1]} of them"
+            )
+        draw = fit_projection(draw, state.draw, "projection and state")
     elif state is not None:
         state = checked_state("initial_state", state, dtype, key, value, key_side)
         if segment_ids is None:
             checks.one_of("initial_state.log_mass", 0, state.log_mass, {"1": 1, "B": key.shape[0]})
-        draw = same_draw(draw, state.draw, "projection and initial_state")
+        draw = fit_projection(draw, state.draw, "projection and initial_state")
+        if near_rows(state):
+            _check_near_rows(state, exact_window, causal, segment_ids)
     max_segments = _max_segments(max_segments, segment_ids)
     if segment_ids is not None:
-        segment_ids = _segment_ids(segment_ids, query, key)
-    return Prepared(queries, keys, attributes, state, draw, segment_ids, max_segments)
+        segment_ids = _segment_ids(segment_ids, query, key, value)
+    return Prepared(
+        queries,
+        keys,
+        attributes,
+        state,
+        draw,
+        segment_ids,
+        max_segments,
+        exact_window,
+        exact_keys,
+        bool(query_norm),
+    )
 
 
 def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
@@ -123,12 +177,16 @@ def pair_mask(name: str, mask, query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     checks.one_of(name, 1, mask, {"1": 1, "H": query.shape[2]})
     checks.same(name, 2, mask, "query", 1, query, "L")
     checks.same(name, 3, mask, "key", 1, key, "S")
-    return mask
+    lengths = checks.same_when_run(name, 2, mask, "query", 1, query, "L")
+    lengths += checks.same_when_run(name, 3, mask, "key", 1, key, "S")
+    with tf.control_dependencies(lengths):
+        return tf.identity(mask)
 
 
 def _attributes(feature_map, scale, feature_epsilon) -> dict:
     """The attributes shared by all operators."""
-    if feature_map not in checks.FEATURE_MAPS and not callable(feature_map):
+    named = isinstance(feature_map, str) and feature_map in checks.FEATURE_MAPS
+    if not named and (isinstance(feature_map, type) or not callable(feature_map)):
         raise ValueError(
             f"feature_map must be one of {', '.join(checks.FEATURE_MAPS)}, or a function of "
             f"log-features, got {feature_map!r}"
@@ -138,6 +196,71 @@ def _attributes(feature_map, scale, feature_epsilon) -> dict:
         "scale": 0.0 if scale is None else checks.number("scale", scale, zero=False),
         "feature_epsilon": checks.number("feature_epsilon", feature_epsilon, zero=True),
     }
+
+
+def _exact_window(window, feature_map) -> int | None:
+    """`window`, which goes with the softmax map."""
+    if window is None:
+        return None
+    window = checks.exact_window(window)
+    _check_estimates("exact_window", feature_map)
+    return window
+
+
+def _exact_keys(count, feature_map, causal, segment_ids, return_state) -> int | None:
+    """`count`, which goes with the softmax map where all queries see the same keys."""
+    if count is None:
+        return None
+    count = checks.size("exact_keys", count)
+    _check_estimates("exact_keys", feature_map)
+    if causal or segment_ids is not None or return_state:
+        raise ValueError(
+            "exact_keys needs causal=False, no segment_ids and return_state=False: all queries of "
+            "a batch row attend to the same keys, and no state can hold them. Got "
+            f"causal={causal!r}, segment_ids {'given' if segment_ids is not None else 'None'}, "
+            f"return_state={return_state!r}"
+        )
+    return count
+
+
+def _check_estimates(name, feature_map) -> None:
+    """Exact weights stand beside those of features that estimate them."""
+    if feature_map != "softmax":
+        raise ValueError(
+            f"{name} needs feature_map='softmax', whose features estimate exp(scale query.key), "
+            "the exact weight. The features of any other map are its kernel, exactly: there is "
+            f"nothing to make exact. Got feature_map={feature_map!r}"
+        )
+
+
+def _with_far_bias(feature_bias, far_bias, query, dtype):
+    """feature_bias [1|G|H, M] plus far_bias, a number or [1|H]: [1|G|H, M]."""
+    far_bias = checks.tensor("far_bias", far_bias, ("", "H"), dtype)
+    if far_bias.shape.rank == 0:
+        return feature_bias + far_bias
+    checks.one_of("far_bias", 0, far_bias, {"1": 1, "H": query.shape[2]})
+    heads, given = dims(query)[2], dims(feature_bias)[0]
+    return tf.repeat(feature_bias, heads // given, 0) + far_bias[:, None]
+
+
+def _check_near_rows(state, window, causal, segment_ids) -> None:
+    """A call may go on from a state with near rows where it knows what is near."""
+    rows = state.near_key.shape[1]
+    if window is None:
+        raise ValueError(
+            f"exact_window must be that of the call which returned initial_state, with {rows} near "
+            "rows, got None"
+        )
+    if rows is not None and rows != stored_rows(window):
+        raise ValueError(
+            f"initial_state must have {stored_rows(window)} near rows (2 exact_window - 1) with "
+            f"exact_window={window}, got {rows}"
+        )
+    if not causal or segment_ids is not None:
+        raise ValueError(
+            "initial_state must have no near rows without causal=True or with segment_ids: there "
+            f"is no row that they come before. Got {rows} of them"
+        )
 
 
 def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Tensor]:
@@ -159,6 +282,18 @@ def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Te
     projection = projection if projection.shape.rank == 3 else projection[None]
     checks.positive(name, 1, projection, "M")
     return name, projection
+
+
+def _fingerprint(projection, dtype: tf.DType) -> tf.Tensor:
+    """The draw of a projection that has no explicit one: both sides, as they are used."""
+    if not isinstance(projection, tuple):
+        return fingerprint_of_sides(checks.tensor("projection", projection, ("MD", "HMD"), dtype))
+    sides = (0, 0) if projection[0] is projection[1] else (0, 1)
+    sides = [
+        checks.tensor(f"projection[{side}]", projection[side], ("MD", "HMD"), dtype)
+        for side in sides
+    ]
+    return fingerprint_of_sides(*sides)
 
 
 def _feature_bias(bias, projection, dtype):
@@ -190,6 +325,10 @@ def _key_bias(key, dtype: tf.DType, mask, bias) -> tf.Tensor:
             )
         checks.same("key_mask", 0, mask, "key", 0, key, "B")
         checks.same("key_mask", 1, mask, "key", 1, key, "S")
+        sizes = checks.same_when_run("key_mask", 0, mask, "key", 0, key, "B")
+        sizes += checks.same_when_run("key_mask", 1, mask, "key", 1, key, "S")
+        with tf.control_dependencies(sizes):
+            mask = tf.identity(mask)
         result = tf.where(mask[:, None, :], result, tf.constant(float("-inf"), dtype))
     return result
 
@@ -237,7 +376,7 @@ def _max_segments(maximum, segment_ids):
     return maximum
 
 
-def _segment_ids(segment_ids, query, key):
+def _segment_ids(segment_ids, query, key, value):
     """Integers [B, S], for self-attention."""
     segment_ids = checks.tensor("segment_ids", segment_ids, ("BS",))
     if not segment_ids.dtype.is_integer:
@@ -245,4 +384,10 @@ def _segment_ids(segment_ids, query, key):
     checks.same("query", 1, query, "key", 1, key, "length (L = S with segment_ids)")
     checks.same("segment_ids", 0, segment_ids, "key", 0, key, "B")
     checks.same("segment_ids", 1, segment_ids, "key", 1, key, "S")
-    return segment_ids
+    # The operators take the rows of the batch one after another, and see their total number only.
+    found = []
+    for name, x in (("query", query), ("value", value), ("segment_ids", segment_ids)):
+        for axis, letter in enumerate("BS"):
+            found += checks.same_when_run(name, axis, x, "key", axis, key, letter)
+    with tf.control_dependencies(found):
+        return tf.identity(segment_ids)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from performer import composition
+from performer.composition.log_features import scale_for
 from performer.composition.packed_blocks import segment_offsets
+from performer.ops import chosen_keys, near_far
 from performer.ops.arguments import prepare
 from performer.ops.dispatch import run
+from performer.ops.outputs import merge_outputs
 from performer.ops.state import AttentionState, empty_state, join
 from performer.shapes import dims
 
@@ -30,11 +34,16 @@ def favor_attention(
     feature_bias=None,
     initial_state=None,
     return_state=False,
-    draw=0,
+    draw=None,
     feature_map="softmax",
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
+    exact_window=None,
+    far_bias=None,
+    exact_keys=None,
+    query_norm=True,
+    return_log_weight=False,
     name=None,
 ):
     """Linear attention with positive random features (FAVOR+).
@@ -48,6 +57,16 @@ def favor_attention(
     For a projection of `performer.projections`, A estimates exp(scale query.key) without bias, up
     to a factor for each query. Source: Choromanski et al., "Rethinking Attention with Performers",
     https://arxiv.org/abs/2009.14794.
+
+    With `exact_window` = W, keys near a query have their exact weight. Rows stand in blocks of W,
+    counted from the start of the sequence. Near are the keys of the query's own block and of the
+    blocks beside it, so at least the W before it (and after it, if not causal) and at most twice as
+    many; all others are far:
+
+        A[i, j] = exp(scale query[i].key[j] + key_bias[j])                                    near
+                = (1/M) sum_m exp(a[i, m] - scale |query[i]|^2 / 2 + far_bias + b[j, m])      far
+
+    One softmax is over both, in linear time.
 
     Args:
         query: [B, L, H, D], float32, bfloat16, float16 or float64.
@@ -68,9 +87,15 @@ def favor_attention(
             which otherwise, as it cannot count them, reserves memory for S states of each row.
         feature_bias: floating, [M], [G, M] or [H, M], added to a; default 0.
         initial_state: `AttentionState` of keys that come before, N = B (with segment_ids: one for
-            each run; B max_segments) or 1.
-        return_state: also return the state that includes all keys.
-        draw: integer, which draw of the projection this is. It must equal that of `initial_state`.
+            each run; B max_segments) or 1. Its keys are far from every query, but for those in near
+            rows, which a causal call with `exact_window` left there: such a state may only go into
+            another causal call with the same window, which continues the sequence.
+        return_state: also return the state that includes all keys. With causal and `exact_window`
+            it has near rows, and counts positions; then without segment_ids.
+        draw: integer that identifies the projection in states; it must equal that of
+            `initial_state`. Default: `fingerprint(projection)`, computed in calls that take or
+            return a state. A number of one's own saves this time, and lets a state be used with
+            changed projections.
         feature_map: "softmax"; "relu": b = log(max(u, 0) + feature_epsilon) + key_bias, "elu": b =
             log(elu(u) + 1) + key_bias, and a likewise; or a function f: b = f(u) + key_bias, in
             plain TensorFlow, slower and with features of size S M in memory.
@@ -78,13 +103,32 @@ def favor_attention(
         key_norm: subtract scale |key|^2 / 2 (softmax only). False where the caller puts a norm into
             key_bias.
         feature_epsilon: see "relu"; finite, 0 or above.
+        exact_window: None, or W: a multiple of 64, up to 65536. Only with the softmax map, the
+            features of which estimate the weights that near keys have exactly; those of other maps
+            are their kernel, exactly, so that there is nothing to make exact.
+        far_bias: floating, a number or [H], with `exact_window` or `exact_keys`: the log of a
+            factor of all weights through features. Below 0 it favours near keys; a trained model
+            may learn it.
+        exact_keys: None, or n of at least 1: every query attends exactly to the n keys of each
+            key/value head with the largest expected weight, for queries that are normal with the
+            mean and covariance of those given: exp(scale k.mu + scale^2 k'C k / 2 + key_bias). Its
+            other keys are as without it. Not causal, without segment_ids and return_state, softmax
+            map only. The choice has no gradient. In plain TensorFlow, L n logits in memory.
+        query_norm: subtract scale |query|^2 / 2 from a, where it counts: with `exact_window`,
+            `exact_keys` and `return_log_weight`. False for features that estimate
+            exp(scale query.key) without it.
+        return_log_weight: also return the log of each row's total weight, sum_j A[i, j], with the
+            constants of the far weights above (other maps than softmax: as A is defined for them).
+            Results over disjoint sets of keys join by it: `merge_outputs`. Without `exact_window`
+            in plain TensorFlow, with features of size L M in memory.
         name: name scope.
 
     Returns:
         [B, L, H, E], of the type of query; 0, with gradient 0, on rows that may see no key. With
-        `return_state` a pair of it and the `AttentionState`: log_mass [N, G, M], mean [N, G, M, E],
-        N = B or, with segment_ids, the runs, row by row (with max_segments this many for each row,
-        the last ones empty).
+        `return_log_weight` followed by log weights [B, L, H], float32 (float64 for float64), -inf
+        on such rows; with `return_state` by the `AttentionState`: log_mass [N, G, M], mean
+        [N, G, M, E], N = B or, with segment_ids, the runs, row by row (with max_segments this many
+        for each row, the last ones empty).
 
     Raises:
         ValueError: a rank, size, or option breaks its rule, or draws differ; the message names
@@ -121,20 +165,30 @@ def favor_attention(
             segment_ids=segment_ids,
             max_segments=max_segments,
             draw=draw,
+            returns_state=return_state,
             feature_map=feature_map,
             scale=scale,
             key_norm=key_norm,
             feature_epsilon=feature_epsilon,
+            exact_window=exact_window,
+            far_bias=far_bias,
+            exact_keys=exact_keys,
+            query_norm=query_norm,
         )
         offsets, packed = None, call
         if call.segment_ids is not None:
+            _check_state_of_segments(return_state, causal, call.exact_window)
             offsets = segment_offsets(call.segment_ids, call.max_segments)
             packed = _pack(call)
-        out, state = (_causal if causal else _bidirectional)(packed, offsets)
+        weighed = return_log_weight or call.exact_keys is not None
+        out, log_weight, state = _attend(packed, offsets, causal, weighed, return_state)
         if offsets is not None:
             rows = tf.shape(call.queries["query"])[:3]
             out = tf.reshape(out, tf.concat([rows, tf.shape(out)[3:]], 0))
-        return (out, state) if return_state else out
+            log_weight = None if log_weight is None else tf.reshape(log_weight, rows)
+        results = [out, *([log_weight] if return_log_weight else [])]
+        results += [state] if return_state else []
+        return out if len(results) == 1 else tuple(results)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -149,7 +203,7 @@ def summarize(
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
-    draw=0,
+    draw=None,
     name=None,
 ) -> AttentionState:
     """Summarizes keys and values into a state of constant size, the first half of linear attention.
@@ -160,7 +214,7 @@ def summarize(
         key: [B, S, G, D], float32, bfloat16, float16 or float64. S may be 0.
         value: [B, S, G, E], of the type of key.
         projection: [M, D], [G, M, D], or a pair (query side, key side), of which the key side is
-            used.
+            used. The fingerprint is that of the pair: give the same one to `read`.
         key_mask, key_bias, feature_map, scale, key_norm, feature_epsilon, draw, name: as
             `favor_attention`.
 
@@ -190,6 +244,7 @@ def summarize(
                 key_mask=key_mask,
                 key_bias=key_bias,
                 draw=draw,
+                returns_state=True,
                 feature_map=feature_map,
                 scale=scale,
                 key_norm=key_norm,
@@ -208,7 +263,7 @@ def read(
     feature_map="softmax",
     scale=None,
     feature_epsilon=1e-3,
-    draw=0,
+    draw=None,
     name=None,
 ) -> tf.Tensor:
     """Attention of queries to the keys of a state, the second half of linear attention.
@@ -218,7 +273,7 @@ def read(
     Args:
         query: [B, L, H, D], float32, bfloat16, float16 or float64.
         projection: [M, D], [G|H, M, D], or a pair (query side, key side), of which the query side
-            is used.
+            is used. Either what `summarize` was given, or with an explicit `draw`.
         state: `AttentionState` with log_mass [B, G, M], mean [B, G, M, E]; H a multiple of G.
         feature_bias, feature_map, scale, feature_epsilon, draw, name: as `favor_attention`.
 
@@ -246,15 +301,24 @@ def read(
         )
 
 
+def _attend(call, offsets, causal, return_log_weight, return_state):
+    """Output, log weights and state of a prepared call; None for what is not wanted."""
+    if call.exact_keys is not None:
+        chosen = chosen_keys.choose(call)
+        others = chosen_keys.without(call, chosen)
+        parts = [chosen_keys.attend_to(call, chosen), _attend(others, None, False, True, False)[:2]]
+        return *merge_outputs(*zip(*parts, strict=True)), None
+    if call.exact_window is not None:
+        return near_far.attend(call, offsets, causal, return_state)
+    if return_log_weight:
+        return _with_log_weight(call, offsets, causal)
+    out, state = (_causal if causal else _bidirectional)(call, offsets)
+    return out, None, state
+
+
 def _causal(call, offsets):
     """Output and final state of a prepared causal call."""
-    before = call.state
-    if before is None:
-        groups = tf.shape(call.keys["key"])[2]
-        features = tf.shape(call.keys["key_projection"])[1]
-        value_dim = tf.shape(call.keys["value"])[3]
-        dtype = call.keys["key_projection"].dtype
-        before = empty_state(1, groups, features, value_dim, dtype)
+    before = _state_before(call)
     out, log_mass, mean = run(
         "causal",
         offsets,
@@ -267,12 +331,64 @@ def _causal(call, offsets):
     return out, AttentionState(log_mass, mean, call.draw, before.position)
 
 
+def _check_state_of_segments(return_state, causal, exact_window):
+    """Refuses the state of sequences that end at different places of their blocks."""
+    if return_state and causal and exact_window is not None:
+        raise ValueError(
+            "return_state must be False with segment_ids, causal and exact_window: the sequences "
+            "end at different positions, of which a state has one. Got return_state=True"
+        )
+
+
+def _with_log_weight(call, offsets, causal):
+    """Output, log weights and state of a prepared call without a window, as plain TensorFlow.
+
+    The log weights are those of the features, with what cancels in the output: the norm of the
+    query and the number of features.
+    """
+    options = {"offsets": offsets, "packed": offsets is not None}
+    attributes = {**call.attributes, **options, "return_log_weight": True}
+    if causal:
+        before = _state_before(call)
+        initial = {"initial_log_mass": before.log_mass, "initial_mean": before.mean}
+        out, log_weight, log_mass, mean = composition.causal(
+            **call.queries, **call.keys, **initial, **attributes
+        )
+        state = AttentionState(log_mass, mean, call.draw, before.position)
+    else:
+        state = _state_of_all(call, offsets)
+        out, log_weight = composition.read(
+            **call.queries, log_mass=state.log_mass, mean=state.mean, **attributes
+        )
+    if call.attributes["feature_map"] == "softmax":
+        query = tf.cast(call.queries["query"], log_weight.dtype)
+        features = tf.shape(call.queries["query_projection"])[1]
+        log_weight -= tf.math.log(tf.cast(features, log_weight.dtype))
+        if call.query_norm:
+            scale = scale_for(call.attributes["scale"], "softmax", dims(query)[-1], query.dtype)
+            log_weight -= scale / 2 * tf.reduce_sum(query**2, -1)
+    return out, log_weight, state
+
+
 def _bidirectional(call, offsets):
     """Output and state of a prepared call in which every query sees every key."""
-    state = _summarize(call, offsets)
-    if call.state is not None:
-        state = join(call.state, state, call.draw)
+    state = _state_of_all(call, offsets)
     return _read(call._replace(state=state), offsets), state
+
+
+def _state_before(call):
+    """The initial state of a prepared call; an empty one where it has none."""
+    if call.state is not None:
+        return call.state
+    groups, features = tf.shape(call.keys["key"])[2], tf.shape(call.keys["key_projection"])[1]
+    value_dim = tf.shape(call.keys["value"])[3]
+    return empty_state(1, groups, features, value_dim, call.keys["key_projection"].dtype)
+
+
+def _state_of_all(call, offsets):
+    """The state of all keys of a prepared call, and of its initial state."""
+    state = _summarize(call, offsets)
+    return state if call.state is None else join(call.state, state, call.draw)
 
 
 def _summarize(call, offsets=None):

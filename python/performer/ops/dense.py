@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from performer.composition import dense
 from performer.ops.arguments import pair_mask, prepare
+from performer.ops.chosen_keys import choose, is_chosen
+from performer.shapes import dims
 
 
 @tf.autograph.experimental.do_not_convert
@@ -28,6 +30,11 @@ def dense_attention(
     scale=None,
     key_norm=True,
     feature_epsilon=1e-3,
+    exact_window=None,
+    far_bias=None,
+    exact_keys=None,
+    query_norm=True,
+    positions=None,
     name=None,
 ):
     """`favor_attention` by its weights, and the weights.
@@ -37,10 +44,13 @@ def dense_attention(
 
     Args:
         query, key, value, projection, key_mask, key_bias, feature_bias, feature_map, scale,
-            key_norm, feature_epsilon, name: as `favor_attention`.
+            key_norm, feature_epsilon, exact_window, far_bias, exact_keys, query_norm,
+            name: as `favor_attention`.
         mask: bool [1|B, 1|H, L, S], True: query i attends to key j.
         dropped_keys: bool [B, G, S], True: the key counts in the weights that are returned, but
             not in the output, for which the others are normalised again.
+        positions: integers [1|B, S], with `exact_window`: the place of each row in its sequence,
+            from which blocks are counted. Defaults to the row.
 
     Returns:
         Output [B, L, H, E] and weights [B, H, L, S], of the type of query. Both 0 on rows that see
@@ -76,9 +86,33 @@ def dense_attention(
             scale=scale,
             key_norm=key_norm,
             feature_epsilon=feature_epsilon,
+            exact_window=exact_window,
+            far_bias=far_bias,
+            exact_keys=exact_keys,
+            query_norm=query_norm,
         )
+        near = None
+        if call.exact_window is not None:
+            near = _near(positions, call.keys["key"], call.exact_window)
+        if call.exact_keys is not None:
+            chosen = is_chosen(choose(call), dims(call.keys["key"])[1])[:, :, None]
+            near = chosen if near is None else near | chosen
         if mask is not None:
             mask = pair_mask("mask", mask, call.queries["query"], call.keys["key"])
         return dense.attend(
-            **call.queries, **call.keys, **call.attributes, mask=mask, dropped_keys=dropped_keys
+            **call.queries,
+            **call.keys,
+            **call.attributes,
+            mask=mask,
+            dropped_keys=dropped_keys,
+            near=near,
+            query_norm=call.query_norm,
         )
+
+
+def _near(positions, key, window):
+    """Bool [1|B, 1, L, S], L = S: whether two rows are in the same block or in adjacent ones."""
+    if positions is None:
+        positions = tf.range(dims(key)[1])[None]
+    blocks = tf.cast(positions, tf.int64) // window
+    return tf.abs(blocks[:, None, :, None] - blocks[:, None, None, :]) <= 1

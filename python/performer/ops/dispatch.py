@@ -8,27 +8,56 @@ from performer import composition, loader
 from performer.ops import gradients as gradients  # registers the gradients of the operators,
 from performer.ops import vectorize as vectorize  # and how loops over them are vectorized
 
+# Operators that have a kernel for CPUs only.
+_CPU_ONLY = ("near_far",)
+
 
 def run(operator: str, offsets, **inputs):
     """Calls an operator.
 
     The compiled one knows three feature maps by name; a function as `feature_map` takes the
-    composition.
+    composition. So does an operator without a kernel for the device, see `has_kernel`.
 
     Args:
-        operator: "summarize", "read" or "causal".
+        operator: "summarize", "read", "causal" or "near_far".
         offsets: int64 [N + 1] of packed sequences, or None.
-        **inputs: the operator's other inputs and attributes.
+        **inputs: the operator's other inputs and attributes; of "near_far" also `start`.
 
     Returns:
         The operator's outputs.
     """
-    compiled = None if callable(inputs["feature_map"]) else loader.ops()
-    function = (
-        getattr(compiled, f"performer_{operator}") if compiled else getattr(composition, operator)
-    )
+    compiled = None if callable(inputs.get("feature_map")) else loader.ops()
+    if compiled is not None:
+        name, device = f"performer_{operator}", next(iter(inputs.values())).device
+        gpus = len(tf.config.list_logical_devices("GPU")) if operator in _CPU_ONLY else 0
+        known = hasattr(compiled, name) and has_kernel(operator, device, gpus)
+        compiled = getattr(compiled, name) if known else None
     packed = offsets is not None
-    if not packed:
-        with tf.device("/CPU:0"):  # every device reads it there
+    with tf.device("/CPU:0"):  # every device reads them there
+        if not packed:
             offsets = tf.constant([0], tf.int64)
+        if compiled is not None and "start" in inputs:
+            inputs["start"] = tf.cast(inputs["start"], tf.int64)
+    function = compiled or getattr(composition, operator)
     return function(offsets=offsets, packed=packed, **inputs)
+
+
+def has_kernel(operator: str, device: str, gpus: int) -> bool:
+    """Whether the compiled operator runs where its inputs are, without a way through the CPU.
+
+    Args:
+        operator: as `run`.
+        device: of an input: the name of a device, or "" in a graph that is placed later.
+        gpus: number of GPUs that TensorFlow sees.
+
+    Example:
+
+    >>> from performer.ops.dispatch import has_kernel
+    >>> has_kernel("near_far", "/device:CPU:0", 1), has_kernel("near_far", "/device:GPU:0", 1)
+    (True, False)
+    >>> has_kernel("near_far", "", 0), has_kernel("near_far", "", 1), has_kernel("causal", "", 1)
+    (True, False, True)
+    """
+    if operator not in _CPU_ONLY or not gpus:
+        return True
+    return "CPU" in device.upper()

@@ -8,6 +8,8 @@ the total is right.
 
 from __future__ import annotations
 
+import re
+
 import tensorflow as tf
 
 from performer import composition, loader
@@ -45,12 +47,38 @@ _FORMS = {
         ("out", "log_mass", "mean"),
         (*_SHARED, "key_norm"),
     ),
+    "NearFar": (
+        composition.near_far,
+        (
+            "query",
+            "key",
+            "value",
+            "query_projection",
+            "key_projection",
+            "feature_bias",
+            "key_bias",
+            "initial_log_mass",
+            "initial_mean",
+        ),
+        ("out", "log_weight", "log_mass", "mean"),
+        ("exact_window", "causal", "scale", "key_norm", "query_norm", "packed"),
+    ),
 }
+
+
+def _constants(form: str):
+    """The inputs without a gradient, which come after the others."""
+    return ("offsets", "start") if form == "NearFar" else ("offsets",)
+
+
+def function_name(form: str) -> str:
+    """The name of `Performer>{form}` in the library: "NearFarGrad" is performer_near_far_grad."""
+    return re.sub("(?<!^)(?=[A-Z])", "_", f"performer{form}").lower()
 
 
 def _attributes(op, names):
     values = {name: op.get_attr(name) for name in names}
-    if isinstance(values["feature_map"], bytes):
+    if isinstance(values.get("feature_map"), bytes):
         values["feature_map"] = values["feature_map"].decode()
     return values
 
@@ -68,13 +96,14 @@ def _first_order(form: str):
     _, inputs, outputs, attributes = _FORMS[form]
 
     def gradient(op, *incoming):
-        arguments = dict(zip((*inputs, "offsets"), op.inputs, strict=True))
+        arguments = dict(zip((*inputs, *_constants(form)), op.inputs, strict=True))
         arguments.update(zip(outputs, op.outputs, strict=True))
         arguments.update(
             zip((f"grad_{name}" for name in outputs), _dense(incoming, op.outputs), strict=True)
         )
-        grad_op = getattr(loader.ops(), f"performer_{form.lower()}_grad")
-        return [*grad_op(**arguments, **_attributes(op, attributes)), None]
+        grad_op = getattr(loader.ops(), function_name(f"{form}Grad"))
+        gradients = grad_op(**arguments, **_attributes(op, attributes))
+        return [*gradients, *[None] * len(_constants(form))]
 
     return gradient
 
@@ -86,21 +115,25 @@ def _second_order(form: str):
     def gradient(op, *incoming):
         given = list(op.inputs)
         count, saved = len(inputs), [name for name in outputs if name not in inputs]
-        primary, offsets = given[:count], given[count]
-        cotangents = given[count + 1 + len(saved) :]
+        names = _constants(form)
+        primary, constants = given[:count], given[count : count + len(names)]
+        cotangents = given[count + len(names) + len(saved) :]
         options = _attributes(op, attributes)
         with tf.GradientTape() as outer:
             outer.watch([*primary, *cotangents])
             with tf.GradientTape() as inner:
                 inner.watch(primary)
                 results = composition(
-                    **dict(zip(inputs, primary, strict=True)), offsets=offsets, **options
+                    **dict(zip(inputs, primary, strict=True)),
+                    **dict(zip(names, constants, strict=True)),
+                    **options,
                 )
             first = inner.gradient(results, primary, cotangents, unconnected_gradients="zero")
         second = outer.gradient(
             first, [*primary, *cotangents], _dense(incoming, first), unconnected_gradients="zero"
         )
-        return [*second[:count], None, *[None] * len(saved), *second[count:]]
+        nothing = [None] * (len(names) + len(saved))
+        return [*second[:count], *nothing, *second[count:]]
 
     return gradient
 

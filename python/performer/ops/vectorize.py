@@ -15,11 +15,12 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer import loader
+from performer.ops.gradients import function_name
 from performer.shapes import dims
 
 OPERATORS = {
-    f"Performer>{form}{grad}": f"performer_{form}{'_grad' if grad else ''}".lower()
-    for form in ("Summarize", "Read", "Causal")
+    f"Performer>{form}{grad}": function_name(f"{form}{grad}")
+    for form in ("Summarize", "Read", "Causal", "NearFar")
     for grad in ("", "Grad")
 }
 _HEAD_AXIS = {
@@ -27,6 +28,7 @@ _HEAD_AXIS = {
     "key": 2,
     "value": 2,
     "out": 2,
+    "log_weight": 2,
     "query_projection": 0,
     "key_projection": 0,
     "feature_bias": 0,
@@ -36,6 +38,7 @@ _HEAD_AXIS = {
     "initial_log_mass": 1,
     "initial_mean": 1,
 }
+_HEADLESS = ("offsets", "start")
 # These may have one head, for all.
 _SHARED = ("query_projection", "key_projection", "feature_bias", "key_bias")
 
@@ -78,7 +81,7 @@ def _run(op, count, inputs):
     sizes = {
         name: dims(x)[_HEAD_AXIS[name.removeprefix("grad_")] + bool(stacked)]
         for name, (x, stacked) in zip(names, inputs, strict=True)
-        if name != "offsets"
+        if name not in _HEADLESS
     }
     groups = sizes["key"] if "key" in sizes else sizes["log_mass"]
     heads = {
@@ -88,7 +91,7 @@ def _run(op, count, inputs):
     for name, (x, stacked) in zip(names, inputs, strict=True):
         # One for all heads serves all iterations, unless each has to get its own gradient.
         serves_all = name in _SHARED and x.shape[_HEAD_AXIS[name]] == 1 and not stacked
-        if name == "offsets" or (serves_all and not op.type.endswith("Grad")):
+        if name in _HEADLESS or (serves_all and not op.type.endswith("Grad")):
             folded[name] = x
         else:
             axis = _HEAD_AXIS[name.removeprefix("grad_")]
@@ -103,7 +106,7 @@ def _run(op, count, inputs):
 
     def stacked_output(name, x):
         name = name.removeprefix("grad_")
-        each = heads["query"] if name == "out" else heads.get(name, groups)
+        each = heads["query"] if name in ("out", "log_weight") else heads.get(name, groups)
         return _unfold(x, _HEAD_AXIS[name], count, each, sizes.get(name, each))
 
     outputs = [argument.name for argument in op.op_def.output_arg]
@@ -125,8 +128,9 @@ def _register():
         if any(x.shape.rank is None for x, _ in inputs):
             raise refusal("the rank of an input is unknown.")
         names = [argument.name for argument in op.op_def.input_arg]
-        if inputs[names.index("offsets")][1]:
-            raise refusal("iterations differ in the offsets of packed sequences.")
+        for name in set(names) & set(_HEADLESS):
+            if inputs[names.index(name)][1]:
+                raise refusal(f"iterations differ in {name}.")
         static = tf.get_static_value(length)
         count = length[0] if static is None else int(static[0])
         return [wrap(x, True) for x in _run(op, count, inputs)]

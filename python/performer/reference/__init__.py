@@ -12,8 +12,19 @@ Example:
 True
 """
 
-from performer.reference.attend import attention, attention_gradients
+from performer.reference.attend import (
+    attention,
+    attention_gradients,
+    near_far_attention,
+    near_far_attention_gradients,
+)
 from performer.reference.heads import read_heads, summarize_heads
+from performer.reference.near_far import (
+    NearFar,
+    near_far_direct,
+    near_far_gradients,
+    near_far_in_blocks,
+)
 from performer.reference.one_head import (
     NONE,
     FeatureMap,
@@ -37,6 +48,7 @@ from performer.reference.one_head_gradients import gradients
 __all__ = [
     "NONE",
     "FeatureMap",
+    "NearFar",
     "attention",
     "attention_gradients",
     "causal",
@@ -50,6 +62,11 @@ __all__ = [
     "log_features_slope",
     "logsumexp",
     "merge",
+    "near_far_attention",
+    "near_far_attention_gradients",
+    "near_far_direct",
+    "near_far_gradients",
+    "near_far_in_blocks",
     "read",
     "read_heads",
     "recurrent",

@@ -9,6 +9,7 @@ import numpy as np
 
 from performer.reference import one_head
 from performer.reference.heads import bias_of_keys, entry, rounded, spans
+from performer.reference.near_far import NearFar, near_far_gradients, near_far_in_blocks
 from performer.reference.one_head import FeatureMap
 from performer.reference.one_head_gradients import gradients
 
@@ -147,35 +148,45 @@ def attention_gradients(
         "feature_bias": feature_bias,
         "key_bias": key_bias,
     }
-    if initial_state is not None:
-        inputs["initial_log_mass"], inputs["initial_mean"] = initial_state
-    total = {name: np.zeros(np.shape(x)) for name, x in inputs.items()}
-    heads, groups = np.shape(query)[2], np.shape(key)[2]
-    bias_grad = np.zeros((len(key), groups, np.shape(key)[1]))
-    calls = _calls(
-        query,
-        key,
-        value,
-        query_projection,
-        key_projection,
-        feature_bias,
-        key_bias,
-        offsets,
-        initial_state,
-    )
-    for at, arguments, state in calls:
-        n, b, rows, h, g = (at[name] for name in ("n", "b", "rows", "h", "g"))
-        dfinal = None
-        if grad_state is not None and at["first"]:  # it belongs to the group: count it once
-            dfinal = tuple(np.asarray(x, np.float64)[n, g] for x in grad_state)
-        grads = gradients(
+
+    def of_head(at, arguments, state):
+        return gradients(
             **arguments,
-            dout=np.asarray(grad_out, np.float64)[b, rows, h],
+            dout=_entry_of(grad_out, at),
             options=FeatureMap(**attributes),
             causal=causal,
             state=state,
-            dfinal=dfinal,
+            dfinal=_final_of(grad_state, at),
         )
+
+    return _sum_over_heads(inputs, offsets, initial_state, of_head)
+
+
+def _entry_of(x, at):
+    """Rows of x [B, L, H, ...] in one call."""
+    return np.asarray(x, np.float64)[at["b"], at["rows"], at["h"]]
+
+
+def _final_of(grad_state, at):
+    """The gradient of the final state in one call: it belongs to the group, so count it once."""
+    if grad_state is None or not at["first"]:
+        return None
+    return tuple(np.asarray(x, np.float64)[at["n"], at["g"]] for x in grad_state)
+
+
+def _sum_over_heads(inputs, offsets, initial_state, of_head):
+    """Gradients of the operator's inputs, from those of each one-head call."""
+    calls = _calls(*[*inputs.values(), offsets, initial_state])
+    if initial_state is not None:
+        state = dict(zip(("initial_log_mass", "initial_mean"), initial_state, strict=True))
+        inputs = {**inputs, **state}
+    total = {name: np.zeros(np.shape(x)) for name, x in inputs.items()}
+    key, key_bias = inputs["key"], inputs["key_bias"]
+    heads, groups = np.shape(inputs["query"])[2], np.shape(key)[2]
+    bias_grad = np.zeros((len(key), groups, np.shape(key)[1]))
+    for at, arguments, state in calls:
+        n, b, rows, h, g = (at[name] for name in ("n", "b", "rows", "h", "g"))
+        grads = of_head(at, arguments, state)
         total["query"][b, rows, h] += grads["query"]
         total["key"][b, rows, g] += grads["key"]
         total["value"][b, rows, g] += grads["value"]
@@ -190,3 +201,98 @@ def attention_gradients(
     broadcast = tuple(axis for axis, size in enumerate(np.shape(key_bias)) if size == 1)
     total["key_bias"] += bias_grad.sum(broadcast, keepdims=True)
     return total
+
+
+def near_far_attention(
+    query,
+    key,
+    value,
+    query_projection,
+    key_projection=None,
+    *,
+    feature_bias=None,
+    key_bias=None,
+    offsets=None,
+    initial_state=None,
+    **attributes,
+):
+    """Attention as `Performer>NearFar`.
+
+    Args:
+        query, key, value: [B, L, H, D], [B, S, G, D], [B, S, G, E].
+        others: as `attention`.
+        **attributes: fields of `NearFar`.
+
+    Returns:
+        out [B, L, H, E], log_weight [B, L, H], (log_mass [N, G, M], mean [N, G, M, E]). Rows of no
+        sequence have 0 and -inf.
+    """
+    key_projection = query_projection if key_projection is None else key_projection
+    (batch, length, heads), value_dim = np.shape(query)[:3], np.shape(value)[-1]
+    sequences = batch if offsets is None else len(offsets) - 1
+    out = np.zeros((batch, length, heads, value_dim))
+    log_weight = np.full((batch, length, heads), one_head.NONE)
+    log_mass = np.empty((sequences, np.shape(key)[2], np.shape(query_projection)[-2]))
+    mean = np.empty((*log_mass.shape, value_dim))
+    calls = _calls(
+        query,
+        key,
+        value,
+        query_projection,
+        key_projection,
+        feature_bias,
+        key_bias,
+        offsets,
+        initial_state,
+    )
+    for at, x, state in calls:
+        place = at["b"], at["rows"], at["h"]
+        out[place], log_weight[place], final = near_far_in_blocks(
+            **x, options=NearFar(**attributes), state=state
+        )
+        log_mass[at["n"], at["g"]], mean[at["n"], at["g"]] = final
+    return out, log_weight, (log_mass, mean)
+
+
+def near_far_attention_gradients(
+    query,
+    key,
+    value,
+    query_projection,
+    key_projection,
+    feature_bias,
+    key_bias,
+    grad_out,
+    grad_log_weight=None,
+    *,
+    offsets=None,
+    initial_state=None,
+    grad_state=None,
+    **attributes,
+):
+    """Gradients of sum(out grad_out) + sum(log_weight grad_log_weight) + sum(state grad_state).
+
+    By input of `near_far_attention`. Shapes: as `attention_gradients`; grad_log_weight [B, L, H],
+    which is ignored on rows that see nothing.
+    """
+    inputs = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "query_projection": query_projection,
+        "key_projection": key_projection,
+        "feature_bias": feature_bias,
+        "key_bias": key_bias,
+    }
+
+    def of_head(at, arguments, state):
+        return near_far_gradients(
+            **arguments,
+            dout=_entry_of(grad_out, at),
+            options=NearFar(**attributes),
+            state=state,
+            dlog_weight=None if grad_log_weight is None else _entry_of(grad_log_weight, at),
+            dfinal=_final_of(grad_state, at),
+        )
+
+    return _sum_over_heads(inputs, offsets, initial_state, of_head)
