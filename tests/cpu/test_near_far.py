@@ -1,4 +1,4 @@
-"""Near-and-far attention of the compiled core: results, gradients, and what must not change a bit."""
+"""Near-and-far attention of the compiled core: results, gradients, what changes no bit."""
 
 from dataclasses import replace
 from functools import cache

@@ -64,8 +64,10 @@ struct KeyBlock {
   }
   int64_t columns() const { return RoundUp(rows, kPad<Acc>); }
 
+  // Loads n keys; what only near keys need is left out unless `as_near`.
   void Load(const Common& call, const KeySide& side, const Map<Acc>& map, const Strides& strides,
-            const WorkRange& range, int64_t first, int64_t n, Prefetcher* prefetcher) {
+            const WorkRange& range, int64_t first, int64_t n, bool as_near,
+            Prefetcher* prefetcher) {
     row = first, rows = n;
     keys.LoadBias(call, side, range, row, n);
     for (int64_t j = 0; j < columns(); ++j)
@@ -77,8 +79,9 @@ struct KeyBlock {
     keys.FinishOffsets(map, n, [&](int64_t j) {
       return SquaredNorm<Acc>(keys.k + j * strides.d_pad, strides.d_pad);
     });
-    TransposeToPanels(keys.k, n, strides.d, strides.d_pad, panels);
-    if (value_panels) TransposeToPanels(keys.v, n, strides.e_pad, strides.e_pad, value_panels);
+    if (as_near) TransposeToPanels(keys.k, n, strides.d, strides.d_pad, panels);
+    if (as_near && value_panels)
+      TransposeToPanels(keys.v, n, strides.e_pad, strides.e_pad, value_panels);
   }
 };
 

@@ -109,6 +109,15 @@ void ComputeLogits(const NearFarContext<Acc>& context, const QueryRows& rows, co
                     : Acc(0);
 }
 
+// {0, 1, 2, ...}
+template <class Acc>
+PERFORMER_INLINE Vec<Acc> Lanes() {
+  Vec<Acc> lanes;
+  PERFORMER_UNROLL
+  for (int i = 0; i < kLanes<Acc>; ++i) lanes[i] = static_cast<Acc>(i);
+  return lanes;
+}
+
 // Calls visit(column, x) for every vector of near logits of row i of the chunk, x with the scale and
 // the biases; keys after the row's own are -inf.
 template <class Acc, class Visit>
@@ -123,11 +132,9 @@ PERFORMER_INLINE void ForNearLogits(const NearFarContext<Acc>& context, const Qu
     for (int64_t c = first; c < first + whole; c += kLanes<Acc>)
       visit(c, Load(row + c) * scale + Load(s.near_bias + c));
     if (whole == seen) continue;
-    Acc lane[kLanes<Acc>];
-    for (int l = 0; l < kLanes<Acc>; ++l)
-      lane[l] = whole + l < seen ? row[first + whole + l] * scale + s.near_bias[first + whole + l]
-                                 : -kInf<Acc>;
-    visit(first + whole, Load(lane));
+    const int64_t c = first + whole;
+    const IntVec<Acc> hidden = Lanes<Acc>() >= static_cast<Acc>(seen - whole);
+    visit(c, hidden ? Splat(-kInf<Acc>) : Load(row + c) * scale + Load(s.near_bias + c));
   }
 }
 

@@ -44,9 +44,9 @@ struct NearFarHead {
     summarizer.SetPointers(arena, strides, blocks.MaxRows());
   }
   KeyBlock<Acc>& At(int64_t block) { return key_blocks[block % 3]; }
-  void LoadBlock(int64_t block) {
+  void LoadBlock(int64_t block, bool as_near = true) {
     const int64_t row = blocks.Begin(block);
-    At(block).Load(params, params.keys, map, strides, range, row, blocks.End(block) - row,
+    At(block).Load(params, params.keys, map, strides, range, row, blocks.End(block) - row, as_near,
                    &prefetcher);
   }
   // Loads what a bidirectional block of queries needs besides the keys of the block before.
@@ -96,11 +96,13 @@ struct NearFarHead {
 // The states of all blocks, on the initial state as base.
 template <class Acc, class Params>
 void SummarizeBlocks(NearFarHead<Acc, Params>& head, FarStates<Acc>& states) {
+  head.prefetcher = Prefetcher(true);
   for (int64_t block = head.blocks.count() - 1; block >= 0; --block) {
-    head.LoadBlock(block);
+    head.LoadBlock(block, false);
     head.Summarize(block, true, states.Block(block));
     states.Give(block);
   }
+  head.prefetcher = Prefetcher();
   LoadState(LoadedState<Acc>(head.params.initial, head.dims, head.range.sequence, head.range.head),
             head.strides, states.Base());
 }
