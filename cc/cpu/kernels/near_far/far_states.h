@@ -74,7 +74,7 @@ struct BlockSummarizer {
 template <class Acc>
 class FarStates {
  public:
-  static constexpr int64_t kGroup = 8;
+  static constexpr int64_t kGroup = 4;
 
   // The states of the blocks lie in slots [count + 2][SummaryPartial::Size], from slot 2 on; if
   // `reversed` from slot 0 on. So, as At(c) is the last to need the slot c, reversed states may take

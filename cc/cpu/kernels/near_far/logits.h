@@ -75,16 +75,22 @@ struct NearFarContext {
   }
 };
 
-// Products of x [n][depth] with the panels of each near block, side by side in rows of `to`.
+// Products of x [n][depth] with the panels of each near block, side by side in rows of `to`. The
+// prefetcher works meanwhile, and keeps a share of its work for `more` calls.
 template <class Acc, class Panels>
 void NearProducts(const NearFarContext<Acc>& context, const QueryRows& rows, const Left<Acc>& x,
-                  int64_t depth, Panels panels, Acc* to, int64_t stride) {
+                  int64_t depth, Panels panels, int64_t more, Acc* to, int64_t stride,
+                  Prefetcher* prefetcher) {
+  int64_t calls = more;
+  for (int b = 0; b < context.near.count; ++b)
+    calls += HookCalls<Acc>(rows.n, depth, context.Columns(b, rows));
+  prefetcher->Divide(calls);
   for (int b = 0; b < context.near.count; ++b) {
     const int64_t columns = context.Columns(b, rows);
     for (int64_t c = 0; c < columns; c += kPanel)
       MatMul<false>(x.data, x.row_stride, 1, panels(*context.near.block[b]) + c * depth, kPanel,
                     depth, to + context.near.column[b] + c, stride, rows.n,
-                    columns - c < kPanel ? columns - c : kPanel);
+                    columns - c < kPanel ? columns - c : kPanel, prefetcher);
   }
 }
 
@@ -96,12 +102,13 @@ void ComputeLogits(const NearFarContext<Acc>& context, const QueryRows& rows, co
                    const ProjectionOperands<Acc, Acc>& projection, QueryLogits<Acc>& s,
                    Prefetcher* prefetcher) {
   const Strides& strides = context.strides;
+  NearProducts(
+      context, rows, q, strides.d, [](const KeyBlock<Acc>& block) { return block.panels; },
+      context.has_far ? HookCalls<Acc>(rows.n, strides.d, strides.m_pad) : 0, s.Near(0), s.stride,
+      prefetcher);
   if (context.has_far)
     QueryLogFeatures(context.map, q, rows.n, projection, s.joint, s.far_bias, s.Far(0),
                      static_cast<Acc*>(nullptr), s.row_max, prefetcher);
-  NearProducts(
-      context, rows, q, strides.d, [](const KeyBlock<Acc>& block) { return block.panels; },
-      s.Near(0), s.stride);
   const Acc half = context.query_norm ? kLog2e<Acc> * context.map.scale / 2 : Acc(0);
   for (int64_t i = 0; i < rows.n; ++i)
     s.norm[i] = context.query_norm

@@ -128,12 +128,14 @@ void QueryGradientsOfHead(NearFarGradient<Acc>& gradient, int64_t block,
     gradient.LoadQueries(rows, i);
     ComputeLogits(context, rows, {s.q, strides.d_pad, 1}, head.projection, s, &gradient.prefetcher);
     const Left<Acc> y = {gradient.y, strides.e_pad, 1};
+    NearProducts(
+        context, rows, y, strides.e_pad,
+        [](const KeyBlock<Acc>& block) { return block.value_panels; },
+        context.has_far ? HookCalls<Acc>(rows.n, strides.e_pad, strides.m_pad) : 0, gradient.g,
+        s.stride, &gradient.prefetcher);
     if (context.has_far)
       MatMulPanels(y.data, y.row_stride, rows.n, gradient.sum_panels, strides.e_pad, s.joint,
                    gradient.g + s.near_columns, &gradient.prefetcher);
-    NearProducts(
-        context, rows, y, strides.e_pad,
-        [](const KeyBlock<Acc>& block) { return block.value_panels; }, gradient.g, s.stride);
     for (int64_t c = 0; c < s.near_columns; ++c) gradient.column_sum[c] = 0;
     const Acc* grad_log_weight = static_cast<const Acc*>(gradient.params.grad_log_weight) +
                                  rows.row * gradient.dims.heads + gradient.FirstHead() + i;
