@@ -39,7 +39,7 @@ def recall(options, pairs, steps):
     keras.utils.set_random_seed(0)
     wide = keras.initializers.RandomNormal(stddev=0.15, seed=1)  # equal keys attend to each other
     loud = feature_maps.FeatureMap()
-    loud.query_norm = False  # the far part is heard from the first step on
+    loud.query_norm = False  # far keys are heard from the first step on
     attention = {"kernel_initializer": wide, "feature_map": loud}
     block = PerformerDecoder(  # keys are one position late: at a value stands the key before it
         *(WIDTH, HEADS),
@@ -53,7 +53,7 @@ def recall(options, pairs, steps):
     asked = keras.layers.Cropping1D((text.shape[1] - pairs, 0))
     head = [keras.layers.LayerNormalization(), keras.layers.Dense(2 * SYMBOLS)]
     model = keras.Sequential([symbols, block, asked, *head])
-    rate = keras.optimizers.schedules.CosineDecay(0.0, steps, 0.0, None, 3e-3, steps // 10)
+    rate = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=3e-3, warmup_steps=9)
     optimizer = keras.optimizers.Adam(rate, global_clipnorm=1.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, jit_compile=False)

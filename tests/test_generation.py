@@ -1,6 +1,10 @@
 """Models that stream, and sampling from them."""
 
 import gc
+import os
+import signal
+import threading
+import time
 import weakref
 
 import keras
@@ -14,6 +18,7 @@ from performer import (
     StreamingSequential,
     TokenAndPositionEmbedding,
     generate,
+    generation,
 )
 from performer.generation import _sample
 from support.compare import assert_close, assert_same_bits
@@ -204,6 +209,20 @@ def test_shares_of_tokens(options, expected):
     assert not got[expected == 0].any()
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.75, 0.9, 1.0])
+def test_no_choice_of_tokens_hangs_on_the_last_bit(top_p):
+    """The same shares, rounded otherwise in every row: sums of theirs meet `top_p` exactly."""
+    count = 512
+    offsets = tf.random.stateless_uniform([count, 1], [5, 6], -4.0, 4.0)
+    logits = tf.math.log(tf.constant([[0.5, 0.1, 0.25, 0.15]])) + offsets
+    drawn = [
+        _sample(logits, tf.constant([7, i], tf.int64), greedy=False, top_k=None, top_p=top_p)
+        for i in range(4)
+    ]
+    expected = {0.5: {0}, 0.75: {0, 2}, 0.9: {0, 2, 3}, 1.0: {0, 1, 2, 3}}[top_p]
+    assert set(np.concatenate(drawn)) == expected
+
+
 def test_temperature_zero_takes_the_likeliest_and_low_ones_nearly_do():
     assert (generate(Cycle(0.1), [1], 30, temperature=0) == (2 + np.arange(30)) % V).all()
     assert (generate(Cycle(0.1), [1], 30, temperature=1e-46) == (2 + np.arange(30)) % V).all()
@@ -228,6 +247,53 @@ def test_one_graph_serves_all_lengths_and_batch_sizes():
     for shape, count, temperature in (((1, 9), 3, 0.5), ((5, 700), 7, 0.7), ((3, 1), 1, 2.0)):
         generate(model, np.ones(shape, int), count, temperature=temperature)
     assert 0 < model.calls == calls
+
+
+def test_values_of_top_k_and_top_p_make_no_graphs():
+    model = Counting()
+    first = generate(model, [1, 2], 3, top_k=2, top_p=0.5, seed=1)
+    calls = model.calls
+    for i in range(1, 30):
+        generate(model, [1, 2], 3, top_k=i, top_p=i / 30, temperature=0.1 * i)
+    assert model.calls == calls
+    np.testing.assert_array_equal(generate(model, [1, 2], 3, top_k=2, top_p=0.5, seed=1), first)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.3}, {"temperature": 0}):
+        generate(model, [1, 2], 3, **options)
+    assert model.calls == 5 * calls  # what is left out is not computed
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.6}])
+def test_the_values_of_top_k_and_top_p_are_those_of_the_call(options):
+    """2000 draws at once, first of all tokens, then of few; each position has its own numbers."""
+    model, prompt = Cycle(1.0), np.zeros([2000, 2], int)
+    for wider in ({}, {"top_k": 20, "top_p": 1.0}):
+        assert len(np.unique(generate(model, prompt, 1, seed=1, **wider))) == V
+    drawn = generate(model, prompt, 1, seed=1, **options)
+    logits = tf.repeat(tf.one_hot([1], V), 2000, 0)
+    position = tf.constant([1, 2], tf.int64)  # seed, position
+    given = {"top_k": None, "top_p": None, **options}
+    np.testing.assert_array_equal(drawn[:, 0], _sample(logits - 1, position, False, **given))
+
+
+def test_an_interrupt_ends_it_soon():
+    model = Cycle()
+    generate(model, [1], 1)
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [1], 3_000_000)
+    assert time.monotonic() - start < 10
+    np.testing.assert_array_equal(generate(model, [1], 3, temperature=0), [2, 3, 4])
+
+
+def test_slices_of_any_size_write_the_same_tokens(monkeypatch):
+    model, prompts = make(), [[3, 1], [7, 1, 4, 9, 2, 2, 8, 1, 1, 0], [5, 5]]
+    one = generate(model, prompts, 40, seed=1, top_k=5)
+    for size, seconds in ((1, 1e-9), (7, 1e9)):
+        generation._graphs.clear()
+        monkeypatch.setattr(generation, "_FIRST_SLICE", size)
+        monkeypatch.setattr(generation, "_SLICE_SECONDS", seconds)
+        np.testing.assert_array_equal(generate(model, prompts, 40, seed=1, top_k=5), one)
 
 
 def test_one_graph_of_a_deep_model_serves_all_batch_sizes(monkeypatch):
@@ -282,6 +348,7 @@ def test_new_weights_are_used():
         ({"prompt": np.ones((1, 2, 3), int)}, ValueError, r"`prompt` must.*\(1, 2, 3\)"),
         ({"prompt": [1.5]}, TypeError, "must hold integers. Received: float64"),
         ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be a positive integer"),
+        ({"max_new_tokens": 2**31 - 2}, ValueError, "`max_new_tokens`.*2147483646, a prompt of 2"),
         ({"temperature": -1}, ValueError, r"`temperature` must.*temperature=-1"),
         ({"temperature": float("nan")}, ValueError, r"`temperature` must.*nan"),
         ({"top_k": 0}, ValueError, "`top_k` must be a positive integer"),
@@ -302,6 +369,41 @@ def test_wrong_arguments_are_refused(change, error, message):
         generate(Cycle(), **{"prompt": [1, 2], "max_new_tokens": 3, **change})
 
 
-def test_nan_is_not_sampled_from():
-    with pytest.raises(tf.errors.InvalidArgumentError, match="logits are NaN"):
-        generate(Cycle(float("nan")), [1, 2], 3)
+class Fixed(Cycle):
+    """A model whose logits are the same always."""
+
+    def __init__(self, *logits):
+        self.logits = tf.constant([logits])
+
+    def __call__(self, tokens, initial_state, return_state, training):
+        rows = tf.repeat(self.logits, tf.shape(tokens)[0], 0)
+        return tf.repeat(rows[:, tf.newaxis], tf.shape(tokens)[1], 1), initial_state
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(
+    "logits", [(NAN, NAN), (NAN, 1.0), (1.0, NAN), (INF, 1.0), (INF, INF), (-INF, -INF)]
+)
+def test_logits_that_allow_no_token_are_refused(logits, temperature):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"logits are NaN, \+inf or all -inf"):
+        generate(Fixed(*logits), [0], 2, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40, 1e-38, 1e-20, 1, 1e38])
+def test_large_logits_and_impossible_tokens_are_sampled_rightly(temperature):
+    drawn = generate(Fixed(-INF, 5e37, -5e37), [0], 50, temperature=temperature, seed=1)
+    assert 0 not in drawn
+    assert (drawn == 1).all() == (temperature < 1e38)
+
+
+def test_excluded_tokens_are_not_sampled_even_at_the_lowest_temperatures():
+    class Excluding(Cycle):
+        def __call__(self, *args, **kwargs):
+            logits, state = super().__call__(*args, **kwargs)
+            return tf.where(tf.range(V) == 4, 3.0, -np.inf) + 0 * logits, state
+
+    for temperature in (0, 1e-44, 1e-30, 1, 1e38):
+        assert (generate(Excluding(), [1, 2], 5, temperature=temperature) == 4).all()

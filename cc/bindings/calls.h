@@ -118,7 +118,7 @@ Call CheckedCall(Op op, const Attributes& attributes, const Find& find,
     call.inputs.push_back(tensor.data);
   }
   ThrowIfError(InferShapes(op, attributes, call.input_shapes, &call.dims, output_shapes));
-  ThrowIfError(CheckOffsets(op, call));
+  ThrowIfError(TakeOffsets(op, &call));
   return call;
 }
 

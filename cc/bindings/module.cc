@@ -1,5 +1,9 @@
 // The Python module performer._core: the operators on NumPy arrays, without TensorFlow.
+#include <cxxabi.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -43,6 +47,24 @@ cpu::Threads MakeThreads(int64_t threads) {
   return {threads, parallel_for};
 }
 
+// Calls function(), which throws nothing, without the lock of the interpreter.
+//
+// A daemon thread may still be in the function when the interpreter ends, and then never gets the
+// lock. CPython before 3.14 unwinds the stack of such a thread, with destructors of Python objects
+// that must not run without the lock, and the process aborts at the first destructor that asks for
+// it. So the thread sleeps here until the process has ended, as it does in CPython from 3.14 on.
+template <class Function>
+Status WithoutLock(const Function& function) {
+  PyThreadState* const thread = PyEval_SaveThread();
+  Status status = function();
+  try {
+    PyEval_RestoreThread(thread);
+  } catch (const abi::__forced_unwind&) {
+    for (;;) pause();
+  }
+  return status;
+}
+
 py::dict Run(const std::string& name, const py::dict& given, int64_t threads,
              const std::string& isa, const py::kwargs& attributes) {
   FindOp(name);
@@ -50,12 +72,13 @@ py::dict Run(const std::string& name, const py::dict& given, int64_t threads,
     throw py::value_error("threads must be at least 1 and at most " + std::to_string(kMaxThreads) +
                           "; got " + std::to_string(threads));
   const ArrayCall made = MakeArrayCall(name, given, attributes);
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = cpu::Run(made.op, made.call, MakeThreads(threads), isa);
-  }
-  ThrowIfError(status);
+  ThrowIfError(WithoutLock([&]() -> Status {
+    try {
+      return cpu::Run(made.op, made.call, MakeThreads(threads), isa);
+    } catch (const std::bad_alloc&) {
+      return Status::ResourceExhausted("out of memory");
+    }
+  }));
   return made.results;
 }
 

@@ -17,8 +17,8 @@ class Arguments {
   }
 
   Common Shared() const {
-    const void* offsets = call_.attributes.packed ? In("offsets") : nullptr;
-    return {call_.dtype, call_.attributes, call_.dims, static_cast<const int64_t*>(offsets)};
+    const int64_t* offsets = call_.attributes.packed ? call_.offsets.data() : nullptr;
+    return {call_.dtype, call_.attributes, call_.dims, offsets};
   }
   QuerySide Queries() const {
     return {In("query"), In("query_projection"), Dim("query_projection", 0), In("feature_bias"),
@@ -34,7 +34,7 @@ class Arguments {
   MutableState StateOut(const char* log_mass, const char* mean) const {
     return {Out(log_mass), Out(mean)};
   }
-  int64_t Start() const { return *static_cast<const int64_t*>(In("start")); }
+  const int64_t* Start() const { return static_cast<const int64_t*>(In("start")); }
   QueryGradients QueryGrads() const {
     return {Out("grad_query"), Out("grad_query_projection"), Out("grad_feature_bias")};
   }
@@ -56,11 +56,20 @@ class Arguments {
 }  // namespace
 
 Status CheckOffsets(Op op, const Call& call) {
-  if (IsNearFar(op))
-    PERFORMER_RETURN_IF_ERROR(ValidateStart(Arguments(op, call).Start(), call.attributes.packed));
   if (!call.attributes.packed) return Status();
-  return ValidateOffsets(static_cast<const int64_t*>(call.inputs[OffsetsIndex(op)]),
-                         call.dims.sequences, HasKeys(op) ? call.dims.keys : call.dims.queries);
+  return ValidateOffsets(call.offsets.data(), call.dims.sequences,
+                         HasKeys(op) ? call.dims.keys : call.dims.queries);
+}
+
+Status TakeOffsets(Op op, Call* call) {
+  if (IsNearFar(op)) {
+    call->start = *Arguments(op, *call).Start();
+    PERFORMER_RETURN_IF_ERROR(ValidateStart(call->start, call->attributes.packed));
+  }
+  if (!call->attributes.packed) return Status();
+  const auto* given = static_cast<const int64_t*>(call->inputs[OffsetsIndex(op)]);
+  call->offsets.assign(given, given + call->dims.sequences + 1);
+  return CheckOffsets(op, *call);
 }
 
 // The order of the values below is that of the members of the structs.
@@ -87,7 +96,7 @@ NearFarParams MakeNearFarParams(const Call& call) {
           of.Queries(),
           of.Keys(),
           of.StateIn("initial_log_mass", "initial_mean"),
-          of.Start(),
+          call.start,
           of.Out("out"),
           of.Out("log_weight"),
           of.StateOut("log_mass", "mean")};
@@ -124,7 +133,7 @@ NearFarGradParams MakeNearFarGradParams(const Call& call) {
           of.Queries(),
           of.Keys(),
           of.StateIn("initial_log_mass", "initial_mean"),
-          of.Start(),
+          call.start,
           of.In("log_weight"),
           of.In("grad_out"),
           of.In("grad_log_weight"),

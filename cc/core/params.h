@@ -140,11 +140,18 @@ struct Call {
   std::vector<Shape> input_shapes;
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
+  // [N + 1], where sequences are packed: a checked copy in host memory. Only this is used, so that
+  // no thread can change the offsets between the check and their use.
+  std::vector<int64_t> offsets;
+  int64_t start = 0;  // of near-and-far attention, likewise
 };
 
-// Applies ValidateOffsets and ValidateStart to the offsets and the start of the call, which lie in
-// host memory. Offsets count only where sequences are packed.
+// Applies ValidateOffsets to call.offsets. OK where sequences are not packed.
 Status CheckOffsets(Op op, const Call& call);
+
+// Copies the inputs "offsets" and "start", which lie in host memory, to call->offsets and
+// call->start, and checks the copies.
+Status TakeOffsets(Op op, Call* call);
 
 // SummarizeParams MakeSummarizeParams(const Call& call), and likewise for each operator.
 #define PERFORMER_DECLARE_MAKE_PARAMS(op) op##Params Make##op##Params(const Call& call);

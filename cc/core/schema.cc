@@ -1,13 +1,17 @@
 #include "core/schema.h"
 
+#include <array>
 #include <cstring>
-#include <sstream>
 
 namespace performer {
 namespace {
 
 constexpr ArgumentType kT = ArgumentType::kTensor, kU = ArgumentType::kState,
                        kI = ArgumentType::kOffsets, kStart = ArgumentType::kStart;
+
+// What IsTooLarge (shape.h) asks of a tensor.
+const char kSizeRule[] = " of at most 2**56 elements, where an axis of 0 counts as 1";
+static_assert(kMaxElements == int64_t{1} << 56);
 
 const char kKeyBias[] = "1|B 1|G 1|S", kCausalKeyBias[] = "1|B 1|G 1|L";
 
@@ -25,8 +29,8 @@ std::vector<Signature> MakeSignatures() {
       {"query", kT, "B L H D"},          {"key", kT, "B L G D"},
       {"value", kT, "B L G E"},          {"query_projection", kU, "1|G|H M D"},
       {"key_projection", kU, "1|G M D"}, {"feature_bias", kU, "1|G|H M"},
-      {"key_bias", kU, kCausalKeyBias},  {"initial_log_mass", kU, "1|N G M"},
-      {"initial_mean", kU, "1|N G M E"}, {"offsets", kI, "N+1"}};
+      {"key_bias", kU, kCausalKeyBias},  {"initial_log_mass", kU, "P G M"},
+      {"initial_mean", kU, "P G M E"},   {"offsets", kI, "N+1"}};
   const std::vector<Argument> near_far = {{"query", kT, "B L H D"},
                                           {"key", kT, "B S G D"},
                                           {"value", kT, "B S G E"},
@@ -34,8 +38,8 @@ std::vector<Signature> MakeSignatures() {
                                           {"key_projection", kU, "1|G M D"},
                                           {"feature_bias", kU, "1|G|H M"},
                                           {"key_bias", kU, kKeyBias},
-                                          {"initial_log_mass", kU, "1|N G M"},
-                                          {"initial_mean", kU, "1|N G M E"},
+                                          {"initial_log_mass", kU, "P G M"},
+                                          {"initial_mean", kU, "P G M E"},
                                           {"offsets", kI, "N+1"},
                                           {"start", kStart, ""}};
   const std::vector<Argument> state = {{"log_mass", kU, "N G M"}, {"mean", kU, "N G M E"}};
@@ -93,43 +97,66 @@ std::vector<Signature> MakeSignatures() {
   };
 }
 
-std::vector<std::string> Split(const std::string& text, char separator) {
-  std::vector<std::string> parts;
-  std::istringstream stream(text);
-  for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
-  return parts;
+// A dimension in the shape of an argument: a letter, "N+1", or choices such as "1|G|H".
+class Token {
+ public:
+  explicit Token(const char* at) : at_(at), size_(std::strcspn(at, " ")) {}
+
+  bool is_last() const { return at_[size_] == '\0'; }
+  Token next() const { return Token(at_ + size_ + 1); }
+  std::string text() const { return std::string(at_, size_); }
+  bool has_choices() const { return size_ > 1 && at_[1] == '|'; }
+  size_t choices() const { return (size_ + 1) / 2; }
+  char choice(size_t i) const { return at_[2 * i]; }  // a letter, or '1'
+  char letter() const { return at_[0]; }
+  int64_t more() const { return size_ > 1 && at_[1] == '+' ? 1 : 0; }  // than the letter
+
+ private:
+  const char* at_;
+  size_t size_;
+};
+
+int RankOf(const Argument& argument) {
+  int rank = 1;
+  for (Token token(argument.shape); !token.is_last(); token = token.next()) ++rank;
+  return argument.shape[0] == '\0' ? 0 : rank;
 }
 
-// "[B, 1|G, M]"
-std::string Bracketed(const std::vector<std::string>& tokens) {
-  std::string text = "[";
-  for (size_t i = 0; i < tokens.size(); ++i) text += (i > 0 ? ", " : "") + tokens[i];
-  return text + "]";
+// "key_bias must have shape [1|B, 1|G, 1|S]"
+std::string Must(const Argument& argument) {
+  std::string shape = argument.shape;
+  for (size_t i = 0; (i = shape.find(' ', i)) != std::string::npos; i += 2)
+    shape.replace(i, 1, ", ");
+  return std::string(argument.name) + " must have shape [" + shape + "]";
 }
 
-// The values of the letters, each with the argument that fixed it.
+std::string Equals(char letter, int64_t value) {
+  return std::string(1, letter) + " = " + std::to_string(value);
+}
+
+// The values of the letters, each with the argument that fixed it. Nothing here allocates memory
+// unless an argument is wrong: every call of an operator passes through it.
 class Letters {
  public:
+  Letters() { values_.fill(kUnknown); }
+
   // Checks one argument against its pattern, and learns the letters that stand alone in it.
   Status Match(const Argument& argument, const Shape& shape) {
     if (!shape.known_rank) return Status();
-    const std::vector<std::string> tokens = Split(argument.shape, ' ');
-    const std::string must = std::string(argument.name) + " must have shape " + Bracketed(tokens);
-    if (shape.rank() != static_cast<int>(tokens.size()))
-      return Status::InvalidArgument(must + ", rank " + std::to_string(tokens.size()) +
-                                     "; got rank " + std::to_string(shape.rank()) + ", shape " +
-                                     ToString(shape));
-    bool overflow;
-    ElementCount(shape, &overflow);
-    if (overflow)
-      return Status::InvalidArgument(must + " with fewer than 2**63 elements; got " +
-                                     ToString(shape));
-    for (size_t i = 0; i < tokens.size(); ++i) {
-      const int64_t dim = shape.dims[i];
-      if (dim == kUnknown) continue;
-      PERFORMER_RETURN_IF_ERROR(MatchDim(argument, tokens[i], dim, must, shape));
+    const int rank = RankOf(argument);
+    if (shape.rank() != rank)
+      return Error(argument, ", rank " + std::to_string(rank) + "; got rank " +
+                                 std::to_string(shape.rank()) + ", shape " + ToString(shape));
+    if (IsTooLarge(shape)) return Error(argument, kSizeRule, shape);
+    if (rank == 0) return Status();
+    Token token(argument.shape);
+    for (int axis = 0;; token = token.next(), ++axis) {
+      if (shape.dims[axis] != kUnknown)
+        PERFORMER_RETURN_IF_ERROR(token.has_choices()
+                                      ? MatchChoices(argument, token, shape.dims[axis], shape)
+                                      : MatchLetter(argument, token, shape.dims[axis], shape));
+      if (token.is_last()) return Status();
     }
-    return Status();
   }
 
   int64_t operator[](char letter) const { return values_[Index(letter)]; }
@@ -142,37 +169,42 @@ class Letters {
   static constexpr int kLetters = 26;
   static int Index(char letter) { return letter - 'A'; }
 
-  Status MatchDim(const Argument& argument, const std::string& token, int64_t dim,
-                  const std::string& must, const Shape& shape) {
-    if (token == "N+1") {
-      if (dim < 1)
-        return Status::InvalidArgument(must + " with at least one entry; got " + ToString(shape));
-      return MatchLetter(argument, 'N', dim - 1, must, shape);
-    }
-    const std::vector<std::string> choices = Split(token, '|');
-    if (choices.size() == 1) return MatchLetter(argument, token[0], dim, must, shape);
+  static Status Error(const Argument& argument, const std::string& rule) {
+    return Status::InvalidArgument(Must(argument) + rule);
+  }
+  static Status Error(const Argument& argument, const std::string& rule, const Shape& shape) {
+    return Error(argument, rule + "; got " + ToString(shape));
+  }
+
+  Status MatchChoices(const Argument& argument, Token token, int64_t dim, const Shape& shape) {
     std::string allowed;
-    for (const std::string& choice : choices) {
-      const int64_t value = choice == "1" ? 1 : (*this)[choice[0]];
+    for (size_t i = 0; i < token.choices(); ++i) {
+      const int64_t value = token.choice(i) == '1' ? 1 : (*this)[token.choice(i)];
       if (value == kUnknown || value == dim) return Status();
-      allowed += (allowed.empty() ? "" : " or ") +
-                 (choice == "1" ? choice : choice + " = " + std::to_string(value));
     }
-    return Status::InvalidArgument(must + " with " + token + " being " + allowed + "; got " +
-                                   ToString(shape));
+    for (size_t i = 0; i < token.choices(); ++i) {
+      const char choice = token.choice(i);
+      allowed += (i > 0 ? " or " : "") + (choice == '1' ? "1" : Equals(choice, (*this)[choice]));
+    }
+    return Error(argument, " with " + token.text() + " being " + allowed, shape);
   }
 
-  Status MatchLetter(const Argument& argument, char letter, int64_t dim, const std::string& must,
-                     const Shape& shape) {
-    const int i = Index(letter);
-    if (values_[i] == kUnknown) Set(letter, dim, argument.name);
-    if (values_[i] == dim) return Status();
-    return Status::InvalidArgument(must + " with " + letter + " = " + std::to_string(values_[i]) +
-                                   " as in " + sources_[i] + "; got " + ToString(shape));
+  Status MatchLetter(const Argument& argument, Token token, int64_t dim, const Shape& shape) {
+    const char letter = token.letter();
+    if (dim < token.more()) return Error(argument, " with at least one entry", shape);
+    dim -= token.more();
+    const int64_t sequences = (*this)['N'];
+    if (letter == 'P' && dim != 1 && sequences != kUnknown && dim != sequences)
+      return Error(argument, " with P being 1 or " + Equals('N', sequences), shape);
+    if ((*this)[letter] == kUnknown) Set(letter, dim, argument.name);
+    if ((*this)[letter] == dim) return Status();
+    return Error(argument,
+                 " with " + Equals(letter, (*this)[letter]) + " as in " + sources_[Index(letter)],
+                 shape);
   }
 
-  std::vector<int64_t> values_ = std::vector<int64_t>(kLetters, kUnknown);
-  std::vector<const char*> sources_ = std::vector<const char*>(kLetters, "");
+  std::array<int64_t, kLetters> values_;
+  std::array<const char*, kLetters> sources_{};
 };
 
 Status CheckSizes(const Letters& letters) {
@@ -180,18 +212,18 @@ Status CheckSizes(const Letters& letters) {
     char letter;
     const char* meaning;
     int64_t min, max;
-  } kBounds[] = {{'H', "number of query heads", 1, INT64_MAX},
-                 {'G', "number of key and value heads", 1, INT64_MAX},
+  } kBounds[] = {{'H', "number of query heads", 1, kMaxHeads},
+                 {'G', "number of key and value heads", 1, kMaxHeads},
                  {'D', "key dimension", 1, kMaxWidth},
                  {'M', "number of features", 1, kMaxWidth},
                  {'E', "value dimension", 0, kMaxWidth}};
   for (const auto& bound : kBounds) {
     const int64_t value = letters[bound.letter];
     if (value == kUnknown || (value >= bound.min && value <= bound.max)) continue;
-    std::string rule = "at least " + std::to_string(bound.min);
-    if (bound.max != INT64_MAX) rule += " and at most " + std::to_string(bound.max);
     return Status::InvalidArgument(std::string("the ") + bound.meaning + " " + bound.letter +
-                                   " must be " + rule + "; got " + std::to_string(value));
+                                   " must be at least " + std::to_string(bound.min) +
+                                   " and at most " + std::to_string(bound.max) + "; got " +
+                                   std::to_string(value));
   }
   const int64_t heads = letters['H'], groups = letters['G'];
   if (heads > 0 && groups > 0 && heads % groups != 0)
@@ -223,8 +255,11 @@ Shape OutputShape(const Argument& output, const Signature& signature,
       if (std::strcmp(signature.inputs[i].name, output.shape + 1) == 0) return inputs[i];
   }
   Shape shape;
-  for (const std::string& token : Split(output.shape, ' ')) shape.dims.push_back(letters[token[0]]);
-  return shape;
+  shape.dims.reserve(4);
+  for (Token token(output.shape);; token = token.next()) {
+    shape.dims.push_back(letters[token.letter()]);
+    if (token.is_last()) return shape;
+  }
 }
 
 }  // namespace
@@ -269,11 +304,9 @@ Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>
   outputs->clear();
   for (const Argument& output : signature.outputs) {
     outputs->push_back(OutputShape(output, signature, inputs, letters));
-    bool overflow;
-    ElementCount(outputs->back(), &overflow);
-    if (overflow)
+    if (IsTooLarge(outputs->back()))
       return Status::InvalidArgument(std::string("the output ") + output.name +
-                                     " must have fewer than 2**63 elements; its shape would be " +
+                                     " must be a tensor" + kSizeRule + "; its shape would be " +
                                      ToString(outputs->back()));
   }
   const bool causal = op == Op::kCausal || op == Op::kCausalGrad;

@@ -1,8 +1,8 @@
 // The arguments of each operator, the shapes that they must have, and the check of both.
 //
 // Shapes are written with letters: B batch, H query heads, G key/value heads, L queries, S keys,
-// D key dimension, E value dimension, M features, N sequences. "1|G" is a broadcast dimension. The
-// same check serves shape inference (where dimensions may be unknown), the op kernels and the NumPy
+// D key dimension, E value dimension, M features, N sequences, P initial states, which is 1 or N.
+// Dimensions with one letter are equal. "1|G" is a broadcast dimension. The same check serves shape inference (where dimensions may be unknown), the op kernels and the NumPy
 // bindings, so that a wrong argument gets the same message everywhere.
 #pragma once
 #include <cstddef>
@@ -52,8 +52,12 @@ struct Dims {
           features = 0, sequences = 0;
 };
 
-// The largest D, E and M. It keeps every buffer size of the kernels within int64.
+// The largest D, E and M, and the largest H and G. With kMaxElements (shape.h), the largest tensor,
+// they keep every size of the CPU drivers within int64: these multiply the elements of a tensor by
+// 32 bytes at most (work_division.h), and M (D + E) by heads and splits. cuda::Supports has narrower
+// ones.
 inline constexpr int64_t kMaxWidth = 65536;
+inline constexpr int64_t kMaxHeads = 1 << 20;
 
 // Checks the input shapes and returns the sizes and the output shapes. inputs.size() must be that
 // of the signature. Errors are InvalidArgument and name the argument, the rule and the value.

@@ -27,22 +27,17 @@ inline std::string ToString(const Shape& shape) {
   return text + "]";
 }
 
-// The number of elements, or kUnknown. Sets *overflow to whether the number exceeds int64.
-inline int64_t ElementCount(const Shape& shape, bool* overflow) {
-  *overflow = false;
-  if (!shape.known_rank) return kUnknown;
-  bool unknown = false;
-  for (const int64_t dim : shape.dims) {
-    if (dim == 0) return 0;
-    unknown |= dim == kUnknown;
-  }
+// The most elements that a tensor may have: more than any machine has memory for.
+inline constexpr int64_t kMaxElements = int64_t{1} << 56;
+
+// Whether the known dimensions multiply to more than kMaxElements. A dimension of 0 counts as 1: an
+// empty tensor says nothing of its other dimensions, whose products are sizes of other buffers.
+inline bool IsTooLarge(const Shape& shape) {
   int64_t count = 1;
   for (const int64_t dim : shape.dims)
-    if (dim != kUnknown && __builtin_mul_overflow(count, dim, &count)) {
-      *overflow = true;
-      return kUnknown;
-    }
-  return unknown ? kUnknown : count;
+    if (dim > 0 && (__builtin_mul_overflow(count, dim, &count) || count > kMaxElements))
+      return true;
+  return false;
 }
 
 }  // namespace performer

@@ -15,6 +15,10 @@ inline constexpr int64_t kCausalChunk = 48;
 inline constexpr int64_t kCausalGradChunk = 48;
 // Queries of near-and-far attention, which lie in one block.
 inline constexpr int64_t kNearFarChunk = 64;
+// A causal call of at most so many rows may be one of very many that hand on a state. The sums of its
+// own keys are then kept apart, so that rounding errors of the calls do not add up. In longer calls
+// the keys weigh enough.
+inline constexpr int64_t kMaxStreamRows = 4 * kCausalChunk;
 
 // The rows of a split are a multiple of this, which is a multiple of every chunk that runs over
 // splits. It is a little more than a power of two, so that sequences of such lengths are cut into

@@ -3,6 +3,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/driver/backward.h"
 #include "cpu/driver/forward.h"
+#include "cpu/floating_point.h"
 
 namespace performer {
 namespace cpu {
@@ -42,8 +43,17 @@ Status RunTyped(Op op, const Call& call, const Threads& threads, const std::stri
 }  // namespace
 
 Status Run(Op op, const Call& call, const Threads& threads, const std::string& isa) {
-  return call.dtype == DType::kFloat64 ? RunTyped<double>(op, call, threads, isa)
-                                       : RunTyped<float>(op, call, threads, isa);
+  const auto parallel_for = [&threads](int64_t count, int64_t cost,
+                                       const std::function<void(int64_t, int64_t)>& body) {
+    threads.parallel_for(count, cost, [&body](int64_t begin, int64_t end) {
+      const StandardArithmetic standard;
+      body(begin, end);
+    });
+  };
+  const Threads with_standard_arithmetic = {threads.count, parallel_for};
+  const StandardArithmetic standard;  // for what this thread does between the loops
+  return call.dtype == DType::kFloat64 ? RunTyped<double>(op, call, with_standard_arithmetic, isa)
+                                       : RunTyped<float>(op, call, with_standard_arithmetic, isa);
 }
 
 }  // namespace cpu

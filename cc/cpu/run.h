@@ -22,9 +22,9 @@ struct Threads {
   ParallelFor parallel_for;
 };
 
-// Runs one operator. InferShapes has accepted the shapes of the call, and ValidateOffsets its
-// offsets. Every output is written. Results are the same bits for any `threads`, batch size and
-// number of heads. `isa` is one of AvailableIsas(), or "" for the one in force (ChosenIsa). Errors:
+// Runs one operator. InferShapes has accepted the shapes of the call, and CheckOffsets its
+// offsets. Every output is written. Results are the same bits for any `threads`, batch size, number
+// of heads and floating-point mode of the threads (floating_point.h). `isa` is one of AvailableIsas(), or "" for the one in force (ChosenIsa). Errors:
 // InvalidArgument for an unknown or unusable isa, ResourceExhausted if there is no memory.
 Status Run(Op op, const Call& call, const Threads& threads, const std::string& isa = "");
 

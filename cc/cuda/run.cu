@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <string>
+#include <utility>
+
 #include "cuda/device/ptx.h"  // BFloat16, Half
 #include "cuda/host/operators.h"
 #include "cuda/run.h"
@@ -36,7 +40,17 @@ Status Supports(Op op, DType dtype, const Dims& dims) {
   PERFORMER_RETURN_IF_ERROR(check("key dimension D", dims.key_dim, kMaxHeadWidth));
   PERFORMER_RETURN_IF_ERROR(check("value dimension E", dims.value_dim, kMaxHeadWidth));
   PERFORMER_RETURN_IF_ERROR(check("number of query heads H", dims.heads, kMaxHeads));
-  return check("number of key and value heads G", dims.groups, kMaxHeads);
+  PERFORMER_RETURN_IF_ERROR(check("number of key and value heads G", dims.groups, kMaxHeads));
+  // InferShapes keeps the products of two dimensions within int64.
+  const int64_t heads = std::max<int64_t>({dims.heads, dims.groups, 1});
+  for (const auto& [name, rows] : {std::pair("number of sequences N", dims.sequences),
+                                   std::pair("number of queries B L", dims.batch * dims.queries),
+                                   std::pair("number of keys B S", dims.batch * dims.keys)})
+    if (rows > kMaxRows / heads)
+      return Status::InvalidArgument(std::string(name) + " times that of heads must be at most " +
+                                     std::to_string(kMaxRows) + " on a GPU; got " +
+                                     std::to_string(rows) + " times " + std::to_string(heads));
+  return Status();
 }
 
 Status Run(Op op, const Call& call, const Device& device) {

@@ -30,16 +30,20 @@ struct Device {
 inline constexpr int64_t kMaxHeadWidth = 128;
 inline constexpr int64_t kMaxHeads = 65535;
 
+// The most rows of all heads, B L H and B S G, and the most sequences of all heads, N H. They keep
+// every size of workspace within int64: the largest, partial gradients, has M E floats for each
+// split of each head, and at most one split for each row or sequence.
+inline constexpr int64_t kMaxRows = int64_t{1} << 36;
+
 // Whether the kernels take such a call: OK, or InvalidArgument that names the rule and the value.
-// The answer depends only on the arguments; no GPU is needed. Any M, L, S and B are accepted.
+// The answer depends only on the arguments; no GPU is needed. Any M is accepted.
 Status Supports(Op op, DType dtype, const Dims& dims);
 
 // Enqueues one operator on the current device's stream and returns without waiting for it. The
-// shapes of the call have been accepted by InferShapes, its offsets by ValidateOffsets.
+// shapes of the call have been accepted by InferShapes, its offsets by CheckOffsets.
 //
-// All pointers of the call are device pointers, aligned to their element. The one exception is the
-// input "offsets" where attributes.packed is set: it is a host pointer and is read before Run
-// returns, because the lengths decide how the work is divided.
+// All pointers of the call are device pointers, aligned to their element. The input "offsets" is
+// not read: call.offsets decides how the work is divided, and may be freed when Run returns.
 //
 // Every output is written. Results have the same bits for any batch size and number of heads, in
 // every run, and on every GPU of one architecture. Errors:

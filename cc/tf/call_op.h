@@ -48,7 +48,7 @@ class CallOp : public tensorflow::OpKernel {
     std::vector<Shape> outputs;
     OP_REQUIRES_OK(context, ToTensorFlow(InferShapes(op, attributes_, call.input_shapes, &call.dims,
                                                      &outputs)));
-    OP_REQUIRES_OK(context, ToTensorFlow(CheckOffsets(op, call)));
+    OP_REQUIRES_OK(context, ToTensorFlow(TakeOffsets(op, &call)));
     OP_REQUIRES_OK(context, Device::Check(op, call));
     for (size_t i = 0; i < outputs.size(); ++i) {
       tensorflow::TensorShape shape;

@@ -1,6 +1,7 @@
 // The OpKernels for the CPU: the driver of the CPU kernels on TensorFlow's own thread pool.
 #include "cpu/run.h"
 #include "tf/call_op.h"
+#include "tf/registration.h"
 
 namespace performer {
 namespace {
@@ -29,7 +30,11 @@ struct CpuDevice {
   PERFORMER_REGISTER_TYPE(op, tensorflow::bfloat16, float) \
   PERFORMER_REGISTER_TYPE(op, Eigen::half, float)          \
   PERFORMER_REGISTER_TYPE(op, double, double)
-PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+[[maybe_unused]] const bool registered = [] {
+  if (IsRegistered(tensorflow::DEVICE_CPU)) return false;
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+  return true;
+}();
 
 }  // namespace
 }  // namespace performer

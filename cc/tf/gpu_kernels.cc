@@ -4,6 +4,7 @@
 #ifdef PERFORMER_HAVE_CUDA
 #include "cuda/run.h"
 #include "tf/call_op.h"
+#include "tf/registration.h"
 #include "xla/stream_executor/stream.h"
 
 namespace performer {
@@ -45,7 +46,11 @@ struct GpuDevice {
   PERFORMER_REGISTER_TYPE(op, float)                \
   PERFORMER_REGISTER_TYPE(op, tensorflow::bfloat16) \
   PERFORMER_REGISTER_TYPE(op, Eigen::half)
-PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)
+[[maybe_unused]] const bool registered = [] {
+  if (IsRegistered(tensorflow::DEVICE_GPU)) return false;
+  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)
+  return true;
+}();
 
 }  // namespace
 }  // namespace performer

@@ -114,6 +114,8 @@ out: [B, L, H, E]; 0 where the state is empty.
     << Define<Op::kCausal>(R"doc(
 Causal linear attention: query i attends to the initial state and to keys j <= i. Later keys cannot change a bit of earlier rows.
 
+A row has the same bits in a call of any length, with one exception: on the CPU, L = 1 without packed has a kernel of its own, which rounds otherwise.
+
 query: [B, L, H, D].
 key: [B, L, G, D].
 value: [B, L, G, E].

@@ -62,7 +62,7 @@ class RedrawProjections(keras.callbacks.Callback):
 
     def __init__(self, every=1, unit="epoch"):
         super().__init__()
-        if unit not in ("batch", "epoch"):
+        if not isinstance(unit, str) or unit not in ("batch", "epoch"):
             raise ValueError(f"`unit` must be 'batch' or 'epoch'. Received: unit={unit!r}")
         self._every = every if callable(every) else check_size("every", every)
         self._unit = unit

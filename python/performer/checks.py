@@ -73,6 +73,13 @@ def exact_window(value) -> int:
     return int(value)
 
 
+def flag(name: str, value) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {_short(value)}")
+    return bool(value)
+
+
 def size_tensor(name: str, value, least: int) -> None:
     """An integer, or an integer scalar tensor, of at least `least` where it is known."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):

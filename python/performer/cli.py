@@ -1,16 +1,21 @@
 """The command `performer` (`python -m performer`)."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import platform
+import signal
 import sys
+import threading
 
 from performer.bench import command as bench
 
 
 def main(argv=None):
-    """Runs a subcommand; returns the exit status (2: a wrong argument).
+    """Runs a subcommand; returns the exit status (1: it failed, 2: a wrong argument, 130: Ctrl-C).
+
+    SIGTERM and SIGHUP end it as an exception does: with its child processes.
 
     Example:
         >>> main(["info"])  # doctest: +ELLIPSIS
@@ -29,9 +34,45 @@ def main(argv=None):
     )
     commands.add_parser("info", help="versions and devices: what a bug report needs")
     arguments = parser.parse_args(argv)
-    if arguments.command == "bench":
-        return bench.main(arguments)
-    return _demo(arguments) if arguments.command == "demo" else _info()
+    if fault := _instruction_set_fault():
+        print(f"performer: {fault}", file=sys.stderr)
+        return 2
+    command = {"bench": bench.main, "demo": _demo, "info": _info}[arguments.command]
+    with _unwound_by(signal.SIGTERM, signal.SIGHUP):
+        try:
+            return command(arguments)
+        except KeyboardInterrupt:
+            print("performer: interrupted", file=sys.stderr)
+            return 130
+
+
+@contextlib.contextmanager
+def _unwound_by(*signals):
+    """Signals that would end the process at once end it by an exception, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what signals do
+        return
+
+    def unwind(number, frame):
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, unwind) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _instruction_set_fault():
+    """What is wrong with PERFORMER_ISA, or ""."""
+    try:
+        importlib.import_module("performer._core").isa()
+    except ImportError:
+        pass  # without a compiled core there is nothing to choose
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _demo(arguments):
@@ -50,13 +91,13 @@ def _demo(arguments):
             return 2
     try:
         report.run(arguments.text, arguments.output, length=arguments.length, steps=arguments.steps)
-    except corpus.CorpusError as error:
+    except (corpus.CorpusError, report.OutputError, report.TrainingError) as error:
         print(f"performer: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, report.TrainingError) else 2
     return 0
 
 
-def _info():
+def _info(arguments):
     import keras
     import numpy
     import tensorflow as tf

@@ -1,24 +1,46 @@
 """Sampling from a model that streams, with memory that does not grow."""
 
 import math
+import time
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from performer.layers._arguments import check_seed, check_size, default_seed
 
+_MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+# Logits are float32, so that shares of tokens are known to this relative error. A sum that misses
+# `top_p` by less reaches it, on every processor.
+_SHARE_SLACK = 2.0**-20
 _CHUNK = 512  # tokens of a prompt that the model reads in one call
-_INPUTS = (  # of the loop; the state comes after them
+# Tokens are written in slices, and Python runs between them: Ctrl-C waits for one slice at most.
+_SLICE_SECONDS = 0.25  # each costs a few milliseconds more
+_FIRST_SLICE = 64  # tokens, before the time of a token is known
+_INPUTS = (  # of the graph that writes a slice; the state comes after them
     tf.TensorSpec([None, None], tf.int32, "prompt"),
     tf.TensorSpec([None], tf.int32, "lengths"),
+    tf.TensorSpec([], tf.int32, "first"),
     tf.TensorSpec([], tf.int32, "count"),
     tf.TensorSpec([], tf.float32, "temperature"),
+    tf.TensorSpec([], tf.int32, "top_k"),
+    tf.TensorSpec([], tf.float32, "top_p"),
     tf.TensorSpec([], tf.int64, "seed"),
     tf.TensorSpec([], tf.int32, "end"),
+    tf.TensorSpec([None], tf.int32, "last"),
+    tf.TensorSpec([None], tf.bool, "ended"),
 )
-_loops: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class _Graphs(NamedTuple):
+    """The compiled functions of a model, and the tokens of a slice, by batch size, so far."""
+
+    read: tf.types.experimental.PolymorphicFunction
+    write: tf.types.experimental.PolymorphicFunction
+    slices: dict[int, int]
 
 
 def generate(
@@ -36,9 +58,10 @@ def generate(
 ):
     """Continues prompts, token by token.
 
-    The model reads the prompt in chunks and then its own tokens one by one, all in one compiled
-    graph, with a state of constant size: time and memory of a token do not depend on how many came
-    before.
+    The model reads the prompt in chunks and then its own tokens one by one, in a compiled loop,
+    with a state of constant size: time and memory of a token do not depend on how many came before.
+    The loop runs in slices of about 0.25 s, between which Ctrl-C (`KeyboardInterrupt`) ends it. Its
+    graphs serve all batch sizes, lengths and values of `temperature`, `top_k` and `top_p`.
 
     Args:
         model: `performer.StreamingSequential`, or anything with `get_initial_state(batch_size)`
@@ -48,12 +71,12 @@ def generate(
             do not depend on it.
         prompt: Integers `(P,)` or `(B, P)`, P at least 1; or a list of B lists (or a ragged
             tensor) of different lengths.
-        max_new_tokens: Number N of tokens to add to each prompt.
+        max_new_tokens: Number N of tokens to add to each prompt; positions stay below 2**31.
         temperature: What logits are divided by, 0 or above; 0 always takes the likeliest token.
             Defaults to 1.
         top_k: Sample from the `top_k` likeliest tokens only (more, where logits are equal).
         top_p: Sample from the fewest likeliest tokens whose probabilities, after temperature and
-            `top_k`, add up to `top_p` or more; in (0, 1]. (Holtzman et al.,
+            `top_k`, add up to `top_p` or more, to a relative 1e-6; in (0, 1]. (Holtzman et al.,
             https://arxiv.org/abs/1904.09751.)
         seed: Integer. The same seed gives the same tokens; `None` takes one from Python's random
             generator, which `keras.utils.set_random_seed` fixes.
@@ -70,8 +93,8 @@ def generate(
         ValueError: an argument outside its range, an empty prompt, `return_state` with prompts of
             different lengths or an `end_token`.
         TypeError: a prompt that does not hold integers.
-        tf.errors.InvalidArgumentError: the model's logits are NaN, or +inf, or -inf for all tokens
-            (-inf for some excludes these); a state that does not fit.
+        tf.errors.InvalidArgumentError: logits from which no token can be drawn (a NaN or +inf
+            among them, or all -inf); a state that does not fit.
 
     Example:
 
@@ -83,13 +106,18 @@ def generate(
     >>> generate(model, [[1, 2, 3], [4, 5]], max_new_tokens=7, temperature=0.8, seed=1).shape
     (2, 7)
     """
+    if not callable(model) or not hasattr(model, "get_initial_state"):
+        raise TypeError(
+            f"`model` must have `get_initial_state`, and be callable. Received: model={model!r}"
+        )
     rows, single = _rows(prompt)
     lengths = np.array([len(row) for row in rows], np.int32)
+    shortest, longest = int(lengths.min()), int(lengths.max())
     count = check_size("max_new_tokens", max_new_tokens)
-    if count + lengths.max() >= 2**31:
+    if longest + count >= 2**31:
         raise ValueError(
             "`max_new_tokens` and the longest prompt must have fewer than 2**31 tokens together. "
-            f"Received: max_new_tokens={count} and a prompt of {lengths.max()}"
+            f"Received: max_new_tokens={count}, a prompt of {longest} tokens"
         )
     temperature = float(np.float32(_number("temperature", temperature, low=0, high=_MAX_FLOAT32)))
     top_k = None if top_k is None else check_size("top_k", top_k)
@@ -98,31 +126,80 @@ def generate(
         raise ValueError("`top_p` must be above 0. Received: top_p=0")
     end = -1 if end_token is None else _token("end_token", end_token)
     seed = default_seed() if seed is None else check_seed("seed", seed)
-    if return_state and (end_token is not None or lengths.min() != lengths.max()):
+    if return_state and (end_token is not None or shortest != longest):
         raise ValueError(
             "`return_state` needs prompts of one length and no `end_token`: all rows of a state "
-            f"stand at one position. Received: prompts of {lengths.min()} to {lengths.max()} "
+            f"stand at one position. Received: prompts of {shortest} to {longest} "
             f"tokens, end_token={end_token}"
         )
-    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    tokens = np.zeros((len(rows), longest), np.int32)
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
     if initial_state is None:
         _build(model, tokens)
         initial_state = model.get_initial_state(len(rows))
-    initial_state = tf.nest.map_structure(tf.convert_to_tensor, initial_state)
-    loop = _loop(model, initial_state, len(rows), temperature == 0, top_k, top_p)
-    new, state = loop(
-        tf.constant(tokens),
-        tf.constant(lengths),
-        tf.constant(count),
-        tf.constant(temperature, tf.float32),
-        tf.constant(seed, tf.int64),
-        tf.constant(end),
-        initial_state,
+    state = tf.nest.map_structure(tf.convert_to_tensor, initial_state)
+    sampling = temperature >= _MIN_FLOAT32  # what is below it, kernels may take for 0
+    graphs = _graphs_of(
+        model, state, len(rows), sampling, sampling and top_k is not None, sampling and bool(top_p)
     )
-    new = new.numpy()[0] if single else new.numpy()
+    for start in range(0, shortest - 1, _CHUNK):
+        chunk = tokens[:, start : min(start + _CHUNK, shortest - 1)]
+        state = graphs.read(tf.constant(chunk), state)
+
+    options = {
+        "temperature": tf.constant(temperature, tf.float32),
+        "top_k": tf.constant(min(top_k or 1, 2**31 - 1)),
+        "top_p": tf.constant(max(top_p or 1.0, _MIN_FLOAT32), tf.float32),
+        "seed": tf.constant(seed, tf.int64),
+    }
+    new, state = _write(graphs, tokens, lengths, count, end, state, options)
+    new = new[0] if single else new
     return (new, state) if return_state else new
+
+
+def _write(graphs, prompt, lengths, count, end, state, options):
+    """Goes on slice by slice, after what all prompts have, until all rows are full or have ended.
+
+    Args:
+        graphs: `_Graphs` of the model.
+        prompt, lengths: int32 `(B, P)` and `(B,)`.
+        count: number of tokens to add to each prompt.
+        end: the token that ends a sequence; -1 for none.
+        state: the model's, which has read all but the last token of the shortest prompt.
+        options: the other inputs of `graphs.write`.
+
+    Returns:
+        int32 `(B, count)`, and the state.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    steps = longest - shortest + count
+    written = np.full((len(prompt), steps), end, np.int32)
+    last, ended = tf.constant(prompt[:, shortest - 1]), tf.zeros([len(prompt)], tf.bool)
+    prompt = tf.constant(prompt)
+    done, size = 0, graphs.slices.get(len(written), _FIRST_SLICE)
+    while done < steps and not np.all(ended):
+        began = time.monotonic()
+        given = min(size, steps - done)
+        new, last, ended, state = graphs.write(
+            prompt=prompt,
+            lengths=tf.constant(lengths),
+            first=tf.constant(shortest + done),
+            count=tf.constant(given),
+            end=tf.constant(end),
+            last=last,
+            ended=ended,
+            state=state,
+            **options,
+        )
+        written[:, done : done + new.shape[1]] = new
+        done += new.shape[1]
+        pace = _SLICE_SECONDS / max(time.monotonic() - began, 1e-9)
+        if given == size or pace < 1:
+            size = max(1, round(given * min(max(pace, 0.5), 2.0)))
+    graphs.slices[len(written)] = size
+    own = (lengths - shortest)[:, np.newaxis] + np.arange(count)
+    return np.take_along_axis(written, own, 1), state
 
 
 def _build(model, tokens):
@@ -131,106 +208,105 @@ def _build(model, tokens):
         model(tf.constant(tokens[:, :1]))
 
 
-def _loop(model, state, batch, greedy, top_k, top_p):
-    """The compiled loop of a model, kept as long as the model lives and has these weights.
+def _graphs_of(model, state, batch, sampling, by_rank, by_share):
+    """The compiled functions of a model, kept as long as the model lives and has these weights.
 
-    One for all batch sizes: `state` and `batch` say what of a state depends on them.
+    One pair for all batch sizes: `state` and `batch` say what of a state depends on them. What else
+    a pair depends on is whether tokens are sampled, and whether from the `top_k` (`by_rank`) and
+    the `top_p` (`by_share`) likeliest; the numbers are inputs.
     """
     weights = tuple(id(weight) for weight in getattr(model, "weights", ()))
-    loops = _loops.setdefault(model, {})
-    if weights != loops.get("weights"):
-        loops.clear()
-        loops["weights"] = weights
+    kept = _graphs.setdefault(model, {})
+    if weights != kept.get("weights"):
+        kept.clear()
+        kept["weights"] = weights
 
     def spec(x):
         rows = x.shape[:1] == [batch]
         return tf.TensorSpec([None, *x.shape[1:]] if rows else x.shape, x.dtype)
 
     states = tf.nest.map_structure(spec, state)
-    key = greedy, top_k, top_p, repr(states)
-    if key not in loops:
-        reference = weakref.ref(model)  # so that the loop does not keep the model alive
+    key = sampling, by_rank, by_share, repr(states)
+    if key not in kept:
+        reference = weakref.ref(model)  # so that the graphs do not keep the model alive
 
-        def sample(logits, seed):
-            return _sample(logits, seed, greedy, top_k, top_p)
+        def read(tokens, state):
+            return _read(reference(), tokens, state)[1]
 
-        def run(*given):
-            return _run(reference(), sample, *given)
+        def write(
+            prompt, lengths, first, count, temperature, top_k, top_p, seed, end, last, ended, state
+        ):
+            def choose(logits, position):
+                if not sampling:
+                    return _sample(logits, None, True, None, None)
+                stream = tf.stack([seed, tf.cast(position, tf.int64)])
+                kept = top_k if by_rank else None, top_p if by_share else None
+                return _sample(logits / temperature, stream, False, *kept)
 
-        loops[key] = tf.function(run, autograph=False, input_signature=[*_INPUTS, states])
-    return loops[key]
+            return _write_slice(
+                reference(), choose, prompt, lengths, first, count, end, last, ended, state
+            )
+
+        kept[key] = _Graphs(
+            tf.function(read, autograph=False, input_signature=[_INPUTS[0], states]),
+            tf.function(write, autograph=False, input_signature=[*_INPUTS, states]),
+            {},
+        )
+    return kept[key]
 
 
-def _run(model, sample, prompt, lengths, count, temperature, seed, end, state):
-    """Reads what all prompts have, then goes on token by token.
+def _read(model, tokens, before):
+    """Logits of `tokens` `(B, L)`, and the state after them."""
+    logits, after = model(tokens, initial_state=before, return_state=True, training=False)
+    # Loops need the same shapes after every round, those of unknown sizes included.
+    return logits, tf.nest.map_structure(lambda x, y: tf.ensure_shape(x, y.shape), after, before)
+
+
+def _write_slice(model, choose, prompt, lengths, first, count, end, last, ended, state):
+    """Goes on token by token.
 
     Args:
-        sample: function of logits `(B, V)` and a seed `(2,)` to tokens `(B,)`.
+        choose: function of logits `(B, V)`, of which the largest is 0, and their position to tokens
+            `(B,)`.
         prompt, lengths: int32 `(B, P)` and `(B,)`.
-        count, temperature, seed, end: scalars; `end` is -1 for none.
-        state: the model's, before the prompt.
+        first, count: position of the first token to write, and how many to write at most.
+        end: the token that ends a sequence; -1 for none.
+        last: int32 `(B,)`, the tokens before the first.
+        ended: bool `(B,)`, which sequences have ended.
+        state: the model's, which has read what is before `last`.
 
     Returns:
-        int32 `(B, count)`, and the state.
+        int32 `(B, count)`, fewer where all sequences end before; then `last`, `ended` and `state`
+        after them.
     """
-    shortest, longest = tf.reduce_min(lengths), tf.reduce_max(lengths)
-    steps = longest - shortest + count  # tokens that come after what all prompts have
-
-    def read(tokens, before):
-        logits, after = model(tokens, initial_state=before, return_state=True, training=False)
-        # Loops need the same shapes after every round, those of unknown sizes included.
-        return logits, tf.nest.map_structure(
-            lambda x, y: tf.ensure_shape(x, y.shape), after, before
-        )
-
-    def read_chunk(position, state):
-        chunk = prompt[:, position : tf.minimum(position + _CHUNK, shortest - 1)]
-        return position + tf.shape(chunk)[1], read(chunk, state)[1]
 
     def step(index, last, ended, written, state):
-        logits, state = read(last[:, tf.newaxis], state)
+        logits, state = _read(model, last[:, tf.newaxis], state)
         logits = tf.cast(logits[:, -1], tf.float32)
-        position = shortest + index
-        largest = tf.reduce_max(logits, -1, keepdims=True)  # NaN if one of them is
+        position = first + index
+        # The largest becomes 0: a small temperature makes no logit infinite. Whatever allows no
+        # token makes the sum NaN.
+        logits -= tf.reduce_max(logits, -1, keepdims=True)
+        total = tf.reduce_sum(logits, -1)
         check = tf.debugging.Assert(
-            tf.reduce_all(tf.math.is_finite(largest)) & tf.reduce_all(logits == logits),
-            [
-                "the model's logits are NaN or infinite (a -inf excludes a token, but not all of "
-                "them) before token",
-                position,
-            ],
+            tf.reduce_all(total == total),
+            ["the model's logits are NaN, +inf or all -inf before token", position],
         )
         with tf.control_dependencies([check]):
-            # The likeliest token stays at 0, where a low temperature would make an infinity of it.
-            scaled = (logits - largest) / tf.where(temperature > 0, temperature, 1.0)
-        new = sample(scaled, tf.stack([seed, tf.cast(position, tf.int64)]))
+            new = choose(tf.identity(logits), position)
         given = position < lengths  # a longer prompt says what comes here
-        new = tf.where(
-            given, prompt[:, tf.minimum(position, longest - 1)], tf.where(ended, end, new)
-        )
+        within = tf.minimum(position, tf.shape(prompt)[1] - 1)
+        new = tf.where(given, prompt[:, within], tf.where(ended, end, new))
         ended |= ~given & (new == end)
         return index + 1, new, ended, written.write(index, new), state
 
-    _, state = tf.while_loop(
-        lambda position, _: position < shortest - 1, read_chunk, (tf.constant(0), state)
-    )
-    written = tf.TensorArray(tf.int32, size=0, dynamic_size=True, element_shape=prompt.shape[:1])
-    index, _, _, written, state = tf.while_loop(
-        lambda index, _, ended, *rest: (index < steps) & ~tf.reduce_all(ended),
+    written = tf.TensorArray(tf.int32, size=0, dynamic_size=True, element_shape=last.shape)
+    _, last, ended, written, state = tf.while_loop(
+        lambda index, _, ended, *rest: (index < count) & ~tf.reduce_all(ended),
         step,
-        (
-            tf.constant(0),
-            prompt[:, shortest - 1],
-            tf.zeros_like(lengths, tf.bool),
-            written,
-            state,
-        ),
+        (tf.constant(0), last, ended, written, state),
     )
-    tokens = tf.pad(
-        tf.transpose(written.stack()), [[0, 0], [0, steps - index]], constant_values=end
-    )
-    rows = (lengths - shortest)[:, tf.newaxis] + tf.range(count)
-    return tf.gather(tokens, rows, batch_dims=1), state
+    return tf.transpose(written.stack()), last, ended, state
 
 
 def _sample(logits, seed, greedy, top_k, top_p):
@@ -242,9 +318,11 @@ def _sample(logits, seed, greedy, top_k, top_p):
         logits = _at_least(logits, kept[:, -1:])
     if top_p is not None:
         falling = tf.sort(logits, direction="DESCENDING")
-        before = tf.cumsum(tf.nn.softmax(falling), -1, exclusive=True)
-        kept = tf.where(before < top_p, falling, math.inf)
-        logits = _at_least(logits, tf.reduce_min(kept, -1, keepdims=True))
+        before = tf.cumsum(tf.nn.softmax(tf.cast(falling, tf.float64)), -1, exclusive=True)
+        share = tf.cast(top_p, tf.float64)
+        kept = (before * (1 + _SHARE_SLACK) < share) | (share >= 1)
+        least = tf.reduce_min(tf.where(kept, falling, math.inf), -1, keepdims=True)
+        logits = _at_least(logits, least)
     return tf.random.stateless_categorical(logits, 1, seed, tf.int32)[:, 0]
 
 
@@ -258,6 +336,10 @@ def _rows(prompt):
         prompt = prompt.to_list()
     ragged = isinstance(prompt, list | tuple) and any(np.ndim(row) for row in prompt)
     single = not ragged and np.ndim(prompt) == 1
+    if not ragged and np.ndim(prompt) == 0:
+        raise ValueError(
+            f"`prompt` must have shape (P,) or (B, P), or be a list of lists. Received: {prompt!r}"
+        )
     rows = [np.asarray(row) for row in ([prompt] if single else prompt)]
     if not rows or any(row.ndim != 1 or not len(row) for row in rows):
         raise ValueError(
@@ -277,7 +359,7 @@ def _rows(prompt):
 
 def _number(name, value, low, high):
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not (math.isfinite(value) and low <= value <= high):
+    if not number or isinstance(value, np.complexfloating) or not low <= value <= high:
         raise ValueError(
             f"`{name}` must be a finite number from {low} to {high}. Received: {name}={value!r}"
         )

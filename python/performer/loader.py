@@ -6,6 +6,9 @@ everything that needs the ops asks `ops()`, which checks first and loads once. W
 cannot be used, `ops()` warns once, with the ways out, and returns None: callers then take the plain
 TensorFlow composition, which gives the same results more slowly.
 
+A process that was forked from one in which TensorFlow had started has none of its threads: calls
+would wait for them for ever. There `ops()` raises.
+
 What XLA (`jit_compile=True`) needs beside the ops is a library of its own, loaded after them:
 trouble with it changes nothing for calls that XLA does not compile.
 
@@ -20,6 +23,7 @@ import importlib
 import importlib.util
 import os
 import struct
+import sys
 import threading
 import warnings
 from dataclasses import dataclass, replace
@@ -33,11 +37,18 @@ _REBUILD = (
     "build them for this one: `pip install cmake ninja pybind11`, then, in the source folder, "
     "`pip install --no-build-isolation --no-deps --force-reinstall .`"
 )
+_FORKED = (
+    "Performer cannot run in this process: it was forked from one in which TensorFlow had started, "
+    "and has none of TensorFlow's threads, for which calls would wait for ever. Start processes by "
+    "`multiprocessing.get_context('spawn')` (or 'forkserver'), or fork before TensorFlow runs."
+)
+_MOST_BYTES = 1 << 26  # of a library that may be a copy of this one: far more than it has
 _lock = threading.RLock()
 _ops: ModuleType | None = None
 _status: Status | None = None
 _xla_status: Status | None = None
 _warned = False
+_forked = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ def ops() -> ModuleType | None:
 
     Raises:
         ImportError: The library cannot be used and PERFORMER_REQUIRE_LIBRARY is set.
+        RuntimeError: The process was forked from one in which TensorFlow had started.
 
     Example:
         >>> from performer import library
@@ -76,6 +88,8 @@ def ops() -> ModuleType | None:
         True
     """
     global _warned
+    if _forked:
+        raise RuntimeError(_FORKED)
     with _lock:
         found = status()
         if found.state == "loaded":
@@ -93,6 +107,19 @@ def ops() -> ModuleType | None:
                 stacklevel=2,
             )
         return _ops
+
+
+def _note_fork() -> None:
+    """Called in a process that was just forked."""
+    global _forked, _lock
+    _lock = threading.RLock()  # another thread of the parent may have held the old one
+    # TensorFlow has no public word for it. Without this name its calls are not stopped, but hang.
+    context = sys.modules.get("tensorflow.python.eager.context")
+    started = getattr(context, "context_safe", lambda: None)()
+    _forked = _forked or bool(getattr(started, "_initialized", False))
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def _warn_of_xla() -> None:
@@ -176,6 +203,13 @@ def _load_ops() -> tuple[ModuleType | None, Status]:
             f"may belong to another TensorFlow or system; {_REBUILD}.",
         )
     if not hasattr(module, "performer_summarize"):
+        if first := _loaded_by_hand(path):
+            return report(
+                "unusable",
+                f"Performer's compiled ops cannot be used ({path}): another copy of them ({first}) "
+                "was loaded before, and a process can use only one. Load that file only where the "
+                "package is not imported, or load this one instead of it.",
+            )
         return report("unusable", f"Performer's compiled ops are not in {path}; {_REBUILD}.")
     return module, Status("loaded", path, built_for, tf.__version__, "")
 
@@ -247,14 +281,30 @@ def _damage(path: Path) -> str:
 
 
 def _other_copy(path: Path) -> str:
-    """Returns which other copy of the library this process has loaded already, or ""."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return ""
-    ending = "/".join(("", path.parent.name, path.name))
-    for line in maps.splitlines():
-        mapped = line.partition("/")[2]
-        if mapped and f"/{mapped}".endswith(ending) and f"/{mapped}" != str(path):
-            return f"this process has loaded another copy already (/{mapped}), and can use only one"
+    """Returns which other copy of the package's library this process has loaded, or ""."""
+    for mapped in _mapped():
+        if mapped.parts[-2:] == path.parts[-2:] and mapped != path:
+            return f"this process has loaded another copy already ({mapped}), and can use only one"
     return ""
+
+
+def _loaded_by_hand(path: Path) -> str:
+    """Returns which file other than `path` has brought the operators into this process, or ""."""
+    for mapped in _mapped():
+        try:
+            other = mapped != path and mapped.stat().st_size < _MOST_BYTES
+            if other and b"Performer>Summarize" in mapped.read_bytes():
+                return str(mapped)
+        except OSError:
+            continue
+    return ""
+
+
+def _mapped() -> list[Path]:
+    """The shared libraries of this process, where the system says which."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    files = {"/" + line.partition("/")[2] for line in lines if "/" in line}
+    return [Path(file) for file in sorted(files) if ".so" in file]

@@ -12,16 +12,7 @@ fail() {
 # grep to which finding nothing is no error.
 search() { grep "$@" || [[ $? == 1 ]]; }
 
-# What the present build made, by its own word: files that are left of others prove nothing.
-facts=$("${PYTHON:-.venv/bin/python}" - <<'PYTHON'
-import runpy, sys, sysconfig
-info = runpy.run_path("python/performer/_build_info.py")
-names = ["_core" + sysconfig.get_config_var("EXT_SUFFIX"), "_ops.so"] + ["_xla.so"] * info["XLA"]
-print(*(f"python/performer/{name}" for name in names))
-print(f"build/editable-{sys.implementation.cache_tag}/CMakeFiles")
-print(*info["ISAS"])
-PYTHON
-)
+facts=$("${PYTHON:-.venv/bin/python}" tests/building/built.py)
 { read -ra libraries; read -r objects; read -ra isas; } <<<"$facts"
 
 # Only the module's entry is exported, and no CUDA call is left to the stubs in TensorFlow's library.

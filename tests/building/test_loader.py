@@ -114,6 +114,45 @@ out.update(state=second.status().state, message=second.status().message)
 )
 
 
+# Copies of the libraries that are loaded by hand, as where a SavedModel is served.
+BY_HAND = """
+import os, shutil, tempfile
+import tensorflow as tf
+hand = tempfile.mkdtemp(dir=sys.argv[2])
+for name in ("_ops.so", "_xla.so"):
+    if os.path.exists(f"{folder}/performer/{name}"):
+        tf.load_op_library(shutil.copy(f"{folder}/performer/{name}", f"{hand}/attention{name}"))
+"""
+
+GRADIENT = """
+import numpy as np, performer, tensorflow as tf
+x = tf.constant(np.random.default_rng(0).normal(size=(1, 5, 2, 4)).astype("float32"))
+with tf.GradientTape() as tape:
+    tape.watch(x)
+    y = performer.favor_attention(x, x, x, np.eye(4, dtype="float32"), causal=True)
+out["gradient"] = bool(np.isfinite(tape.gradient(y, x)).all())
+"""
+
+FORKED = """
+import multiprocessing, numpy as np, performer, tensorflow as tf
+x = np.ones((1, 5, 2, 4), "float32")
+if {started}:
+    performer.favor_attention(x, x, x, np.eye(4, dtype="float32"))
+read, write = os.pipe()
+child = os.fork()
+if child == 0:
+    try:
+        performer.favor_attention(x, x, x, np.eye(4, dtype="float32"))
+        os.write(write, b"attended")
+    except RuntimeError as error:
+        os.write(write, str(error).encode())
+    finally:
+        os._exit(0)
+out["child"] = os.read(read, 10000).decode()
+os.waitpid(child, 0)
+"""
+
+
 def run_forking(cases, imports, *arguments):
     """Runs the cases and returns what each put into `out`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PERFORMER_")}
@@ -157,7 +196,7 @@ def copy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(copy):
+def results(copy, tmp_path_factory):
     """Runs all cases that differ in what is on the disk."""
     content = LIBRARY.read_bytes()
     intact = copy()
@@ -181,6 +220,10 @@ def results(copy):
         "newer": (copy(built_for="3.0.0"), LOAD),
         "patch": (copy(built_for="2.21.9"), LOAD),
         "second copy": (intact, SECOND_COPY),
+        "by hand, before": (intact, BY_HAND + LOAD + ATTEND + GRADIENT),
+        "by hand, after": (intact, LOAD + ATTEND + BY_HAND + ATTEND + GRADIENT),
+        "forked after a call": (intact, FORKED.format(started=True)),
+        "forked before a call": (intact, FORKED.format(started=False)),
     }
     if XLA_LIBRARY.is_file():
         content = XLA_LIBRARY.read_bytes()
@@ -189,12 +232,14 @@ def results(copy):
         cases |= {
             "XLA": (intact, COMPILE + XLA + ATTEND_COMPILED),
             "XLA first": (intact, XLA_FIRST + COMPILE + XLA + ATTEND_COMPILED),
+            "XLA, by hand": (intact, LOAD + BY_HAND + ATTEND_COMPILED),
             "XLA missing": (copy(xla=False), XLA + ATTEND),
             "XLA half": (copy(xla=content[: len(content) // 2]), XLA + ATTEND),
             "XLA unloadable": (copy(xla=unloadable), XLA + ATTEND),
             "XLA without ops": (missing, XLA + ATTEND_COMPILED),
         }
-    return run_forking(cases, ["tensorflow"], copy() / "performer" / "loader.py")
+    by_hand = tmp_path_factory.mktemp("by_hand")
+    return run_forking(cases, ["tensorflow"], copy() / "performer" / "loader.py", by_hand)
 
 
 def test_intact_library_is_loaded_once_and_without_a_warning(results):
@@ -252,6 +297,32 @@ def test_a_second_copy_is_refused_and_the_first_keeps_working(results):
     assert got["state"] == "unusable", got
     assert "another copy" in got["message"]
     assert got["finite"]
+
+
+def test_a_copy_that_is_loaded_by_hand_changes_nothing(results):
+    got = results["by hand, after"]
+    assert got.get("state") == "loaded", got
+    assert got["finite"] and got["gradient"] and got["warnings"] == []
+
+
+def test_a_copy_that_was_loaded_by_hand_before_is_named_and_the_composition_works(results):
+    got = results["by hand, before"]
+    assert got.get("state") == "unusable", got
+    assert got["finite"] and got["gradient"]
+    (warning,) = got["warnings"]
+    assert "attention_ops.so) was loaded before, and a process can use only one" in warning
+
+
+@needs_xla
+def test_a_copy_of_the_part_for_xla_that_is_loaded_by_hand_changes_nothing(results):
+    assert results["XLA, by hand"].get("same bits"), results["XLA, by hand"]
+
+
+def test_a_forked_process_is_told_why_it_cannot_call_tensorflow(results):
+    got = results["forked after a call"]
+    assert "forked from one in which TensorFlow had started" in got["child"], got
+    assert "spawn" in got["child"]
+    assert results["forked before a call"]["child"] == "attended"
 
 
 @needs_xla

@@ -118,12 +118,3 @@ def test_the_signature_is_what_a_call_takes_and_gives(op, dtype):
 def test_an_unknown_operator_has_no_signature():
     with pytest.raises(ValueError, match="Attend"):
         _core.signature("Attend")
-
-
-def test_inputs_that_are_not_contiguous_are_read_right():
-    case = cases(True)["less than a chunk, holes, a projection for each head"]
-    x = make(case)
-    strided = {name: np.repeat(a, 2, -1)[..., ::2] for name, a in x.items()}
-    strided["query"] = np.asfortranarray(x["query"])
-    for name, result in run("Causal", strided, **case.options).items():
-        assert np.array_equal(result, run("Causal", x, **case.options)[name]), name

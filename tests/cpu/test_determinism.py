@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from support.compare import assert_same_bits
+from support.compare import assert_close, assert_same_bits
 from support.core_calls import backward, forward, isas
 from support.inputs import Case, cotangents, forms, make
 
@@ -239,3 +239,40 @@ def test_neither_padding_behind_inputs_nor_their_place_in_memory_matters(causal,
             isa=isa,
         )
         assert_all_same(moved, once, f"moved by {shift}")
+
+
+@isas
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("features", [10, 300])
+def test_one_token_is_the_row_of_a_longer_call_but_for_rounding(isa, features, dtype):
+    """The exception that is documented: a causal call of one row has a kernel of its own. From two
+    rows on, and in packed sequences of one row, the bits are those of the longer call."""
+    case = replace(PLAIN, batch=1, rows=60, state=1, masked="", bias="111", features=features)
+    x = make(case, dtype)
+    rows = ("query", "key", "value")
+    whole = forward(x, True, isa=isa)["out"]
+    for count in (1, 2, 3):
+        part = {name: a[:, :count] if name in rows else a for name, a in x.items()}
+        out = forward(part, True, isa=isa)["out"]
+        packed = {**part, "offsets": np.array([0, count])}
+        packed = forward(packed, True, isa=isa, packed=True)["out"]
+        assert_same_bits(packed, whole[:, :count], what=f"{count} packed rows")
+        if count > 1:
+            assert_same_bits(out, whole[:, :count], what=f"{count} rows")
+            continue
+        bound = {"float32": 2e-6, "bfloat16": 2**-8, "float64": 1e-14}[dtype]
+        assert_close(out, whole[:, :1], relative=bound, what="one row")
+
+
+@isas
+def test_one_token_alone_has_the_bits_it_has_among_others(isa):
+    case = replace(PLAIN, rows=1, masked="")
+    x = make(case)
+    wanted = forward(x, True, isa=isa)
+    for threads in (2, 8):
+        assert_all_same(forward(x, True, isa=isa, threads=threads), wanted, f"{threads} threads")
+    per_row = ("query", "key", "value", "key_bias", "initial_log_mass", "initial_mean")
+    for b in (0, 4):
+        alone = {name: a[b : b + 1] if name in per_row else a for name, a in x.items()}
+        for name, result in forward(alone, True, isa=isa).items():
+            assert_same_bits(result, wanted[name][b : b + 1], what=f"{name}, row {b}")

@@ -9,7 +9,7 @@ import pytest
 from support.cases import CASES, ELU, RELU, TOKENS, cases, parameters
 from support.compare import assert_close, assert_finite
 from support.core_calls import backward, expected_gradients, forward, isas, run
-from support.inputs import cotangents, forms, make
+from support.inputs import Case, cotangents, forms, make
 from support.promises import check_gradients
 
 
@@ -127,3 +127,27 @@ def test_every_gradient_is_written_where_there_is_nothing_to_sum(causal, isa):
         for name, grad in backward(x, incoming, causal, isa=isa, **case.options).items():
             assert grad.shape == x[name].shape
             assert not grad.any(), name
+
+
+@isas
+@forms
+def test_gradients_of_long_sequences_do_not_drown_in_what_values_have_in_common(causal, isa):
+    """10,000 rows, values of mean 1; float32 against float64.
+
+    With such values the rms errors of the plain composition are about 7e-6 (causal) and 1.6e-5 for
+    queries, 8e-7 for keys, 3e-7 for values.
+    """
+    case = Case(batch=1, rows=10_000, heads=1, groups=1, features=32, value_dim=16, std=0.5)
+    x, incoming = make(case), cotangents(case)
+    x["value"] += 1
+    for name in ("feature_bias", "key_bias"):
+        x[name][:] = 0
+    for name in ("grad_log_mass", "grad_mean"):
+        incoming[name][:] = 0
+    wide = [
+        {n: a if n == "offsets" else a.astype("f8") for n, a in y.items()} for y in (x, incoming)
+    ]
+    exact = backward(*wide, causal, partial(run, isa=isa))
+    grads = backward(x, incoming, causal, partial(run, isa=isa))
+    for name, bound in {"query": 8e-6, "key": 9e-7, "value": 6e-7}.items():
+        assert_close(grads[name], exact[name], rms=bound, what=name)

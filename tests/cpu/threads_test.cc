@@ -32,8 +32,9 @@ cpu::Threads MakeThreads(int threads) {
 }
 
 int64_t Elements(const Shape& shape) {
-  bool overflow;
-  return ElementCount(shape, &overflow);
+  int64_t count = 1;
+  for (const int64_t dim : shape.dims) count *= dim;
+  return count;
 }
 
 struct Sizes {
@@ -56,13 +57,13 @@ std::vector<float> Run(Op op, const Sizes& sizes, bool causal, int threads) {
       const std::string text(token, std::strcspn(token, " "));
       token += text.size() + (token[text.size()] == ' ' ? 1 : 0);
       const char letter = text[0];
-      shape.dims.push_back(letter == 'B' || text == "N" || text == "1|N" ? sizes.batch
-                           : letter == 'H'                               ? sizes.heads
-                           : letter == 'G'                               ? sizes.groups
-                           : letter == 'L' || letter == 'S'              ? sizes.rows
-                           : letter == 'D' || letter == 'E'              ? sizes.width
-                           : letter == 'M'                               ? sizes.features
-                                                                         : 1);
+      shape.dims.push_back(letter == 'B' || text == "N" || text == "P" ? sizes.batch
+                           : letter == 'H'                             ? sizes.heads
+                           : letter == 'G'                             ? sizes.groups
+                           : letter == 'L' || letter == 'S'            ? sizes.rows
+                           : letter == 'D' || letter == 'E'            ? sizes.width
+                           : letter == 'M'                             ? sizes.features
+                                                                       : 1);
     }
     inputs.push_back(Values(Elements(shape), static_cast<int>(inputs.size())));
     call.input_shapes.push_back(shape);

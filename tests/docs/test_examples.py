@@ -52,7 +52,7 @@ def test_a_served_model_streams_without_the_package():
 
 
 def test_recall_needs_the_window_for_near_and_features_for_far_pairs():
-    table = run("recall", pairs=20, steps=60, models=("window alone", "both"))
+    table = run("recall", pairs=20, steps=50, models=("window alone", "both"))
     far = table["window alone"][0]
     assert far < 0.1
     assert table["both"][0] > far + 0.3

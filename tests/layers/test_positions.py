@@ -156,3 +156,63 @@ def test_bad_rotary_arguments_are_refused():
         performer.Performer(
             2, 4, attention_method="quadratic", rotary_embedding=performer.RotaryEmbedding()
         )
+
+
+def test_axes_of_rotary_inputs_are_the_callers_choice():
+    x = normal(2, 9, 3, 16)
+    expected = performer.RotaryEmbedding()(x, start_index=4)
+    for order, axes in (
+        ((0, 2, 1, 3), (2, -1)),
+        ((0, 3, 2, 1), (-1, 1)),
+        ((0, 1, 3, 2), (1, 2)),
+    ):
+        rotary = performer.RotaryEmbedding(sequence_axis=axes[0], feature_axis=axes[1])
+        rotary = performer.RotaryEmbedding.from_config(rotary.get_config())
+        turned_back = np.transpose(rotary(x.transpose(order), start_index=4), np.argsort(order))
+        assert_close(turned_back, expected, worst=1e-6)
+    each = np.array([[7, 1, 0, 2, 2, 9, 3, 5, 4], np.arange(9)])
+    rotary = performer.RotaryEmbedding(sequence_axis=2, feature_axis=1)
+    got = rotary(x.transpose(0, 3, 1, 2), positions=each)
+    assert_close(got[0, :, 5], turned_rows(x[0, 5], 9).T, worst=4e-6)
+    with pytest.raises(ValueError, match="`sequence_axis` and `feature_axis` must be two axes"):
+        performer.RotaryEmbedding(sequence_axis=3)(x)
+
+
+def turned_rows(x, position):
+    return turned(x[None, None], np.array([position]))[0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_rotary_layer_of_another_type_gives_this_type(dtype):
+    layer = performer.RotaryEmbedding(dtype=dtype)
+    assert layer(normal(1, 5, 8)).dtype == dtype
+    assert layer(keras.Input((5, 8))).dtype == dtype
+    attention = performer.Performer(2, 8, supports=4, rotary_embedding=layer)
+    assert attention(normal(1, 5, 8), normal(1, 5, 8)).dtype == "float32"
+
+
+def test_learned_vectors_of_given_positions_and_of_more_axes():
+    layer = performer.PositionEmbedding(10)
+    table = layer(normal(1, 10, 6))[0]
+    positions = np.array([[3, 9], [0, 3]])
+    assert_same_bits(layer(normal(2, 2, 6), positions=positions), tf.gather(table, positions))
+    assert_same_bits(layer(normal(2, 2, 6), positions=[4, 1])[1], tf.gather(table, [4, 1]))
+    deep = layer(normal(2, 5, 2, 6), positions=positions)
+    assert_same_bits(deep[1, 3], tf.gather(table, positions[1]))
+    assert_same_bits(layer(normal(2, 5, 3, 6), start_index=2)[1, 4], table[2:5])
+    assert layer(keras.Input((None, None, 6))).shape == (None, None, None, 6)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="below sequence_length = 10"):
+        layer(normal(2, 2, 6), positions=[4, 10])
+    for bad in ([1, 2, 3], [[[1]]], ["a", "b"], None.__class__):
+        with pytest.raises(ValueError, match="`positions` must be numbers of shape"):
+            layer(normal(2, 2, 6), positions=bad)
+
+
+def test_positions_do_not_wrap_around_32_bits():
+    layer = performer.PositionEmbedding(10)
+    x = normal(1, 2, 6)
+    layer(x)
+    call = tf.function(lambda start: layer(x, start_index=start))
+    for start in (2**32, 2**63 - 1, -(2**32)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="below sequence_length = 10"):
+            call(tf.constant(start, tf.int64))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import performer
+from performer.ops import fingerprint
 
 FOLDER = Path(__file__).parent / "saved"
 CHANNELS, VOCABULARY = 8, 11
@@ -110,6 +111,14 @@ def test_predictions(name):
     # A prediction is a chain of fewer than 100 float32 operations, and no term of their sums is
     # more than about 10 times the largest prediction: 100 * 10 * 2**-24 = 6e-5.
     np.testing.assert_allclose(model(saved["inputs"]), saved["outputs"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_projections_have_their_fingerprints(name):
+    layers = performer.callbacks.linear_layers(keras.models.load_model(FOLDER / f"{name}.keras"))
+    assert layers
+    for layer in layers:
+        assert layer.draw == int(fingerprint(layer.projection)) and layer.redraws == 0
 
 
 def test_streaming_in_parts():

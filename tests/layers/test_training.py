@@ -1,6 +1,7 @@
 """The Performer layer in training: redraws, dropout, gradients, fit, dtype policies."""
 
 import itertools
+import threading
 
 import keras
 import numpy as np
@@ -9,7 +10,9 @@ import tensorflow as tf
 
 import performer
 from performer.layers._projection import RandomProjection
+from performer.ops import fingerprint
 from support.keras_versions import known
+from support.operator_calls import needs_xla
 
 
 def normal(*shape, seed=0, std=1.0):
@@ -244,3 +247,59 @@ def test_feature_maps(feature_map):
 def layer_dense(layer, x):
     layer.build(x.shape, x.shape)
     return layer.query_dense
+
+
+@pytest.mark.parametrize("how", ["eager", "graph", pytest.param("xla", marks=needs_xla)])
+def test_calls_of_eight_threads_are_counted_one_by_one(how):
+    layer, x = linear(redraw_interval=3), normal(2, 3, 6)
+    call = layer if how == "eager" else tf.function(layer, jit_compile=how == "xla")
+    call(x, x, training=True)
+    threads = [
+        threading.Thread(target=lambda: [call(x, x, training=True) for _ in range(10)])
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert layer.redraws == 80 // 3  # 81 calls, 3 by each draw
+    assert_fingerprint(layer)
+    again = linear(redraw_interval=3)
+    again.build((2, 3, 6), (2, 3, 6))
+    for _ in range(80 // 3):
+        again.redraw()
+    np.testing.assert_allclose(layer.projection, again.projection, rtol=1e-5, atol=1e-6)
+
+
+def assert_fingerprint(layer):
+    assert int(layer.draw) == int(fingerprint(layer.projection))
+
+
+def test_the_draw_follows_whatever_replaces_the_projection(tmp_path):
+    layer, x = linear(), normal(2, 3, 6)
+    layer(x, x)
+    seen = [int(layer.draw)]
+
+    def changed():
+        assert_fingerprint(layer)
+        seen.append(int(layer.draw))
+        assert len(set(seen)) == len(seen)
+
+    assert_fingerprint(layer)
+    layer.redraw()
+    changed()
+    layer.projection.assign(normal(8, 4, seed=9))
+    changed()
+    weights = layer.get_weights()
+    place = [w is layer.projection for w in layer.weights].index(True)
+    weights[place] = normal(8, 4, seed=10)  # the fingerprint in the list is of another one
+    layer.set_weights(weights)
+    changed()
+    checkpoint = tf.train.Checkpoint(layer=layer)
+    path = checkpoint.write(str(tmp_path / "checkpoint"))
+    saved = int(layer.draw)
+    layer.redraw()
+    changed()
+    checkpoint.read(path).assert_consumed()
+    assert_fingerprint(layer)
+    assert int(layer.draw) == saved

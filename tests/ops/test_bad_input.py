@@ -90,11 +90,11 @@ def test_a_state_type_that_does_not_belong_to_the_type_is_refused(op):
 
 def test_outputs_whose_size_overflows_are_refused_while_tracing():
     shapes = {
-        "query": (2**29, 2**29, 1, 1),
+        "query": (2**27, 2**27, 1, 1),
         "query_projection": (1, 6, 1),
         "feature_bias": (1, 6),
-        "log_mass": (2**29, 1, 6),
-        "mean": (2**29, 1, 6, 2**16),
+        "log_mass": (2**27, 1, 6),
+        "mean": (2**27, 1, 6, 2**16),
         "offsets": (1,),
     }
     with tf.Graph().as_default(), pytest.raises(ValueError) as caught:
@@ -105,7 +105,7 @@ def test_outputs_whose_size_overflows_are_refused_while_tracing():
                 for name, shape in shapes.items()
             }
         )
-    assert_message(caught, ("out", "fewer than 2**63 elements", str(2**29)))
+    assert_message(caught, ("out", "at most 2**56 elements", str(2**27)))
 
 
 def test_sizes_beyond_32_bits_are_inferred_right():
@@ -121,9 +121,8 @@ def test_sizes_beyond_32_bits_are_inferred_right():
     assert out.shape == [2**20, 2**13, 1, 7]
 
 
-@pytest.mark.parametrize("sequences", [2**20, 2**30], ids=["2^54 bytes", "2^64 bytes"])
-def test_results_too_large_for_memory_are_refused_and_the_next_call_is_right(sequences):
-    width = 65536
+def test_results_too_large_for_memory_are_refused_and_the_next_call_is_right():
+    sequences, width = 2**20, 65536  # 2^54 bytes
     x = {
         "key": np.zeros((sequences, 0, 1, 1), np.float32),
         "value": np.zeros((sequences, 0, 1, width), np.float32),

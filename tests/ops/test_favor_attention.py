@@ -27,6 +27,7 @@ def test_every_option_is_that_of_the_reference(causal):
         key_bias=bias,
         feature_bias=feature_bias,
         initial_state=state,
+        draw=0,
         return_state=True,
         **attributes,
     )

@@ -223,3 +223,15 @@ def test_odd_numbers_of_heads():
     x = make(Case(rows=3, heads=97, groups=97, dim=2, value_dim=2, features=3))
     for name, result in call("Causal", x).items():
         assert_close(result, composed("Causal", x)[name], worst=2e-5, what=name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_denormals_count_as_they_do_in_the_core_though_tensorflow_takes_them_for_zero(op):
+    x = all_inputs(Case(rows=70, heads=4, groups=2, state=2))
+    for name in ("query", "value", "grad_out", "initial_mean", "mean", "grad_mean"):
+        x[name] = x[name] * np.float32(1e-39)
+    wanted = run(op, x)
+    assert any(np.any((a != 0) & (np.abs(a) < 2.0**-126)) for a in wanted.values())
+    for results in (call(op, x), traced(op, "static", x)):
+        for name, result in results.items():
+            assert_same_bits(result, wanted[name], what=name)

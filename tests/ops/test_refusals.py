@@ -153,9 +153,9 @@ def test_bad_arguments_are_named_with_rule_and_value_and_the_next_call_is_right(
 def test_states_that_do_not_fit_are_refused():
     x = random_tensors()
     with pytest.raises(ValueError, match=r"same draw.*got 0 and 2"):
-        favor_attention(**x, initial_state=random_state(draw=2))
+        favor_attention(**x, initial_state=random_state(draw=2), draw=0)
     with pytest.raises(ValueError, match=r"initial_state\.log_mass must have 1 or B = 2.*got 3"):
-        favor_attention(**x, initial_state=random_state(sequences=3))
+        favor_attention(**x, initial_state=random_state(sequences=3), draw=0)
     with pytest.raises(ValueError, match=r"state\.log_mass must have the B of query"):
         read(x["query"], x["projection"], random_state(sequences=1))
     state = random_state()

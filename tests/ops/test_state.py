@@ -8,9 +8,18 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 
-from performer import reference
-from performer.ops import AttentionState, empty_state, merge, read, summarize
+from performer import orthogonal_projection, reference
+from performer.ops import (
+    AttentionState,
+    empty_state,
+    favor_attention,
+    fingerprint,
+    merge,
+    read,
+    summarize,
+)
 from support.compare import assert_close, assert_finite, assert_same_bits
+from support.operator_calls import needs_xla
 
 SHAPE = (2, 2, 3)  # N, G, M
 VALUE_DIM = 2
@@ -165,3 +174,73 @@ def test_a_draw_is_an_integer_scalar():
         small_state(1.5)
     with pytest.raises(ValueError, match=r"draw must be a scalar, got shape \(2,\)"):
         small_state([1, 2])
+
+
+def tensors(seed=0):
+    x = np.random.default_rng(seed).normal(size=[1, 5, 2, 4]).astype("float32")
+    return x, orthogonal_projection(8, 4, seed=seed), orthogonal_projection(8, 4, seed=seed + 1)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_xla)])
+def test_a_fingerprint_is_the_same_eagerly_in_graphs_and_under_xla(compiled):
+    _, w, other = tensors()
+    call = tf.function(fingerprint, jit_compile=compiled, reduce_retracing=True)
+    for projection in (w, tf.cast(w, tf.float64), w[None], (w, w), (w, other), (other, w)):
+        variables = tf.nest.map_structure(tf.Variable, projection)
+        assert call(variables) == fingerprint(projection)
+    assert fingerprint(tf.cast(w, tf.float64)) == fingerprint((w, w)) == fingerprint(w)
+
+
+def test_every_bit_and_place_of_a_projection_is_in_its_fingerprint():
+    w = np.random.default_rng(0).normal(size=[6, 4]).astype("float32")
+    numbers = {int(fingerprint(w))}
+    for i in range(w.size):
+        changed = w.copy()
+        changed.flat[i] = np.nextafter(w.flat[i], np.float32(9))
+        numbers.add(int(fingerprint(changed)))
+    numbers |= {int(fingerprint(x)) for x in (w[::-1], w[:, ::-1], w[:5], np.zeros_like(w), w + 1)}
+    for pair in ((w, w[::-1]), (w[::-1], w), (w[::-1], w[::-1])):
+        numbers.add(int(fingerprint(pair)))
+    assert len(numbers) == 1 + w.size + 7 and all(number % 2 for number in numbers)
+
+
+def test_states_of_another_projection_are_refused_without_a_number_of_ones_own():
+    x, w, other = tensors()
+    state = summarize(x, x, w)
+    assert state.draw == fingerprint(w)
+    uses = {
+        "read": lambda w, s, **o: read(x, w, s, **o),
+        "attend": lambda w, s, **o: favor_attention(x, x, x, w, initial_state=s, **o),
+        "merge": lambda w, s, **o: merge(s, summarize(x, x, w, **o)),
+        "stream": lambda w, s, **o: favor_attention(
+            x, x, x, w, initial_state=s, causal=True, return_state=True, **o
+        )[1],
+    }
+    for name, use in uses.items():
+        use(w, state), use((w, w), state)
+        for projection in (other, (other, w), (w, other)):  # keys alone are not enough
+            with pytest.raises(ValueError, match="same draw of the projection"):
+                use(projection, state)
+        use(other, state._replace(draw=7), draw=7)
+        use(other, empty_state(1, 2, 8, 4))
+        late = tf.function(lambda w, s, use=use: use(w, s), jit_compile=False)
+        late(tf.Variable(w), state)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="same draw of the projection"):
+            late(tf.Variable(other), state)
+        assert name  # shown when an assertion above fails
+
+
+def test_an_empty_state_takes_the_draw_of_what_it_is_joined_with():
+    some, nothing = small_state(5), empty_state(1, 2, 3, 2)
+    assert merge(some, nothing).draw == merge(nothing, some).draw == 5
+    assert merge(nothing, nothing).draw == nothing.draw
+    late = tf.function(lambda one, two: merge(one, two).draw)
+    assert late(some, nothing) == late(nothing, some) == 5
+
+
+def test_calls_without_a_state_compute_no_fingerprint(monkeypatch):
+    x, w, _ = tensors()
+    monkeypatch.setattr("performer.ops.arguments.fingerprint_of_sides", lambda *_: pytest.fail())
+    favor_attention(x, x, x, w)
+    state = summarize(x, x, w, draw=3)
+    read(x, w, state, draw=3)

@@ -45,10 +45,11 @@ def call(op: str, x: dict, **attributes) -> dict:
     if op.startswith("Read"):
         attributes.pop("key_norm", None)
     results = function(op)(**arguments(op, x), **attributes)
-    return _named(op, results)
+    return named(op, results)
 
 
-def _named(op, results) -> dict:
+def named(op, results) -> dict:
+    """The outputs of an operator by name."""
     names = [output.name for output in definition(op).output_arg]
     results = [results] if len(names) == 1 else list(results)
     return dict(zip(names, results, strict=True))
@@ -58,7 +59,8 @@ def traced(op: str, shapes: str, x: dict, **attributes) -> dict:
     """Runs an operator in a tf.function.
 
     Args:
-        shapes: "static", "dynamic" (ranks known) or "unknown" (not even these).
+        shapes: "static", "dynamic" (ranks known) or "unknown" (not even these); "compiled": by XLA
+            from unknown ones.
     """
     if op.startswith("Read"):
         attributes.pop("key_norm", None)
@@ -67,21 +69,22 @@ def traced(op: str, shapes: str, x: dict, **attributes) -> dict:
         "static": lambda shape: shape,
         "dynamic": lambda shape: [None] * len(shape),
         "unknown": lambda shape: None,
+        "compiled": lambda shape: None,
     }[shapes]
     specs = [tf.TensorSpec(known(tensor.shape), tensor.dtype) for tensor in inputs.values()]
 
-    @tf.function(input_signature=specs, autograph=False)
+    @tf.function(input_signature=specs, autograph=False, jit_compile=shapes == "compiled" or None)
     def graph(*tensors):
         return function(op)(**dict(zip(inputs, tensors, strict=True)), **attributes)
 
-    return _named(op, graph(*inputs.values()))
+    return named(op, graph(*inputs.values()))
 
 
 def composed(op: str, x: dict, **attributes) -> dict:
     """The same by the plain composition (forward operators)."""
     if op == "Read":
         attributes.pop("key_norm", None)
-    return _named(op, getattr(composition, op.lower())(**arguments(op, x), **attributes))
+    return named(op, getattr(composition, op.lower())(**arguments(op, x), **attributes))
 
 
 def has_gpu_kernel(op: str) -> bool:

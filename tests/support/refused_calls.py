@@ -131,9 +131,11 @@ _SHAPES = [
     ("Causal", "key_projection", (4, 6, 3), "1|G", "1 or G = 2"),
     ("Causal", "feature_bias", (4, 7), "M = 6 as in query_projection"),
     ("Causal", "key_bias", (2, 2, 6), "1|L", "1 or L = 5"),
-    ("Causal", "initial_log_mass", (3, 2, 6), "1|N", "1 or N = 2"),
+    ("Causal", "initial_log_mass", (3, 2, 6), "P being 1 or N = 2"),
     ("Causal", "initial_log_mass", (2, 4, 6), "G = 2 as in key"),
-    ("Causal", "initial_mean", (3, 2, 6, 2), "1|N", "1 or N = 2"),
+    ("Causal", "initial_mean", (3, 2, 6, 2), "P being 1 or N = 2"),
+    ("Causal", "initial_mean", (1, 2, 6, 2), "P = 2 as in initial_log_mass"),
+    ("CausalGrad", "initial_mean", (1, 2, 6, 2), "P = 2 as in initial_log_mass"),
     ("Causal", "initial_mean", (2, 2, 6, 3), "E = 2 as in value"),
     ("Causal", "initial_mean", (2, 2, 6), "rank 4", "rank 3"),
     ("SummarizeGrad", "log_mass", (2, 2, 7), "M = 6 as in key_projection"),
@@ -154,7 +156,7 @@ _SHAPES = [
     ("CausalGrad", "mean", (2, 2, 6, 1), "E = 2 as in value"),
     ("CausalGrad", "grad_log_mass", (2, 2, 7), "M = 6 as in query_projection"),
     ("CausalGrad", "grad_mean", (2, 1, 6, 2), "G = 2 as in key"),
-    ("CausalGrad", "initial_log_mass", (0, 2, 6), "1|N", "1 or N = 2"),
+    ("CausalGrad", "initial_log_mass", (0, 2, 6), "P being 1 or N = 2"),
 ]
 
 
@@ -213,9 +215,39 @@ def _sizes():
             "Summarize",
             {"key": (2**31, 0, 1, 1), "value": (2**31, 0, 1, 65536), "key_bias": (1, 1, 1)}
             | {"key_projection": (1, 65536, 1)},
-            ("mean", "fewer than 2**63 elements", "[2147483648, 1, 65536, 65536]"),
+            ("mean", "at most 2**56 elements", "[2147483648, 1, 65536, 65536]"),
         ),
+        *(
+            Bad(
+                op,
+                {"initial_log_mass": (1, 2, 6)},
+                ("initial_mean", "P = 1 as in initial_log_mass", "[2, 2, 6, 2]"),
+            )
+            for op in ("Causal", "CausalGrad")
+        ),
+        *_many_heads(),
     ]
+
+
+def _many_heads():
+    """Numbers of heads whose workspaces would overflow; no row, so that the inputs are small."""
+    for heads, says in [
+        (2**20 + 1, ("query heads H", "at most 1048576", "got 1048577")),
+        (2**54, ("query", "at most 2**56 elements", "[2, 0, 18014398509481984, 3]")),
+        (2**58 - 1, ("query", "at most 2**56 elements", "[2, 0, 288230376151711743, 3]")),
+    ]:
+        query = {"query": (2, 0, heads, 3), "query_projection": (1, 6, 3), "feature_bias": (1, 6)}
+        out = {"out": (2, 0, heads, 2), "grad_out": (2, 0, heads, 2)}
+        keys = {"key": (2, 0, 2, 3), "value": (2, 0, 2, 2), "key_bias": (1, 1, 1)}
+        for op in ("Read", "Causal", "ReadGrad", "CausalGrad"):
+            yield Bad(op, {**query, **out, **keys}, says)
+    groups = 2**20 + 1
+    keys = {"key": (1, 0, groups, 1), "value": (1, 0, groups, 0), "key_bias": (1, 1, 1)}
+    yield Bad(
+        "Summarize",
+        {**keys, "key_projection": (1, 1, 1)},
+        ("key and value heads G", "at most 1048576", "got 1048577"),
+    )
 
 
 def _packed(op, offsets, *says):
@@ -251,7 +283,13 @@ def _offsets():
         Bad("Summarize", {"offsets": (3, 1)}, ("offsets", "rank 1", "[3, 1]"), packed),
         Bad("Summarize", {"offsets": (0,)}, ("offsets", "at least one entry", "[0]"), packed),
         Bad("Read", {}, ("log_mass", "N = 1 as in offsets", "[2, 2, 10]"), packed, (0, 5)),
-        Bad("Causal", {}, ("initial_log_mass", "1|N", "N = 3", "[2, 2, 10]"), packed, (0, 2, 2, 5)),
+        Bad(
+            "Causal",
+            {},
+            ("initial_log_mass", "P being 1 or N = 3", "[2, 2, 10]"),
+            packed,
+            (0, 2, 2, 5),
+        ),
     ]
 
 

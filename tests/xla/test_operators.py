@@ -80,6 +80,17 @@ def test_every_attribute_arrives(options, causal):
     )
 
 
+@forms
+def test_denormals_are_kept(causal):
+    query, key, value = heads(2, 70)
+    attend = functools.partial(favor_attention, query, key, causal=causal)
+    out = attend(value, normal(24, 8))
+    value, tiny = tf.constant(value.numpy() * np.float32(1e-39)), out.numpy() * np.float32(1e-39)
+    compiled = tf.function(attend, jit_compile=True)(value, normal(24, 8)).numpy()
+    np.testing.assert_array_equal(compiled, attend(value, normal(24, 8)).numpy())
+    np.testing.assert_allclose(compiled.astype(float), tiny.astype(float), atol=1e-43)
+
+
 def test_one_program_for_each_size_of_an_unknown_batch():
     attend = tf.function(
         lambda *inputs: favor_attention(*inputs, normal(24, 8)),
@@ -169,6 +180,7 @@ def test_packed_sequences_whose_number_is_known_when_the_program_runs(causal, bo
                 max_segments=bound,
                 causal=causal,
                 initial_state=AttentionState(mass, mean, 0),
+                draw=0,
                 return_state=True,
             )
             return out, state.log_mass, state.mean
@@ -263,3 +275,68 @@ def test_bad_shapes_get_the_sentence_they_get_without_xla():
             compiled(*inputs, normal(24, 8))
         messages.append(re.search("value must.*", str(caught.value))[0])
     assert messages[0].split("[")[0] == messages[1].split("[")[0]
+
+
+@tf.function(jit_compile=True)
+def attend_from(starts, sizes, mass, mean, *inputs):
+    """Packed causal attention; only the running program knows how many sequences start, and how
+    many initial states there are, `sizes` of log_mass and of mean."""
+    query, key, value, projection = inputs
+    mass, mean = (
+        tf.boolean_mask(x, tf.range(tf.shape(x)[0]) < size)
+        for x, size in ((mass, sizes[0]), (mean, sizes[1]))
+    )
+    return operator_calls.function("Causal")(
+        query,
+        key,
+        value,
+        projection[None],
+        projection[None],
+        tf.zeros([1, 24]),
+        tf.zeros([1, 1, 1]),
+        mass,
+        mean,
+        tf.concat([tf.where(starts)[:, 0], [5]], 0),
+        packed=True,
+    )
+
+
+def states_and_inputs():
+    return normal(5, 2, 24), normal(5, 2, 24, 8), *heads(1, 5), normal(24, 8)
+
+
+@pytest.mark.parametrize("states", [1, 3])
+def test_initial_states_whose_number_is_known_when_the_program_runs(states):
+    mass, mean, query, key, value, projection = states_and_inputs()
+    starts = tf.constant([True, False, True, True, False])
+    got = attend_from(starts, tf.constant([states] * 2), mass, mean, query, key, value, projection)
+    wanted = operator_calls.function("Causal")(
+        query,
+        key,
+        value,
+        projection[None],
+        projection[None],
+        tf.zeros([1, 24]),
+        tf.zeros([1, 1, 1]),
+        mass[:states],
+        mean[:states],
+        tf.constant([0, 2, 3, 5], tf.int64),
+        packed=True,
+    )
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [4, 4], [3, 2], [1, 4], [0, 0]])
+def test_another_number_of_initial_states_than_sequences_is_refused_when_it_is_known(sizes):
+    starts = tf.constant([True, False, True, True, False])
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"initial_.* must have as many sequences as offsets"
+    ):
+        attend_from(starts, tf.constant(sizes), *states_and_inputs())
+
+
+def test_other_numbers_of_initial_states_in_its_two_parts_are_refused_when_they_are_known():
+    starts = tf.constant([True, False, True, True, False])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"initial_.* must have"):
+        attend_from(starts, tf.constant([3, 1]), *states_and_inputs())

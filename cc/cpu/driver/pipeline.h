@@ -25,7 +25,9 @@ class CausalPipeline {
   // Whether threads would idle otherwise, and a sequence is long enough to fill the windows.
   static bool IsWorthSplitting(const WorkList& list, const Strides& strides,
                                const Threads& threads) {
-    return list.count < threads.count && LongestChunks(list) >= Slots(strides, 1);
+    const int64_t chunks = LongestChunks(list);
+    return list.count < threads.count && chunks >= Slots(strides, 1) &&
+           chunks * kCausalChunk > kMaxStreamRows;
   }
 
   CausalPipeline(const CausalParams& params, const Kernels<Acc>& kernels,

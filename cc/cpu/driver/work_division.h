@@ -94,9 +94,9 @@ Status ForEachItem(const WorkList& list, int64_t first, int64_t last, int64_t co
                    const ParallelFor& parallel_for, Body body) {
   if (first == last) return Status();
   std::atomic<bool> ok{true};
-  int64_t rows = 0;
+  int64_t rows = 0, cost;
   for (int64_t i = first; i < last; ++i) rows += list.ranges[i].end - list.ranges[i].begin;
-  const int64_t cost = (rows / (last - first) + 1) * cost_per_row;
+  if (__builtin_mul_overflow(rows / (last - first) + 1, cost_per_row, &cost)) cost = INT64_MAX;
   parallel_for(last - first, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       if (!body(list.ranges[first + i], i)) ok = false;
@@ -106,6 +106,15 @@ Status ForEachItem(const WorkList& list, int64_t first, int64_t last, int64_t co
 
 // Partial results are kept for a wave of items at a time: those of whole pairs.
 inline constexpr int64_t kWaveBytes = 32 << 20;
+
+// Sizes that follow from those of a call do not overflow. The largest partial result is that of the
+// causal gradient for a group of all heads; at least kMaxSplits of them are kept. Of a tensor's
+// elements, each may have a work item.
+static_assert(CausalGradPartial<double>::Size({kMaxWidth, kMaxWidth, kMaxWidth, kMaxWidth,
+                                               kMaxWidth, kMaxWidth, 0, 0},
+                                              kMaxHeads) <=
+              INT64_MAX / (kMaxSplits * int64_t{sizeof(double)}));
+static_assert(kMaxElements <= INT64_MAX / int64_t{2 * sizeof(WorkRange)});
 
 // For each wave of items: body(item, partial) in parallel, then fold(first, last, partials) for the
 // items of the wave in their order. `size` is the number of values in one partial result.

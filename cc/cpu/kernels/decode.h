@@ -1,8 +1,11 @@
 // Causal attention of one token: the state takes in its key and value, then its queries read the
 // state. This is one pass over the means; packing a projection would not pay for one row.
-//   anchor' = max(log_mass, b)   mass' = 2^(log_mass - anchor') + 2^(b - anchor')
-//   mean' = (2^(log_mass - anchor') mean + 2^(b - anchor') v) / mass'
-//   log_mass' = anchor' + log2 mass'         out = softmax_m(a + log_mass') mean'
+//   x = 2^-|log_mass - b|                       log_mass' = max(log_mass, b) + log2(1 + x)
+//   mean' = mean + x / (1 + x) (v - mean), the two exchanged where b > log_mass
+//   out = softmax_m(a + log_mass') mean'
+// So the weights of mean and v add up to 1 exactly, and log_mass is a sum in double, rounded
+// stochastically: what a token adds may be less than an ulp, and errors of millions of tokens must
+// not add up.
 #pragma once
 #include "cpu/kernels/key_chunk.h"
 #include "cpu/kernels/query_chunk.h"
@@ -14,15 +17,18 @@ template <class Acc>
 struct DecodeScratch {
   KeyChunk<Acc> keys;
   Acc* weights;                // [d_pad]: one row of the projection
-  Acc *b, *log_mass, *bias;    // [m_pad]; log_mass in base 2, of the state after the token
-  Acc *keep, *add;             // [m_pad]: weights of the state before and of the value in mean'
+  Acc *b, *bias;               // [m_pad]
+  Acc* log_mass;               // [m_pad]: in base 2, of the state after the token
+  double* log_mass_after;      // [m_pad]: the same in nats, before it is rounded
+  Acc* weight;                 // [m_pad]: of v in mean', or of mean where b > log_mass
   Acc *q, *f, *out;            // [d_pad], [group][m_stride], [group][e_pad]
   Acc *row_max, *shift, *den;  // [kLanes], [group], [group]
 
   void SetPointers(Arena& arena, const Strides& strides, int64_t group) {
     keys.SetPointers(arena, strides, 1);
     weights = arena.Take<Acc>(strides.d_pad);
-    for (Acc** row : {&b, &keep, &add, &log_mass, &bias}) *row = arena.Take<Acc>(strides.m_pad);
+    for (Acc** row : {&b, &weight, &log_mass, &bias}) *row = arena.Take<Acc>(strides.m_pad);
+    log_mass_after = arena.Take<double>(strides.m_pad);
     q = arena.Take<Acc>(strides.d_pad);
     f = arena.Take<Acc>(group * strides.m_stride);
     out = arena.Take<Acc>(group * strides.e_pad);
@@ -51,22 +57,28 @@ void LogFeaturesOfOne(const Common& call, const Map<Acc>& map, const Strides& st
   ApplyMap<Acc>(map, 1, strides.m_pad, strides.m_stride, f, nullptr);
 }
 
-// keep, add and log_mass.
+// weight, log_mass and log_mass_after. b becomes the log-features of the key, offset included.
 template <class Acc>
-void DecodeWeights(const Strides& strides, const Acc* before, Acc offset, DecodeScratch<Acc>& s) {
-  for (int64_t m = 0; m < strides.m_pad; ++m)
-    s.log_mass[m] = m < strides.m ? before[m] * kLog2e<Acc> : -kInf<Acc>;
+void DecodeWeights(const Strides& strides, const LoadedState<Acc>& before, Acc offset,
+                   DecodeScratch<Acc>& s) {
+  for (int64_t m = 0; m < strides.m_pad; ++m) {
+    s.log_mass_after[m] = m < strides.m ? before.Log2Mass(m) : -__builtin_inf();
+    s.b[m] += offset;
+    const double difference = s.log_mass_after[m] - static_cast<double>(s.b[m]);
+    s.weight[m] = static_cast<Acc>(-__builtin_fabs(difference));
+  }
   for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
-    const Vec<Acc> zero = {}, one = Splat(Acc(1)), a = Load(s.log_mass + m),
-                   b = Load(s.b + m) + offset;
-    const Vec<Acc> highest = Max(b, a);  // in this order NaN is ignored
-    const IntVec<Acc> nothing = highest == -kInf<Acc>;
-    const Vec<Acc> anchor = nothing ? zero : highest;
-    const Vec<Acc> keep = Exp2(a - anchor), add = Exp2(b - anchor), mass = keep + add;
-    const Vec<Acc> inverse = nothing ? zero : one / mass;
-    Store(s.keep + m, keep * inverse);
-    Store(s.add + m, add * inverse);
-    Store(s.log_mass + m, anchor + Log2(mass));
+    const Vec<Acc> x = Exp2(Load(s.weight + m));
+    Store(s.weight + m, x / (Acc(1) + x));
+    Store(s.log_mass + m, Log2OnePlus(x));
+  }
+  for (int64_t m = 0; m < strides.m_pad; ++m) {
+    const double a = s.log_mass_after[m], b = static_cast<double>(s.b[m]);
+    const bool nothing = a == -__builtin_inf() && b == -__builtin_inf();
+    // In this order NaN of b stays.
+    const double log2_mass = (a >= b ? a : b) + static_cast<double>(s.log_mass[m]);
+    s.log_mass[m] = nothing ? -kInf<Acc> : static_cast<Acc>(log2_mass);
+    s.log_mass_after[m] = nothing ? -__builtin_inf() : kLn2Double * log2_mass;
   }
 }
 
@@ -98,12 +110,19 @@ PERFORMER_INLINE void DecodeState(const LoadedState<Acc>& before, const Strides&
                                   int64_t group, Acc* log_mass, Acc* mean, DecodeScratch<Acc>& s) {
   for (int64_t i = 0; i < group * strides.e_pad; ++i) s.out[i] = 0;
   for (int64_t m = 0; m < strides.m; ++m) {
-    const bool empty = before.log_mass[m] == -kInf<Acc>;  // its mean may hold anything
-    const Acc *from = before.mean + m * strides.e, keep = s.keep[m], add = s.add[m];
+    const Acc *from = before.mean + m * strides.e, *v = s.keys.v, weight = s.weight[m];
     Acc* to = mean + m * strides.e;
-    log_mass[m] = kLn2<Acc> * s.log_mass[m];
-    for (int64_t e = 0; e < strides.e; ++e)
-      to[e] = empty ? add * s.keys.v[e] : keep * from[e] + add * s.keys.v[e];
+    log_mass[m] = s.b[m] == -kInf<Acc> ? before.log_mass[m]
+                                       : RoundStochastically<Acc>(s.log_mass_after[m], m);
+    if (s.log_mass[m] == -kInf<Acc>) {
+      for (int64_t e = 0; e < strides.e; ++e) to[e] = 0;
+    } else if (before.log_mass[m] == -kInf<Acc>) {  // its mean may hold anything
+      for (int64_t e = 0; e < strides.e; ++e) to[e] = v[e];
+    } else if (before.Log2Mass(m) >= static_cast<double>(s.b[m])) {
+      for (int64_t e = 0; e < strides.e; ++e) to[e] = from[e] + weight * (v[e] - from[e]);
+    } else {
+      for (int64_t e = 0; e < strides.e; ++e) to[e] = v[e] + weight * (from[e] - v[e]);
+    }
     for (int64_t i = 0; i < group; ++i) {
       const Acc f = s.f[i * strides.m_stride + m];
       Acc* out = s.out + i * strides.e_pad;
@@ -129,7 +148,7 @@ bool Decode(const CausalParams& params, WorkRange range) {
       static_cast<const Acc*>(params.keys.projection) + index * strides.m * strides.d;
   LogFeaturesOfOne(params, map, strides, projection, s.keys.k, s.weights, s.b);
   const LoadedState<Acc> before(params.initial, dims, range.sequence, range.head);
-  DecodeWeights(strides, before.log_mass, s.keys.offset[0], s);
+  DecodeWeights(strides, before, s.keys.offset[0], s);
   DecodeQueries(params, range, map, strides, &prefetcher, s);
 
   const int64_t at = (range.sequence * dims.groups + range.head) * strides.m;

@@ -1,6 +1,7 @@
 // Gradient of Read; features are recomputed.
 //   f = 2^(a + log_mass - shift)     y = dout / den        g = y mean^T
 //   delta = sum_m f g                da = f (g - delta / den)
+// g uses the means less their centre (state.h), which changes neither da nor dlog_mass.
 //   dq = da w      dw += da^T q      dmean += f^T y        dlog_mass += sum_i da
 // delta = dout . out is taken from the features, not from the rounded output: in bfloat16 that
 // rounding would be the largest part of the error.
@@ -19,6 +20,7 @@ struct ReadGradScratch {
   Acc *y, *dq;                                         // [chunk][e_pad], [chunk][d_pad]
   Acc *g, *slope;                                      // [chunk][m_stride]
   Acc *mean, *mean_panels;                             // [m][e_pad], [m_panels][e_pad][kPanel]
+  Acc *seen, *centre;                                  // [m_pad], [e_pad]
 
   void SetPointers(Arena& arena, const Map<Acc>& map, const Strides& strides, int64_t chunk) {
     for (In** x : {&q_left, &q_right}) *x = TakeOperand<Acc, In>(arena, chunk * strides.d_pad);
@@ -32,6 +34,8 @@ struct ReadGradScratch {
     dq = arena.Take<Acc>(chunk * strides.d_pad);
     mean = arena.Take<Acc>(strides.m * strides.e_pad);
     mean_panels = arena.Take<Acc>(strides.m_panels * kPanel * strides.e_pad);
+    seen = arena.Take<Acc>(strides.m_pad);
+    centre = arena.Take<Acc>(strides.e_pad);
   }
 };
 
@@ -68,6 +72,8 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, WorkRange ran
   const QueryHead<Acc, In> head(params, params.queries, projection, strides, range.head);
   const LoadedState<Acc> state(params.state, dims, range.sequence, range.head / GroupSize(dims));
   state.CopyMean(strides, s.mean);
+  CentreOfMeans(strides, state.log_mass, s.mean, e_pad, s.seen, s.centre);
+  SubtractCentre(strides, strides.m, s.centre, s.mean);
   TransposeToPanels(s.mean, strides.m, e_pad, e_pad, s.mean_panels);
   const In* mean_panels = Operand::MakePanels(s.mean_panels, strides.m_panels, e_pad);
   SetBias(state.log_mass, kLog2eDouble, head.feature_bias, strides, s.queries.bias);

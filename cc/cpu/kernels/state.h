@@ -17,6 +17,8 @@ struct LoadedState {
     log_mass = static_cast<const Acc*>(state.log_mass) + at;
     mean = static_cast<const Acc*>(state.mean) + at * dims.value_dim;
   }
+  // log_mass[m] in base 2, without the rounding that Acc would add.
+  double Log2Mass(int64_t m) const { return kLog2eDouble * static_cast<double>(log_mass[m]); }
   // to [m][e_pad] = the means with padding, 0 where the feature has seen no key.
   void CopyMean(const Strides& strides, Acc* to) const {
     for (int64_t m = 0; m < strides.m; ++m) {
@@ -28,6 +30,69 @@ struct LoadedState {
     }
   }
 };
+
+// centre[e] = the average of mean[m][e] = sum[m][e] / mass[m] over the features that have seen a
+// key; 0 if it is not finite. `at(m, e)` gives sum[m][e]. False, and 0, if no feature has seen one.
+//
+// Attention to values less a vector is attention to the values, less that vector. Its gradients
+// stay the same, but what values have in common no longer hides their differences in rounding
+// errors.
+template <class Acc, class Sum>
+bool Centre(const Strides& strides, const Acc* mass, Sum at, Acc* centre) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < strides.e_pad; ++e) centre[e] = 0;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    if (!(mass[m] > 0)) continue;
+    ++count;
+    const Acc inverse = 1 / mass[m];
+    for (int64_t e = 0; e < strides.e; ++e) centre[e] += at(m, e) * inverse;
+  }
+  for (int64_t e = 0; e < strides.e; ++e) {
+    centre[e] = count > 0 ? centre[e] / static_cast<Acc>(count) : Acc(0);
+    if (!(centre[e] - centre[e] == 0)) centre[e] = 0;
+  }
+  return count > 0;
+}
+
+// The same of the means of a state; empty features do not count.
+template <class Acc>
+bool CentreOfMeans(const Strides& strides, const Acc* log_mass, const Acc* mean, int64_t stride,
+                   Acc* mass, Acc* centre) {
+  for (int64_t m = 0; m < strides.m; ++m) mass[m] = log_mass[m] == -kInf<Acc> ? 0 : 1;
+  return Centre<Acc>(
+      strides, mass, [&](int64_t m, int64_t e) { return mean[m * stride + e]; }, centre);
+}
+
+// rows[n][e_pad] -= centre.
+template <class Acc>
+void SubtractCentre(const Strides& strides, int64_t n, const Acc* centre, Acc* rows) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t e = 0; e < strides.e_pad; e += kLanes<Acc>) {
+      Acc* at = rows + j * strides.e_pad + e;
+      Store(at, Load(at) - Load(centre + e));
+    }
+}
+
+// x as Acc, rounded up or down with probabilities that make the expected error 0 (stochastic
+// rounding). The coin is a hash of x and `salt`, so that equal calls give equal bits.
+//
+// A log_mass that is rounded to nearest at every token drifts: after a million tokens one of them
+// adds less than an ulp, and the same rounding again and again. Only a stream of identical tokens
+// tosses the same coin again.
+template <class Acc>
+PERFORMER_INLINE Acc RoundStochastically(double x, int64_t salt) {
+  if constexpr (sizeof(Acc) == sizeof(double)) return x;
+  if (!(__builtin_fabs(x) < 3e38)) return static_cast<Acc>(x);
+  constexpr uint64_t kDropped = (uint64_t{1} << 29) - 1;  // the bits that float does not have
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  uint64_t coin = (bits + static_cast<uint64_t>(salt) * 0xD1B54A32D192ED03) * 0x9E3779B97F4A7C15;
+  coin = (coin ^ (coin >> 32)) * 0xD6E8FEB86659FD93;  // a multiplicative hash, its upper bits
+  bits = (bits + ((coin >> 32) & kDropped)) & ~kDropped;
+  double rounded;
+  __builtin_memcpy(&rounded, &bits, sizeof rounded);
+  return static_cast<Acc>(rounded);
+}
 
 // log_mass[m] and mean[m][e] of sums [m][e_pad] and masses relative to 2^anchor; -inf and 0 where
 // the mass is 0.
@@ -42,6 +107,34 @@ void WriteState(const Strides& strides, const Acc* anchor, const Acc* mass, cons
     const Acc inverse = nothing ? Acc(0) : 1 / mass[m];
     for (int64_t e = 0; e < strides.e; ++e)
       mean[m * strides.e + e] = nothing ? Acc(0) : sum[m * strides.e_pad + e] * inverse;
+  }
+}
+
+// The same for the state `before` and further keys, whose sums these are. Errors of very many calls
+// in a row do not add up: the weights of the two means are exactly 1 together, and log_mass is
+// rounded stochastically. Where there are no further keys, the state stays as it is.
+template <class Acc>
+void WriteNextState(const Strides& strides, const LoadedState<Acc>& before, const Acc* anchor,
+                    const Acc* mass, const Acc* sum, Acc* log_mass, Acc* mean) {
+  for (int64_t m = 0; m < strides.m; ++m) {
+    const bool empty = before.log_mass[m] == -kInf<Acc>;  // its mean may hold anything
+    const Acc *from = before.mean + m * strides.e, *row = sum + m * strides.e_pad;
+    Acc* to = mean + m * strides.e;
+    if (mass[m] == 0) {
+      log_mass[m] = before.log_mass[m];
+      for (int64_t e = 0; e < strides.e; ++e) to[e] = empty ? Acc(0) : from[e];
+      continue;
+    }
+    const double more = static_cast<double>(mass[m]);
+    const double a = before.Log2Mass(m), b = static_cast<double>(anchor[m]) + __builtin_log2(more);
+    const double x = empty ? 0 : __builtin_exp2(-__builtin_fabs(a - b)), weight = x / (1 + x);
+    const double log2_mass = (a >= b ? a : b) + kLog2eDouble * __builtin_log1p(x);
+    log_mass[m] = RoundStochastically<Acc>(kLn2Double * log2_mass, m);
+    for (int64_t e = 0; e < strides.e; ++e) {
+      const double v = static_cast<double>(row[e]) / more;
+      const double u = empty ? 0 : static_cast<double>(from[e]);
+      to[e] = static_cast<Acc>(a >= b ? u + weight * (v - u) : v + weight * (u - v));
+    }
   }
 }
 

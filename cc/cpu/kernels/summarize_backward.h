@@ -1,5 +1,7 @@
 // Gradient of Summarize; features are recomputed.
 //   p = 2^(b - log_mass)      db = p (v dmean^T - sum_e dmean mean + dlog_mass)
+// v and mean are taken less their centre (state.h) in db, which changes nothing else; but not in
+// bfloat16, where v is exact and the difference is not.
 //   dk = db w - scale k sum_m db      dw += db^T k      dv = p dmean      dkey_bias = sum_m db
 #pragma once
 #include "cpu/chunks.h"
@@ -19,6 +21,7 @@ struct SummarizeGradScratch {
   Acc *grad_mean, *grad_mean_panels;        // [m][e_pad], [m_panels][e_pad][kPanel]
   Acc* anchor;                              // [m_pad]: log_mass in base 2
   Acc* column;                              // [m_pad]: sum_e dmean mean - dlog_mass
+  Acc* centre;                              // [e_pad]: of v and mean
 
   void SetPointers(Arena& arena, const Map<Acc>& map, const Strides& strides, int64_t chunk) {
     for (In** x : {&k_left, &k_right}) *x = TakeOperand<Acc, In>(arena, chunk * strides.d_pad);
@@ -36,24 +39,30 @@ struct SummarizeGradScratch {
     grad_mean_panels = arena.Take<Acc>(strides.m_panels * kPanel * strides.e_pad);
     anchor = arena.Take<Acc>(strides.m_pad);
     column = arena.Take<Acc>(strides.m_pad);
+    centre = arena.Take<Acc>(strides.e_pad);
     row_sum = arena.Take<Acc>(chunk);
   }
 };
 
-// anchor, column and grad_mean from the state and its gradient. A feature that saw nothing gets an
-// infinite anchor, so that its p is 0.
+// anchor, column, centre and grad_mean from the state and its gradient. A feature that saw nothing
+// gets an infinite anchor, so that its p is 0.
 template <class Acc, class In>
 PERFORMER_INLINE void LoadStateGradient(const LoadedState<Acc>& state, const LoadedState<Acc>& grad,
                                         const Strides& strides, SummarizeGradScratch<Acc, In>& s) {
+  if constexpr (std::is_same_v<In, Acc>) {
+    CentreOfMeans(strides, state.log_mass, state.mean, strides.e, s.column, s.centre);
+  } else {
+    for (int64_t e = 0; e < strides.e_pad; ++e) s.centre[e] = 0;
+  }
   for (int64_t m = 0; m < strides.m_pad; ++m) {
     const bool nothing = m >= strides.m || state.log_mass[m] == -kInf<Acc>;
-    s.anchor[m] = nothing ? kInf<Acc> : state.log_mass[m] * kLog2e<Acc>;
+    s.anchor[m] = nothing ? kInf<Acc> : static_cast<Acc>(state.Log2Mass(m));
     Acc column = nothing ? Acc(0) : -grad.log_mass[m];
     for (int64_t e = 0; e < strides.e_pad && m < strides.m; ++e) {
       const bool given = e < strides.e && !nothing;
       const Acc x = given ? grad.mean[m * strides.e + e] : Acc(0);
       s.grad_mean[m * strides.e_pad + e] = x;
-      if (given) column += x * state.mean[m * strides.e + e];
+      if (given) column += x * (state.mean[m * strides.e + e] - s.centre[e]);
     }
     s.column[m] = column;
   }
@@ -99,6 +108,7 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Wor
                  &prefetcher, weights.feature_scale);
     ApplyMap(map, n, m_pad, m_stride, s.p, s.slope);
     KeyFeatures<Acc>(n, strides, s.keys.offset, s.anchor, s.p, nullptr);
+    if constexpr (std::is_same_v<In, Acc>) SubtractCentre(strides, n, s.centre, s.keys.v);
     const Left<In> v = Operand::MakeLeft(s.keys.v, n, e_pad, e_pad, s.v_left);
     MatMulPanels(v.data, v.row_stride, n, grad_mean_panels, Operand::Depth(e_pad), strides, s.g,
                  &prefetcher);

@@ -13,7 +13,7 @@ ffi::Error RunOnHost(ffi::ThreadPool pool, ffi::Dictionary attributes, ffi::Rema
   const auto run = [&]() -> Status {
     Call call;
     PERFORMER_RETURN_IF_ERROR(MakeCall(op, attributes, arguments, results, &call));
-    PERFORMER_RETURN_IF_ERROR(CheckOffsets(op, call));
+    PERFORMER_RETURN_IF_ERROR(ExplainOtherCount(op, call, TakeOffsets(op, &call)));
     return cpu::Run(op, call, ThreadsOf(pool));
   };
   return ToXla(run());

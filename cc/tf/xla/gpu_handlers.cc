@@ -1,8 +1,6 @@
 // The handlers of XLA's custom calls on an NVIDIA GPU: the CUDA kernels on XLA's stream, with
 // workspace from its allocator. No CUDA header is included.
 #ifdef PERFORMER_HAVE_CUDA
-#include <algorithm>
-
 #include "cuda/devices.h"
 #include "cuda/run.h"
 #include "tf/xla/handler.h"
@@ -12,16 +10,15 @@ struct CUstream_st;
 namespace performer {
 namespace {
 
-// Copies the offsets of packed sequences to `offsets`, which must outlive the call, and lets the
-// call point there. The host needs them to divide the work, so such a call waits for the stream.
-Status FetchOffsets(Op op, CUstream_st* stream, std::vector<int64_t>* offsets, Call* call) {
+// TakeOffsets (core/params.h) where the offsets lie on the GPU. The host needs them to divide the
+// work, so such a call waits for the stream.
+Status FetchOffsets(Op op, CUstream_st* stream, Call* call) {
   if (!call->attributes.packed) return Status();
-  const void** input = &call->inputs[OffsetsIndex(op)];
-  offsets->resize(call->dims.sequences + 1);
-  PERFORMER_RETURN_IF_ERROR(
-      cuda::CopyToHost(*input, offsets->size() * sizeof(int64_t), stream, offsets->data()));
-  *input = offsets->data();
-  return CheckOffsets(op, *call);
+  call->offsets.resize(call->dims.sequences + 1);
+  PERFORMER_RETURN_IF_ERROR(cuda::CopyToHost(call->inputs[OffsetsIndex(op)],
+                                             call->offsets.size() * sizeof(int64_t), stream,
+                                             call->offsets.data()));
+  return ExplainOtherCount(op, *call, CheckOffsets(op, *call));
 }
 
 template <Op op>
@@ -31,8 +28,7 @@ ffi::Error RunOnGpu(CUstream_st* stream, ffi::ScratchAllocator scratch, ffi::Dic
     Call call;
     PERFORMER_RETURN_IF_ERROR(MakeCall(op, attributes, arguments, results, &call));
     PERFORMER_RETURN_IF_ERROR(cuda::Supports(op, call.dtype, call.dims));
-    std::vector<int64_t> offsets;
-    PERFORMER_RETURN_IF_ERROR(FetchOffsets(op, stream, &offsets, &call));
+    PERFORMER_RETURN_IF_ERROR(FetchOffsets(op, stream, &call));
     // XLA reuses memory in the order of the stream. So the workspace may be freed on return, while
     // the kernels that use it are still queued.
     const auto allocate = [&](size_t bytes) {

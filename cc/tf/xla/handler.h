@@ -5,14 +5,16 @@
 // handlers (in _ops.so), which read them. There is one target for each operator, with the
 // operator's name. Operands and results are its inputs and outputs in the order of the signature,
 // row-major. The attributes are those of VisitAttributes: a feature map is a string with its name,
-// a double is f64, an int64_t is i64.
+// a double is f64, an int64_t is i64. Offsets may hold a mark (other_count.h).
 #pragma once
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "core/params.h"
+#include "tf/xla/other_count.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace xla {
@@ -64,6 +66,14 @@ inline Status FromXla(ffi::DataType type, DType* dtype) {
   }
 }
 
+// The type of an argument of a call of type `dtype`.
+inline ffi::DataType ToXla(ArgumentType type, DType dtype) {
+  if (type == ArgumentType::kOffsets || type == ArgumentType::kStart) return ffi::DataType::S64;
+  if (dtype == DType::kFloat64) return ffi::DataType::F64;
+  if (type == ArgumentType::kState || dtype == DType::kFloat32) return ffi::DataType::F32;
+  return dtype == DType::kHalf ? ffi::DataType::F16 : ffi::DataType::BF16;
+}
+
 inline Shape FromXla(ffi::AnyBuffer::Dimensions dimensions) {
   return {true, {dimensions.begin(), dimensions.end()}};
 }
@@ -80,7 +90,18 @@ inline bool ReadAttribute(const ffi::Dictionary& attributes, const char* name, F
   return ReadAttribute(attributes, name, &map) && ParseFeatureMap(std::string(map), value).ok();
 }
 
-// Operands and results as the Call of an operator, its shapes accepted by InferShapes.
+// Refuses a buffer of another type. A program that was not made by the lowering may hand over
+// anything.
+inline Status CheckType(const Argument& argument, DType dtype, const ffi::AnyBuffer& buffer) {
+  const ffi::DataType wanted = ToXla(argument.type, dtype), given = buffer.element_type();
+  if (given == wanted) return Status();
+  std::ostringstream message;
+  message << argument.name << " must have type " << wanted << " in an XLA program; got " << given;
+  return Status::InvalidArgument(message.str());
+}
+
+// Operands and results as the Call of an operator. Their number, types and shapes are checked, and
+// so are the attributes.
 inline Status MakeCall(Op op, const ffi::Dictionary& attributes, ffi::RemainingArgs arguments,
                        ffi::RemainingRets results, Call* call) {
   const Signature& signature = SignatureOf(op);
@@ -89,19 +110,33 @@ inline Status MakeCall(Op op, const ffi::Dictionary& attributes, ffi::RemainingA
   VisitAttributes(call->attributes, [&](const char* name, auto& value) {
     fits = fits && ReadAttribute(attributes, name, &value);
   });
-  if (!fits)
-    return Status::InvalidArgument(std::string(signature.name) +
-                                   ": the XLA program was made by another version of Performer");
+  const Status other_version = Status::InvalidArgument(
+      std::string(signature.name) + ": the XLA program was made by another version of Performer");
+  if (!fits) return other_version;
   for (size_t i = 0; i < arguments.size(); ++i) {
-    const ffi::AnyBuffer buffer = *arguments.get<ffi::AnyBuffer>(i);
-    if (i == 0) PERFORMER_RETURN_IF_ERROR(FromXla(buffer.element_type(), &call->dtype));
-    call->input_shapes.push_back(FromXla(buffer.dimensions()));
-    call->inputs.push_back(buffer.untyped_data());
+    const auto buffer = arguments.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return other_version;
+    if (i == 0) PERFORMER_RETURN_IF_ERROR(FromXla(buffer->element_type(), &call->dtype));
+    PERFORMER_RETURN_IF_ERROR(CheckType(signature.inputs[i], call->dtype, *buffer));
+    call->input_shapes.push_back(FromXla(buffer->dimensions()));
+    call->inputs.push_back(buffer->untyped_data());
   }
-  for (size_t i = 0; i < results.size(); ++i)
-    call->outputs.push_back((*results.get<ffi::AnyBuffer>(i))->untyped_data());
-  std::vector<Shape> outputs;
-  return InferShapes(op, call->attributes, call->input_shapes, &call->dims, &outputs);
+  std::vector<Shape> shapes;
+  PERFORMER_RETURN_IF_ERROR(
+      InferShapes(op, call->attributes, call->input_shapes, &call->dims, &shapes));
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Argument& output = signature.outputs[i];
+    auto buffer = results.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return other_version;
+    PERFORMER_RETURN_IF_ERROR(CheckType(output, call->dtype, **buffer));
+    const Shape shape = FromXla((*buffer)->dimensions());
+    if (shape.dims != shapes[i].dims)
+      return Status::InvalidArgument("the result " + std::string(output.name) +
+                                     " must have shape " + ToString(shapes[i]) +
+                                     " in an XLA program; got " + ToString(shape));
+    call->outputs.push_back((*buffer)->untyped_data());
+  }
+  return Status();
 }
 
 // Completes a binding that has the context of its platform.

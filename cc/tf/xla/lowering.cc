@@ -3,7 +3,9 @@
 // alone, and the only one that includes xla_op_kernel.h, which takes half a minute to compile.
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -11,6 +13,8 @@
 #include "core/schema.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tf/attributes.h"
+#include "tf/registration.h"
+#include "tf/xla/other_count.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape_util.h"
@@ -50,7 +54,7 @@ using Counts = std::map<std::string, xla::XlaOp>;
 absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows, xla::XlaOp* input,
                  Counts* counts) {
   const std::string letter(argument.shape, std::strcspn(argument.shape, " "));
-  bool only_n = letter == "N" || letter == "1|N" || letter == "N+1";
+  bool only_n = letter == "N" || letter == "P" || letter == "N+1";
   for (int axis = 1; axis < static_cast<int>(shape.dimensions().size()); ++axis)
     only_n &= !shape.is_dynamic_dimension(axis);
   if (!only_n)
@@ -66,8 +70,54 @@ absl::Status Pad(const Argument& argument, const xla::Shape& shape, int64_t rows
   const xla::XlaOp fill =
       xla::Broadcast(xla::ConstantR0WithType(builder, shape.element_type(), offsets ? rows : 0),
                      shape.dimensions());
-  *input = xla::Select(xla::Lt(row, size), xla::RemoveDynamicDimension(*input, 0), fill);
+  const xla::XlaOp given = xla::RemoveDynamicDimension(*input, 0);
+  *input = xla::Select(xla::Lt(row, size), given, fill);
+  if (letter != "P") return absl::OkStatus();
+  // One initial state is that of all sequences.
+  std::vector<int64_t> ends(shape.dimensions().begin(), shape.dimensions().end());
+  if (ends[0] == 0) return absl::OkStatus();
+  ends[0] = 1;
+  const xla::XlaOp first = xla::Slice(given, std::vector<int64_t>(ends.size(), 0), ends,
+                                      std::vector<int64_t>(ends.size(), 1));
+  std::vector<int64_t> axes(ends.size());
+  std::iota(axes.begin(), axes.end(), 0);
+  const xla::XlaOp one = xla::Eq(size, xla::ConstantR0<int32_t>(builder, 1));
+  *input = xla::Select(xla::Broadcast(one, shape.dimensions()),
+                       xla::BroadcastInDim(first, shape.dimensions(), axes), *input);
   return absl::OkStatus();
+}
+
+// The offsets; or, where an input has another number of sequences when the program runs, the mark of
+// that input in place of the first (handler.h).
+xla::XlaOp MarkOtherCounts(Op op, const std::vector<Shape>& shapes, const Counts& counts,
+                           xla::XlaOp offsets) {
+  const Signature& signature = SignatureOf(op);
+  xla::XlaBuilder* builder = offsets.builder();
+  const auto count_of = [&](size_t i, int64_t known) {
+    const auto found = counts.find(signature.inputs[i].name);
+    return found != counts.end() ? found->second
+                                 : xla::ConstantR0<int32_t>(builder, static_cast<int32_t>(known));
+  };
+  const size_t at = OffsetsIndex(op);
+  const xla::XlaOp sequences = count_of(at, shapes[at].dims[0] - 1);
+  xla::XlaOp mark = xla::ConstantR0<int64_t>(builder, 0), states;  // P of its first input
+  for (size_t i = 0; i < signature.inputs.size(); ++i) {
+    const char* shape = signature.inputs[i].shape;
+    if (std::strncmp(shape, "N ", 2) != 0 && std::strncmp(shape, "P ", 2) != 0) continue;
+    const xla::XlaOp count = count_of(i, shapes[i].dims[0]);
+    xla::XlaOp fits = xla::Eq(count, sequences);
+    if (shape[0] == 'P') {
+      if (!states.valid()) states = count;
+      const xla::XlaOp one = xla::Eq(count, xla::ConstantR0<int32_t>(builder, 1));
+      fits = xla::And(xla::Or(fits, one), xla::Eq(count, states));
+    }
+    mark = xla::Select(fits, mark, xla::ConstantR0<int64_t>(builder, MarkOfOtherCount(i)));
+  }
+  const xla::XlaOp first = xla::Slice(offsets, {0}, {1}, {1});
+  const xla::XlaOp marked = xla::Select(xla::Eq(mark, xla::ConstantR0<int64_t>(builder, 0)),
+                                        xla::Reshape(first, {}), mark);
+  return xla::DynamicUpdateSlice(offsets, xla::Reshape(marked, {1}),
+                                 {xla::ConstantR0<int32_t>(builder, 0)});
 }
 
 // Cuts an output to the true number of sequences.
@@ -110,6 +160,8 @@ class PerformerXlaOp : public XlaOpKernel {
         OP_REQUIRES_OK(context, Pad(SignatureOf(op).inputs[i], given[i], inputs[0].dims[1],
                                     &operands.back(), &counts));
     }
+    if (!counts.empty())
+      operands[OffsetsIndex(op)] = MarkOtherCounts(op, inputs, counts, operands[OffsetsIndex(op)]);
     std::vector<xla::Shape> results;
     for (size_t i = 0; i < outputs.size(); ++i)
       results.push_back(RowMajor(context->output_xla_type(static_cast<int>(i)), outputs[i].dims));
@@ -145,10 +197,14 @@ class PerformerXlaOp : public XlaOpKernel {
 #define PERFORMER_REGISTER(op)                 \
   PERFORMER_REGISTER_DEVICE(op, "XLA_CPU_JIT") \
   PERFORMER_REGISTER_TYPE(op, "XLA_CPU_JIT", double, double)
-PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
 // No GPU kernel takes float64.
 #define PERFORMER_REGISTER_ON_GPU(op) PERFORMER_REGISTER_DEVICE(op, "XLA_GPU_JIT")
-PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER_ON_GPU)
+[[maybe_unused]] const bool registered = [] {
+  if (IsRegistered("XLA_CPU_JIT")) return false;
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER_ON_GPU)
+  return true;
+}();
 
 }  // namespace
 }  // namespace performer

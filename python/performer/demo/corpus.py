@@ -1,5 +1,6 @@
 """Text for the demo, as bytes."""
 
+import stat
 import sysconfig
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def load(files, most=8_000_000):
         `uint8` array `[N]`.
 
     Raises:
-        CorpusError: A path that is missing, a directory, unreadable, empty or binary; or fewer
-            than `LEAST` bytes in all.
+        CorpusError: A path that is missing, a directory, a device or pipe (which may never end),
+            unreadable, empty or binary; or fewer than `LEAST` bytes in all.
 
     Example:
         >>> load([]).dtype
@@ -36,7 +37,7 @@ def load(files, most=8_000_000):
         paths = sorted(path for path in folder.glob("*.py") if path.stat().st_size > 0)
     parts, size = [], 0
     for path in paths:
-        parts.append(_read(path))
+        parts.append(_read(path, most - size))
         size += len(parts[-1])
         if size >= most:
             break
@@ -46,19 +47,31 @@ def load(files, most=8_000_000):
     return np.frombuffer(text, np.uint8)
 
 
-def _read(path):
-    if not path.exists():
-        raise CorpusError(f"--text must name existing files; {path} does not exist")
-    if path.is_dir():
-        raise CorpusError(f"--text must name files; {path} is a directory")
+def shown(path, most=160):
+    """Returns a path as messages show it: without its middle where it is very long."""
+    text = str(path)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def _read(path, most):
+    """The first `most` bytes of a file."""
+    name = shown(path)
     try:
-        data = path.read_bytes()
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise CorpusError(f"--text must name files; {name} is a directory")
+        if not stat.S_ISREG(mode):
+            raise CorpusError(f"--text must name files that end; {name} is a device or a pipe")
+        with path.open("rb") as file:
+            data = file.read(most)
+    except FileNotFoundError as error:
+        raise CorpusError(f"--text must name existing files; {name} does not exist") from error
     except OSError as error:
-        raise CorpusError(f"--text must name readable files; {path}: {error.strerror}") from error
+        raise CorpusError(f"--text must name readable files; {name}: {error.strerror}") from error
     if not data:
-        raise CorpusError(f"--text must name files with text; {path} is empty")
+        raise CorpusError(f"--text must name files with text; {name} is empty")
     if b"\0" in data:
-        raise CorpusError(f"--text must name text files; {path} is binary (it holds a zero byte)")
+        raise CorpusError(f"--text must name text files; {name} is binary (it holds a zero byte)")
     return data
 
 

@@ -1,19 +1,34 @@
 """Runs the whole demo and reports it."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from performer.demo import baselines, corpus
 from performer.demo.model import KINDS
 from performer.demo.train import BANDS
 
 PROMPT, WRITTEN = 2000, 300  # bytes of held-out text that the sample continues, and its length
+# Ctrl-C goes to all processes of a terminal; this one ends the other.
+TRAINING = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from performer.demo import train
+train.main()
+"""
+
+
+class OutputError(ValueError):
+    """A folder that the demo cannot write to; the message names it and the reason."""
+
+
+class TrainingError(RuntimeError):
+    """A training that ended before its time; the message says how."""
 
 
 def run(files, output, *, length, steps):
@@ -27,11 +42,16 @@ def run(files, output, *, length, steps):
 
     Raises:
         CorpusError: A text that cannot be used.
+        OutputError: A folder that cannot be written to.
+        TrainingError: The process of a training failed.
     """
     text = corpus.load(files)
     rows, held_out = corpus.split(text, length)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    with _writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output) as probe:  # better now than after the training
+            probe.write(bytes(1 << 20))
     print(f"{len(text):,} bytes of text, {len(rows)} sequences of {length} to train on")
     simple = {
         name: baselines.markov(rows.ravel(), held_out.ravel(), order)
@@ -41,30 +61,70 @@ def run(files, output, *, length, steps):
 
     results, seconds = {}, 0.0
     model = output / "model.keras"
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "text.npy", text)
-        for kind in KINDS:
-            print(f"\nTraining with {KINDS[kind]}", flush=True)
-            start = time.perf_counter()
-            results[kind] = _train(
-                Path(folder),
-                kind=kind,
-                length=length,
-                steps=steps,
-                seconds=seconds if kind == "exact" else 0,
-                save=str(model) if kind == "linear" else None,
-            )
-            if kind == "linear":
-                seconds = results[kind]["step_seconds"] * steps
-            results[kind]["wall_seconds"] = time.perf_counter() - start
+    for kind in KINDS:
+        print(f"\nTraining with {KINDS[kind]}", flush=True)
+        start = time.perf_counter()
+        results[kind] = _train(
+            text,
+            kind=kind,
+            length=length,
+            steps=steps,
+            seconds=seconds if kind == "exact" else 0,
+            save=str(model) if kind == "linear" else None,
+        )
+        if kind == "linear":
+            seconds = results[kind]["step_seconds"] * steps
+        results[kind]["wall_seconds"] = time.perf_counter() - start
     _finish(output, model, held_out, simple, results)
 
 
-def _train(folder, **task):
-    result = folder / "result.json"
-    arguments = json.dumps({"text": str(folder / "text.npy"), "result": str(result), **task})
-    subprocess.run([sys.executable, "-m", "performer.demo.train", arguments], check=True)
-    return json.loads(result.read_text())
+@contextlib.contextmanager
+def _writing_to(output):
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(output, error.strerror or error) from error
+
+
+def _unwritable(output, reason):
+    return OutputError(
+        f"--output must name a folder that can be written to; {corpus.shown(output)}: {reason}"
+    )
+
+
+def _train(text, **task):
+    """Runs `train` in another process, which does not outlive this one and leaves no file."""
+    read, write = os.pipe()
+    with os.fdopen(read) as results:
+        task.update(text_bytes=text.nbytes, result=write)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", TRAINING, json.dumps(task)],
+                stdin=subprocess.PIPE,
+                pass_fds=[write],
+            )
+        finally:
+            os.close(write)
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died: its status says so below
+                process.stdin.write(text.tobytes())
+                process.stdin.flush()
+            answer = results.read()  # up to its end; its standard input stays open until then
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+    if status != 0 or not answer:
+        raise TrainingError(
+            f"training with {KINDS[task['kind']]} ended with status {status}; see above"
+        )
+    result = json.loads(answer)
+    if "error" in result:
+        raise _unwritable(Path(task["save"]).parent, result["error"])
+    return result
 
 
 def _finish(output, model, held_out, simple, results):
@@ -81,11 +141,12 @@ def _finish(output, model, held_out, simple, results):
         start = time.perf_counter()
         written = generate(network, prompt, WRITTEN, temperature=0.8, seed=0)
         speed = len(written) / (time.perf_counter() - start)
-    (output / "results.json").write_text(
-        json.dumps({"baselines": simple, "models": results, "milliseconds": times}, indent=1)
-    )
-    plots.losses(results, simple, output / "loss.png")
-    plots.times(times, output / "time.png")
+    with _writing_to(output):
+        (output / "results.json").write_text(
+            json.dumps({"baselines": simple, "models": results, "milliseconds": times}, indent=1)
+        )
+        plots.losses(results, simple, output / "loss.png")
+        plots.times(times, output / "time.png")
 
     print("\nBits per byte on held-out text")
     for name, bits in simple.items():

@@ -1,8 +1,10 @@
 """One training of the demo, in a process of its own so that its time and memory are its own."""
 
 import json
+import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +55,37 @@ class Budget(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
+class Progress(keras.callbacks.Callback):
+    """Prints how far a training is, a line every few seconds, and how far it came at its end."""
+
+    EVERY = 5  # seconds
+    RECENT = 20  # steps whose mean loss is shown
+
+    def __init__(self, budget):
+        super().__init__()
+        self.budget = budget
+
+    def on_train_begin(self, logs=None):
+        """Starts the clock."""
+        self.start = self.printed = time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Prints a line, if it is time for one."""
+        if time.monotonic() - self.printed >= self.EVERY:
+            most = "at most " if self.budget.seconds else ""
+            self._print(f"step {len(self.budget.times)} of {most}{self.budget.steps}")
+
+    def on_train_end(self, logs=None):
+        """Prints the number of steps that were made."""
+        self._print(f"{len(self.budget.times)} steps")
+
+    def _print(self, steps):
+        self.printed = time.monotonic()
+        recent = np.mean(self.budget.losses[-self.RECENT :])
+        seconds = self.printed - self.start
+        print(f"  {steps}: {recent:.3f} bits per byte, {seconds:.0f} s", flush=True)
+
+
 def train(kind, text, *, length, steps, seconds, save=None):
     """Trains the model of one kind and measures it.
 
@@ -62,12 +95,16 @@ def train(kind, text, *, length, steps, seconds, save=None):
         length: Length L of the sequences.
         steps: Number of steps, one sequence each.
         seconds: Wall time after which to stop before that; 0 for no limit.
-        save: Path of a `.keras` file to write, or `None`.
+        save: Path of a `.keras` file to write, or `None`. A file of that name stays as it is until
+            the new one is complete.
 
     Returns:
         A dict: `losses` (bits per byte of every step), `times` (seconds of every step, 0 for the
         first, which traces the graph), `held_out` (bits per byte), `bands`
         (the same by position), `step_seconds` (median), `steps`, `peak_mib`.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     network = model.build(kind)
     network.compile(
@@ -79,14 +116,17 @@ def train(kind, text, *, length, steps, seconds, save=None):
     order = np.random.default_rng(0).permutation(np.arange(steps) % len(rows))
     batch = rows[order].astype(np.int32)
     watch = Budget(steps, seconds)
-    network.fit(batch[:, :-1], batch[:, 1:], batch_size=1, shuffle=False, callbacks=[watch])
+    network.fit(
+        batch[:, :-1],
+        batch[:, 1:],
+        batch_size=1,
+        shuffle=False,
+        callbacks=[watch, Progress(watch)],
+        verbose=0,  # the bar of Keras ends at the number of steps that were planned
+    )
     bits = bits_by_position(network, _spread(held_out, HELD_OUT))
     if save:
-        network.save(save)
-        restored = keras.models.load_model(save)
-        probe = held_out[:1, :-1].astype(np.int32)
-        if not np.array_equal(network(probe), restored(probe)):
-            raise RuntimeError("the model that was saved and reloaded predicts other values")
+        save_model(network, Path(save), held_out[:1, :-1].astype(np.int32))
     return {
         "losses": watch.losses,
         "times": [0.0, *watch.times[1:]],
@@ -96,6 +136,19 @@ def train(kind, text, *, length, steps, seconds, save=None):
         "steps": len(watch.times),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def save_model(network, path, probe):
+    """Saves a model beside `path`, checks what it predicts for `probe`, and moves it there."""
+    partial = path.with_name(f"{path.stem}.partial.keras")
+    try:
+        network.save(partial)
+        restored = keras.models.load_model(partial)
+        if not np.array_equal(network(probe), restored(probe)):
+            raise RuntimeError("the model that was saved and reloaded predicts other values")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _spread(rows, most):
@@ -115,11 +168,28 @@ def bits_by_position(network, rows):
 
 
 def main():
-    """Reads the arguments of `train` as JSON from the command line, writes its result as JSON."""
+    """Trains in a process of its own, as `report` starts it.
+
+    The only argument is JSON: the arguments of `train` but the text, its size `text_bytes`, and
+    the descriptor `result` of a pipe. The text comes by standard input, the result of `train` goes
+    to the pipe as JSON: {"error": message} where the model cannot be saved.
+    """
     task = json.loads(sys.argv[1])
-    text = np.load(task.pop("text"))
-    result = Path(task.pop("result"))
-    result.write_text(json.dumps(train(text=text, **task)))
+    text = np.frombuffer(sys.stdin.buffer.read(task.pop("text_bytes")), np.uint8)
+    threading.Thread(target=wait_for_end, args=(0, lambda: os._exit(1)), daemon=True).start()
+    with os.fdopen(task.pop("result"), "w") as result:
+        try:
+            answer = train(text=text, **task)
+        except OSError as error:
+            answer = {"error": f"{error.strerror or error}"}
+        json.dump(answer, result)
+
+
+def wait_for_end(descriptor, then):
+    """Calls `then` when the process at the other end of a pipe has closed it, or is gone."""
+    while os.read(descriptor, 1):
+        pass
+    then()
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def approximation_error(query, key, projection, *, scale=None, **options) -> tf.
     _, estimate = dense_attention(query, key, key, projection, scale=scale, **options)
     estimate, q, k = (tf.cast(x, tf.float64) for x in (estimate, query, key))
     k = tf.repeat(k, q.shape[2] // k.shape[2], 2)
-    scores = tf.einsum("blhd,bshd->bhls", q, k) * (default if scale is None else scale)
+    scores = tf.einsum("blhd,bshd->bhls", q, k) * (default if scale is None else float(scale))
     exact = tf.nn.softmax(scores)
     uniform = 1 / tf.cast(tf.shape(exact)[-1], tf.float64)
     distance, unit = tf.norm(estimate - exact), tf.norm(uniform - exact)

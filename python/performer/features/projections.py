@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import tensorflow as tf
 
@@ -56,12 +57,15 @@ def orthogonal_projection(rows, dim, *, scaling=0, seed, dtype=tf.float32, heads
     """
     for name, size in (("rows", rows), ("dim", dim), ("heads", 1 if heads is None else heads)):
         checks.size(name, size)
-    if scaling not in (0, 1):
+    if not isinstance(scaling, numbers.Integral) or scaling not in (0, 1):
         raise ValueError(f"scaling must be 0 (norms drawn) or 1 (norms sqrt(dim)), got {scaling!r}")
-    dtype = tf.as_dtype(dtype)
+    try:
+        dtype = tf.as_dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"dtype must be floating, got {dtype!r}") from error
     if not dtype.is_floating:
         raise TypeError(f"dtype must be floating, got {dtype.name}")
-    seed = tf.convert_to_tensor(seed)
+    seed = checks.tensor("seed", seed)
     if not seed.dtype.is_integer or seed.shape not in ([], [2]):
         raise ValueError(f"seed must be an integer or an integer tensor of shape [2], got {seed!r}")
     seed = tf.stack([seed, tf.zeros_like(seed)]) if seed.shape.rank == 0 else seed

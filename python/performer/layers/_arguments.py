@@ -112,7 +112,8 @@ class Options:
             )
         if self.exact_window is not None:
             object.__setattr__(self, "exact_window", _check_exact_window(self.exact_window))
-        if self.far_bias not in (None, LEARNED):
+        learned = isinstance(self.far_bias, str) and self.far_bias == LEARNED
+        if self.far_bias is not None and not learned:
             object.__setattr__(self, "far_bias", check_number("far_bias", self.far_bias))
 
     @property
@@ -144,11 +145,15 @@ def check_size(name, value, limit=2**31):
 def check_number(name, value):
     """Returns `value`, a finite number, as a float; ValueError otherwise."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    try:
+        result = float(value) if number else math.nan
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
         raise ValueError(
             f"`{name}` must be None, 'learned' or a finite number. Received: {name}={value!r}"
         )
-    return float(value)
+    return result
 
 
 def _check_exact_window(value):
@@ -162,7 +167,7 @@ def _check_exact_window(value):
 def check_rate(name, value):
     """Returns `value` as a float in [0, 1); ValueError otherwise."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or math.isnan(value) or not 0 <= value < 1:
+    if not number or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
     return float(value)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from performer import checks
 from performer.layers._axes import fold, resolve_axes
 from performer.shapes import dims
 
@@ -50,11 +51,19 @@ class Masks:
     segment_ids: Any = None
     prefix_mask: Any = None
 
-    def check(self, query_shape, value_shape, attention_axes):
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "use_causal_mask" or value is None or hasattr(value, "_keras_history"):
+                continue
+            # Frozen to all but this: from here on masks are tensors.
+            object.__setattr__(self, field.name, checks.tensor(f"`{field.name}`", value))
+
+    def check(self, query_shape, value_shape, attention_axes, key_shape=None):
         """Refuses what no form of attention can compute, from static shapes alone.
 
         Args:
-            query_shape, value_shape: shapes of the layer's inputs, channels included.
+            query_shape, value_shape, key_shape: shapes of the layer's inputs, channels included.
             attention_axes: the layer's argument.
 
         Returns:
@@ -68,6 +77,13 @@ class Masks:
         if len(query_shape) != rank:
             raise ValueError(f"`query` and `value` must have the same rank. Received: {shapes}")
         axes = resolve_axes(attention_axes, rank)
+        if key_shape is not None and not tf.TensorShape(key_shape[:-1]).is_compatible_with(
+            value_shape[:-1]
+        ):
+            raise ValueError(
+                "`key` must have the shape of `value`, channels excepted. "
+                f"Received: key.shape={tuple(key_shape)}, value.shape={tuple(value_shape)}"
+            )
         for axis in range(rank - 1):
             sizes = query_shape[axis], value_shape[axis]
             if None in sizes or sizes[0] == sizes[1]:
@@ -111,6 +127,28 @@ class Masks:
             return False
         shape, count = tuple(self.attention_mask.shape), len(axes)
         return any(size != 1 for size in (*shape[1 : -2 * count], *shape[-2 * count : -count]))
+
+    def check_when_run(self, query, value, key, axes):
+        """`check`, for sizes that only a running graph knows, where no operator would see it.
+
+        Operators get axes that are joined, and causal calls keys cut to the length of the queries.
+
+        Returns:
+            What must run before the tensors are used, for `tf.control_dependencies`.
+        """
+        found = []
+        packed = self.segment_ids is not None or self.prefix_mask is not None
+        joined = len(value.shape) > 3
+        for axis in range(1, len(value.shape) - 1):
+            if joined:
+                found += checks.same_when_run("key", axis, key, "value", axis, value, "size")
+            causal = self.use_causal_mask and len(axes) > 1
+            if packed or axis not in axes or causal:
+                found += checks.same_when_run("query", axis, query, "value", axis, value, "size")
+        if joined:
+            found += checks.same_when_run("query", 0, query, "value", 0, value, "B")
+            found += checks.same_when_run("key", 0, key, "value", 0, value, "B")
+        return found
 
     def fold(self, query, key, axes):
         """All masks but a general `attention_mask`, as `FoldedMasks`.
@@ -211,7 +249,13 @@ def _fold_positions(name, x, like, axes):
                 f"{tuple(like.shape[:-1])} without channels. "
                 f"Received: {name}.shape={tuple(x.shape)}"
             )
-    expanded = tf.broadcast_to(expanded, tf.stack(dims(like)[:-1]))
+    found = []
+    for axis in range(1, rank):
+        if axis in axes or len(x.shape) == rank:
+            found += checks.same_when_run(name, axis, expanded, "its tensor", axis, like, "size")
+    found += checks.one_of_when_run(name, 0, expanded, {"1": 1, "B": dims(like)[0]})
+    with tf.control_dependencies(found):
+        expanded = tf.broadcast_to(expanded, tf.stack(dims(like)[:-1]))
     return fold(expanded[..., tf.newaxis, tf.newaxis], axes)[:, :, 0, 0]
 
 

@@ -6,13 +6,19 @@ import operator
 import keras
 import tensorflow as tf
 
+from performer import checks
 from performer.ops.state import AttentionState, as_position, near_rows
 
 
 def with_tensors(state):
-    """A nested structure of tensors, arrays and numbers, with tensors only."""
-    return tf.nest.map_structure(
-        lambda x: x if isinstance(x, keras.KerasTensor) else tf.convert_to_tensor(x), state
+    """An `AttentionState` of tensors, arrays and numbers, with tensors only; others as they are."""
+    if not isinstance(state, AttentionState):
+        return state
+    return AttentionState(
+        *(
+            x if isinstance(x, keras.KerasTensor) else checks.tensor(f"`initial_state`.{name}", x)
+            for name, x in state._asdict().items()
+        )
     )
 
 

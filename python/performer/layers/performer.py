@@ -5,9 +5,10 @@ import inspect
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from performer import loader
+from performer import checks, loader
 from performer.checks import accumulator
 from performer.layers._arguments import (
     DENSE_LIMIT,
@@ -35,7 +36,7 @@ from performer.layers._state import (
 from performer.layers.rotary_embedding import positions_in_runs
 from performer.ops import AttentionState, empty_state, merge
 from performer.ops import read as read_state
-from performer.ops.state import stored_rows
+from performer.ops.state import checked_state, stored_rows
 from performer.shapes import dims
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
@@ -155,7 +156,8 @@ class Performer(keras.layers.MultiHeadAttention):
         No epsilon and no clamp: sums are taken relative to their largest term, in float32 (or
         float64, under that policy). The rms error to exact softmax falls as `supports`**-0.5 and
         grows exponentially with the norms of query and key. Causal outputs do not depend on later
-        inputs by a single bit.
+        inputs by a single bit. A single position (one step of a stream) is rounded otherwise than
+        the same position in a longer input, in its last bits.
 
     Example:
 
@@ -269,8 +271,10 @@ class Performer(keras.layers.MultiHeadAttention):
         if isinstance(query, list | tuple) and not args and "value" not in kwargs:
             query, args = split_list(query)
         if self._options.linear:
-            query, args = self._converted(query), tuple(self._converted(x) for x in args)
-            kwargs.update((k, self._converted(kwargs[k])) for k in ("value", "key") if k in kwargs)
+            query = self._converted("query", query)
+            names = ("value", "key")
+            args = (*map(self._converted, names, args), *args[len(names) :])
+            kwargs.update((k, self._converted(k, kwargs[k])) for k in names if k in kwargs)
             if kwargs.get("initial_state") is not None:
                 kwargs["initial_state"] = with_tensors(kwargs["initial_state"])
         return super().__call__(query, *args, **kwargs)
@@ -279,6 +283,7 @@ class Performer(keras.layers.MultiHeadAttention):
         """Creates the weights for inputs of these shapes."""
         if self._options.linear:
             Masks().check(query_shape, value_shape, self._attention_axes)
+        self._input_rank = len(query_shape)
         groups = self._options.num_key_value_heads
         if groups is None or groups == self._num_heads:
             super().build(query_shape, value_shape, key_shape)
@@ -339,14 +344,16 @@ class Performer(keras.layers.MultiHeadAttention):
                 **given,
             )
         masks = Masks(**given, **added)
-        axes = masks.check(query.shape, value.shape, self._attention_axes)
+        key = value if key is None else key
+        axes = masks.check(query.shape, value.shape, self._attention_axes, key.shape)
         general = masks.is_general(axes)
         dense = general or return_attention_scores
         if initial_state is not None or return_state:
             check_call(masks, (query.shape, value.shape), axes, dense)
         # The dense layers support no masks, and would warn that they lose one. `tf.identity` gives
         # a tensor without the attached mask, and leaves the caller's tensor as it is.
-        query, value, key = (tf.identity(x) for x in (query, value, value if key is None else key))
+        with tf.control_dependencies(masks.check_when_run(query, value, key, axes)):
+            query, value, key = (tf.identity(x) for x in (query, value, key))
         folded, start = masks.fold(query, key, axes), position_of(initial_state)
         heads = self._heads(query, key, value, start, folded.segment_ids)
         dropout = None
@@ -364,7 +371,7 @@ class Performer(keras.layers.MultiHeadAttention):
                 **options,
                 score_shape=ScoreShape.of(dims(query), dims(key), axes, self._num_heads),
                 limit=self._options.dense_limit,
-                attention_mask=attention_mask if general else None,
+                attention_mask=masks.attention_mask if general else None,
             )
         else:
             output, state = attend(
@@ -411,6 +418,8 @@ class Performer(keras.layers.MultiHeadAttention):
         """
         self._check_streams("get_initial_state")
         sizes = batch_size if isinstance(batch_size, list | tuple) else [batch_size]
+        for size in sizes or [batch_size]:
+            checks.size_tensor("batch_size", size, least=0)
         return self._empty_state(
             product(sizes),
             exact_window=self._options.exact_window,
@@ -446,15 +455,18 @@ class Performer(keras.layers.MultiHeadAttention):
         True
         """
         self._check_streams("summarize")
-        value = self._converted(value)
-        key = value if key is None else self._converted(key)
+        value = checks.tensor("`value`", self._converted("value", value))
+        key = value if key is None else self._converted("key", key)
         masks = Masks(
             value_mask=mask_of(value) if value_mask is None else value_mask,
             key_mask=mask_of(key) if key_mask is None else key_mask,
         )
         value, key = tf.identity(value), tf.identity(key)
+        self._check_rank(value=value, key=key)
+        state = self._empty_state(1)
+        if initial_state is not None:
+            state = checked_state("`initial_state`", initial_state, state.log_mass.dtype)
         axes = resolve_axes(self._attention_axes, len(value.shape))
-        state = self._empty_state(1) if initial_state is None else initial_state
         start = position_of(state)
         refuse_near_rows(state)
         features = self._features(training=False)
@@ -487,9 +499,10 @@ class Performer(keras.layers.MultiHeadAttention):
         Example: see `summarize`.
         """
         self._check_streams("read")
-        query = self._converted(query)
+        query = checks.tensor("`query`", self._converted("query", query))
         masks = Masks(query_mask=mask_of(query) if query_mask is None else query_mask)
         query = tf.identity(query)
+        self._check_rank(query=query)
         axes = resolve_axes(self._attention_axes, len(query.shape))
         features = self._features(training=False)
         output = read_state(
@@ -577,9 +590,13 @@ class Performer(keras.layers.MultiHeadAttention):
             **window,
         )
 
-    def _converted(self, x):
+    def _converted(self, name, x):
         """An input as a tensor of the compute dtype, with the mask that Keras attached to it."""
         mask = mask_of(x)
+        if x is None:
+            return None
+        if not hasattr(x, "shape") or isinstance(x, np.ndarray):
+            x = checks.tensor(f"`{name}`", x)
         x = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
         if mask is not None:
             x._keras_mask = mask
@@ -668,6 +685,16 @@ class Performer(keras.layers.MultiHeadAttention):
                 f"`{method}` needs a built layer with attention_method='linear'. Received: "
                 f"attention_method={self._options.attention_method!r}, built={self.built}"
             )
+
+    def _check_rank(self, **inputs):
+        """Refuses inputs of another rank than those that the layer was built for."""
+        rank = self._input_rank
+        for name, x in inputs.items():
+            if len(x.shape) != rank:
+                raise ValueError(
+                    f"`{name}` must have rank {rank}, as in the layer's other calls. "
+                    f"Received: {name}.shape={tuple(x.shape)}"
+                )
 
     def _state_sizes(self, batch):
         """Sizes `[N, G, M, E]` of the `mean` of a state of `batch` rows."""

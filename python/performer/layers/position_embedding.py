@@ -190,12 +190,14 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
 
     def call(self, inputs, start_index=0, initial_state=None, return_state=False):
         """The embeddings of `inputs`; see the class."""
-        start = start_index if initial_state is None else initial_state
+        if initial_state is None:
+            start = integer_scalar("start_index", start_index)
+        else:
+            start = integer_scalar("initial_state", initial_state)
         embedded = self.token_embedding(inputs)
         embedded += self.position_embedding(embedded, start_index=start)
         if not return_state:
             return embedded
-        start = integer_scalar("start_index", start)
         return embedded, start + tf.shape(inputs, tf.int64)[1]
 
     def compute_mask(self, inputs, mask=None):

@@ -57,6 +57,8 @@ class StreamingSequential(keras.Model):
     def __init__(self, stack, **kwargs):
         super().__init__(**kwargs)
         self.autocast = False  # would round states
+        if not isinstance(stack, list | tuple) or not all(map(callable, stack)):
+            raise ValueError(f"`stack` must be a list of layers. Received: stack={stack!r}")
         self.stack = list(stack)
         self._streams = [_has_state(layer) for layer in self.stack]
 

@@ -108,6 +108,10 @@ def prepare(
     key_side: Any = None if key is None else _projection_side(projection, 1, dtype)
     if key is None:
         state = checked_state("state", state, dtype, projection=query_side)
+    if key is not None:
+        checks.positive("key", 2, key, "G")
+    else:
+        checks.positive("state.log_mass", 1, state.log_mass, "G")
     queries, keys = {}, {}
     if query is not None:
         feature_bias = _feature_bias(feature_bias, query_side[1], dtype)
@@ -130,7 +134,7 @@ def prepare(
     if key is not None:
         bias = _key_bias(key, dtype, key_mask, key_bias)
         keys = {"key": key, "value": value, "key_projection": key_side[1], "key_bias": bias}
-        keys["key_norm"] = bool(key_norm)
+        keys["key_norm"] = checks.flag("key_norm", key_norm)
     if draw is not None:
         draw = as_draw(draw)
     elif state is not None or returns_state:
@@ -164,7 +168,7 @@ def prepare(
         max_segments,
         exact_window,
         exact_keys,
-        bool(query_norm),
+        checks.flag("query_norm", query_norm),
     )
 
 

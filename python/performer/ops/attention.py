@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from performer import composition
+from performer import checks, composition
 from performer.composition.log_features import scale_for
 from performer.composition.packed_blocks import segment_offsets
 from performer.ops import chosen_keys, near_far
@@ -140,7 +140,8 @@ def favor_attention(
     Numerics: everything in log space, scaled by the largest term of each sum: no epsilon, no clamp,
         and entries up to 1e4 stay finite. Sums and states are float32 (float64 for float64).
         Bounds: `performer.tolerances`. Causal rows do not depend on later keys, not even in their
-        last bit. Differentiable to any order.
+        last bit; only a single token (L = 1, without segments) is rounded otherwise than the same
+        row of a longer call, on the CPU. Differentiable to any order.
 
     Example:
 
@@ -154,8 +155,8 @@ def favor_attention(
     with tf.name_scope(name or "favor_attention"):
         call = prepare(
             projection,
-            query=query,
-            key=key,
+            query=checks.tensor("query", query),
+            key=checks.tensor("key", key),
             value=value,
             causal=causal,
             feature_bias=feature_bias,
@@ -180,6 +181,7 @@ def favor_attention(
             _check_state_of_segments(return_state, causal, call.exact_window)
             offsets = segment_offsets(call.segment_ids, call.max_segments)
             packed = _pack(call)
+        return_log_weight = checks.flag("return_log_weight", return_log_weight)
         weighed = return_log_weight or call.exact_keys is not None
         out, log_weight, state = _attend(packed, offsets, causal, weighed, return_state)
         if offsets is not None:
@@ -239,7 +241,7 @@ def summarize(
         return _summarize(
             prepare(
                 projection,
-                key=key,
+                key=checks.tensor("key", key),
                 value=value,
                 key_mask=key_mask,
                 key_bias=key_bias,
@@ -290,7 +292,7 @@ def read(
         return _read(
             prepare(
                 projection,
-                query=query,
+                query=checks.tensor("query", query),
                 state=state,
                 feature_bias=feature_bias,
                 draw=draw,

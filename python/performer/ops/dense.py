@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from performer import checks
 from performer.composition import dense
 from performer.ops.arguments import pair_mask, prepare
 from performer.ops.chosen_keys import choose, is_chosen
+from performer.ops.sizes import sizes_when_run
 from performer.shapes import dims
 
 
@@ -76,8 +78,8 @@ def dense_attention(
     with tf.name_scope(name or "dense_attention"):
         call = prepare(
             projection,
-            query=query,
-            key=key,
+            query=checks.tensor("query", query),
+            key=checks.tensor("key", key),
             value=value,
             feature_bias=feature_bias,
             key_mask=key_mask,
@@ -99,8 +101,18 @@ def dense_attention(
             near = chosen if near is None else near | chosen
         if mask is not None:
             mask = pair_mask("mask", mask, call.queries["query"], call.keys["key"])
+        if dropped_keys is not None:
+            dropped_keys = checks.tensor("dropped_keys", dropped_keys, ("BGS",))
+            if dropped_keys.dtype != tf.bool:
+                raise TypeError(f"dropped_keys must be bool, got {dropped_keys.dtype.name}")
+            for axis, key_axis, letter in ((0, 0, "B"), (1, 2, "G"), (2, 1, "S")):
+                checks.same(
+                    "dropped_keys", axis, dropped_keys, "key", key_axis, call.keys["key"], letter
+                )
+        with tf.control_dependencies(sizes_when_run("dense", {**call.queries, **call.keys})):
+            queries = {name: tf.identity(x) for name, x in call.queries.items()}
         return dense.attend(
-            **call.queries,
+            **queries,
             **call.keys,
             **call.attributes,
             mask=mask,

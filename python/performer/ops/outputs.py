@@ -48,7 +48,11 @@ def merge_outputs(outputs, log_weights, name=None):
     >>> bool(tf.reduce_max(abs(joined - ops.favor_attention(x, x, x, w))) < 1e-4)
     True
     """
-    outputs, log_weights = list(outputs), list(log_weights)
+    for name, given in (("outputs", outputs), ("log_weights", log_weights)):
+        if not isinstance(given, list | tuple):
+            raise TypeError(
+                f"{name} must be a list or tuple of tensors, got {type(given).__name__}"
+            )
     if not outputs or len(outputs) != len(log_weights):
         raise ValueError(
             "outputs and log_weights must be lists of the same length of at least 1, got "

@@ -127,7 +127,8 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
         fits = one[1:].is_compatible_with(two[1:])
         if not fits or (not one[:1].is_compatible_with(two[:1]) and 1 not in (one[0], two[0])):
             raise ValueError(
-                f"{field} of the states must agree, but for N = 1 on axis 0, got {one} and {two}"
+                f"first and second must agree in {field}, but for N = 1 on axis 0, got {one} and "
+                f"{two}"
             )
     if near_rows(first) and near_rows(second):
         raise ValueError(

@@ -43,7 +43,7 @@ struct ForwardState {
   void Set(const LoadedState<Acc>& state, const Strides& strides) {
     state.CopyMean(strides, sum);
     for (int64_t m = 0; m < strides.m_pad; ++m) {
-      anchor[m] = m < strides.m ? state.log_mass[m] * kLog2e<Acc> : kInf<Acc>;
+      anchor[m] = m < strides.m ? static_cast<Acc>(state.Log2Mass(m)) : kInf<Acc>;
       mass[m] = m < strides.m && anchor[m] != -kInf<Acc> ? 1 : 0;
     }
   }
@@ -77,12 +77,31 @@ struct KeyScratch {
   Acc* k_transposed;    // [d_pad][C]
   Acc* b;               // [m][C]: log-features
   Acc* sub_chunk_mass;  // [m]: row sums of p
+  // Sums of the keys of this call alone, relative to the anchors of `state`; in short calls only,
+  // otherwise nullptr.
+  Acc *own_sum, *own_mass;  // [m][e_pad], [m_pad]
 
-  void SetPointers(Arena& arena, const Strides& strides) {
+  void SetPointers(Arena& arena, const Strides& strides, bool is_short) {
     keys.SetPointers(arena, strides, C);
     k_transposed = arena.Take<Acc>(strides.d_pad * C);
     b = arena.Take<Acc>(strides.m * C);
     sub_chunk_mass = arena.Take<Acc>(strides.m);
+    own_sum = is_short ? arena.Take<Acc>(strides.m * strides.e_pad) : nullptr;
+    own_mass = is_short ? arena.Take<Acc>(strides.m_pad) : nullptr;
+  }
+  void StartOwn(const Strides& strides) {
+    if (own_sum == nullptr) return;
+    for (int64_t i = 0; i < strides.m * strides.e_pad; ++i) own_sum[i] = 0;
+    for (int64_t m = 0; m < strides.m_pad; ++m) own_mass[m] = 0;
+  }
+  // Raises the anchor of feature m of `at`, and rescales what is relative to it.
+  void Raise(int64_t m, Acc to, const Strides& strides, ForwardState<Acc>& at) {
+    if (own_sum != nullptr) {
+      const Acc keep = Exp2(at.anchor[m] - to);
+      for (int64_t e = m * strides.e_pad; e < (m + 1) * strides.e_pad; ++e) own_sum[e] *= keep;
+      own_mass[m] *= keep;
+    }
+    at.Raise(m, to, strides);
   }
 };
 
@@ -116,7 +135,7 @@ void AnchorSubChunk(int64_t begin, const Strides& strides, KeyScratch<Acc>& s) {
     exceeds |= column[m * s.C] > s.state.anchor[m] + kCutBits<Acc>;
   if (!exceeds) return;
   for (int64_t m = 0; m < strides.m; ++m)
-    if (column[m * s.C] > s.state.anchor[m]) s.state.Raise(m, column[m * s.C], strides);
+    if (column[m * s.C] > s.state.anchor[m]) s.Raise(m, column[m * s.C], strides, s.state);
 }
 
 // The first row in (begin, n) whose key exceeds an anchor by more than kCutBits, or n.
@@ -163,13 +182,18 @@ void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides
                     KeyScratch<Acc>& s, ForwardState<Acc>& next) {
   AddProduct(sub_chunk.key_features + sub_chunk.begin, s.C, 1, sub_chunk.v, strides.e_pad,
              sub_chunk.rows, s.state.sum, next.sum, strides.e_pad, strides.m, strides.e_pad);
+  if (s.own_sum != nullptr) {
+    AddProduct(sub_chunk.key_features + sub_chunk.begin, s.C, 1, sub_chunk.v, strides.e_pad,
+               sub_chunk.rows, s.own_sum, s.own_sum, strides.e_pad, strides.m, strides.e_pad);
+    for (int64_t m = 0; m < strides.m; ++m) s.own_mass[m] += s.sub_chunk_mass[m];
+  }
   for (int64_t m = 0; m < strides.m_pad; ++m) {
     next.anchor[m] = s.state.anchor[m];
     next.mass[m] = s.state.mass[m];
     if (m >= strides.m) continue;
     next.mass[m] += s.sub_chunk_mass[m];
     if (next.mass[m] > kRescaleThreshold<Acc>)
-      next.Raise(m, next.anchor[m] + Log2(next.mass[m]), strides);
+      s.Raise(m, next.anchor[m] + Log2(next.mass[m]), strides, next);
   }
 }
 
@@ -192,16 +216,18 @@ class KeyChain {
                               PackedProjection<Acc>::Size(strides_),
             strides_)) {}
 
-  void SetPointers(Arena& arena) { s_.SetPointers(arena, strides_); }
+  void SetPointers(Arena& arena) {
+    s_.SetPointers(arena, strides_, range_.end - range_.begin <= kMaxStreamRows);
+  }
 
   // To be called before Next: the next sub-chunk begins at tensor row `row`, with the given state
   // before it. At the first row of the range that memory receives the initial state.
   void Start(int64_t row, SummaryPartial<Acc> state) {
     row_ = row;
     s_.state = ForwardState<Acc>(state);
-    if (row == range_.begin)
-      s_.state.Set(LoadedState<Acc>(params_.initial, params_.dims, range_.sequence, range_.head),
-                   strides_);
+    if (row != range_.begin) return;
+    s_.state.Set(Initial(), strides_);
+    s_.StartOwn(strides_);
   }
 
   // The next sub-chunk, with its key features in key_features [m][C]; false at the end of the
@@ -250,12 +276,19 @@ class KeyChain {
   // Writes the final state, at the end of the range.
   void Finish() const {
     const int64_t at = (range_.sequence * params_.dims.groups + range_.head) * strides_.m;
-    WriteState(strides_, s_.state.anchor, s_.state.mass, s_.state.sum,
-               static_cast<Acc*>(params_.state.log_mass) + at,
-               static_cast<Acc*>(params_.state.mean) + at * strides_.e);
+    Acc *log_mass = static_cast<Acc*>(params_.state.log_mass) + at,
+        *mean = static_cast<Acc*>(params_.state.mean) + at * strides_.e;
+    if (s_.own_sum != nullptr) {
+      WriteNextState(strides_, Initial(), s_.state.anchor, s_.own_mass, s_.own_sum, log_mass, mean);
+    } else {
+      WriteState(strides_, s_.state.anchor, s_.state.mass, s_.state.sum, log_mass, mean);
+    }
   }
 
  private:
+  LoadedState<Acc> Initial() const {
+    return {params_.initial, params_.dims, range_.sequence, range_.head};
+  }
   void LoadChunk(int64_t row) {
     chunk_rows_ = range_.end - row < kCausalChunk ? range_.end - row : kCausalChunk;
     s_.keys.Load(params_, params_.keys, map_, strides_, range_, row, chunk_rows_, &s_.prefetcher);

@@ -14,6 +14,11 @@
 //   db = p (v R^T - r + triu(v dout^T - delta) f)        dv = p R + triu(p f^T) dout
 //   dk = db w - scale k sum_m db        dw += db^T k     then R += f^T dout, r += f^T delta
 //
+// Values are taken less a centre (state.h), so that what they have in common does not drown the
+// differences g - delta / den cum and v R^T - r in rounding errors. The centre comes from the past:
+// from the initial state or, where that is empty, from the first chunk with an unmasked key. Up to
+// the end of that chunk it is 0.
+//
 // The gradient of the final state is the first reverse state. The initial state is a key that every
 // row sees.
 #pragma once

@@ -30,12 +30,31 @@ void StartForwardState(CausalGradient<Acc>& gradient) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   gradient.initial.CopyMean(strides, s.initial_mean);
+  gradient.centred = CentreOfMeans(strides, gradient.initial.log_mass, s.initial_mean,
+                                   strides.e_pad, s.mass, s.centre);
+  SubtractCentre(strides, strides.m, s.centre, s.initial_mean);
   TransposeToPanels(s.initial_mean, strides.m, strides.e_pad, strides.e_pad, s.sum_panels);
   for (int64_t m = 0; m < strides.m_pad; ++m) {
     // The padding weighs nothing.
-    s.anchor[m] = m < strides.m ? gradient.initial.log_mass[m] * kLog2e<Acc> : kInf<Acc>;
+    s.anchor[m] = m < strides.m ? static_cast<Acc>(gradient.initial.Log2Mass(m)) : kInf<Acc>;
     s.mass[m] = m < strides.m && s.anchor[m] != -kInf<Acc> ? 1 : 0;
   }
+}
+
+// Sets the centre from the state before a chunk, if there are keys in it and it is not set.
+template <class Acc>
+void CentreForwardState(CausalGradient<Acc>& gradient) {
+  if (gradient.centred) return;
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  const auto sum = [&](int64_t m, int64_t e) -> Acc& {
+    return s.sum_panels[(m / kPanel * strides.e_pad + e) * kPanel + m % kPanel];
+  };
+  gradient.centred = Centre<Acc>(strides, s.mass, sum, s.centre);
+  if (!gradient.centred) return;
+  gradient.first_centred = gradient.sub_chunks.size();
+  for (int64_t m = 0; m < strides.m; ++m)
+    for (int64_t e = 0; e < strides.e; ++e) sum(m, e) -= s.centre[e] * s.mass[m];
 }
 
 // Whether no key has been seen yet.
@@ -195,6 +214,7 @@ bool ForwardScan(CausalGradient<Acc>& gradient) {
   if (!SaveAnchors(gradient)) return false;
   for (int64_t row = range.begin; row < range.end; row += C) {
     const int64_t n = range.end - row < C ? range.end - row : C;
+    CentreForwardState(gradient);
     gradient.LoadKeys(row, n);
     for (int64_t begin = 0, end; begin < n; begin = end) {
       end = begin + 1;

@@ -28,6 +28,7 @@ struct CausalGradScratch {
   // The forward state before the sub-chunk.
   Acc* initial_mean;   // [m][e_pad]
   Acc* sum_panels;     // [m_panels][e_pad][kPanel]: sum^T
+  Acc* centre;         // [e_pad]: what values and sum / mass are less by
   Acc *mass, *anchor;  // [m_pad]; the anchor is also that of the reverse state
   // The reverse state after the sub-chunk.
   Acc* reverse_sum;          // [m][e_pad]: R
@@ -55,6 +56,7 @@ struct CausalGradScratch {
     sum_panels = arena.Take<Acc>(strides.m_panels * kPanel * strides.e_pad);
     for (Acc** sum : {&reverse_sum, &initial_mean})
       *sum = arena.Take<Acc>(strides.m * strides.e_pad);
+    centre = arena.Take<Acc>(strides.e_pad);
     for (Acc** row : {&mass, &anchor, &reverse_mass_before}) *row = arena.Take<Acc>(strides.m_pad);
     grad_key_logits = key_log_features;
     reverse_mass = mass;
@@ -116,9 +118,10 @@ struct CausalGradient {
     return s.keys.v + sub_chunk.chunk_begin * strides.e_pad;
   }
 
-  // Log-features of the keys of a chunk, with offsets.
+  // Values less the centre, and log-features of the keys of a chunk, with offsets.
   void LoadKeys(int64_t row, int64_t n) {
     s.keys.Load(params, params.keys, map, strides, range, row, n, &prefetcher);
+    SubtractCentre(strides, n, s.centre, s.keys.v);
     LogFeatures(map, s.keys.k, n, key_projection.panels, strides, s.key_log_features, s.key_slope,
                 &prefetcher);
     for (int64_t j = 0; j < n; ++j) {
@@ -178,8 +181,10 @@ struct CausalGradient {
   GrowingArray<GradSubChunk> sub_chunks;
   GrowingArray<Acc> anchors;  // [sets][m_pad], a new set only when an anchor changed
   GrowingArray<Acc> row_values;
-  Acc* lse = nullptr;    // [heads of the group][rows], base 2
-  Acc* delta = nullptr;  // [heads of the group][rows], natural
+  bool centred = false;
+  int64_t first_centred = 0;  // the first sub-chunk whose values are less the centre
+  Acc* lse = nullptr;         // [heads of the group][rows], base 2
+  Acc* delta = nullptr;       // [heads of the group][rows], natural
 };
 
 PERFORMER_ISA_END

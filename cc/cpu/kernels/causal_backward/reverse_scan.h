@@ -152,12 +152,23 @@ void StoreInitialGradient(CausalGradient<Acc>& gradient) {
   }
 }
 
+// Makes the reverse state that of values that are not less the centre.
+template <class Acc>
+void UncentreReverseState(CausalGradient<Acc>& gradient) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  for (int64_t m = 0; m < strides.m; ++m)
+    s.reverse_mass[m] += Dot(s.reverse_sum + m * strides.e_pad, s.centre, strides.e_pad);
+  for (int64_t e = 0; e < strides.e_pad; ++e) s.centre[e] = 0;
+}
+
 template <class Acc>
 void ReverseScan(CausalGradient<Acc>& gradient) {
   gradient.prefetcher = Prefetcher(true);
   StartReverseState(gradient);
   for (int64_t p = gradient.sub_chunks.size() - 1; p >= 0; --p) {
     const GradSubChunk sub_chunk = gradient.sub_chunks[p];
+    if (p == gradient.first_centred - 1) UncentreReverseState(gradient);
     RescaleReverseState(gradient, &gradient.anchors[sub_chunk.anchors * gradient.strides.m_pad]);
     ReverseSubChunk(gradient, sub_chunk);
   }
