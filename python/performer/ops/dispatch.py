@@ -9,7 +9,7 @@ from performer.ops import gradients as gradients  # registers the gradients of t
 from performer.ops import vectorize as vectorize  # and how loops over them are vectorized
 from performer.ops.sizes import LAYOUTS, sizes_when_run
 
-# Operators that have a kernel for CPUs only.
+# Operators that have no kernel for GPUs.
 _CPU_ONLY = ("near_far",)
 
 
