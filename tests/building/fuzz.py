@@ -69,8 +69,12 @@ def child(kind, first, count, seconds, place):
             assert wrong, f"a valid call was refused: {error}"
             random_calls.assert_refused(drawn, error)
         else:
-            assert not wrong, f"{wrong} was not refused"
-            random_calls.assert_right(drawn, x, results)
+            # XLA leaves out a call whose results are all empty, and with it the check of its offsets.
+            left_out = kind == "operators" and way is ways[-1][1]
+            left_out &= all(result.size == 0 for result in results.values())
+            assert not wrong or (left_out and wrong == ["offsets"]), f"{wrong} was not refused"
+            if not wrong:
+                random_calls.assert_right(drawn, x, results)
         done += 1
     print(f"{kind}: {done} calls from seed {first} on", flush=True)
 
