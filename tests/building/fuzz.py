@@ -69,7 +69,7 @@ def child(kind, first, count, seconds, place):
             assert wrong, f"a valid call was refused: {error}"
             random_calls.assert_refused(drawn, error)
         else:
-            # XLA leaves out a call whose results are all empty, and with it the check of its offsets.
+            # XLA leaves out a call whose results are all empty, and the check of its offsets, too.
             left_out = kind == "operators" and way is ways[-1][1]
             left_out &= all(result.size == 0 for result in results.values())
             assert not wrong or (left_out and wrong == ["offsets"]), f"{wrong} was not refused"
