@@ -12,7 +12,7 @@ from performer import checks
 from performer.composition import dense
 from performer.ops.arguments import pair_mask, prepare
 from performer.ops.chosen_keys import choose, is_chosen
-from performer.ops.sizes import sizes_when_run
+from performer.ops.sizes import wait_for_sizes
 from performer.shapes import dims
 
 
@@ -109,11 +109,8 @@ def dense_attention(
                 checks.same(
                     "dropped_keys", axis, dropped_keys, "key", key_axis, call.keys["key"], letter
                 )
-        with tf.control_dependencies(sizes_when_run("dense", {**call.queries, **call.keys})):
-            queries = {name: tf.identity(x) for name, x in call.queries.items()}
         return dense.attend(
-            **queries,
-            **call.keys,
+            **wait_for_sizes("dense", {**call.queries, **call.keys}),
             **call.attributes,
             mask=mask,
             dropped_keys=dropped_keys,

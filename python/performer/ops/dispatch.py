@@ -7,7 +7,7 @@ import tensorflow as tf
 from performer import composition, loader
 from performer.ops import gradients as gradients  # registers the gradients of the operators,
 from performer.ops import vectorize as vectorize  # and how loops over them are vectorized
-from performer.ops.sizes import LAYOUTS, sizes_when_run
+from performer.ops.sizes import wait_for_sizes
 
 # Operators that have no kernel for GPUs.
 _CPU_ONLY = ("near_far",)
@@ -39,9 +39,8 @@ def run(operator: str, offsets, **inputs):
             offsets = tf.constant([0], tf.int64)
         if compiled is not None and "start" in inputs:
             inputs["start"] = tf.cast(inputs["start"], tf.int64)
-    found = [] if compiled else sizes_when_run(operator, inputs, packed)
-    with tf.control_dependencies(found):
-        inputs = {k: tf.identity(x) if k in LAYOUTS[operator] else x for k, x in inputs.items()}
+    if compiled is None:
+        inputs = wait_for_sizes(operator, inputs, packed)
     function = compiled or getattr(composition, operator)
     return function(offsets=offsets, packed=packed, **inputs)
 

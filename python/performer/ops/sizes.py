@@ -6,6 +6,8 @@ instead, and give a result of wrong numbers.
 
 from __future__ import annotations
 
+import tensorflow as tf
+
 from performer import checks
 from performer.shapes import dims
 
@@ -58,17 +60,28 @@ LAYOUTS = {
 }
 
 
-def sizes_when_run(operator: str, inputs: dict, packed: bool = False) -> list:
-    """What must run before the inputs are used, for `tf.control_dependencies`.
+def wait_for_sizes(operator: str, inputs: dict, packed: bool = False) -> dict:
+    """The inputs, which wait for checks of the sizes that are not known yet.
+
+    So no operation can meet a wrong size, and fail in its own words, before its check does.
 
     Args:
         operator: "summarize", "read", "causal", "near_far" or "dense".
-        inputs: the tensors, by name; others are ignored.
+        inputs: the tensors, by name; others stay as they are.
         packed: whether N counts packed sequences; otherwise N = B.
 
     Returns:
-        Checks of the sizes that are not known. Known ones were checked when the call was prepared.
+        All inputs, by name.
     """
+    found = _sizes_when_run(operator, inputs, packed)
+    if not found:
+        return inputs
+    with tf.control_dependencies(found):
+        return {k: tf.identity(x) if k in LAYOUTS[operator] else x for k, x in inputs.items()}
+
+
+def _sizes_when_run(operator, inputs, packed):
+    """Checks of the sizes that are not known; the known ones were checked before."""
     places = [
         (name, axis, letters if packed else letters.replace("N", "B"))
         for name, layout in LAYOUTS[operator].items()
