@@ -189,6 +189,7 @@ def test_what_a_compiler_says_is_kept_to_the_letter(tmp_path):
     assert info["CUDA_LEFT_OUT"] == f"{nvcc} does not run: {words}"
 
 
+@pytest.mark.slow
 @needs_cmake
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_a_compiler_that_has_moved_is_found_and_one_named_to_cmake_stays_named(tmp_path):

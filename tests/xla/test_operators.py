@@ -131,6 +131,7 @@ def test_a_loop_carries_attention_and_its_gradient():
         assert_close(compiled, plain, relative=1e-6)
 
 
+@pytest.mark.slow
 @forms
 def test_second_derivatives(causal):
     def second(*inputs):
@@ -147,6 +148,7 @@ def test_second_derivatives(causal):
         assert_close(one, other, relative=1e-10)
 
 
+@pytest.mark.slow
 @forms
 def test_second_derivatives_of_packed_sequences(causal):
     def second(ids, *inputs):
