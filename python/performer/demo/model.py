@@ -6,8 +6,22 @@ from keras import layers
 
 from performer import PerformerDecoder, StreamingSequential
 
-WIDTH, HEADS, BLOCKS, SUPPORTS = 128, 8, 1, 128
-KINDS = {"linear": "linear attention", "none": "no attention", "exact": "exact attention"}
+WIDTH, HEADS, BLOCKS, SUPPORTS, WINDOW = 128, 8, 1, 128, 64
+KINDS = {
+    "near_far": "linear attention with a window",
+    "linear": "linear attention",
+    "window": "the window alone",
+    "none": "no attention",
+    "exact": "exact attention",
+}
+# The arguments that tell the kinds of attention apart. The weight of what is far, with which the
+# window is alone, is 0 in float32.
+ATTENTION: dict[str, dict] = {
+    "near_far": {"supports": SUPPORTS, "exact_window": WINDOW, "far_bias": "learned"},
+    "linear": {"supports": SUPPORTS},
+    "window": {"supports": 1, "exact_window": WINDOW, "far_bias": -1e4},
+    "exact": {"attention_method": "quadratic"},
+}
 
 
 @keras.saving.register_keras_serializable(package="performer.demo")
@@ -83,11 +97,10 @@ def block(kind):
         activation="gelu",
         layer_norm_epsilon=1e-3,
         normalize_first=True,
-        attention_method="linear" if kind == "linear" else "quadratic",
-        supports=SUPPORTS,
         attention_options={"kernel_initializer": start},
         delay_keys=True,
         seed=1,
+        **ATTENTION[kind],
     )
 
 
