@@ -21,6 +21,7 @@ enum class ArgumentType {
   kTensor,   // T: float32, bfloat16, half or float64
   kState,    // float32, or float64 where T is float64
   kOffsets,  // int64
+  kStart,    // int64
 };
 
 // "T", "U" or "int64": the type in the registration of the TensorFlow op.
@@ -62,6 +63,9 @@ inline constexpr int64_t kMaxHeads = 1 << 20;
 // of the signature. Errors are InvalidArgument and name the argument, the rule and the value.
 Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>& inputs,
                    Dims* dims, std::vector<Shape>* outputs);
+
+// The position of the first key row must be at least 0, and 0 where sequences are packed.
+Status ValidateStart(int64_t start, bool packed);
 
 // The offsets [count + 1] of packed sequences must start at 0, never fall and end at `rows`.
 Status ValidateOffsets(const int64_t* offsets, int64_t count, int64_t rows);
