@@ -18,6 +18,7 @@ from performer import _core, reference
 from support.inputs import known_attributes
 
 isas = pytest.mark.parametrize("isa", _core.isas())
+_OTHERS = ("initial", "offsets", "start")  # inputs that the reference takes apart from the others
 
 
 def signature_names(op: str) -> list[str]:
@@ -57,9 +58,7 @@ def backward(x: dict, incoming: dict, causal: bool, by=run, **options) -> dict[s
 def expected(x: dict, causal: bool, **options) -> dict[str, np.ndarray]:
     """What `forward` should give, in float64."""
     options = dict(options)
-    arguments = {
-        name: a for name, a in x.items() if not name.startswith(("initial", "offsets", "start"))
-    }
+    arguments = {name: a for name, a in x.items() if not name.startswith(_OTHERS)}
     out, (log_mass, mean) = reference.attention(
         **arguments,
         causal=causal,
@@ -91,9 +90,7 @@ def expected_gradients(
     """What `backward` should give, in float64; `state`: with the initial one (default: causal)."""
     options, state = dict(options), causal if state is None else state
     return reference.attention_gradients(
-        **{
-            name: a for name, a in x.items() if not name.startswith(("initial", "offsets", "start"))
-        },
+        **{name: a for name, a in x.items() if not name.startswith(_OTHERS)},
         grad_out=incoming["grad_out"],
         grad_state=(incoming["grad_log_mass"], incoming["grad_mean"]),
         causal=causal,

@@ -110,8 +110,7 @@ def _made(case: Case, dtype: str, seed: int) -> dict[str, np.ndarray]:
 
 
 def make(case: Case, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of Causal and NearFar, which include those of Summarize and Read; the caller may change
-    them."""
+    """Inputs of the forward operators, but for the state of Read; the caller may change them."""
     return {name: x.copy() for name, x in _made(case, dtype, seed).items()}
 
 
