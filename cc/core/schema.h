@@ -2,8 +2,9 @@
 //
 // Shapes are written with letters: B batch, H query heads, G key/value heads, L queries, S keys,
 // D key dimension, E value dimension, M features, N sequences, P initial states, which is 1 or N.
-// Dimensions with one letter are equal. "1|G" is a broadcast dimension. The same check serves shape inference (where dimensions may be unknown), the op kernels and the NumPy
-// bindings, so that a wrong argument gets the same message everywhere.
+// Dimensions with one letter are equal. "1|G" is a broadcast dimension. The same check serves shape
+// inference (where dimensions may be unknown), the op kernels and the NumPy bindings, so that a wrong
+// argument gets the same message everywhere.
 #pragma once
 #include <cstddef>
 #include <cstdint>

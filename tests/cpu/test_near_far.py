@@ -9,7 +9,7 @@ import pytest
 from performer import reference
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_finite, assert_same_bits
-from support.core_calls import _core, isas, run
+from support.core_calls import isas, run
 from support.inputs import DTYPES, Case, cotangents, forms, make
 
 OUTPUTS = ("out", "log_weight", "log_mass", "mean")
@@ -345,46 +345,66 @@ def test_a_stream_with_the_rows_of_the_last_blocks_is_the_full_pass(isa):
         assert_close(a, full[name], relative=1e-12, what=name)
 
 
-def refused(says, change=(), op="NearFar", **options):
-    x, incoming, given_options = given("five blocks", True)
-    x = {**x, **run("NearFar", x, **given_options), **incoming, **dict(change)}
-    with pytest.raises(ValueError) as caught:
-        run(op, x, **{**given_options, **options})
-    for part in says:
-        assert part in str(caught.value), f"{part!r} is not in {caught.value}"
+@isas
+def test_a_stream_does_not_drift(isa):
+    """As in test_long_streams.py, in calls of one block."""
+    w, tokens = 8, 4096
+    rng = np.random.default_rng(0)
+    case = replace(ONE_HEAD, rows=tokens, heads=1, groups=1, features=64, value_dim=4)
+    x = make(case)
+    x["query"] = np.repeat(rng.normal(size=[1, 1, 1, 16]).astype("float32"), tokens, 1)
+    x["value"] += 1
+    state = {name: x[name] for name in ("initial_log_mass", "initial_mean")}
+    for end in range(w, tokens + 1, w):
+        part = {name: x[name][:, max(end - 2 * w, 0) : end] for name in ("key", "value")}
+        query = x["query"][:, end - w : end]
+        options = {"exact_window": w, "causal": True, "isa": isa}
+        results = run("NearFar", {**x, **part, **state, "query": query}, **options)
+        state = {f"initial_{name}": results[name] for name in ("log_mass", "mean")}
+    exact = {n: a if a.dtype == np.int64 else a.astype("float64") for n, a in x.items()}
+    whole = run("NearFar", exact, exact_window=w, causal=True)
+    np.testing.assert_allclose(state["initial_log_mass"], whole["log_mass"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(results["out"][0, -1], whole["out"][0, -1], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("op", ["NearFar", "NearFarGrad"])
-def test_bad_input_is_refused(op):
-    x, *_ = given("five blocks", True)
-    fewer = {"query": x["query"][:, :-1]}
-    more = {name: x[name][:, :-1] for name in ("key", "value")}
-    for window in (0, -64, 65537):
-        refused(("exact_window", "65536", str(window)), exact_window=window, op=op)
-    refused(("start", "at least 0", "-1"), {"start": np.array(-1)}, op=op)
-    refused(("start", "[]", "rank 0"), {"start": np.array([0])}, op=op)
-    refused(("start", "int64", "float64"), {"start": np.array(0.0)}, op=op)
-    if op == "NearFar":
-        refused(("queries L", "unless causal", "39", "40"), fewer, causal=False)
-        refused(("queries L", "at most", "39", "40"), more)
-    one = {"batch": 1, "rows": 40, "offsets": (0, 40)}
-    packed = {**make(Case(**one)), "start": np.array(8)}
-    with pytest.raises(ValueError, match=r"start must be 0 where sequences are packed; got 8"):
-        run("NearFar", packed, packed=True, causal=True)
-    shorter = {**packed, "start": np.array(0), "query": packed["query"][:, :-1]}
-    with pytest.raises(ValueError, match=r"queries L must equal .* packed; got L = 39, S = 40"):
-        run("NearFar", shorter, packed=True, causal=True)
+@isas
+@forms
+@pytest.mark.parametrize("rows", [0, 1, 31, 200])
+def test_a_state_to_which_no_key_is_added_keeps_its_bits(isa, causal, rows):
+    case = Case(rows=rows, bias="111", state=2)
+    x = make(case)
+    x["key_bias"][:] = -np.inf
+    x["key"][:], x["value"][:] = np.nan, np.nan
+    x["initial_log_mass"][0, 0, 0], x["initial_mean"][0, 0, 0] = -np.inf, 0
+    results = run("NearFar", x, exact_window=16, causal=causal, isa=isa)
+    if causal and rows < 32:  # no block is far from the next row
+        x["key_bias"][:] = 0
+        x["key"][:], x["value"][:] = 1, 2
+        results = run("NearFar", x, exact_window=16, causal=True, isa=isa)
+    for name in ("log_mass", "mean"):
+        assert_same_bits(results[name], x[f"initial_{name}"], what=name)
 
 
-def test_the_signature_is_what_a_call_takes_and_gives():
-    x, incoming, options = given(NARROW[0], True, "bfloat16")
-    results = run("NearFar", x, **options)
-    grads = run("NearFarGrad", {**x, **results, **incoming}, **options)
-    types = {"T": DTYPES["bfloat16"], "U": np.float32, "int64": np.int64}
-    for op, outputs in (("NearFar", results), ("NearFarGrad", grads)):
-        signature = _core.signature(op)
-        for name, kind, _ in signature["inputs"]:
-            assert {**x, **results, **incoming}[name].dtype == types[kind], name
-        assert list(outputs) == [name for name, *_ in signature["outputs"]]
-        for name, kind, _ in signature["outputs"]:
-            assert outputs[name].dtype == types[kind], name
+@isas
+@forms
+@pytest.mark.parametrize("state", [0, 1])
+def test_gradients_do_not_drown_in_what_values_have_in_common(isa, causal, state):
+    case = Case(batch=1, rows=300, dim=16, value_dim=8, features=32, state=state)
+    x, incoming = plain(case=case, start=0)
+    x["value"] += 1000
+    x["initial_mean"] += 1000 * (x["initial_log_mass"][..., None] > -np.inf)
+    options = {"exact_window": 16, "causal": causal}
+    results = run("NearFar", x, isa=isa, **options)
+    grads = gradients(x, results, incoming, isa=isa, **options)
+    exact, incoming = (
+        {n: a if a.dtype == np.int64 else a.astype("float64") for n, a in given.items()}
+        for given in (x, incoming)
+    )
+    wanted = gradients(exact, run("NearFar", exact, **options), incoming, **options)
+    first = 16 if causal and not state else 0  # there the values of the first block are as they are
+    for name in ("query", "key", "query_projection", "key_projection", "key_bias"):
+        grad, right = grads[name], wanted[name]
+        if name in ("query", "key"):
+            grad, right = grad[:, first:], right[:, first:]
+        error = np.sqrt(np.mean((grad - right) ** 2) / np.mean(right**2))
+        assert error <= 1e-4, f"{name}: {error:.2g}"
