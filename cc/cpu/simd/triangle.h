@@ -64,7 +64,7 @@ PERFORMER_NOINLINE void AddReverseCausalProduct(const T* pair, int64_t ldp, cons
   ForTiles<T>(n, cols, [&](auto& tile, int64_t r, int64_t c) PERFORMER_TILE_BODY {
     const int64_t below = r + tile.kRows;
     tile.LoadFrom(to + r * ldto + c, ldto);
-    tile.MultiplyUpper(pair + r * ldp + r, ldp, x + r * ldx + c, ldx);
+    tile.MultiplyUpper(pair + r * ldp + r, ldp, 1, x + r * ldx + c, ldx);
     tile.Multiply(pair + r * ldp + below, ldp, 1, x + below * ldx + c, ldx, n - below);
     tile.StoreTo(to + r * ldto + c, ldto);
   });
