@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras import layers
 
 from performer import PerformerDecoder, StreamingSequential
+from performer.features.feature_maps import FeatureMap
 
 WIDTH, HEADS, BLOCKS, SUPPORTS, WINDOW = 128, 8, 1, 128, 64
 KINDS = {
@@ -14,10 +15,16 @@ KINDS = {
     "none": "no attention",
     "exact": "exact attention",
 }
-# The arguments that tell the kinds of attention apart. The weight of what is far, with which the
-# window is alone, is 0 in float32.
+# The arguments that tell the kinds of attention apart. Beside a window the norm of the queries is
+# left out, so that far keys are heard from the start. The window is alone where what is far has a
+# weight of 0 in float32.
 ATTENTION: dict[str, dict] = {
-    "near_far": {"supports": SUPPORTS, "exact_window": WINDOW, "far_bias": "learned"},
+    "near_far": {
+        "supports": SUPPORTS,
+        "exact_window": WINDOW,
+        "far_bias": "learned",
+        "feature_map": FeatureMap(query_norm=False),
+    },
     "linear": {"supports": SUPPORTS},
     "window": {"supports": 1, "exact_window": WINDOW, "far_bias": -1e4},
     "exact": {"attention_method": "quadratic"},
@@ -91,16 +98,18 @@ def block(kind):
         return FeedForward()
     widest = (12 / WIDTH) ** 0.5  # twice Glorot's bound
     start = keras.initializers.RandomUniform(-widest, widest, seed=1)
+    arguments = dict(ATTENTION[kind])
+    feature_map = arguments.pop("feature_map", "softmax")
     return PerformerDecoder(
         4 * WIDTH,
         HEADS,
         activation="gelu",
         layer_norm_epsilon=1e-3,
         normalize_first=True,
-        attention_options={"kernel_initializer": start},
+        attention_options={"kernel_initializer": start, "feature_map": feature_map},
         delay_keys=True,
         seed=1,
-        **ATTENTION[kind],
+        **arguments,
     )
 
 

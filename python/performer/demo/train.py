@@ -26,7 +26,7 @@ class Budget(keras.callbacks.Callback):
     and the time of every step.
     """
 
-    HIGHEST, LOWEST = 3e-3, 1.5e-4
+    HIGHEST, LOWEST = 6e-3, 3e-4
 
     def __init__(self, steps, seconds):
         super().__init__()
@@ -110,7 +110,7 @@ def train(kind, text, *, length, steps, seconds, save=None):
     """
     network = model.build(kind)
     network.compile(
-        keras.optimizers.Adam(global_clipnorm=1.0),
+        keras.optimizers.Adam(beta_2=0.95, global_clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
