@@ -84,11 +84,35 @@ CASES = {
 STREAMED = {
     "a token": (Case(rows=23, queries=1, batch=3, state=3, bias="B1S"), 5, {"exact_window": 8}),
     "queries of a part of a block": (Case(rows=43, queries=13), 2, {"exact_window": 8}),
+    "a token alone": (Case(rows=1, queries=1), 0, {"exact_window": 8}),
+    "a token that ends a block": (
+        Case(rows=16, queries=1, bias="BGS", masked="holes", state=1),
+        0,
+        {"exact_window": 8},
+    ),
+    "a token, rows that are read in place": (
+        Case(
+            rows=128,
+            queries=1,
+            heads=4,
+            query_projections=4,
+            feature_biases=2,
+            bias="B1S",
+            masked="left",
+            dim=64,
+            value_dim=64,
+            features=24,
+            state=2,
+        ),
+        69,
+        {"exact_window": 64, "query_norm": False, "scale": 0.1},
+    ),
     "keys without queries": (Case(rows=43, queries=0, state=1), 2, {"exact_window": 8}),
 }
 NARROW = (
     "grouped heads, projections for each, a state for each, holes",
     "blocks of 64, entry std 2",
+    "a token, rows that are read in place",
 )
 PARAMETERS = [
     (causal, name, dtype)
@@ -330,7 +354,7 @@ def test_a_stream_with_the_rows_of_the_last_blocks_is_the_full_pass(isa):
     full = run("NearFar", x, **options)
     w, start, done = OPTIONS["exact_window"], int(x["start"]), 0
     state = {"log_mass": x["initial_log_mass"], "mean": x["initial_mean"]}
-    for end in (1, 2, 30, 31, 80, 135):
+    for end in (1, 2, 26, *range(27, 46), 80, 135):  # tokens of a whole block among them
         kept = max(((start + done) // w - 1) * w - start, 0)  # rows of the last two blocks
         part = {**x, "start": np.array(start + kept, np.int64)}
         part["query"] = x["query"][:, done:end]

@@ -55,10 +55,13 @@ class ForwardDriver : public Driver<Acc> {
 
   Status Run(const NearFarParams& params) {
     Buffer<Acc> query_projection, key_projection;
-    PERFORMER_RETURN_IF_ERROR(
-        PackProjections(kernels_.pack_projection, params.queries, &query_projection));
-    PERFORMER_RETURN_IF_ERROR(
-        PackProjections(kernels_.pack_projection, params.keys, &key_projection));
+    // Packing does not pay for a token.
+    if (dims_.queries != 1 || !params.attributes.causal || call_.offsets) {
+      PERFORMER_RETURN_IF_ERROR(
+          PackProjections(kernels_.pack_projection, params.queries, &query_projection));
+      PERFORMER_RETURN_IF_ERROR(
+          PackProjections(kernels_.pack_projection, params.keys, &key_projection));
+    }
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
     return ForEachItem(

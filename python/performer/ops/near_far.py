@@ -71,15 +71,14 @@ def _after_near_rows(keys, state):
     batch = dims(keys["key"])[0]
     key, value, bias = near_rows(state)
 
-    def joined(before, x):
-        return tf.concat([tf.broadcast_to(before, [batch, *dims(before)[1:]]), x], 1)
+    def of_batch(x):
+        return x if x.shape[0] == batch else tf.broadcast_to(x, [batch, *dims(x)[1:]])
 
-    bias = tf.broadcast_to(bias, [batch, *dims(bias)[1:]])
     return {
         **keys,
-        "key": joined(key, keys["key"]),
-        "value": joined(value, keys["value"]),
-        "key_bias": tf.concat([bias, _bias_of_rows(keys)], 2),
+        "key": tf.concat([of_batch(key), keys["key"]], 1),
+        "value": tf.concat([of_batch(value), keys["value"]], 1),
+        "key_bias": tf.concat([of_batch(bias), _bias_of_rows(keys)], 2),
     }
 
 
@@ -97,6 +96,11 @@ def _last_rows(keys, position, window):
     stored = stored_rows(window)
 
     def last(x, axis, fill=0.0):  # the last R, after others that stand for what never was
+        rows = dims(x)[axis]
+        if isinstance(rows, int) and rows >= stored:
+            if axis == 1 and x.shape[0] == 1:  # a slice of the first axis is no copy
+                return tf.reshape(x, dims(x)[1:])[rows - stored :][None]
+            return x[:, rows - stored :] if axis == 1 else x[:, :, rows - stored :]
         padding = [[0, 0]] * axis + [[stored, 0]] + [[0, 0]] * (len(x.shape) - axis - 1)
         x = tf.pad(x, padding, constant_values=fill)
         return tf.gather(x, tf.range(stored) + dims(x)[axis] - stored, axis=axis)

@@ -1,5 +1,6 @@
 // The blocks of exact_window rows of one sequence, and one block of keys in scratch memory.
 #pragma once
+#include "core/near_far.h"
 #include "cpu/chunks.h"
 #include "cpu/kernels/key_chunk.h"
 #include "cpu/kernels/state.h"
@@ -39,12 +40,8 @@ struct Blocks {
   PERFORMER_INLINE int64_t QueryRow(int64_t key_row) const { return query_begin + key_row - begin; }
   // Rows of the longest block.
   PERFORMER_INLINE int64_t MaxRows() const { return rows < window ? rows : window; }
-  // The number of blocks in the final state of a causal call: two less than those before the row
-  // that would come next.
-  PERFORMER_INLINE int64_t FinalBlocks() const {
-    const int64_t next = (phase + rows) / window;
-    return next > 1 ? next - 1 : 0;
-  }
+  // The number of blocks in the final state of a causal call.
+  PERFORMER_INLINE int64_t FinalBlocks() const { return NearFarFinalBlocks(phase, rows, window); }
 };
 
 // The keys and values of one block. Columns of scores are padded to whole vectors.

@@ -69,6 +69,17 @@ struct BlockSummarizer {
   }
 };
 
+// A final state without keys of the call is the initial one, to the bit. Where both have the same
+// memory there is nothing to do.
+template <class Acc>
+void CopyGivenState(const Strides& strides, const LoadedState<Acc>& initial, Acc* log_mass,
+                    Acc* mean) {
+  if (log_mass != initial.log_mass)
+    __builtin_memcpy(log_mass, initial.log_mass, sizeof(Acc) * strides.m);
+  if (mean != initial.mean)
+    __builtin_memcpy(mean, initial.mean, sizeof(Acc) * strides.m * strides.e);
+}
+
 // The initial state and blocks of keys that follow. The sums of these are kept apart, so that the
 // final state is the initial one to the bit where they are masked, and rounding errors of very many
 // calls do not add up (WriteNextState).

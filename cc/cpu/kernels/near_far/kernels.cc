@@ -1,5 +1,6 @@
 #include "cpu/kernels/near_far/kernels.h"
 
+#include "cpu/kernels/near_far/decode.h"
 #include "cpu/kernels/near_far/near_far.h"
 #include "cpu/kernels/near_far_backward/near_far_backward.h"
 
@@ -7,6 +8,7 @@ PERFORMER_ISA_BEGIN
 
 bool RunNearFar(const NearFarParams& params, const PERFORMER_ACC* query_projection,
                 const PERFORMER_ACC* key_projection, WorkRange range) {
+  if (query_projection == nullptr) return DecodeNearFar<PERFORMER_ACC>(params, range);
   return NearFar<PERFORMER_ACC>(params, query_projection, key_projection, range);
 }
 

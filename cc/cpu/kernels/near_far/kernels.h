@@ -6,7 +6,8 @@
 
 PERFORMER_ISA_BEGIN
 
-// near_far and near_far_grad of Kernels (kernels/kernels.h).
+// near_far and near_far_grad of Kernels (kernels/kernels.h). RunNearFar without packed projections is
+// for a single query, the last row of causal keys.
 bool RunNearFar(const NearFarParams& params, const PERFORMER_ACC* query_projection,
                 const PERFORMER_ACC* key_projection, WorkRange range);
 bool RunNearFarGrad(const NearFarGradParams& params, const PERFORMER_ACC* query_projection,

@@ -14,6 +14,14 @@ PERFORMER_INLINE int64_t NearFarRows(const Strides& strides, int64_t near_column
   return fit < kTileRows ? kTileRows : fit < kNearFarChunk ? fit : kNearFarChunk;
 }
 
+// The log2 weights of the features: anchors [m_pad] of a state, the feature bias, and 1 / M.
+template <class Acc>
+void SetFarBias(const Acc* anchor, const Acc* feature_bias, const Strides& strides, Acc* far_bias) {
+  SetBias(anchor, 1.0, feature_bias, strides, far_bias);
+  const Acc log_features = static_cast<Acc>(__builtin_log2(static_cast<double>(strides.m)));
+  for (int64_t m = 0; m < strides.m_pad; ++m) far_bias[m] -= log_features;
+}
+
 template <class Acc>
 struct QueryLogits {
   Acc* q;          // [chunk][d_pad], a copy for types and widths that need one
@@ -45,12 +53,6 @@ struct QueryLogits {
     for (int b = 0; b < near.count; ++b)
       for (int64_t j = 0; j < near.block[b]->columns(); ++j)
         near_bias[near.column[b] + j] = near.block[b]->bias[j];
-  }
-  // The log2 weights of the features: anchors [m_pad] of a state, the feature bias, and 1 / M.
-  void SetFarBias(const Acc* anchor, const Acc* feature_bias, const Strides& strides) {
-    SetBias(anchor, 1.0, feature_bias, strides, far_bias);
-    const Acc log_features = static_cast<Acc>(__builtin_log2(static_cast<double>(strides.m)));
-    for (int64_t m = 0; m < strides.m_pad; ++m) far_bias[m] -= log_features;
   }
 };
 

@@ -172,7 +172,7 @@ void NearFarQueries(NearFarHead<Acc, NearFarParams>& head, int64_t block,
   const MutableRows out = {params.out, params.dtype, dims.heads, index, strides.e};
   const bool in_place = out.dtype == kOwnType<Acc> && out.width == strides.e_pad;
   Acc* log_weight = static_cast<Acc*>(params.log_weight) + index;
-  s.queries.SetFarBias(state.anchor, query_head.feature_bias, strides);
+  SetFarBias(state.anchor, query_head.feature_bias, strides, s.queries.far_bias);
   head.ForQueries(block, s.queries.chunk, [&](const QueryRows& rows) {
     const Left<Acc> q =
         LoadLeft<Acc, Acc>(head.QueryTensor(i), rows.row, rows.n, strides.d_pad, s.queries.q,
@@ -218,9 +218,11 @@ template <class Acc>
 void FinishNearFar(const NearFarHead<Acc, NearFarParams>& head, const SummaryPartial<Acc>& own) {
   const NearFarParams& params = head.params;
   const int64_t at = (head.range.sequence * params.dims.groups + head.range.head) * head.strides.m;
-  WriteNextState(head.strides, head.Initial(), own.anchor, own.mass, own.sum,
-                 static_cast<Acc*>(params.state.log_mass) + at,
-                 static_cast<Acc*>(params.state.mean) + at * head.strides.e);
+  Acc *log_mass = static_cast<Acc*>(params.state.log_mass) + at,
+      *mean = static_cast<Acc*>(params.state.mean) + at * head.strides.e;
+  if (head.causal() && head.blocks.FinalBlocks() == 0)
+    return CopyGivenState(head.strides, head.Initial(), log_mass, mean);
+  WriteNextState(head.strides, head.Initial(), own.anchor, own.mass, own.sum, log_mass, mean);
 }
 
 template <class Acc>

@@ -82,7 +82,7 @@ void ReverseQueries(NearFarGradient<Acc>& gradient, int64_t block, const Acc* an
       gradient.map, strides, none, true, gradient.params.attributes.query_norm, true};
   for (int64_t i = 0; i < GroupSize(gradient.dims); ++i) {
     const QueryHead<Acc> head = gradient.Head(i);
-    s.SetFarBias(anchor, head.feature_bias, strides);
+    SetFarBias(anchor, head.feature_bias, strides, s.far_bias);
     gradient.ForQueries(block, s.chunk, [&](const QueryRows& rows) {
       gradient.LoadQueries(rows, i);
       ComputeLogits(context, rows, {s.q, strides.d_pad, 1}, head.projection, s,

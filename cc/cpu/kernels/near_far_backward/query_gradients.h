@@ -123,7 +123,7 @@ void QueryGradientsOfHead(NearFarGradient<Acc>& gradient, int64_t block,
   const Strides& strides = gradient.strides;
   const QueryHead<Acc> head = gradient.Head(i);
   Acc far_sum[kNearFarChunk];
-  s.SetFarBias(state.anchor, head.feature_bias, strides);
+  SetFarBias(state.anchor, head.feature_bias, strides, s.far_bias);
   gradient.ForQueries(block, s.chunk, [&](const QueryRows& rows) {
     gradient.LoadQueries(rows, i);
     ComputeLogits(context, rows, {s.q, strides.d_pad, 1}, head.projection, s, &gradient.prefetcher);
