@@ -576,6 +576,12 @@ CPU = [
             f"{CAUSALITY} tests/cpu/test_determinism.py",
         ),
         (
+            "the anchors of a steep sub-chunk stay those of its first key",
+            "if (raised > s.state.anchor[m]) s.Raise(m, raised, strides, s.state);",
+            "if (false) s.Raise(m, raised, strides, s.state);",
+            "tests/cpu/test_steep_keys.py",
+        ),
+        (
             "masses grow without a limit",
             "if (next.mass[m] > kRescaleThreshold<Acc>)",
             "if (false)",
@@ -583,12 +589,30 @@ CPU = [
         ),
     ),
     *_faults(
+        "cc/cpu/kernels/causal/steep.h",
+        CAUSALITY,
+        (
+            "a query of a steep sub-chunk sees the next key",
+            "sub_chunk.begin + i + 1);",
+            "sub_chunk.begin + i + 2);",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/causal_backward/forward_scan.h",
+        "tests/cpu/test_steep_keys.py",
+        (
+            "every steep key keeps anchors of its own",
+            "const bool steep = begin > 0 && !IsEmpty(gradient);",
+            "const bool steep = false;",
+        ),
+    ),
+    *_faults(
         "cc/cpu/kernels/causal_backward/forward_scan.h",
         GRADIENTS,
         (
             "the normaliser gives no gradient",
-            "const Acc scaled = delta[r] * Inverse(s.queries.den[r]);",
-            "const Acc scaled = 0 * delta[r] * Inverse(s.queries.den[r]);",
+            "const Acc scaled = delta[r] * inverse[r];",
+            "const Acc scaled = 0 * delta[r] * inverse[r];",
         ),
     ),
     *_faults(

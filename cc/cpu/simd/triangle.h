@@ -6,15 +6,15 @@
 
 PERFORMER_ISA_BEGIN
 
-// to[r][c] = a[r] . b[:, c] for c <= begin + r. Of the other entries some are written. Rows of `to`
-// hold whole vectors.
+// to[r][c] = a[r] . b[:, c] for begin <= c <= begin + r. Of the other entries some are written. Rows
+// of `to` hold whole vectors.
 template <class T>
 PERFORMER_NOINLINE void LowerProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
                                      int64_t depth, int64_t rows, int64_t begin, T* to,
                                      int64_t ldto) {
   constexpr int64_t kCols = kTileVecs * kLanes<T>;
   const int64_t width = (begin + rows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  for (int64_t c0 = 0; c0 < width; c0 += kCols) {
+  for (int64_t c0 = begin / kLanes<T> * kLanes<T>; c0 < width; c0 += kCols) {
     const int64_t first = c0 > begin ? (c0 - begin) / kTileRows * kTileRows : 0;
     ForTiles<T>(rows - first, width - c0 < kCols ? width - c0 : kCols,
                 [&](auto& tile, int64_t r, int64_t c) PERFORMER_TILE_BODY {
