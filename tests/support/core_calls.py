@@ -76,7 +76,7 @@ def expected_near_far(x: dict, **options) -> dict[str, np.ndarray]:
     names = [name for name in signature_names("NearFar") if not name.startswith("initial")]
     out, log_weight, (log_mass, mean) = reference.near_far_attention(
         **{name: x[name] for name in names if name not in ("offsets", "start")},
-        start=int(x["start"]),
+        start=int(x["start"]) % options["exact_window"],  # of any size
         offsets=x["offsets"] if packed else None,
         initial_state=(x["initial_log_mass"], x["initial_mean"]),
         **options,

@@ -47,7 +47,7 @@ def attend(call, offsets, causal, return_state):
         return out, log_weight, None
     position, near = before.position, []
     if causal:
-        position += tf.shape(call.queries["query"], tf.int64)[1]
+        position += tf.cast(dims(call.queries["query"])[1], tf.int64)
         near = _last_rows(keys, position, call.exact_window)
     return out, log_weight, AttentionState(log_mass, mean, call.draw, position, *near)
 
@@ -85,7 +85,9 @@ def _after_near_rows(keys, state):
 def _bias_of_rows(keys):
     """key_bias in full: [B, G, S]."""
     batch, rows, groups, _ = dims(keys["key"])
-    return tf.broadcast_to(keys["key_bias"], [batch, groups, rows])
+    bias, full = keys["key_bias"], [batch, groups, rows]
+    is_full = all(isinstance(size, int) for size in full) and bias.shape == full
+    return bias if is_full else tf.broadcast_to(bias, full)
 
 
 def _last_rows(keys, position, window):
@@ -99,7 +101,8 @@ def _last_rows(keys, position, window):
         rows = dims(x)[axis]
         if isinstance(rows, int) and rows >= stored:
             if axis == 1 and x.shape[0] == 1:  # a slice of the first axis is no copy
-                return tf.reshape(x, dims(x)[1:])[rows - stored :][None]
+                rest = dims(x)[2:]
+                return tf.reshape(tf.reshape(x, [rows, *rest])[rows - stored :], [1, stored, *rest])
             return x[:, rows - stored :] if axis == 1 else x[:, :, rows - stored :]
         padding = [[0, 0]] * axis + [[stored, 0]] + [[0, 0]] * (len(x.shape) - axis - 1)
         x = tf.pad(x, padding, constant_values=fill)
