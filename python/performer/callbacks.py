@@ -43,6 +43,8 @@ def linear_layers(model) -> list[Performer]:
 class RedrawProjections(keras.callbacks.Callback):
     """Redraws the projections of all linear `Performer` layers of the model while it trains.
 
+    Layers with learned features have no projection that is drawn, and stay as they are.
+
     An alternative to the layers' own `redraw_interval`, for whole epochs or a schedule of one's
     own. Draw number n of a layer is a function of its seed and n, whatever redraws it.
 
@@ -87,7 +89,8 @@ class RedrawProjections(keras.callbacks.Callback):
         every = self._every
         if every(self._count) if callable(every) else self._count % every == 0:
             for layer in linear_layers(self.model):
-                layer.redraw()
+                if layer.learned_projection is None:
+                    layer.redraw()
 
 
 class LogApproximation(keras.callbacks.Callback):
@@ -97,7 +100,7 @@ class LogApproximation(keras.callbacks.Callback):
 
     - `performer/<layer>/error`: distance of the estimated attention weights to those of softmax,
       relative to the distance of uniform weights: 0 is exact, 1 is no better than not to look.
-    - `performer/<layer>/redraws`: how often its projection has been redrawn.
+    - `performer/<layer>/redraws`: how often its projection has been redrawn; 0 where it is learned.
 
     The weights are those of the queries and keys that the layer gets when the model is called on
     the sample, without masks; see `performer.diagnostics.approximation_error`. The call is one of
@@ -153,8 +156,7 @@ class LogApproximation(keras.callbacks.Callback):
                 stack.enter_context(_heads_of_calls(layer, self._positions, found))
             self.model(self._sample, training=False)
         return [
-            (layer.name, _error(layer, query, key), int(layer.redraws))
-            for layer, query, key in found
+            (layer.name, _error(layer, query, key), _redraws(layer)) for layer, query, key in found
         ]
 
     def on_train_end(self, logs=None):
@@ -199,6 +201,10 @@ def _heads_of_calls(layer, positions, found):
         yield
     finally:
         del layer.call
+
+
+def _redraws(layer):
+    return 0 if layer.redraws is None else int(layer.redraws)
 
 
 def _error(layer, query, key):

@@ -1,13 +1,16 @@
 """From models with `MultiHeadAttention` to models with `Performer`, and back.
 
 `copy_weights` carries the weights of one attention layer to another, `replace_attention` exchanges
-the attention layers of a whole model.
+the attention layers of a whole model, and `calibrate` fits their features to data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +19,9 @@ from keras.saving import deserialize_keras_object, serialize_keras_object
 from keras.saving import get_registered_name as registered_name
 from keras.src.models.functional import Functional
 
+from performer.features.feature_maps import LEARNED
 from performer.layers import Performer
+from performer.layers._calibration import Calibration
 
 _SUBLAYERS = ("query", "key", "value", "gate", "attention_output")
 _EXACT = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
@@ -155,6 +160,102 @@ def replace_attention(model, *, supports=None, where=None, **arguments):
             + f". Received: {model.name!r}, with layers of the types {', '.join(found)}"
         )
     return _copy_of(model, choice)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate` found, printed as a table.
+
+    Attributes:
+        layers: a `Calibration` for each layer, in the order in which the model calls them.
+    """
+
+    layers: list[Calibration]
+
+    def __str__(self):
+        """A line for each layer."""
+        return "\n".join(map(str, self.layers))
+
+    def save(self, path):
+        """Writes all errors and methods as JSON."""
+        with open(path, "w") as file:
+            json.dump([layer.as_dict() for layer in self.layers], file, indent=1)
+
+
+def calibrate(model, data, *, steps=8, seed=0) -> CalibrationReport:
+    """Fits the learned features of a model to its own queries and keys, without training.
+
+    The model is called once on the data. Every `Performer` layer with `feature_map="learned"` is
+    calibrated with the inputs and masks that reach it, see `Performer.calibrate`, and then goes
+    on with the weights it has found: later layers are calibrated with what the earlier ones now
+    give them. No other weight changes. A layer that is called several times is calibrated by the
+    first call.
+
+    Args:
+        model: Keras model or layer, such as `replace_attention(..., feature_map="learned")` makes.
+        data: Inputs of one call, arrays or tensors: 16 to 32 sequences of the length and kind
+            that the model is for.
+        steps, seed: As in `Performer.calibrate`.
+
+    Returns:
+        A `CalibrationReport`: errors of every head of every layer, before and after.
+
+    Raises:
+        ValueError: The model has no layer with learned features, or the call reaches none; and as
+            `Performer.calibrate`.
+
+    Example:
+
+    >>> import keras, tensorflow as tf
+    >>> from performer import convert
+    >>> x = keras.Input((64, 16))
+    >>> exact = keras.Model(x, keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)(x, x))
+    >>> linear = convert.replace_attention(exact, supports=16, feature_map="learned", seed=1)
+    >>> data = tf.random.stateless_normal([8, 64, 16], seed=[1, 2])
+    >>> (layer,) = convert.calibrate(linear, data).layers
+    >>> bool(layer.after.mean() < 0.8 * layer.before.mean())
+    True
+    """
+    layers = [
+        layer
+        for layer in _layers_inside(model)
+        if isinstance(layer, Performer) and layer.feature_map == LEARNED
+    ]
+    found: dict[int, Calibration] = {}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_calibrated_by_its_first_call(layer, found, steps, seed))
+        if layers:
+            model(data, training=False)
+    if not found:
+        raise ValueError(
+            "`model` must have a Performer layer with attention_method='linear' and "
+            f"feature_map='learned' that a call reaches. Received: {model.name!r}, with "
+            f"{len(layers)} of them"
+        )
+    return CalibrationReport(list(found.values()))
+
+
+@contextlib.contextmanager
+def _calibrated_by_its_first_call(layer, found, steps, seed):
+    """The first call of `layer` calibrates it; `found` gets the result, by the layer's id."""
+    call = layer.call
+    signature = inspect.signature(call)
+    known = inspect.signature(layer.calibrate).parameters
+
+    @functools.wraps(call)
+    def calibrated(*args, **kwargs):
+        if id(layer) not in found:
+            given = signature.bind(*args, **kwargs).arguments
+            given = {name: x for name, x in given.items() if name in known}
+            found[id(layer)] = layer.calibrate(**given, steps=steps, seed=seed)
+        return call(*args, **kwargs)
+
+    layer.call = calibrated
+    try:
+        yield
+    finally:
+        del layer.call
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,7 +261,7 @@ PYTHON = [
         ),
         (
             "an initial state belongs to any projection",
-            "draw=self._random_projection.fingerprint.value,",
+            "draw=self._projection_layer.draw_number(),",
             "draw=0,",
         ),
     ),

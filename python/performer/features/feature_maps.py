@@ -22,6 +22,8 @@ import tensorflow as tf
 from performer.checks import FEATURE_MAPS
 from performer.features.projections import orthogonal_projection
 
+LEARNED = "learned"
+
 
 @keras.saving.register_keras_serializable(package="performer")
 class FeatureMap:
@@ -125,6 +127,23 @@ class FeatureMap:
         return cls(**config)
 
 
+class Learned(FeatureMap):
+    """The map of features whose projections and bias are weights: `feature_map="learned"`.
+
+    A layer with it has, in the place of one projection, a tuple of three weights: the projections
+    of queries `[H, M, D]` and of keys `[G, M, D]`, and the bias of queries `[H, M]`. They begin as
+    FAVOR+, with the norm of the keys, and with a window with that of the queries.
+    """
+
+    def sides(self, projection):
+        """The first two of the weights."""
+        return projection[0], projection[1]
+
+    def feature_bias(self, projection):
+        """The last of the weights."""
+        return projection[2]
+
+
 class _Named(FeatureMap):
     """A map that differs from FAVOR+ by its function only."""
 
@@ -136,8 +155,8 @@ def get(identifier) -> FeatureMap:
     """The map that a layer's `feature_map` argument means.
 
     Args:
-        identifier: "softmax", "relu", "elu"; an object with the attributes and methods of
-            `FeatureMap`; or its serialized form.
+        identifier: "softmax", "relu", "elu", "learned"; an object with the attributes and methods
+            of `FeatureMap`; or its serialized form.
 
     Returns:
         The object itself, or one with the named epilogue.
@@ -153,6 +172,8 @@ def get(identifier) -> FeatureMap:
     """
     if isinstance(identifier, str) and identifier in FEATURE_MAPS:
         return _Named(identifier)
+    if isinstance(identifier, str) and identifier == LEARNED:
+        return Learned()
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
     names = [n for n in vars(FeatureMap) if not n.startswith("_") and n != "query_norm"]
@@ -161,8 +182,8 @@ def get(identifier) -> FeatureMap:
     )
     if isinstance(identifier, type | str) or missing:
         raise ValueError(
-            "`feature_map` must be one of 'softmax', 'relu', 'elu', or an object with the "
-            "attributes and methods of performer.feature_maps.FeatureMap. "
+            "`feature_map` must be one of 'softmax', 'relu', 'elu', 'learned', or an object with "
+            "the attributes and methods of performer.feature_maps.FeatureMap. "
             f"Received: feature_map={identifier!r}"
             + (f", without {', '.join(missing)}" if missing else "")
         )

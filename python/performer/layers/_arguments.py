@@ -10,8 +10,8 @@ import keras
 
 from performer.checks import exact_window
 from performer.features import feature_maps
+from performer.features.feature_maps import LEARNED
 
-LEARNED = "learned"
 METHODS = ("linear", "quadratic")
 SCALINGS = (0, 1)
 # Scores, T * S, of the dense form: 2048 * 2048, 32 MiB in float64 for one head and batch row.
@@ -34,6 +34,7 @@ class Options:
     supports: int | None
     scaling: int
     feature_map: Any
+    feature_regularizer: Any
     redraw_interval: int | None
     num_key_value_heads: int | None
     max_segments: int | None
@@ -58,6 +59,7 @@ class Options:
             )
         _check_choice("scaling", self.scaling, SCALINGS)
         feature_maps.get(self.feature_map)
+        self._check_learned()
         sizes = (
             "supports",
             "redraw_interval",
@@ -91,6 +93,24 @@ class Options:
                 f"num_heads={num_heads}, num_key_value_heads={groups}"
             )
 
+    def _check_learned(self):
+        """The rules of `feature_regularizer`, and of what learned features do not have."""
+        if self.feature_regularizer is not None:
+            regularizer = keras.regularizers.get(self.feature_regularizer)
+            object.__setattr__(self, "feature_regularizer", regularizer)
+            if not self.learned:
+                raise ValueError(
+                    "`feature_regularizer` needs attention_method='linear' and "
+                    "feature_map='learned': other features have no weights that train. Received: "
+                    f"feature_regularizer={self.feature_regularizer!r}, "
+                    f"attention_method={self.attention_method!r}, feature_map={self.feature_map!r}"
+                )
+        if self.learned and self.redraw_interval is not None:
+            raise ValueError(
+                "`redraw_interval` must be None with feature_map='learned', whose projections are "
+                f"trained and never drawn again. Received: redraw_interval={self.redraw_interval!r}"
+            )
+
     def _check_window(self):
         """The rules of `exact_window`, `exact_keys` and `far_bias`."""
         given = {name: getattr(self, name) for name in ("exact_window", "exact_keys")}
@@ -121,12 +141,20 @@ class Options:
         """Whether attention is linear."""
         return self.attention_method == "linear"
 
+    @property
+    def learned(self):
+        """Whether the projections of the features are weights that train."""
+        named = isinstance(self.feature_map, str) and self.feature_map == LEARNED
+        return self.linear and named
+
     def config(self):
         """The fields, as a layer's config holds them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         rotary = self.rotary_embedding
         return {
             **values,
+            "feature_regularizer": self.feature_regularizer
+            and keras.regularizers.serialize(self.feature_regularizer),
             "feature_map": feature_maps.serialize(self.feature_map),
             "rotary_embedding": rotary and keras.saving.serialize_keras_object(rotary),
         }

@@ -16,21 +16,29 @@ FIRST_FAR_BIAS = -4.0
 _mutex_numbers = itertools.count()
 
 
+def seed_of_draw(seed, draw):
+    """The seed, int64 `[2]`, of draw number `draw` of a layer with this seed."""
+    stream = tf.stack([tf.cast(seed, tf.int64), tf.constant(_STREAM, tf.int64)])
+    return tf.random.experimental.stateless_fold_in(stream, tf.cast(draw, tf.int64), alg="philox")
+
+
 class Features(NamedTuple):
     """The random features of one call.
 
     Attributes:
         feature_map: `performer.feature_maps.FeatureMap`, or the like.
-        projection: float32 `[M, D]`, as drawn.
-        draw: int64 scalar, the projection's fingerprint, which states carry.
+        projection: float32 `[M, D]`, as drawn; of learned features, their weights (see
+            `performer.feature_maps.Learned`).
+        draw: int64 scalar, the projection's fingerprint, which states carry; None in calls of
+            learned features that take and return no state.
         exact_window: the layer's, or None.
         far_bias: a number, or float32 `[H]`; None for none.
         exact_keys: the layer's, or None.
     """
 
     feature_map: Any
-    projection: tf.Tensor
-    draw: tf.Tensor
+    projection: Any
+    draw: tf.Tensor | None
     exact_window: int | None = None
     far_bias: Any = None
     exact_keys: int | None = None
@@ -219,9 +227,14 @@ class RandomProjection(keras.layers.Layer):
         """Number of features of a key: M, unless the feature map has more or fewer of them."""
         return self._feature_map.sides(self.projection.value)[1].shape[-2]
 
-    def current_features(self, training):
-        """The `Features` to use in this call; see `current`."""
+    def current_features(self, training, with_draw=True):
+        """The `Features` to use in this call; see `current`. `with_draw` costs nothing here."""
+        del with_draw
         return Features(self._feature_map, *self.current(training))
+
+    def draw_number(self):
+        """The number that states carry, int64: the projection's `fingerprint`."""
+        return self.fingerprint.value
 
     def current(self, training):
         """The projection to use in this call, float32 `[M, D]`, and its fingerprint.
@@ -317,12 +330,6 @@ class RandomProjection(keras.layers.Layer):
 
     def _sample(self, seed, draw):
         """Draw number `draw`, float32 `[M, D]`."""
-        stream = tf.stack([tf.cast(seed, tf.int64), tf.constant(_STREAM, tf.int64)])
         return self._feature_map.draw(
-            self._features,
-            self._dim,
-            scaling=self._scaling,
-            seed=tf.random.experimental.stateless_fold_in(
-                stream, tf.cast(draw, tf.int64), alg="philox"
-            ),
+            self._features, self._dim, scaling=self._scaling, seed=seed_of_draw(seed, draw)
         )

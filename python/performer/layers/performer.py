@@ -22,7 +22,9 @@ from performer.layers._arguments import (
 )
 from performer.layers._attention import attend, hide_queries, summarize_keys
 from performer.layers._axes import fold, resolve_axes, unfold
+from performer.layers._calibration import calibrate
 from performer.layers._dense import ScoreShape, attend_densely
+from performer.layers._learned import LearnedProjection
 from performer.layers._masks import Masks, mask_of
 from performer.layers._projection import FarBias, RandomProjection
 from performer.layers._state import (
@@ -54,7 +56,7 @@ class Performer(keras.layers.MultiHeadAttention):
     All heads share one projection: each head has its own learned query and key kernels, so that
     its features differ from those of the others, and one `[M, D]` matrix stays in the processor's
     cache. The projection is a saved weight that no optimizer trains, float32 under every dtype
-    policy.
+    policy. With `feature_map="learned"` each head has weights of its own instead, which train.
 
     Args:
         num_heads: Number of attention heads.
@@ -73,8 +75,12 @@ class Performer(keras.layers.MultiHeadAttention):
         scaling: 0 (default) draws the norm of every row of the projection like that of a normal
             vector, which makes the estimator unbiased; 1 sets all norms to sqrt(D).
         feature_map: `"softmax"` (default, FAVOR+), `"relu"` or `"elu"` (the generalised
-            attention of the same paper, which does not approximate softmax), or an object like
-            `performer.feature_maps.FeatureMap`.
+            attention of the same paper, which does not approximate softmax), `"learned"`, or an
+            object like `performer.feature_maps.FeatureMap`. With `"learned"` the features begin
+            as FAVOR+, and train: every head has a projection of its own for its queries, one for
+            its keys, and a bias of the queries' log-features; see `learned_projection`.
+        feature_regularizer: Regularizer of both projections, with `feature_map="learned"`. Defaults
+            to `None`.
         redraw_interval: Number of training calls that use one projection before the next call
             draws another. Defaults to `None`: all calls use the first one. Inference never draws.
             `performer.callbacks.RedrawProjections` redraws by epochs or batches instead.
@@ -168,8 +174,10 @@ class Performer(keras.layers.MultiHeadAttention):
     (None, 8, 16)
     """
 
-    # A `RandomProjection` once the layer is built, if it is linear.
+    # One of both once the layer is built, if it is linear: a `RandomProjection`, or with learned
+    # features a `LearnedProjection`.
     _random_projection: Any = None
+    _learned_projection: Any = None
     # A `FarBias` once the layer is built, if it learns one.
     _far_bias: Any = None
 
@@ -187,6 +195,7 @@ class Performer(keras.layers.MultiHeadAttention):
         supports=None,
         scaling=0,
         feature_map="softmax",
+        feature_regularizer=None,
         redraw_interval=None,
         num_key_value_heads=None,
         rotary_embedding=None,
@@ -207,6 +216,7 @@ class Performer(keras.layers.MultiHeadAttention):
             supports=supports,
             scaling=scaling,
             feature_map=feature_map,
+            feature_regularizer=feature_regularizer,
             redraw_interval=redraw_interval,
             num_key_value_heads=num_key_value_heads,
             max_segments=max_segments,
@@ -249,21 +259,42 @@ class Performer(keras.layers.MultiHeadAttention):
         return self._options.supports
 
     @property
+    def feature_map(self):
+        """The feature map, as it was given: a name or an object."""
+        return self._options.feature_map
+
+    @property
     def projection(self):
-        """The weight that holds the projection, float32 `[M, D]`; None if there is none (yet)."""
+        """The weight that holds the projection, float32 `[M, D]`; None if there is none (yet).
+
+        None with learned features, too: see `learned_projection`.
+        """
         return self._random_projection and self._random_projection.projection
+
+    @property
+    def learned_projection(self):
+        """The sublayer with the weights of learned features; None if there is none (yet).
+
+        Its attributes are the weights `query_projection` `[H, M, D]`, `key_projection` `[G, M, D]`
+        and `query_bias` `[H, M]`.
+        """
+        return self._learned_projection
 
     @property
     def draw(self):
         """The weight that identifies the projection in states: its `performer.ops.fingerprint`.
 
-        int64; None if there is none (yet). It follows whatever replaces the projection.
+        int64; None if there is none (yet). It follows whatever replaces the projection. With
+        learned features a tensor instead: the number of all their weights, as they are now. So a
+        state fits as long as no weight of the features has changed.
         """
+        if self._learned_projection is not None:
+            return self._learned_projection.draw_number()
         return self._random_projection and self._random_projection.fingerprint
 
     @property
     def redraws(self):
-        """The weight that counts redraws, int64; None if there is none (yet)."""
+        """The weight that counts redraws, int64; None if there is none (yet, or ever: learned)."""
         return self._random_projection and self._random_projection.redraws
 
     def __call__(self, query, *args, **kwargs):
@@ -293,16 +324,7 @@ class Performer(keras.layers.MultiHeadAttention):
             )
         if self._options.linear:
             # After the parent's weights, which keep their places in `weights`.
-            self._random_projection = RandomProjection(
-                self._options.supports,
-                self._key_dim,
-                scaling=self._options.scaling,
-                seed=default_seed() if self.seed is None else self.seed,
-                redraw_interval=self._options.redraw_interval,
-                feature_map=self._options.feature_map,
-                name="random_projection",
-            )
-            self._random_projection.build()
+            self._build_projection()
             if self._options.far_bias == LEARNED:
                 self._far_bias = FarBias(self._num_heads)
                 self._far_bias.build()
@@ -348,7 +370,8 @@ class Performer(keras.layers.MultiHeadAttention):
         axes = masks.check(query.shape, value.shape, self._attention_axes, key.shape)
         general = masks.is_general(axes)
         dense = general or return_attention_scores
-        if initial_state is not None or return_state:
+        with_state = initial_state is not None or return_state
+        if with_state:
             check_call(masks, (query.shape, value.shape), axes, dense)
         # The dense layers support no masks, and would warn that they lose one. `tf.identity` gives
         # a tensor without the attached mask, and leaves the caller's tensor as it is.
@@ -360,7 +383,7 @@ class Performer(keras.layers.MultiHeadAttention):
         if training and self._dropout:
             dropout = self._dropout, self._dropout_layer.seed_generator
         options = {
-            "features": self._features(training),
+            "features": self._features(training, with_draw=with_state),
             "masks": folded,
             "dropout": dropout,
         }
@@ -514,16 +537,113 @@ class Performer(keras.layers.MultiHeadAttention):
         output = hide_queries(output, masks.fold_queries(query, axes))
         return self._output(output, query, axes)
 
+    def calibrate(
+        self,
+        query,
+        value=None,
+        key=None,
+        *,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        use_causal_mask=False,
+        segment_ids=None,
+        prefix_mask=None,
+        steps=8,
+        seed=0,
+    ):
+        """Fits learned features to softmax attention of given inputs, without training.
+
+        Only the weights of `learned_projection` change, and only to what has a smaller error on
+        rows that were held out, for each key/value head by itself. Candidates are three proposals
+        in closed form from means and covariances of queries and keys ("centred", "scaled", "dense")
+        and `steps` steps of EM from the best of them; `performer.features.fitting` has all
+        equations. They count `exact_window`, `exact_keys`, `far_bias` and masks as calls do.
+
+        Args:
+            query, value, key, query_mask, value_mask, key_mask, attention_mask, use_causal_mask,
+                segment_ids, prefix_mask: As in a call; `value` defaults to `query`. Some thousand
+                positions are enough; of more than 24 sequences a random choice is taken. Masks
+                that differ from query to query are refused.
+            steps: Most steps of EM; 0 for the proposals only.
+            seed: Integer, of draws and samples.
+
+        Returns:
+            `performer.convert.Calibration`: errors of every head before and after, and what gave
+            its weights.
+
+        Raises:
+            ValueError: the features are not learned; `steps` below 0; a general `attention_mask`;
+                no position that exists.
+
+        Numerics: eager, float32 (errors in float64), the same result for the same seed. Memory for
+            features and scores of a few hundred queries of one sequence at a time.
+
+        Example:
+
+        >>> import tensorflow as tf
+        >>> from performer import Performer
+        >>> layer = Performer(2, 8, supports=16, feature_map="learned", seed=1)
+        >>> x = tf.random.stateless_normal([8, 64, 16], seed=[1, 2])
+        >>> found = layer.calibrate(x)
+        >>> bool(found.after.mean() < 0.8 * found.before.mean())
+        True
+        """
+        if not self._options.learned:
+            raise ValueError(
+                "`calibrate` needs attention_method='linear' and feature_map='learned', whose "
+                "weights it sets. Received: "
+                f"attention_method={self._options.attention_method!r}, "
+                f"feature_map={self._options.feature_map!r}"
+            )
+        if steps != 0:
+            steps = check_size("steps", steps)
+        query = self._converted("query", query)
+        value = query if value is None else self._converted("value", value)
+        key = value if key is None else self._converted("key", key)
+        masks = Masks(
+            query_mask=mask_of(query) if query_mask is None else query_mask,
+            value_mask=mask_of(value) if value_mask is None else value_mask,
+            key_mask=mask_of(key) if key_mask is None else key_mask,
+            attention_mask=attention_mask,
+            use_causal_mask=use_causal_mask,
+            segment_ids=segment_ids,
+            prefix_mask=prefix_mask,
+        )
+        axes = masks.check(query.shape, value.shape, self._attention_axes, key.shape)
+        if masks.is_general(axes):
+            raise ValueError(
+                "`attention_mask` of `calibrate` must be the same for every query. Received: "
+                f"attention_mask.shape={tuple(masks.attention_mask.shape)}"
+            )
+        query, value, key = (tf.identity(x) for x in (query, value, key))
+        if not self.built:
+            self.build(query.shape, value.shape, key.shape)
+        folded = masks.fold(query, key, axes)
+        return calibrate(
+            self.name,
+            self._learned_projection,
+            self._features(training=False),
+            self._heads(query, key, value, 0, folded.segment_ids),
+            folded,
+            steps=steps,
+            seed=check_seed("seed", seed) or 0,
+        )
+
     def redraw(self):
         """Replaces the projection by the next one of its seed, and counts that in `redraws`.
 
         Raises:
-            ValueError: the layer has no projection: it is quadratic, or not built.
+            ValueError: the layer has no projection: it is quadratic, or not built, or its features
+                are learned.
         """
         if self._random_projection is None:
             raise ValueError(
-                "`redraw` needs a projection: a built layer with attention_method='linear'. "
-                f"Received: attention_method={self._options.attention_method!r}, built={self.built}"
+                "`redraw` needs a projection that is drawn: a built layer with "
+                "attention_method='linear' and another feature_map than 'learned'. Received: "
+                f"attention_method={self._options.attention_method!r}, built={self.built}, "
+                f"feature_map={self._options.feature_map!r}"
             )
         self._random_projection.redraw()
 
@@ -572,10 +692,43 @@ class Performer(keras.layers.MultiHeadAttention):
             "flash_attention": self._requested_flash_attention,
         }
 
-    def _features(self, training):
-        """The `Features` of a call."""
+    def _build_projection(self):
+        """Creates what features are made of."""
+        options = self._options
+        sizes = options.supports, self._key_dim
+        drawn = {
+            "scaling": options.scaling,
+            "seed": default_seed() if self.seed is None else self.seed,
+        }
+        if options.learned:
+            self._learned_projection = LearnedProjection(
+                *sizes,
+                self._num_heads,
+                options.num_key_value_heads or self._num_heads,
+                regularizer=options.feature_regularizer,
+                name="learned_projection",
+                **drawn,
+            )
+            self._learned_projection.build()
+            return
+        self._random_projection = RandomProjection(
+            *sizes,
+            redraw_interval=options.redraw_interval,
+            feature_map=options.feature_map,
+            name="random_projection",
+            **drawn,
+        )
+        self._random_projection.build()
+
+    @property
+    def _projection_layer(self):
+        """The sublayer with what features are made of, of a built linear layer."""
+        return self._random_projection or self._learned_projection
+
+    def _features(self, training, with_draw=True):
+        """The `Features` of a call; without `with_draw` they may have none."""
         far_bias = self._options.far_bias
-        return self._random_projection.current_features(training)._replace(
+        return self._projection_layer.current_features(training, with_draw)._replace(
             exact_window=self._options.exact_window,
             exact_keys=self._options.exact_keys,
             far_bias=far_bias if self._far_bias is None else self._far_bias.bias.value,
@@ -586,7 +739,7 @@ class Performer(keras.layers.MultiHeadAttention):
         return empty_state(
             *self._state_sizes(batch),
             accumulator(tf.as_dtype(self.compute_dtype)),
-            draw=self._random_projection.fingerprint.value,
+            draw=self._projection_layer.draw_number(),
             **window,
         )
 
@@ -699,7 +852,7 @@ class Performer(keras.layers.MultiHeadAttention):
     def _state_sizes(self, batch):
         """Sizes `[N, G, M, E]` of the `mean` of a state of `batch` rows."""
         groups = self._options.num_key_value_heads or self._num_heads
-        return batch, groups, self._random_projection.features, self._value_dim
+        return batch, groups, self._projection_layer.features, self._value_dim
 
     def _state_spec(self, query_shape, axes, causal):
         """The `AttentionState` of a symbolic call."""
