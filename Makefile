@@ -16,7 +16,7 @@ help:
 	@echo "make clean      remove what was built (distclean: the environment too)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python for .venv, CXX=clang++ the compiler,"
-	@echo "PERFORMER_CUDA=ON or OFF whether the GPU kernels are built (default: where nvcc is found)."
+	@echo "PERFORMER_CUDA=ON or OFF whether the GPU kernels are built (default: where a GPU and nvcc are)."
 
 demo: build
 	$(RUN) -m performer demo $(ARGS)

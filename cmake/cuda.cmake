@@ -1,7 +1,8 @@
 # Decides whether the CUDA kernels are built, and with which nvcc. PERFORMER_CUDA, a CMake option or,
 # where that is not given, an environment variable:
 #
-#   AUTO  (default) built where the system has an nvcc that can build them
+#   AUTO  (default) built where the machine has an NVIDIA GPU, or a compiler is named, and the system
+#         has an nvcc that can build them: to compile them takes most of the time of a build
 #   ON    built; nvcc from the system or else from the wheels of tools/cuda-requirements.txt, and an
 #         error where neither is there
 #   OFF   not built
@@ -13,6 +14,11 @@
 # messages, performer_cuda_compiler and performer_cuda_targets; otherwise performer_cuda_left_out, the
 # reason. Nothing of the driver is needed to build or to load.
 set(performer_cuda_enabled OFF)
+
+# Files that the driver of a GPU brings; the last is that of WSL.
+if(NOT DEFINED performer_gpu_signs)
+  set(performer_gpu_signs /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
+endif()
 
 # sm_80 code runs on sm_86 and sm_89 too; later GPUs compile the PTX of the last entry.
 set(CMAKE_CUDA_ARCHITECTURES "80-real;90" CACHE STRING "GPU architectures, as CMake writes them")
@@ -61,8 +67,27 @@ function(performer_find_nvcc)
   set(performer_nvcc_origin "${origin}" PARENT_SCOPE)
 endfunction()
 
+# Sets performer_gpu_is_here.
+function(performer_find_gpu)
+  set(performer_gpu_is_here OFF PARENT_SCOPE)
+  foreach(sign IN LISTS performer_gpu_signs)
+    if(EXISTS "${sign}")
+      set(performer_gpu_is_here ON PARENT_SCOPE)
+    endif()
+  endforeach()
+endfunction()
+
+performer_find_gpu()
+if(CMAKE_CUDA_COMPILER OR NOT "$ENV{CUDACXX}" STREQUAL "")
+  set(performer_nvcc_is_named ON)
+else()
+  set(performer_nvcc_is_named OFF)
+endif()
+
 if(performer_cuda_wish STREQUAL "OFF")
   performer_without_cuda("switched off (PERFORMER_CUDA)")
+elseif(performer_cuda_wish STREQUAL "AUTO" AND NOT performer_gpu_is_here AND NOT performer_nvcc_is_named)
+  performer_without_cuda("no NVIDIA GPU is here; PERFORMER_CUDA=ON builds them for other machines")
 elseif(PERFORMER_EMULATION OR PERFORMER_SANITIZE)
   performer_without_cuda("this build is for the emulator or for sanitizers")
 else()

@@ -38,8 +38,7 @@ def recall(options, pairs, steps):
     """Trains a block; returns the shares of far and near pairs recalled, and bytes of state."""
     keras.utils.set_random_seed(0)
     wide = keras.initializers.RandomNormal(stddev=0.15, seed=1)  # equal keys attend to each other
-    loud = feature_maps.FeatureMap()
-    loud.query_norm = False  # far keys are heard from the first step on
+    loud = feature_maps.FeatureMap(query_norm=False)  # far keys are heard from the first step on
     attention = {"kernel_initializer": wide, "feature_map": loud}
     block = PerformerDecoder(  # keys are one position late: at a value stands the key before it
         *(WIDTH, HEADS),

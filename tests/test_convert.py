@@ -121,6 +121,7 @@ def test_the_copy_computes_the_same_with_exact_attention(model):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_saved_reloaded_and_trained_further_in_mixed_precision(model, tmp_path):
     linear = convert.replace_attention(
         model, supports=32, redraw_interval=2, seed=5, dtype="mixed_bfloat16"

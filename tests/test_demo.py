@@ -111,15 +111,25 @@ def test_baselines_are_those_computed_by_hand():
     assert baselines.markov(text, text, 2) == pytest.approx(0.0, abs=1e-2)
 
 
-def test_the_future_does_not_change_a_prediction():
-    network = model.build("linear")
-    text = np.random.default_rng(0).integers(0, 256, (1, 80), np.int32)
+@pytest.mark.parametrize("kind", ["near_far", "linear", "window"])
+def test_the_future_does_not_change_a_prediction(kind):
+    network = model.build(kind)
+    text = np.random.default_rng(0).integers(0, 256, (1, 230), np.int32)
     other = text.copy()
-    other[:, 50:] = 7
-    assert np.array_equal(network(text)[:, :50], network(other)[:, :50])
+    other[:, 200:] = 7
+    assert np.array_equal(network(text)[:, :200], network(other)[:, :200])
 
 
-@pytest.mark.parametrize("kind", ["linear", "exact"])
+@pytest.mark.parametrize(("kind", "reaches"), [("near_far", True), ("window", False)])
+def test_only_features_reach_beyond_the_window(kind, reaches):
+    network = model.build(kind)
+    text = np.random.default_rng(0).integers(0, 256, (1, 230), np.int32)
+    other = text.copy()
+    other[:, :50] = 7
+    assert np.array_equal(network(text)[:, 200:], network(other)[:, 200:]) is not reaches
+
+
+@pytest.mark.parametrize("kind", ["near_far", "linear", "window", "exact"])
 def test_equal_representations_attend_to_each_other_from_the_start(kind):
     block = model.block(kind)
     block(np.zeros((1, 8, model.WIDTH), "float32"))
@@ -131,7 +141,7 @@ def test_equal_representations_attend_to_each_other_from_the_start(kind):
 
 
 def test_streaming_predicts_what_the_whole_pass_does():
-    network = model.build("linear")
+    network = model.build("near_far")
     text = np.random.default_rng(0).integers(0, 256, (1, 70))
     state, steps = network.get_initial_state(1), []
     for i in range(70):
@@ -143,10 +153,12 @@ def test_streaming_predicts_what_the_whole_pass_does():
 def test_training_measures_and_saves_what_it_trained(tmp_path):
     text = corpus.load([])[:40000]
     saved = tmp_path / "model.keras"
-    result = train.train("linear", text, length=512, steps=12, seconds=0, save=str(saved))
+    result = train.train("near_far", text, length=512, steps=12, seconds=0, save=str(saved))
     assert result["steps"] == len(result["losses"]) == 12
     assert result["losses"][-1] < result["losses"][0]
     assert len(result["bands"]) == 2
+    assert len(result["positions"]) == 8
+    assert np.mean(result["positions"]) == pytest.approx(result["held_out"])
     assert 0 < result["held_out"] < 8.5
     assert isinstance(keras.models.load_model(saved), keras.Model)
 

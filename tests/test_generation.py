@@ -72,6 +72,7 @@ def test_a_model_in_parts_is_the_whole_model(positions):
         model(x, initial_state=[None] * 9)
 
 
+@pytest.mark.slow
 def test_models_that_stream_are_saved_and_trained(tmp_path):
     model, x = make("learned"), tokens(8, 11)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

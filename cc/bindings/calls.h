@@ -37,13 +37,14 @@ inline Op FindOp(const std::string& name) {
   if (name == #op) return Op::k##op;
   PERFORMER_FOR_EACH_OP(PERFORMER_FIND_OP)
 #undef PERFORMER_FIND_OP
-  throw py::value_error(
-      "op must be Summarize, Read, Causal, SummarizeGrad, ReadGrad or CausalGrad; got '" + name +
-      "'");
+  std::string names;
+  for (const Op op : kAllOps)
+    names += (names.empty() ? "" : ", ") + std::string(SignatureOf(op).name).substr(10);
+  throw py::value_error("op must be one of " + names + "; got '" + name + "'");
 }
 
 inline const char* TypeName(DType dtype, ArgumentType type) {
-  if (type == ArgumentType::kOffsets) return "int64";
+  if (type == ArgumentType::kOffsets || type == ArgumentType::kStart) return "int64";
   if (dtype == DType::kFloat64) return "float64";
   if (type == ArgumentType::kState || dtype == DType::kFloat32) return "float32";
   return dtype == DType::kBFloat16 ? "bfloat16" : "float16";
@@ -70,6 +71,7 @@ struct Tensor {
 
 // One attribute from a Python object.
 inline void Assign(const py::object& object, bool* value) { *value = object.cast<bool>(); }
+inline void Assign(const py::object& object, int64_t* value) { *value = object.cast<int64_t>(); }
 inline void Assign(const py::object& object, double* value) { *value = object.cast<double>(); }
 inline void Assign(const py::object& object, FeatureMap* value) {
   ThrowIfError(ParseFeatureMap(object.cast<std::string>(), value));

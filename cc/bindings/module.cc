@@ -130,11 +130,12 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "Performer's operators on NumPy arrays, without TensorFlow.";
   module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(), arg("threads") = 1,
              arg("isa") = "",
-             "Runs one operator (\"Summarize\", ..., \"CausalGrad\") on a dict of arrays by input "
+             "Runs one operator (\"Summarize\", ..., \"NearFarGrad\") on a dict of arrays by input "
              "name; returns a dict of its outputs.\n\n"
              "threads: at most 1024. Other keyword arguments are the attributes of the operator: "
-             "feature_map, scale, feature_epsilon, packed, key_norm. scale and feature_epsilon "
-             "are rounded to float32, as the attributes of the TensorFlow ops are.\n"
+             "feature_map, scale, feature_epsilon, packed, key_norm, exact_window, causal, "
+             "query_norm. scale and feature_epsilon are rounded to float32, as the attributes of "
+             "the TensorFlow ops are.\n"
              "Raises ValueError for a wrong argument, TypeError for an unknown one, and "
              "MemoryError.");
   module.def("signature", performer::SignatureDict, arg("op"),

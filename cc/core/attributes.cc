@@ -11,7 +11,11 @@ double Attributes::ResolvedScale(int64_t key_dim) const {
   return feature_map == FeatureMap::kSoftmax ? 1.0 / std::sqrt(static_cast<double>(key_dim)) : 1.0;
 }
 
-bool HasAttribute(Op op, const std::string& name) { return HasKeys(op) || name != "key_norm"; }
+bool HasAttribute(Op op, const std::string& name) {
+  if (name == "exact_window" || name == "causal" || name == "query_norm") return IsNearFar(op);
+  if (name == "feature_map" || name == "feature_epsilon") return !IsNearFar(op);
+  return HasKeys(op) || name != "key_norm";
+}
 
 static Status RequireFiniteAndNotNegative(const char* name, const char* zero, double value) {
   if (std::isfinite(value) && value >= 0) return Status();
@@ -22,7 +26,12 @@ static Status RequireFiniteAndNotNegative(const char* name, const char* zero, do
 
 Status ValidateAttributes(const Attributes& attributes) {
   PERFORMER_RETURN_IF_ERROR(RequireFiniteAndNotNegative("scale", "the default", attributes.scale));
-  return RequireFiniteAndNotNegative("feature_epsilon", "none", attributes.feature_epsilon);
+  PERFORMER_RETURN_IF_ERROR(
+      RequireFiniteAndNotNegative("feature_epsilon", "none", attributes.feature_epsilon));
+  if (attributes.exact_window > 0 && attributes.exact_window <= kMaxExactWindow) return Status();
+  return Status::InvalidArgument("exact_window must be at least 1 and at most " +
+                                 std::to_string(kMaxExactWindow) + "; got " +
+                                 std::to_string(attributes.exact_window));
 }
 
 Status ParseFeatureMap(const std::string& name, FeatureMap* map) {

@@ -23,13 +23,17 @@ struct Attributes {
   double feature_epsilon = 1e-3;
   bool packed = false;
   bool key_norm = true;
+  // Of near-and-far attention: rows of a block, whether keys after the query are hidden, and
+  // whether the log-features of queries have the norm -scale |q|^2 / 2.
+  int64_t exact_window = 64;
+  bool causal = false, query_norm = true;
 
   // The scale in force for key dimension `key_dim` > 0.
   double ResolvedScale(int64_t key_dim) const;
 };
 
 // Calls visit(name, member) for each attribute of `attributes`, which may be const. A member is a
-// FeatureMap, a double or a bool.
+// FeatureMap, a double, an int64_t or a bool.
 template <class MaybeConstAttributes, class Visit>
 void VisitAttributes(MaybeConstAttributes& attributes, const Visit& visit) {
   visit("feature_map", attributes.feature_map);
@@ -37,12 +41,19 @@ void VisitAttributes(MaybeConstAttributes& attributes, const Visit& visit) {
   visit("feature_epsilon", attributes.feature_epsilon);
   visit("packed", attributes.packed);
   visit("key_norm", attributes.key_norm);
+  visit("exact_window", attributes.exact_window);
+  visit("causal", attributes.causal);
+  visit("query_norm", attributes.query_norm);
 }
 
-// Whether a TensorFlow op has the attribute: key_norm is one of those that take keys.
+// Whether a TensorFlow op has the attribute: key_norm is one of those that take keys; near-and-far
+// attention has three of its own, and no choice of the feature map.
 bool HasAttribute(Op op, const std::string& name);
 
-// Requires scale and feature_epsilon to be finite and >= 0.
+// The largest exact_window, which keeps the scores of a row in memory.
+inline constexpr int64_t kMaxExactWindow = 65536;
+
+// Requires scale and feature_epsilon to be finite and >= 0, and 0 < exact_window <= the largest.
 Status ValidateAttributes(const Attributes& attributes);
 
 inline const char* NameOf(FeatureMap map) { return kFeatureMapNames[static_cast<int>(map)]; }

@@ -1,20 +1,32 @@
-// The six operators. Whatever is written once for each of them is expanded from this list.
+// The eight operators. Whatever is written once for each of them is expanded from these lists.
 #pragma once
 #include <array>
 
 // X(name) for each operator: X(Summarize), ..., in the order of the signatures.
 #define PERFORMER_FOR_EACH_OP(X) \
+  X(Summarize)                   \
+  X(Read) X(Causal) X(NearFar) X(SummarizeGrad) X(ReadGrad) X(CausalGrad) X(NearFarGrad)
+
+// Those that have GPU kernels.
+#define PERFORMER_FOR_EACH_GPU_OP(X) \
   X(Summarize) X(Read) X(Causal) X(SummarizeGrad) X(ReadGrad) X(CausalGrad)
 
 namespace performer {
 
-enum class Op { kSummarize, kRead, kCausal, kSummarizeGrad, kReadGrad, kCausalGrad };
+#define PERFORMER_OP(name) k##name,
+enum class Op { PERFORMER_FOR_EACH_OP(PERFORMER_OP) };
+#undef PERFORMER_OP
 
 #define PERFORMER_OP(name) Op::k##name,
-inline constexpr std::array<Op, 6> kAllOps = {PERFORMER_FOR_EACH_OP(PERFORMER_OP)};
+inline constexpr std::array kAllOps = {PERFORMER_FOR_EACH_OP(PERFORMER_OP)};
 #undef PERFORMER_OP
 
 // Whether an operator has keys as inputs; the others read a state.
 constexpr bool HasKeys(Op op) { return op != Op::kRead && op != Op::kReadGrad; }
+
+// Whether an operator attends to near keys exactly and to far keys by features.
+constexpr bool IsNearFar(Op op) { return op == Op::kNearFar || op == Op::kNearFarGrad; }
+
+constexpr bool HasGpuKernel(Op op) { return !IsNearFar(op); }
 
 }  // namespace performer

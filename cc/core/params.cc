@@ -34,6 +34,7 @@ class Arguments {
   MutableState StateOut(const char* log_mass, const char* mean) const {
     return {Out(log_mass), Out(mean)};
   }
+  const int64_t* Start() const { return static_cast<const int64_t*>(In("start")); }
   QueryGradients QueryGrads() const {
     return {Out("grad_query"), Out("grad_query_projection"), Out("grad_feature_bias")};
   }
@@ -61,6 +62,10 @@ Status CheckOffsets(Op op, const Call& call) {
 }
 
 Status TakeOffsets(Op op, Call* call) {
+  if (IsNearFar(op)) {
+    call->start = *Arguments(op, *call).Start();
+    PERFORMER_RETURN_IF_ERROR(ValidateStart(call->start, call->attributes.packed));
+  }
   if (!call->attributes.packed) return Status();
   const auto* given = static_cast<const int64_t*>(call->inputs[OffsetsIndex(op)]);
   call->offsets.assign(given, given + call->dims.sequences + 1);
@@ -85,6 +90,18 @@ CausalParams MakeCausalParams(const Call& call) {
           of.Out("out"), of.StateOut("log_mass", "mean")};
 }
 
+NearFarParams MakeNearFarParams(const Call& call) {
+  const Arguments of(Op::kNearFar, call);
+  return {of.Shared(),
+          of.Queries(),
+          of.Keys(),
+          of.StateIn("initial_log_mass", "initial_mean"),
+          call.start,
+          of.Out("out"),
+          of.Out("log_weight"),
+          of.StateOut("log_mass", "mean")};
+}
+
 SummarizeGradParams MakeSummarizeGradParams(const Call& call) {
   const Arguments of(Op::kSummarizeGrad, call);
   return {of.Shared(), of.Keys(), of.StateIn("log_mass", "mean"),
@@ -104,6 +121,22 @@ CausalGradParams MakeCausalGradParams(const Call& call) {
           of.Keys(),
           of.StateIn("initial_log_mass", "initial_mean"),
           of.In("grad_out"),
+          of.StateIn("grad_log_mass", "grad_mean"),
+          of.QueryGrads(),
+          of.KeyGrads(),
+          of.StateOut("grad_initial_log_mass", "grad_initial_mean")};
+}
+
+NearFarGradParams MakeNearFarGradParams(const Call& call) {
+  const Arguments of(Op::kNearFarGrad, call);
+  return {of.Shared(),
+          of.Queries(),
+          of.Keys(),
+          of.StateIn("initial_log_mass", "initial_mean"),
+          call.start,
+          of.In("log_weight"),
+          of.In("grad_out"),
+          of.In("grad_log_weight"),
           of.StateIn("grad_log_mass", "grad_mean"),
           of.QueryGrads(),
           of.KeyGrads(),

@@ -83,6 +83,16 @@ struct CausalParams : Common {
   MutableState state;
 };
 
+struct NearFarParams : Common {
+  QuerySide queries;
+  KeySide keys;
+  State initial;
+  int64_t start = 0;           // the position of the first key row of each sequence
+  void* out = nullptr;         // [B, L, H, E]
+  void* log_weight = nullptr;  // [B, L, H], in nats
+  MutableState state;
+};
+
 struct SummarizeGradParams : Common {
   KeySide keys;
   State state, grad_state;
@@ -108,6 +118,20 @@ struct CausalGradParams : Common {
   MutableState grad_initial;  // [initial.count, G, M(, E)]
 };
 
+struct NearFarGradParams : Common {
+  QuerySide queries;
+  KeySide keys;
+  State initial;
+  int64_t start = 0;
+  const void* log_weight = nullptr;       // [B, L, H]
+  const void* grad_out = nullptr;         // [B, L, H, E]
+  const void* grad_log_weight = nullptr;  // [B, L, H]
+  State grad_state;                       // of the final state
+  QueryGradients grad_queries;
+  KeyGradients grad_keys;
+  MutableState grad_initial;  // [initial.count, G, M(, E)]
+};
+
 // One call of an operator: inputs and outputs in the order of its signature.
 struct Call {
   DType dtype = DType::kFloat32;
@@ -119,12 +143,14 @@ struct Call {
   // [N + 1], where sequences are packed: a checked copy in host memory. Only this is used, so that
   // no thread can change the offsets between the check and their use.
   std::vector<int64_t> offsets;
+  int64_t start = 0;  // of near-and-far attention, likewise
 };
 
 // Applies ValidateOffsets to call.offsets. OK where sequences are not packed.
 Status CheckOffsets(Op op, const Call& call);
 
-// Copies the input "offsets", which lies in host memory, to call->offsets, and checks the copy.
+// Copies the inputs "offsets" and "start", which lie in host memory, to call->offsets and
+// call->start, and checks the copies.
 Status TakeOffsets(Op op, Call* call);
 
 // SummarizeParams MakeSummarizeParams(const Call& call), and likewise for each operator.

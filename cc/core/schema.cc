@@ -7,7 +7,7 @@ namespace performer {
 namespace {
 
 constexpr ArgumentType kT = ArgumentType::kTensor, kU = ArgumentType::kState,
-                       kI = ArgumentType::kOffsets;
+                       kI = ArgumentType::kOffsets, kStart = ArgumentType::kStart;
 
 // What IsTooLarge (shape.h) asks of a tensor.
 const char kSizeRule[] = " of at most 2**56 elements, where an axis of 0 counts as 1";
@@ -31,11 +31,24 @@ std::vector<Signature> MakeSignatures() {
       {"key_projection", kU, "1|G M D"}, {"feature_bias", kU, "1|G|H M"},
       {"key_bias", kU, kCausalKeyBias},  {"initial_log_mass", kU, "P G M"},
       {"initial_mean", kU, "P G M E"},   {"offsets", kI, "N+1"}};
+  const std::vector<Argument> near_far = {{"query", kT, "B L H D"},
+                                          {"key", kT, "B S G D"},
+                                          {"value", kT, "B S G E"},
+                                          {"query_projection", kU, "1|G|H M D"},
+                                          {"key_projection", kU, "1|G M D"},
+                                          {"feature_bias", kU, "1|G|H M"},
+                                          {"key_bias", kU, kKeyBias},
+                                          {"initial_log_mass", kU, "P G M"},
+                                          {"initial_mean", kU, "P G M E"},
+                                          {"offsets", kI, "N+1"},
+                                          {"start", kStart, ""}};
   const std::vector<Argument> state = {{"log_mass", kU, "N G M"}, {"mean", kU, "N G M E"}};
   const std::vector<Argument> grad_state = {{"grad_log_mass", kU, "N G M"},
                                             {"grad_mean", kU, "N G M E"}};
   const std::vector<Argument> out = {{"out", kT, "B L H E"}},
-                              grad_out = {{"grad_out", kT, "B L H E"}};
+                              grad_out = {{"grad_out", kT, "B L H E"}},
+                              log_weight = {{"log_weight", kU, "B L H"}},
+                              grad_log_weight = {{"grad_log_weight", kU, "B L H"}};
   const auto join = [](std::vector<Argument> all,
                        std::initializer_list<std::vector<Argument>> more) {
     for (const auto& arguments : more) all.insert(all.end(), arguments.begin(), arguments.end());
@@ -45,6 +58,7 @@ std::vector<Signature> MakeSignatures() {
       {"Performer>Summarize", summarize, state},
       {"Performer>Read", read, out},
       {"Performer>Causal", causal, join(out, {state})},
+      {"Performer>NearFar", near_far, join(out, {log_weight, state})},
       {"Performer>SummarizeGrad",
        join(summarize, {state, grad_state}),
        {{"grad_key", kT, "=key"},
@@ -60,6 +74,17 @@ std::vector<Signature> MakeSignatures() {
         {"grad_mean", kU, "=mean"}}},
       {"Performer>CausalGrad",
        join(causal, {out, state, grad_out, grad_state}),
+       {{"grad_query", kT, "=query"},
+        {"grad_key", kT, "=key"},
+        {"grad_value", kT, "=value"},
+        {"grad_query_projection", kU, "=query_projection"},
+        {"grad_key_projection", kU, "=key_projection"},
+        {"grad_feature_bias", kU, "=feature_bias"},
+        {"grad_key_bias", kU, "=key_bias"},
+        {"grad_initial_log_mass", kU, "=initial_log_mass"},
+        {"grad_initial_mean", kU, "=initial_mean"}}},
+      {"Performer>NearFarGrad",
+       join(near_far, {out, log_weight, state, grad_out, grad_log_weight, grad_state}),
        {{"grad_query", kT, "=query"},
         {"grad_key", kT, "=key"},
         {"grad_value", kT, "=value"},
@@ -209,6 +234,20 @@ Status CheckSizes(const Letters& letters) {
   return Status();
 }
 
+// Where near-and-far attention stands: a query row at a key row, the last one at the last one.
+Status CheckRows(const Attributes& attributes, const Letters& letters) {
+  const int64_t queries = letters['L'], keys = letters['S'];
+  if (queries == kUnknown || keys == kUnknown || queries == keys) return Status();
+  const char* rule = attributes.packed    ? "equal that of keys S where sequences are packed"
+                     : !attributes.causal ? "equal that of keys S unless causal"
+                     : queries > keys     ? "be at most that of keys S"
+                                          : nullptr;
+  if (rule == nullptr) return Status();
+  return Status::InvalidArgument(std::string("the number of queries L must ") + rule +
+                                 "; got L = " + std::to_string(queries) +
+                                 ", S = " + std::to_string(keys));
+}
+
 Shape OutputShape(const Argument& output, const Signature& signature,
                   const std::vector<Shape>& inputs, const Letters& letters) {
   if (output.shape[0] == '=') {
@@ -261,6 +300,7 @@ Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>
     }
   }
   PERFORMER_RETURN_IF_ERROR(CheckSizes(letters));
+  if (IsNearFar(op)) PERFORMER_RETURN_IF_ERROR(CheckRows(attributes, letters));
   outputs->clear();
   for (const Argument& output : signature.outputs) {
     outputs->push_back(OutputShape(output, signature, inputs, letters));
@@ -274,6 +314,13 @@ Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>
       letters['B'], letters['H'], letters['G'], letters['L'], causal ? letters['L'] : letters['S'],
       letters['D'], letters['E'], letters['M'], letters['N']};
   return Status();
+}
+
+Status ValidateStart(int64_t start, bool packed) {
+  if (start == 0 || (start > 0 && !packed)) return Status();
+  return Status::InvalidArgument(std::string("start must be ") +
+                                 (packed ? "0 where sequences are packed" : "at least 0") +
+                                 "; got " + std::to_string(start));
 }
 
 Status ValidateOffsets(const int64_t* offsets, int64_t count, int64_t rows) {

@@ -2,8 +2,9 @@
 //
 // Shapes are written with letters: B batch, H query heads, G key/value heads, L queries, S keys,
 // D key dimension, E value dimension, M features, N sequences, P initial states, which is 1 or N.
-// Dimensions with one letter are equal. "1|G" is a broadcast dimension. The same check serves shape inference (where dimensions may be unknown), the op kernels and the NumPy
-// bindings, so that a wrong argument gets the same message everywhere.
+// Dimensions with one letter are equal. "1|G" is a broadcast dimension. The same check serves shape
+// inference (where dimensions may be unknown), the op kernels and the NumPy bindings, so that a wrong
+// argument gets the same message everywhere.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,6 +22,7 @@ enum class ArgumentType {
   kTensor,   // T: float32, bfloat16, half or float64
   kState,    // float32, or float64 where T is float64
   kOffsets,  // int64
+  kStart,    // int64
 };
 
 // "T", "U" or "int64": the type in the registration of the TensorFlow op.
@@ -62,6 +64,9 @@ inline constexpr int64_t kMaxHeads = 1 << 20;
 // of the signature. Errors are InvalidArgument and name the argument, the rule and the value.
 Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>& inputs,
                    Dims* dims, std::vector<Shape>* outputs);
+
+// The position of the first key row must be at least 0, and 0 where sequences are packed.
+Status ValidateStart(int64_t start, bool packed);
 
 // The offsets [count + 1] of packed sequences must start at 0, never fall and end at `rows`.
 Status ValidateOffsets(const int64_t* offsets, int64_t count, int64_t rows);

@@ -13,6 +13,8 @@ inline constexpr int64_t kGradChunk = 96;
 // Also the width of the triangle that is computed pairwise.
 inline constexpr int64_t kCausalChunk = 48;
 inline constexpr int64_t kCausalGradChunk = 48;
+// Queries of near-and-far attention, which lie in one block.
+inline constexpr int64_t kNearFarChunk = 64;
 // A causal call of at most so many rows may be one of very many that hand on a state. The sums of its
 // own keys are then kept apart, so that rounding errors of the calls do not add up. In longer calls
 // the keys weigh enough.

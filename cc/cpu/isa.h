@@ -1,9 +1,9 @@
 // The namespace of the instruction set that kernels are compiled for.
 //
-// kernels.cc is compiled once for each instruction set, with PERFORMER_ISA defined. Everything that
-// it defines lives in the namespace performer::cpu::PERFORMER_ISA. It calls no inline function of
-// other headers that is not always inlined: the linker keeps one copy of an inline function, and
-// that copy must not need a newer processor.
+// The files kernels.cc are compiled once for each instruction set, with PERFORMER_ISA defined.
+// Everything that they define lives in the namespace performer::cpu::PERFORMER_ISA. They call no
+// inline function of other headers that is not always inlined: the linker keeps one copy of an
+// inline function, and that copy must not need a newer processor.
 #pragma once
 
 #ifndef PERFORMER_ISA

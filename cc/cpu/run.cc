@@ -26,12 +26,16 @@ Status RunTyped(Op op, const Call& call, const Threads& threads, const std::stri
       return forward(MakeReadParams(call));
     case Op::kCausal:
       return forward(MakeCausalParams(call));
+    case Op::kNearFar:
+      return forward(MakeNearFarParams(call));
     case Op::kSummarizeGrad:
       return backward(MakeSummarizeGradParams(call));
     case Op::kReadGrad:
       return backward(MakeReadGradParams(call));
     case Op::kCausalGrad:
       return backward(MakeCausalGradParams(call));
+    case Op::kNearFarGrad:
+      return backward(MakeNearFarGradParams(call));
   }
   return Status::InvalidArgument("unknown operator");
 }

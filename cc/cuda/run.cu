@@ -16,15 +16,19 @@ Status RunTyped(Op op, const Call& call, const Device& device) {
 #define PERFORMER_CASE(op) \
   case Op::k##op:          \
     return Run##op<T>(Make##op##Params(call), device);
-    PERFORMER_FOR_EACH_OP(PERFORMER_CASE)
+    PERFORMER_FOR_EACH_GPU_OP(PERFORMER_CASE)
 #undef PERFORMER_CASE
+    default:
+      return Status::Internal("no kernel of this operator");
   }
-  return Status::Internal("unknown operator");
 }
 
 }  // namespace
 
-Status Supports(Op, DType dtype, const Dims& dims) {
+Status Supports(Op op, DType dtype, const Dims& dims) {
+  if (!HasGpuKernel(op))
+    return Status::InvalidArgument(std::string(SignatureOf(op).name) +
+                                   " has no CUDA kernels; it runs on the CPU");
   if (dtype == DType::kFloat64)
     return Status::InvalidArgument(
         "the CUDA kernels take float32, bfloat16 and half; got float64, which runs on the CPU");

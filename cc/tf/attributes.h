@@ -31,6 +31,10 @@ absl::Status ReadAttribute(Context* context, const char* name, bool* value) {
   return context->GetAttr(name, value);
 }
 template <class Context>
+absl::Status ReadAttribute(Context* context, const char* name, int64_t* value) {
+  return context->GetAttr(name, value);
+}
+template <class Context>
 absl::Status ReadAttribute(Context* context, const char* name, double* value) {
   float narrow;
   TF_RETURN_IF_ERROR(context->GetAttr(name, &narrow));

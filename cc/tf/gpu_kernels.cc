@@ -48,7 +48,7 @@ struct GpuDevice {
   PERFORMER_REGISTER_TYPE(op, Eigen::half)
 [[maybe_unused]] const bool registered = [] {
   if (IsRegistered(tensorflow::DEVICE_GPU)) return false;
-  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)
   return true;
 }();
 

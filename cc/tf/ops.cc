@@ -55,6 +55,9 @@ std::string Specification(const char* name, FeatureMap value) {
 std::string Specification(const char* name, double value) {
   return absl::StrCat(name, ": float = ", value);
 }
+std::string Specification(const char* name, int64_t value) {
+  return absl::StrCat(name, ": int = ", value);
+}
 std::string Specification(const char* name, bool value) {
   return absl::StrCat(name, ": bool = ", value ? "true" : "false");
 }
@@ -128,6 +131,36 @@ log_mass: [N, G, M], of the state after the last row.
 mean: [N, G, M, E].
 )doc")
 
+    << Define<Op::kNearFar>(R"doc(
+Attention to near keys exactly and to far keys by features, in one softmax.
+
+Rows come in blocks of exact_window, counted from position 0; key row j stands at position start + j, and query row i where key row i + S - L does. A key is near where its block is that of the query or a neighbour, and far beyond; if causal, only keys up to the query's own row are seen. With q and k times sqrt(scale), and the features w of the projections:
+
+A[i, j] = exp(q.k + key_bias[j]) for near keys; for far keys (1/M) sum_m exp(w_m.q + feature_bias[m] - |q|^2 / 2 + w_m.k - |k|^2 / 2 + key_bias[j]). The keys of the initial state are far for every query. out[i] = sum_j A[i, j] value[j] / sum_j A[i, j].
+
+query: [B, L, H, D]; if causal L <= S, otherwise and if packed L = S.
+key: [B, S, G, D].
+value: [B, S, G, E].
+query_projection: [1, G or H, M, D], rounded once to T.
+key_projection: [1 or G, M, D], rounded once to T.
+feature_bias: [1, G or H, M].
+key_bias: [1 or B, 1 or G, 1 or S]; -inf masks a key.
+initial_log_mass: [1 or N, G, M]; -inf for an empty state.
+initial_mean: [1 or N, G, M, E].
+offsets: [N + 1], where packed sequences begin and end; ignored unless packed.
+start: position of the first key row, at least 0, and 0 if packed.
+out: [B, L, H, E]; 0 in rows that see no key.
+log_weight: [B, L, H], log sum_j A[i, j]; -inf in rows that see no key.
+log_mass: [N, G, M], of the final state: the initial state with all keys; if causal, with those keys only that lie two blocks or more before the row that would come next.
+mean: [N, G, M, E].
+scale: multiplies q.k; 0 stands for D**-0.5.
+packed: B is 1 and holds N sequences one after another; otherwise N = B.
+key_norm: whether |k|^2 / 2 is subtracted.
+exact_window: rows of a block, at most 65536.
+causal: whether a query sees keys up to its own row only.
+query_norm: whether |q|^2 / 2 is subtracted.
+)doc")
+
     << Define<Op::kSummarizeGrad>(
            "Gradient of Performer>Summarize for each of its inputs, summed over broadcast "
            "dimensions.")
@@ -137,6 +170,10 @@ mean: [N, G, M, E].
 
     << Define<Op::kCausalGrad>(
            "Gradient of Performer>Causal for each of its inputs, summed over broadcast "
+           "dimensions.")
+
+    << Define<Op::kNearFarGrad>(
+           "Gradient of Performer>NearFar for each of its inputs, summed over broadcast "
            "dimensions.");
 
 }  // namespace

@@ -180,6 +180,7 @@ def test_the_kit_reports_failures_and_stops_what_hangs(tmp_path):
     assert outcome("import time; time.sleep(60)", 0.2) == "stopped after 0 s"
 
 
+@pytest.mark.slow
 def test_a_required_gpu_that_is_not_there_is_a_failure():
     if not torch_kernels.missing():
         pytest.skip("there is a GPU")

@@ -36,6 +36,7 @@ CALLS = "tests/cpu/test_calls.py tests/cpu/test_properties.py"
 CAUSALITY = "tests/cpu/test_causality.py"
 GRADIENTS = "tests/cpu/test_gradients.py"
 REFUSALS = "tests/cpu/test_bad_input.py"
+NEAR_FAR = "tests/cpu/test_near_far.py"
 EMULATED = "tests/emulated/test_kernels.py"
 EMULATED_GRADIENTS = "tests/emulated/test_gradients.py"
 
@@ -499,9 +500,43 @@ CPU = [
         ),
         (
             "a merged mass is that of the first",
-            "keep * Load(into.mass + m0) + add * Load(more.mass + m0));",
-            "keep * Load(into.mass + m0));",
+            "keep * Load(x.mass + m0) + add * Load(y.mass + m0));",
+            "keep * Load(x.mass + m0));",
         ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/near_far/blocks.h",
+        NEAR_FAR,
+        (
+            "the position of the first key does not count",
+            "phase(params.start % window)",
+            "phase(0)",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/near_far/logits.h",
+        NEAR_FAR,
+        ("the number of features does not count", "far_bias[m] -= log_features;", ""),
+        ("a query sees the key after it", "rows.at + i + 1 :", "rows.at + i + 2 :"),
+    ),
+    *_faults(
+        "cc/cpu/kernels/near_far/decode.h",
+        NEAR_FAR,
+        (
+            "a token reads the far keys of the initial state only",
+            "    if (has_keys_) {\n      state_.Update(strides_);",
+            "    if (false) {\n      state_.Update(strides_);",
+        ),
+        (
+            "a masked near key counts for a token",
+            "if (near.skip[j]) continue;\n    const Acc product",
+            "const Acc product",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/near_far_backward/gradient.h",
+        NEAR_FAR,
+        ("gradients are not centred", "centred || !keys.keys.any", "true"),
     ),
     *_faults(
         "cc/cpu/kernels/query_chunk.h",
@@ -576,6 +611,12 @@ CPU = [
             f"{CAUSALITY} tests/cpu/test_determinism.py",
         ),
         (
+            "the anchors of a steep sub-chunk stay those of its first key",
+            "if (raised > s.state.anchor[m]) s.Raise(m, raised, strides, s.state);",
+            "if (false) s.Raise(m, raised, strides, s.state);",
+            "tests/cpu/test_steep_keys.py",
+        ),
+        (
             "masses grow without a limit",
             "if (next.mass[m] > kRescaleThreshold<Acc>)",
             "if (false)",
@@ -583,12 +624,30 @@ CPU = [
         ),
     ),
     *_faults(
+        "cc/cpu/kernels/causal/steep.h",
+        CAUSALITY,
+        (
+            "a query of a steep sub-chunk sees the next key",
+            "sub_chunk.begin + i + 1);",
+            "sub_chunk.begin + i + 2);",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/causal_backward/forward_scan.h",
+        "tests/cpu/test_steep_keys.py",
+        (
+            "every steep key keeps anchors of its own",
+            "const bool steep = begin > 0 && !IsEmpty(gradient);",
+            "const bool steep = false;",
+        ),
+    ),
+    *_faults(
         "cc/cpu/kernels/causal_backward/forward_scan.h",
         GRADIENTS,
         (
             "the normaliser gives no gradient",
-            "const Acc scaled = delta[r] * Inverse(s.queries.den[r]);",
-            "const Acc scaled = 0 * delta[r] * Inverse(s.queries.den[r]);",
+            "const Acc scaled = delta[r] * inverse[r];",
+            "const Acc scaled = 0 * delta[r] * inverse[r];",
         ),
     ),
     *_faults(

@@ -27,9 +27,11 @@ cuda=$(nm -D --undefined-only --format=just-symbols "${libraries[@]}" |
 # namespace of its instruction set) may be linked from the AVX-512 copy and reached on any processor.
 for isa in "${isas[@]}"; do
   for accumulator in float double; do
-    object=$objects/performer_kernels_${isa}_$accumulator.dir/cc/cpu/kernels/kernels.cc.o
-    shared=$(nm -C --defined-only "$object" | search -E ' [TWVuBDR] ' | search -v "::$isa::")
-    [[ -z $shared ]] || fail "$object shares: $shared"
+    for file in kernels near_far/kernels; do
+      object=$objects/performer_kernels_${isa}_$accumulator.dir/cc/cpu/kernels/$file.cc.o
+      shared=$(nm -C --defined-only "$object" | search -E ' [TWVuBDR] ' | search -v "::$isa::")
+      [[ -z $shared ]] || fail "$object shares: $shared"
+    done
   done
 done
 

@@ -58,10 +58,10 @@ def test_the_compiler_of_the_system_is_preferred(requirements, monkeypatch, tmp_
     assert requirements.needed() == []
 
 
-def decide(wish, **environment):
+def decide(wish, *arguments, **environment):
     """Runs the decision alone; the exit status and what it said."""
     found = subprocess.run(
-        [CMAKE, f"-DPERFORMER_CUDA={wish}", "-P", str(ROOT / "cmake" / "cuda.cmake")],
+        [CMAKE, f"-DPERFORMER_CUDA={wish}", *arguments, "-P", ROOT / "cmake" / "cuda.cmake"],
         env={"PATH": "/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
@@ -80,6 +80,19 @@ def test_an_unknown_wish_is_an_error():
     code, said = decide("maybe")
     assert code != 0
     assert "PERFORMER_CUDA must be AUTO, ON or OFF; got maybe" in said
+
+
+@needs_cmake
+def test_they_are_built_unasked_only_where_a_gpu_is(tmp_path):
+    nvcc = toolkit(tmp_path / "cuda", compiles=False, version="11.5")
+    given = [f"-Dperformer_gpu_signs={tmp_path}/driver", f"-Dsystem_nvcc={nvcc}"]
+    too_old = "nvcc must be 11.8 or later"
+    code, said = decide("AUTO", *given)
+    assert code == 0
+    assert "left out; no NVIDIA GPU is here; PERFORMER_CUDA=ON builds them" in said
+    assert too_old in decide("ON", *given)[1]
+    (tmp_path / "driver").touch()
+    assert too_old in decide("AUTO", *given)[1]
 
 
 @needs_cmake
@@ -176,6 +189,7 @@ def test_what_a_compiler_says_is_kept_to_the_letter(tmp_path):
     assert info["CUDA_LEFT_OUT"] == f"{nvcc} does not run: {words}"
 
 
+@pytest.mark.slow
 @needs_cmake
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_a_compiler_that_has_moved_is_found_and_one_named_to_cmake_stays_named(tmp_path):

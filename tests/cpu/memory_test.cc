@@ -37,7 +37,11 @@ Status Run(Op op, int64_t rows) {
     bool fits = true;
     for (const int64_t dim : shape.dims) fits &= dim <= 1;
     small.emplace_back(1, 1.f);
-    call.inputs.push_back(fits ? small.back().data() : nullptr);
+    static const int64_t kNowhere = 0;  // the start
+    call.inputs.push_back(argument.type == ArgumentType::kStart
+                              ? static_cast<const void*>(&kNowhere)
+                          : fits ? small.back().data()
+                                 : nullptr);
   }
   std::vector<Shape> outputs;
   PERFORMER_RETURN_IF_ERROR(
@@ -63,7 +67,8 @@ int main() {
   };
   for (const Op op : kAllOps) expect(op, 1, Code::kResourceExhausted);
   // Without keys every sequence still has a state to write; without queries there is nothing to do.
-  for (const Op op : {Op::kSummarize, Op::kCausal, Op::kSummarizeGrad, Op::kCausalGrad})
+  for (const Op op : {Op::kSummarize, Op::kCausal, Op::kNearFar, Op::kSummarizeGrad,
+                      Op::kCausalGrad, Op::kNearFarGrad})
     expect(op, 0, Code::kResourceExhausted);
   expect(Op::kRead, 0, Code::kOk);
   return failures;

@@ -75,7 +75,7 @@ def test_options_out_of_range_are_refused(options, says):
 
 
 def test_an_unknown_operator_is_refused():
-    with pytest.raises(ValueError, match=r"op must be Summarize.*Attend"):
+    with pytest.raises(ValueError, match=r"op must be one of Summarize, .*Attend"):
         _core.run("Attend", good_inputs())
 
 

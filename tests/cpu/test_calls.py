@@ -99,7 +99,7 @@ def test_float64_functions_have_the_error_of_the_c_library(isa):
 def test_the_signature_is_what_a_call_takes_and_gives(op, dtype):
     case = cases(True)["less than a chunk, holes, a projection for each head"]
     x = {**make(case, dtype), **cotangents(case, dtype)}
-    x.update(forward(x, causal=True))
+    x.update(run("NearFar", x) | forward(x, causal=True))
     signature, wide = _core.signature(op), "float64" if dtype == "float64" else "float32"
     types = {"T": DTYPES[dtype], "U": np.dtype(wide), "int64": np.dtype(np.int64)}
     for name, kind, _ in signature["inputs"]:

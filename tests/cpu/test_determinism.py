@@ -10,6 +10,8 @@ from support.compare import assert_close, assert_same_bits
 from support.core_calls import backward, forward, isas
 from support.inputs import Case, cotangents, forms, make
 
+# Inputs without an axis of batch rows.
+OF_NO_ROW = ("query_projection", "key_projection", "feature_bias", "offsets", "start")
 ROWS = ("out", "query", "key", "value", "key_bias")  # results that a batch row has for itself
 PLAIN = Case(
     batch=5,
@@ -152,9 +154,8 @@ def test_calls_at_the_same_time_do_not_disturb_each_other(causal):
 def test_a_batch_row_alone_has_the_bits_it_has_among_others(causal, isa):
     x, incoming = make(PLAIN), cotangents(PLAIN)
     together = everything(x, incoming, causal, isa=isa, threads=2)
-    per_row = [name for name in x if "projection" not in name and name != "feature_bias"]
     for b in (0, 3, 4):
-        alone = {n: a[b : b + 1] if n in per_row and n != "offsets" else a for n, a in x.items()}
+        alone = {name: a if name in OF_NO_ROW else a[b : b + 1] for name, a in x.items()}
         grads_in = {name: a[b : b + 1] for name, a in incoming.items()}
         results = everything(alone, grads_in, causal, isa=isa)
         for name in (*ROWS, "log_mass", "mean"):
@@ -166,9 +167,8 @@ def test_a_batch_row_alone_has_the_bits_it_has_among_others(causal, isa):
 def test_permuted_batch_rows_permute_the_results(causal, isa):
     x, incoming = make(PLAIN), cotangents(PLAIN)
     order = np.array([3, 0, 4, 2, 1])
-    fixed = ("query_projection", "key_projection", "feature_bias", "offsets")
     moved = everything(
-        {name: a if name in fixed else a[order] for name, a in x.items()},
+        {name: a if name in OF_NO_ROW else a[order] for name, a in x.items()},
         {name: a[order] for name, a in incoming.items()},
         causal,
         isa=isa,

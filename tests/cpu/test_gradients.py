@@ -151,3 +151,26 @@ def test_gradients_of_long_sequences_do_not_drown_in_what_values_have_in_common(
     grads = backward(x, incoming, causal, partial(run, isa=isa))
     for name, bound in {"query": 8e-6, "key": 9e-7, "value": 6e-7}.items():
         assert_close(grads[name], exact[name], rms=bound, what=name)
+
+
+@isas
+@forms
+@pytest.mark.parametrize("size", [1e4, 1e6], ids=["std 1e4", "clipped to 65504"])
+def test_large_entries_give_gradients_of_values_that_are_right(size, causal, isa):
+    """Log-features of 1e9 to 1e10 are rounded to 64 or more; weights must not depend on that."""
+    case = Case(batch=1, rows=300, heads=1, groups=1, dim=16, value_dim=16, features=64)
+    x, incoming = make(case), cotangents(case)
+    for name in ("query", "key", "value"):
+        x[name][:] = np.clip(size * x[name], -65504, 65504)
+    for name in ("grad_log_mass", "grad_mean"):
+        incoming[name][:] = 0
+    wide = [
+        {n: a if n == "offsets" else a.astype("f8") for n, a in y.items()} for y in (x, incoming)
+    ]
+    run_here = partial(run, isa=isa)
+    out, exact = (forward(y, causal, run_here)["out"] for y in (x, wide[0]))
+    assert_close(out, exact, rms=1e-6, what="out")
+    grads, exact = backward(x, incoming, causal, run_here), backward(*wide, causal, run_here)
+    assert_close(grads["value"], exact["value"], rms=2e-6, what="value")
+    for name, grad in grads.items():
+        assert_finite(grad, what=name)

@@ -45,9 +45,10 @@ constexpr Sizes kMany = {2, 4, 2, 1100, 16, 24};
 constexpr Sizes kFew = {1, 2, 1, 4000, 16, 512};
 
 // The outputs of one operator, one after another, or nothing if it failed.
-std::vector<float> Run(Op op, const Sizes& sizes, int threads) {
+std::vector<float> Run(Op op, const Sizes& sizes, bool causal, int threads) {
   const Signature& signature = SignatureOf(op);
   Call call;
+  call.attributes.causal = causal;  // of near-and-far attention
   std::vector<std::vector<float>> inputs;
   std::vector<int64_t> offsets = {0};
   for (const Argument& argument : signature.inputs) {
@@ -66,9 +67,10 @@ std::vector<float> Run(Op op, const Sizes& sizes, int threads) {
     }
     inputs.push_back(Values(Elements(shape), static_cast<int>(inputs.size())));
     call.input_shapes.push_back(shape);
-    call.inputs.push_back(argument.type == ArgumentType::kOffsets
-                              ? static_cast<const void*>(offsets.data())
-                              : inputs.back().data());
+    const bool integers =
+        argument.type == ArgumentType::kOffsets || argument.type == ArgumentType::kStart;
+    call.inputs.push_back(integers ? static_cast<const void*>(offsets.data())
+                                   : inputs.back().data());
   }
   std::vector<Shape> shapes;
   Status status = InferShapes(op, call.attributes, call.input_shapes, &call.dims, &shapes);
@@ -86,11 +88,11 @@ std::vector<float> Run(Op op, const Sizes& sizes, int threads) {
 }
 
 // The number of times that many threads gave something else than one.
-int Failures(Op op, const Sizes& sizes) {
+int Failures(Op op, const Sizes& sizes, bool causal = false) {
   int failures = 0;
-  const std::vector<float> one = Run(op, sizes, 1);
+  const std::vector<float> one = Run(op, sizes, causal, 1);
   for (const int threads : {2, 8}) {
-    const std::vector<float> many = Run(op, sizes, threads);
+    const std::vector<float> many = Run(op, sizes, causal, threads);
     const bool same = !one.empty() && one.size() == many.size() &&
                       std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0;
     bool finite = true;
@@ -109,5 +111,6 @@ int Failures(Op op, const Sizes& sizes) {
 int main() {
   int failures = 0;
   for (const Op op : kAllOps) failures += Failures(op, kMany);
+  for (const Op op : {Op::kNearFar, Op::kNearFarGrad}) failures += Failures(op, kMany, true);
   return failures + Failures(Op::kCausal, kFew);
 }

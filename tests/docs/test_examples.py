@@ -21,20 +21,24 @@ def test_an_example_is_short_and_is_run_here(path):
     assert f'run("{path.stem}"' in Path(__file__).read_text()
 
 
+@pytest.mark.slow
 def test_text_classification_is_better_than_chance():
     assert run("text_classification") > 0.6
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_and_streams():
     bits, difference = run("causal_language_model")
     assert bits < 4.5  # 8 before training; 4.8 with the frequencies of bytes alone
     assert difference < 1e-3
 
 
+@pytest.mark.slow
 def test_images_are_told_apart():
     assert run("image_attention") > 0.8
 
 
+@pytest.mark.slow
 def test_cross_attention_reads_a_state():
     before, after, difference = run("cross_attention")
     assert after < before - 1
@@ -47,10 +51,12 @@ def test_packed_sequences_are_those_alone():
     assert difference < 1e-4
 
 
+@pytest.mark.slow
 def test_a_served_model_streams_without_the_package():
     assert run("serving") < 1e-4
 
 
+@pytest.mark.slow
 def test_recall_needs_the_window_for_near_and_features_for_far_pairs():
     table = run("recall", pairs=20, steps=50, models=("window alone", "both"))
     far = table["window alone"][0]

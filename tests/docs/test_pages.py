@@ -19,7 +19,12 @@ def test_there_are_examples():
     assert sum(name.startswith("from-multi-head-attention") for name in BLOCKS) >= 5
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+def example(name):
+    """The README's run in every test, those of the guides by -m slow."""
+    return pytest.param(name, marks=[] if name.startswith("README") else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [example(name) for name in BLOCKS])
 def test_examples_run_and_print_what_they_say(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[name], name, "exec"), {"__name__": "page"})

@@ -14,7 +14,7 @@ from support.compare import assert_same_bits
 from support.core_calls import backward
 from support.emulated_calls import all_cases, dtypes, emulated, run
 from support.emulated_kernels import CALLS, call, inputs
-from support.inputs import OPS, cotangents, forms, make
+from support.inputs import GPU_OPS, cotangents, forms, make
 
 
 def assert_kept(run_once):
@@ -28,14 +28,14 @@ def assert_kept(run_once):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", GPU_OPS)
 def test_kernels_keep_to_their_memory(op, name):
     x = inputs(name, op)
     assert_kept(lambda **schedule: call(name, op, x, **schedule))
 
 
 @pytest.mark.parametrize("name", ["narrow half", "narrow float32", "sub-chunks"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", GPU_OPS)
 def test_kernels_of_small_blocks_keep_to_their_memory(op, name):
     x, small = inputs(name, op), emulated.small_shared_bytes
     assert_kept(lambda **schedule: call(name, op, x, shared_bytes=small, **schedule))

@@ -10,7 +10,7 @@ import pytest
 from support.compare import assert_same_bits
 from support.emulated_calls import emulated, needs_race_detector
 from support.emulated_kernels import CALLS, call, inputs
-from support.inputs import OPS
+from support.inputs import GPU_OPS
 
 SOURCES = Path(__file__).parents[2] / "cc" / "cuda"
 MARK = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|CpAsyncWait<")
@@ -31,7 +31,7 @@ def reached():
     """By site: its name for the emulator, and the calls that pass it, the short ones first."""
     passed = {}
     for name in CALLS:
-        for op in OPS:
+        for op in GPU_OPS:
             x = inputs(name, op)
             emulated.reset_sites()
             emulated.reset_counters()

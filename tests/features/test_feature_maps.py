@@ -196,6 +196,15 @@ def test_saved_with_the_model(feature_map, tmp_path):
     assert type(loaded.layers[-1].get_config()["feature_map"]) is dict
 
 
+def test_attributes_that_were_set_are_saved_and_others_refused():
+    loud = feature_maps.FeatureMap(query_norm=False, scale=0.5)
+    again = feature_maps.get(feature_maps.serialize(loud))
+    assert (again.query_norm, again.scale, again.key_norm) == (False, 0.5, True)
+    assert feature_maps.FeatureMap.query_norm
+    with pytest.raises(TypeError, match=r"takes the attributes epilogue, .*; got query_nrom=False"):
+        feature_maps.FeatureMap(query_nrom=False)
+
+
 def test_what_is_no_map_is_refused():
     class Half:
         epilogue = "softmax"

@@ -286,6 +286,7 @@ def test_keys_are_one_position_late():
     assert_close(seen[0], expected, worst=WORST)
 
 
+@pytest.mark.slow
 def test_blocks_are_saved_and_trained_further(tmp_path):
     tokens = keras.Input((None,), dtype="int32")
     encoded_tokens = keras.Input((None,), dtype="int32")

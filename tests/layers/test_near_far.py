@@ -237,6 +237,7 @@ def test_a_learned_balance_starts_at_minus_4_trains_and_comes_last():
     assert np.all(tape.gradient(loss, weight.value).numpy() != 0)
 
 
+@pytest.mark.slow
 def test_models_with_blocks_are_saved_with_all_of_it(tmp_path):
     inputs = keras.Input((None, 16))
     options = {"num_heads": 2, "supports": 16, "exact_window": W, "far_bias": "learned"}
@@ -325,6 +326,7 @@ def test_states_survive_saving(tmp_path):
     assert_same_bits(*results)
 
 
+@pytest.mark.slow
 def test_xla_compiles_training():
     layer = built((2, 130, 16), far_bias="learned", dtype="float64")
     x = normal(2, 130, 16).astype("float64")

@@ -48,7 +48,7 @@ def rows(op, packed):
         shapes = {name: a.shape for name, a in x.items()}
         dtypes = {name: str(a.dtype) for name, a in x.items()}
         offsets = tuple(x["offsets"].ravel().tolist())
-        found.append((Drawn(Call(op, shapes, dtypes, attributes, offsets)), x))
+        found.append((Drawn(Call(op, shapes, dtypes, attributes, offsets)), x))  # start is 0
 
     for name, kind, pattern in signature:
         for shape in dict.fromkeys(shapes_of(name, pattern, good[name].shape)):

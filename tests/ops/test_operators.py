@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 
 from support.compare import assert_close, assert_same_bits
-from support.core_calls import _core, backward, forward, run
-from support.inputs import OPS, Case, cotangents, make
+from support.core_calls import _core, backward, run
+from support.inputs import OPS, Case, cotangents, known_attributes, make
 from support.operator_calls import (
     FORWARD,
     call,
@@ -29,15 +29,16 @@ CASES = {
     "elu, scale": Case(attributes=(("feature_map", "elu"), ("scale", 0.3))),
     "no norm": Case(attributes=(("key_norm", False), ("scale", 0.5))),
     "no rows": Case(rows=0, state=2),
+    "a window": Case(rows=70, bias="B1S", attributes=(("exact_window", 8), ("causal", True))),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def all_inputs(case, dtype="float32"):
-    """Inputs of all six operators."""
+    """Inputs of all operators."""
     x, incoming = make(case, dtype), cotangents(case, dtype)
-    saved = forward(x, causal=True, **case.options)
-    return {**x, **incoming, **saved}
+    near_far = run("NearFar", x, **case.options)
+    return {**x, **incoming, **near_far, **run("Causal", x, **case.options)}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -55,7 +56,7 @@ def test_the_registered_arguments_are_those_of_the_core(op):
 def test_every_attribute_but_the_type_has_its_default(op):
     attributes = {attr.name: attr for attr in definition(op).attr}
     defaults = {
-        name: {"string": "s", "float": "f", "bool": "b", "type": "type"}[attr.type]
+        name: {"string": "s", "float": "f", "bool": "b", "int": "i", "type": "type"}[attr.type]
         for name, attr in attributes.items()
         if name != "T"
     }
@@ -69,8 +70,8 @@ def test_every_attribute_but_the_type_has_its_default(op):
         "packed": False,
         "U": tf.float32.as_datatype_enum,
     }
-    if not op.startswith("Read"):
-        wanted["key_norm"] = True
+    wanted |= {"key_norm": True, "exact_window": 64, "causal": False, "query_norm": True}
+    wanted = known_attributes(op, wanted)
     assert values == wanted
     types = {tf.as_dtype(t).name for t in attributes["T"].allowed_values.list.type}
     assert types == {"float32", "bfloat16", "float16", "float64"}
@@ -120,12 +121,13 @@ def test_registered_gradients_are_those_of_the_core(op):
         for name, kind, _ in _core.signature(op)["inputs"]
         if kind != "int64"
     }
+    options = {"exact_window": 8, "causal": True}
     with tf.GradientTape() as tape:
         tape.watch(differentiable)
-        results = call(op, {**x, **differentiable})
+        results = call(op, {**x, **differentiable}, **options)
         loss = sum(tf.reduce_sum(r * x[f"grad_{name}"]) for name, r in results.items())
-    saved = run(op, x)
-    wanted = run(f"{op}Grad", {**x, **saved})
+    saved = run(op, x, **options)
+    wanted = run(f"{op}Grad", {**x, **saved}, **options)
     for name, grad in tape.gradient(loss, differentiable).items():
         assert_same_bits(grad, wanted[f"grad_{name}"], what=name)
 
@@ -170,6 +172,11 @@ SPECS = {
         [[2, 9, 6, 5], [2, 3, 7], [2, 3, 7, 5]],
     ),
 }
+SPECS["NearFar"] = (
+    {**SPECS["Causal"][0], "query": [2, 9, 6, 4]},
+    {**SPECS["Causal"][1], "start": None},
+    [[2, 9, 6, 5], [2, 9, 6], *SPECS["Causal"][2][1:]],
+)
 
 
 @pytest.mark.parametrize("op", FORWARD)
@@ -178,7 +185,9 @@ def test_shape_inference_puts_together_what_each_argument_knows(op):
     shapes = {**given, **rest, "offsets": [None]}
     with tf.Graph().as_default():
         inputs = {
-            name: tf.compat.v1.placeholder(tf.int64 if name == "offsets" else tf.float32, shape)
+            name: tf.compat.v1.placeholder(
+                tf.int64 if name in ("offsets", "start") else tf.float32, shape
+            )
             for name, shape in shapes.items()
         }
         outputs = tf.nest.flatten(function(op)(**inputs))

@@ -68,6 +68,24 @@ def test_a_vectorized_map_is_every_iteration_by_itself(projections, segments, ca
     assert_close(results[-1], expected[-1], relative=1e-5)
 
 
+@forms
+def test_a_vectorized_map_with_a_window_is_every_iteration_by_itself(causal, no_loop):
+    query, key, value = (
+        normal(N, 1, 200, H, D),
+        normal(1, 200, G, D, seed=1),
+        normal(N, 1, 200, G, 5),
+    )
+    w, options = normal(M, D, seed=2), {"causal": causal, "exact_window": 64}
+
+    def one(query, value):
+        return with_gradients([query, key, value], projection=w, **options)
+
+    results = tf.vectorized_map(lambda x: one(*x), (query, value))
+    expected = by_hand(lambda i: one(query[i], value[i]), N)
+    for result, other in zip(results, expected, strict=True):
+        assert_same_bits(result, other)
+
+
 @pytest.mark.parametrize(("causal", "known"), [(False, True), (True, False)])
 def test_a_jacobian_is_the_gradient_of_every_output(known, causal, no_loop):
     inputs = [normal(1, 2, 2, 4), normal(1, 2, 1, 4, seed=1), normal(1, 2, 1, 2), normal(6, 4)]

@@ -15,8 +15,10 @@ if os.environ.get("PERFORMER_DISABLE_LIBRARY"):
     sys.modules.setdefault("tensorflow", None)  # not installed, as far as the package can tell
 
 from performer import _core, reference
+from support.inputs import known_attributes
 
 isas = pytest.mark.parametrize("isa", _core.isas())
+_OTHERS = ("initial", "offsets", "start")  # inputs that the reference takes apart from the others
 
 
 def signature_names(op: str) -> list[str]:
@@ -26,9 +28,7 @@ def signature_names(op: str) -> list[str]:
 
 def run(op: str, x: dict, **options) -> dict[str, np.ndarray]:
     """Runs an operator on those of the arrays that are its inputs."""
-    names = signature_names(op)
-    if op.startswith("Read"):
-        options.pop("key_norm", None)
+    names, options = signature_names(op), known_attributes(op, options)
     return _core.run(op, {name: x[name] for name in names}, **options)
 
 
@@ -58,7 +58,7 @@ def backward(x: dict, incoming: dict, causal: bool, by=run, **options) -> dict[s
 def expected(x: dict, causal: bool, **options) -> dict[str, np.ndarray]:
     """What `forward` should give, in float64."""
     options = dict(options)
-    arguments = {name: a for name, a in x.items() if not name.startswith(("initial", "offsets"))}
+    arguments = {name: a for name, a in x.items() if not name.startswith(_OTHERS)}
     out, (log_mass, mean) = reference.attention(
         **arguments,
         causal=causal,
@@ -69,13 +69,28 @@ def expected(x: dict, causal: bool, **options) -> dict[str, np.ndarray]:
     return {"out": out, "log_mass": log_mass, "mean": mean}
 
 
+def expected_near_far(x: dict, **options) -> dict[str, np.ndarray]:
+    """What NearFar should give, in float64."""
+    options = {"exact_window": 64, "causal": False, **options}
+    packed = options.pop("packed", False)
+    names = [name for name in signature_names("NearFar") if not name.startswith("initial")]
+    out, log_weight, (log_mass, mean) = reference.near_far_attention(
+        **{name: x[name] for name in names if name not in ("offsets", "start")},
+        start=int(x["start"]) % options["exact_window"],  # of any size
+        offsets=x["offsets"] if packed else None,
+        initial_state=(x["initial_log_mass"], x["initial_mean"]),
+        **options,
+    )
+    return {"out": out, "log_weight": log_weight, "log_mass": log_mass, "mean": mean}
+
+
 def expected_gradients(
     x: dict, incoming: dict, causal: bool, *, state: bool | None = None, **options
 ) -> dict[str, np.ndarray]:
     """What `backward` should give, in float64; `state`: with the initial one (default: causal)."""
     options, state = dict(options), causal if state is None else state
     return reference.attention_gradients(
-        **{name: a for name, a in x.items() if not name.startswith(("initial", "offsets"))},
+        **{name: a for name, a in x.items() if not name.startswith(_OTHERS)},
         grad_out=incoming["grad_out"],
         grad_state=(incoming["grad_log_mass"], incoming["grad_mean"]),
         causal=causal,

@@ -16,6 +16,9 @@ ATTRIBUTES = {
     "feature_epsilon": "1.0e-3 : f64",
     "packed": "false",
     "key_norm": "true",
+    "exact_window": "64 : i64",
+    "causal": "false",
+    "query_norm": "true",
 }
 _MLIR = {
     "float32": "f32",

@@ -9,13 +9,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-OPS = ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad")
+FORWARD = ("Summarize", "Read", "Causal", "NearFar")
+OPS = (*FORWARD, *(f"{op}Grad" for op in FORWARD))
+GPU_OPS = tuple(op for op in OPS if not op.startswith("NearFar"))
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+# Attributes that some operators do not have.
+_WINDOW, _MAP = ("exact_window", "causal", "query_norm"), ("feature_map", "feature_epsilon")
 forms = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 
 
@@ -101,16 +105,17 @@ def _made(case: Case, dtype: str, seed: int) -> dict[str, np.ndarray]:
         name: array.astype(narrow if name in ("query", "key", "value") else wide)
         for name, array in x.items()
     }
-    return {**x, "offsets": np.array([0] if c.offsets is None else c.offsets, np.int64)}
+    offsets = [0] if c.offsets is None else c.offsets
+    return {**x, "offsets": np.array(offsets, np.int64), "start": np.array(0, np.int64)}
 
 
 def make(case: Case, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of Causal, which include those of Summarize and Read; the caller may change them."""
+    """Inputs of the forward operators, but for the state of Read; the caller may change them."""
     return {name: x.copy() for name, x in _made(case, dtype, seed).items()}
 
 
 def cotangents(case: Case, dtype: str = "float32", seed: int = 100) -> dict[str, np.ndarray]:
-    """Incoming gradients of out, log_mass and mean."""
+    """Incoming gradients of out, log_mass, mean and log_weight."""
     rng = np.random.default_rng(seed)
     wide = np.dtype("f8" if dtype == "float64" else "f4")
     queries = case.rows if case.queries is None else case.queries
@@ -121,4 +126,13 @@ def cotangents(case: Case, dtype: str = "float32", seed: int = 100) -> dict[str,
         ),
         "grad_log_mass": rng.normal(size=state).astype(wide),
         "grad_mean": rng.normal(size=(*state, case.value_dim)).astype(wide),
+        "grad_log_weight": rng.normal(size=(case.batch, queries, case.heads)).astype(wide),
     }
+
+
+def known_attributes(op: str, attributes: dict) -> dict:
+    """Those that an operator has, and those that no operator has."""
+    other = _MAP if op.startswith("NearFar") else _WINDOW
+    if op.startswith("Read"):
+        other = (*other, "key_norm")
+    return {name: value for name, value in attributes.items() if name not in other}

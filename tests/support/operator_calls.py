@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import tensorflow as tf
 from tensorflow.python.framework import kernels, op_def_registry
 
 from performer import composition, loader
-from performer.ops import gradients as gradients  # registers the gradients of the operators
-from support.inputs import OPS
+from performer.ops.gradients import function_name  # the import registers the gradients, too
+from support.inputs import FORWARD as FORWARD
+from support.inputs import known_attributes
 
-FORWARD = OPS[:3]
 needs_xla = pytest.mark.skipif(
     loader.xla_status().state != "loaded",
     reason=loader.xla_status().message or "the operators for XLA are loaded",
@@ -24,7 +22,7 @@ needs_library = pytest.mark.skipif(
 
 def function(op: str):
     """The Python wrapper of `Performer>{op}`."""
-    return getattr(loader.ops(), "performer_" + re.sub(r"(?<!^)(?=[A-Z])", "_", op).lower())
+    return getattr(loader.ops(), function_name(op))
 
 
 def arguments(op: str, x: dict) -> dict:
@@ -42,9 +40,7 @@ def definition(op: str):
 
 def call(op: str, x: dict, **attributes) -> dict:
     """Runs an operator eagerly (or into the graph of the caller); its outputs by name."""
-    if op.startswith("Read"):
-        attributes.pop("key_norm", None)
-    results = function(op)(**arguments(op, x), **attributes)
+    results = function(op)(**arguments(op, x), **known_attributes(op, attributes))
     return named(op, results)
 
 
@@ -62,9 +58,7 @@ def traced(op: str, shapes: str, x: dict, **attributes) -> dict:
         shapes: "static", "dynamic" (ranks known) or "unknown" (not even these); "compiled": by XLA
             from unknown ones.
     """
-    if op.startswith("Read"):
-        attributes.pop("key_norm", None)
-    inputs = arguments(op, x)
+    attributes, inputs = known_attributes(op, attributes), arguments(op, x)
     known = {
         "static": lambda shape: shape,
         "dynamic": lambda shape: [None] * len(shape),
@@ -82,9 +76,11 @@ def traced(op: str, shapes: str, x: dict, **attributes) -> dict:
 
 def composed(op: str, x: dict, **attributes) -> dict:
     """The same by the plain composition (forward operators)."""
-    if op == "Read":
-        attributes.pop("key_norm", None)
-    return named(op, getattr(composition, op.lower())(**arguments(op, x), **attributes))
+    attributes = known_attributes(op, attributes)
+    if op == "NearFar":  # the operator has defaults
+        attributes = {"exact_window": 64, "causal": False, **attributes}
+    name = function_name(op).removeprefix("performer_")
+    return named(op, getattr(composition, name)(**arguments(op, x), **attributes))
 
 
 def has_gpu_kernel(op: str) -> bool:

@@ -62,6 +62,6 @@ def check_batch_row_alone(run, case: Case, causal: bool, dtype: str) -> None:
     """A batch row has the bits that it has alone."""
     x = make(case, dtype)
     together = forward(x, causal, run, **case.options)
-    alone = {n: a[1:] if len(a) == case.batch and a.ndim > 1 else a for n, a in x.items()}
+    alone = {n: a[1:] if a.ndim > 1 and len(a) == case.batch else a for n, a in x.items()}
     for output, result in forward(alone, causal, run, **case.options).items():
         assert_same_bits(result, together[output][1:], what=output)

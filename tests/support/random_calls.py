@@ -14,7 +14,7 @@ import numpy as np
 
 from support import core_calls  # before anything else of performer: it keeps TensorFlow out
 from support.compare import assert_close
-from support.inputs import DTYPES, OPS
+from support.inputs import DTYPES, OPS, known_attributes
 from support.validity import FIRST, INPUTS, NARROW, Call, faults, result_shapes
 
 ROWS = (0, 1, 1, 2, 3, 5, 24, 47, 48, 49, 97)  # around the chunks of the kernels
@@ -56,11 +56,13 @@ class Drawn:
         shape, dtype = self.call.shapes[name], self.call.dtypes[name]
         if name == "offsets" and len(shape) == 1:
             x = np.array(self.call.offsets, np.int64)
+        elif name == "start" and shape == ():
+            x = np.array(self.call.start, np.int64)
         else:
             x = rng.normal(size=shape)
         if name in ("key_bias", "log_mass", "initial_log_mass") and self.values != "plain":
             x[rng.random(shape) < 0.3] = -np.inf
-        if self.values == "wild" and name != "offsets":
+        if self.values == "wild" and name not in ("offsets", "start"):
             wild = [np.nan, np.inf, -np.inf, 1e30, -1e30, 1e-40, 60000.0, 0.0]
             hit = rng.random(shape) < 0.1
             x = np.where(hit, rng.choice(wild, size=shape), x)
@@ -87,12 +89,21 @@ def _good(random: Random, op: str) -> Call:
     offsets = (0, *cuts, rows) if packed else (0,)
     batch = 1 if packed else random.choice((0, 1, 1, 2, 3))
     sequences = len(offsets) - 1 if packed else batch
+    attributes = {"packed": True} if packed else {}
+    queries, start = random.choice(ROWS), 0
+    if packed or op.startswith("Causal"):
+        queries = rows
+    if op.startswith("NearFar"):
+        attributes["exact_window"] = random.choice((1, 2, 3, 8, 16, 17, 48, 64, 65536))
+        attributes["causal"] = random.choice((True, True, False))
+        queries = min(queries, rows) if attributes["causal"] else rows
+        start = 0 if packed else random.choice((0, 0, 1, 7, 63, 64, 2**63 - 1))
     size = {
         "batch": batch,
         "groups": groups,
         "heads": groups * random.choice((1, 1, 2, 3)),
         "keys": rows,
-        "queries": rows if packed or op.startswith("Causal") else random.choice(ROWS),
+        "queries": queries,
         "sequences": sequences,
         "states": random.choice((1, sequences)),
         "key_dim": random.choice(WIDTHS),
@@ -110,17 +121,17 @@ def _good(random: Random, op: str) -> Call:
     rows_of = ("query", "key", "value", "out", "grad_out")
     wide = "float64" if first == "float64" else "float32"
     dtypes = {name: first if name in rows_of else wide for name in shapes}
-    dtypes["offsets"] = "int64"
-    attributes = {"packed": True} if packed else {}
+    dtypes |= dict.fromkeys({"offsets", "start"} & shapes.keys(), "int64")
     if random.random() < 0.4:
         attributes["feature_map"] = random.choice(("softmax", "relu", "elu"))
     if random.random() < 0.2:
         attributes["scale"] = random.choice((0.0, 0.125, 1.0, 3.0))
     if random.random() < 0.2:
         attributes["feature_epsilon"] = random.choice((0.0, 1e-3, 0.5))
-    if random.random() < 0.2 and not op.startswith("Read"):
-        attributes["key_norm"] = random.choice((True, False))
-    return Call(op, shapes, dtypes, attributes, offsets)
+    for norm in ("key_norm", "query_norm"):
+        if random.random() < 0.2:
+            attributes[norm] = random.choice((True, False))
+    return Call(op, shapes, dtypes, known_attributes(op, attributes), offsets, start)
 
 
 def _other_size(random: Random, size: int) -> int:
@@ -132,7 +143,8 @@ def _spoilt(random: Random, call: Call) -> Call:
     shapes, dtypes, attributes = dict(call.shapes), dict(call.dtypes), dict(call.attributes)
     offsets, name = call.offsets, random.choice(list(shapes))
     shape = shapes[name]
-    kind = random.choice(("size", "size", "size", "all", "rank", "type", "attribute", "offsets"))
+    kinds = ("size", "size", "size", "all", "rank", "type", "attribute", "offsets")
+    kind, start = random.choice((*kinds, *(("start",) if call.windowed else ()))), call.start
     if kind == "size" and shape:
         axis = random.randrange(len(shape))
         shapes[name] = (*shape[:axis], _other_size(random, shape[axis]), *shape[axis + 1 :])
@@ -169,9 +181,13 @@ def _spoilt(random: Random, call: Call) -> Call:
                 ("feature_map", "cosh"),
                 ("feature_map", ""),
                 ("packed", True),
+                ("exact_window", random.choice((0, -1, 65537, 2**62))),
+                ("causal", random.choice((True, False))),
             )
         )
-        attributes[attribute] = value
+        attributes = known_attributes(call.op, {**attributes, attribute: value})
+    elif kind == "start":
+        start = random.choice((-1, 1, 2**62, -(2**63)))
     elif kind == "offsets" and offsets:
         numbers = list(offsets)
         where = random.randrange(len(numbers))
@@ -182,7 +198,8 @@ def _spoilt(random: Random, call: Call) -> Call:
         size = shapes["offsets"][0]
         offsets = (offsets + (offsets[-1] if offsets else 0,) * min(size, 8))[:size]
         shapes["offsets"] = (len(offsets),)
-    return replace(call, shapes=shapes, dtypes=dtypes, attributes=attributes, offsets=offsets)
+    changed = {"attributes": attributes, "offsets": offsets, "start": start}
+    return replace(call, shapes=shapes, dtypes=dtypes, **changed)
 
 
 def _fits(call: Call) -> bool:
@@ -260,6 +277,8 @@ def check_numbers(drawn: Drawn, x: dict, results: dict, dtype: str) -> None:
                 **options,
             )
         }
+    elif call.op == "NearFar":
+        exact = core_calls.expected_near_far(x, **call.attributes)
     else:
         exact = core_calls.expected(x, True, **call.attributes)
     bound = {"float64": 1e-9, "float32": 2e-4, "bfloat16": 3e-2, "float16": 3e-2}[dtype]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from support.core_calls import forward
+from support.core_calls import forward, run
 from support.inputs import Case, cotangents, make
 
 GOOD = Case(
@@ -31,9 +31,10 @@ PACKED = Case(batch=1, rows=5, offsets=(0, 2, 5), state=2, bias="11S", masked=""
 
 
 def good_inputs(case: Case = GOOD, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Inputs of all six operators, float32 or another type."""
+    """Inputs of all operators, float32 or another type."""
     x = make(case, dtype)
-    return {**x, **cotangents(case, dtype), **forward(x, causal=True, **case.options)}
+    results = run("NearFar", x, **case.options) | forward(x, causal=True, **case.options)
+    return {**x, **cotangents(case, dtype), **results}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Bad:
         says: parts of the message.
         attributes: of the operator.
         offsets: for packed calls.
+        start: of near-and-far attention.
         late: only the values are wrong, so that tracing cannot know.
     """
 
@@ -54,6 +56,7 @@ class Bad:
     says: tuple[str, ...] = ()
     attributes: dict = field(default_factory=dict)
     offsets: tuple[int, ...] | None = None
+    start: int = 0
     late: bool = False
 
     def inputs(self) -> dict[str, np.ndarray]:
@@ -62,6 +65,8 @@ class Bad:
         x.update({name: np.zeros(shape, x[name].dtype) for name, shape in self.shapes.items()})
         if self.offsets is not None:
             x["offsets"] = np.array(self.offsets, np.int64)
+        if self.start:
+            x["start"] = np.array(self.start, np.int64)
         return x
 
 
@@ -70,6 +75,7 @@ def name_of(bad: Bad) -> str:
     what = [f"{name}={list(shape)}" for name, shape in bad.shapes.items()]
     what += [f"{name}={value!r}" for name, value in bad.attributes.items() if name != "packed"]
     what += [] if bad.offsets is None else [f"offsets={list(bad.offsets)}"]
+    what += [f"start={bad.start}"] if bad.start else []
     return f"{bad.op} {' '.join(what)}"
 
 
@@ -310,4 +316,57 @@ def _attributes():
     ]
 
 
-TABLE = [*(_row(*shape) for shape in _SHAPES), *_sizes(), *_offsets(), *_attributes()]
+def _near_far():
+    """What near-and-far attention asks for besides."""
+    queries = {"query": (2, 4, 4, 3), "out": (2, 4, 4, 2), "grad_out": (2, 4, 4, 2)}
+    queries |= dict.fromkeys(("log_weight", "grad_log_weight"), (2, 4, 4))
+    more = {name: (shape[0], 6, *shape[2:]) for name, shape in queries.items()}
+    packed = {"query": (1, 4, 2, 16)}
+    rule, huge = "the number of queries L must", 2**62
+    return [
+        Bad("NearFar", queries, (rule, "equal", "unless causal", "L = 4, S = 5")),
+        Bad("NearFarGrad", queries, (rule, "equal", "unless causal", "L = 4, S = 5")),
+        Bad("NearFar", more, (rule, "at most", "L = 6, S = 5"), {"causal": True}),
+        Bad("NearFarGrad", more, (rule, "at most", "L = 6, S = 5"), {"causal": True}),
+        Bad(
+            "NearFar",
+            packed,
+            (rule, "equal", "packed", "L = 4, S = 5"),
+            {"packed": True, "causal": True},
+            (0, 2, 5),
+        ),
+        *(
+            Bad(op, {}, ("exact_window", "at most 65536", f"got {value}"), {"exact_window": value})
+            for op in ("NearFar", "NearFarGrad")
+            for value in (0, -1, 65537, huge)
+        ),
+        *(
+            Bad(op, {}, ("start", "at least 0", f"got {value}"), start=value, late=True)
+            for op in ("NearFar", "NearFarGrad")
+            for value in (-1, -(2**63))
+        ),
+        Bad(
+            "NearFar",
+            {},
+            ("start", "0 where sequences are packed", "got 64"),
+            {"packed": True},
+            (0, 2, 5),
+            start=64,
+            late=True,
+        ),
+        _row("NearFar", "start", (1,), "rank 0", "rank 1"),
+        _row("NearFar", "key", (2, 5, 2), "rank 4", "rank 3"),
+        _row("NearFar", "value", (2, 6, 2, 2), "S = 5 as in key"),
+        _row("NearFar", "initial_log_mass", (3, 2, 6), "P being 1 or N = 2"),
+        _row("NearFarGrad", "log_weight", (2, 5, 1), "H = 4 as in query"),
+        _row("NearFarGrad", "grad_log_weight", (2, 5), "rank 3", "rank 2"),
+    ]
+
+
+TABLE = [
+    *(_row(*shape) for shape in _SHAPES),
+    *_sizes(),
+    *_offsets(),
+    *_attributes(),
+    *_near_far(),
+]

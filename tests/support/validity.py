@@ -37,6 +37,7 @@ _INITIAL = {
 }
 _OUT = {"out": ("batch", "queries", "heads", "value_dim")}
 _OFFSETS = {"offsets": ("offsets",)}
+_WEIGHT = {"log_weight": ("batch", "queries", "heads")}
 
 
 def _incoming(axes: dict) -> dict:
@@ -47,11 +48,14 @@ INPUTS = {
     "Summarize": {**_KEY_SIDE, **_OFFSETS},
     "Read": {**_QUERY_SIDE, **_STATE, **_OFFSETS},
     "Causal": {**_QUERY_SIDE, **_KEY_SIDE, **_INITIAL, **_OFFSETS},
+    "NearFar": {**_QUERY_SIDE, **_KEY_SIDE, **_INITIAL, **_OFFSETS, "start": ()},
 }
 INPUTS["SummarizeGrad"] = {**INPUTS["Summarize"], **_STATE, **_incoming(_STATE)}
 INPUTS["ReadGrad"] = {**INPUTS["Read"], **_OUT, **_incoming(_OUT)}
 INPUTS["CausalGrad"] = {**INPUTS["Causal"], **_OUT, **_STATE, **_incoming({**_OUT, **_STATE})}
-RESULTS = {"Summarize": _STATE, "Read": _OUT, "Causal": {**_OUT, **_STATE}}
+_ALL = {**_OUT, **_WEIGHT, **_STATE}
+INPUTS["NearFarGrad"] = {**INPUTS["NearFar"], **_ALL, **_incoming(_ALL)}
+RESULTS = {"Summarize": _STATE, "Read": _OUT, "Causal": {**_OUT, **_STATE}, "NearFar": _ALL}
 # A gradient for each of these inputs, in this order.
 DIFFERENTIABLE = {
     "SummarizeGrad": list(_KEY_SIDE),
@@ -61,7 +65,9 @@ DIFFERENTIABLE = {
         *("key_bias", *_INITIAL),
     ],
 }
-FIRST = {"Summarize": "key", "Read": "query", "Causal": "query"}
+DIFFERENTIABLE["NearFarGrad"] = DIFFERENTIABLE["CausalGrad"]
+FIRST = {"Summarize": "key", "Read": "query", "Causal": "query", "NearFar": "query"}
+MOST_WINDOW = 65536
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Call:
         dtypes: of every input.
         attributes: those that are given.
         offsets: the numbers in "offsets", if that has rank 1.
+        start: the number in "start", if that has rank 0.
     """
 
     op: str
@@ -81,11 +88,17 @@ class Call:
     dtypes: dict[str, str]
     attributes: dict = field(default_factory=dict)
     offsets: tuple[int, ...] = (0,)
+    start: int = 0
 
     @property
     def packed(self) -> bool:
         """Whether sequences lie one after another."""
         return bool(self.attributes.get("packed", False))
+
+    @property
+    def windowed(self) -> bool:
+        """Whether near keys are exact."""
+        return self.op.startswith("NearFar")
 
     @property
     def causal(self) -> bool:
@@ -98,7 +111,7 @@ def _wrong_types(call: Call) -> list[str]:
     wide = "float64" if first == "float64" else "float32"
     rows = ("query", "key", "value", "out", "grad_out")
     wanted = {
-        name: first if name in rows else "int64" if name == "offsets" else wide
+        name: first if name in rows else "int64" if name in ("offsets", "start") else wide
         for name in INPUTS[call.op]
     }
     wrong = [name for name, dtype in wanted.items() if call.dtypes[name] != dtype]
@@ -112,6 +125,8 @@ def _wrong_attributes(call: Call) -> list[str]:
     wrong = [f"{x}" for x in numbers if not (np.isfinite(x) and x >= 0)]
     if given.get("feature_map", "softmax") not in ("softmax", "relu", "elu"):
         wrong.append("feature_map")
+    if not 1 <= given.get("exact_window", 64) <= MOST_WINDOW:
+        wrong.append("exact_window")
     return wrong
 
 
@@ -120,6 +135,17 @@ def _wrong_offsets(call: Call, rows: int) -> list[str]:
     good = len(x) > 0 and x[0] == 0 and x[-1] == rows
     good = good and all(a <= b for a, b in pairwise(x))
     return [] if good else ["offsets"]
+
+
+def _wrong_rows(call: Call, found) -> list[str]:
+    """Of near-and-far attention: a query row stands at a key row, the last at the last."""
+    wrong = []
+    more_keys = call.attributes.get("causal", False) and not call.packed
+    if found["queries"] > found["keys"] or (found["queries"] < found["keys"] and not more_keys):
+        wrong.append("queries and keys")
+    if call.start < 0 or (call.packed and call.start):
+        wrong.append("start")
+    return wrong
 
 
 def _elements(shape) -> int:
@@ -193,6 +219,8 @@ def faults(call: Call) -> list[str]:
             for name, shape in result_shapes(call).items()
             if _elements(shape) > MOST_ELEMENTS
         ]
+    if call.windowed and not wrong:
+        wrong += _wrong_rows(call, found)
     if call.packed and not wrong:
         wrong += _wrong_offsets(call, found["queries" if call.op.startswith("Read") else "keys"])
     return wrong

@@ -34,7 +34,7 @@ def assert_right(op):
         assert_same_bits(got, wanted)
 
 
-@pytest.mark.parametrize("op", ["Summarize", "CausalGrad"])
+@pytest.mark.parametrize("op", ["Summarize", "CausalGrad", "NearFar", "NearFarGrad"])
 def test_a_program_like_ours_gives_our_bits(op):
     assert_right(op)
 
@@ -134,6 +134,14 @@ BAD = {
         "scale must",
     ),
     "an integer as packed": ("Read", other_attribute, ("packed", "1 : i32"), {}, "another version"),
+    "no window": ("NearFar", other_attribute, ("exact_window", "0 : i64"), {}, "exact_window must"),
+    "a narrow start": (
+        "NearFar",
+        other_operand,
+        ("start", "int32"),
+        {},
+        "start must have type S64",
+    ),
     "another map": ("Read", other_attribute, ("feature_map", '"cosh"'), {}, "another version"),
 }
 

@@ -46,6 +46,7 @@ def trained(jit_compile):
     return model, losses, loss, model.predict(X, batch_size=6, verbose=0)
 
 
+@pytest.mark.slow
 @needs_xla
 def test_compiled_training_is_the_training_without(tmp_path):
     plain, plain_losses, plain_loss, plain_predictions = trained(False)

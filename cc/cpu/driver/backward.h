@@ -80,6 +80,16 @@ class BackwardDriver : public Driver<Acc> {
   }
 
   Status Run(const CausalGradParams& params) {
+    return RunSequences(params, kernels_.causal_grad, Cost(26));
+  }
+  Status Run(const NearFarGradParams& params) {
+    return RunSequences(params, kernels_.near_far_grad, Cost(30));
+  }
+
+ private:
+  // Runs a kernel for whole sequences of keys and the queries that see them.
+  template <class Params, class Kernel>
+  Status RunSequences(const Params& params, Kernel kernel, int64_t cost_per_row) {
     Buffer<Acc> query_projection, key_projection, key_bias;
     Totals<Acc> query_total, key_total, bias, log_mass, mean;
     const int64_t states = params.initial.count * dims_.groups;
@@ -100,12 +110,12 @@ class BackwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
     const int64_t group = GroupSize(dims_), size = CausalGradPartial<Acc>::Size(strides_, group);
     const auto run = [&](const WorkRange& range, Acc* partial) {
-      return kernels_.causal_grad(params, query_projection.get(), key_projection.get(), range,
-                                  key_bias.get(),
-                                  CausalGradPartial<Acc>::At(partial, strides_, group));
+      return kernel(params, query_projection.get(), key_projection.get(), range, key_bias.get(),
+                    CausalGradPartial<Acc>::At(partial, strides_, group));
     };
     PERFORMER_RETURN_IF_ERROR(ForWaves<Acc>(
-        list, size, Cost(26), parallel_for_, run, [&](int64_t first, int64_t last, Acc* partials) {
+        list, size, cost_per_row, parallel_for_, run,
+        [&](int64_t first, int64_t last, Acc* partials) {
           FoldRows(key_total, [&](int64_t row) {
             for (int64_t i = first; i < last; ++i) {
               const WorkRange& range = list.ranges[i];
@@ -136,7 +146,6 @@ class BackwardDriver : public Driver<Acc> {
     return Status();
   }
 
- private:
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::parallel_for_;
   using Base::Cost, Base::PackProjections, Base::RootScale;

@@ -53,6 +53,23 @@ class ForwardDriver : public Driver<Acc> {
     return dims_.keys == 1 && !call_.offsets ? Decode(params) : RunSequences(params);
   }
 
+  Status Run(const NearFarParams& params) {
+    Buffer<Acc> query_projection, key_projection;
+    // Packing does not pay for a token.
+    if (dims_.queries != 1 || !params.attributes.causal || call_.offsets) {
+      PERFORMER_RETURN_IF_ERROR(
+          PackProjections(kernels_.pack_projection, params.queries, &query_projection));
+      PERFORMER_RETURN_IF_ERROR(
+          PackProjections(kernels_.pack_projection, params.keys, &key_projection));
+    }
+    WorkList list;
+    PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
+    return ForEachItem(
+        list, 0, list.count, Cost(10), parallel_for_, [&](const WorkRange& range, int64_t) {
+          return kernels_.near_far(params, query_projection.get(), key_projection.get(), range);
+        });
+  }
+
  private:
   Status Decode(const CausalParams& params) {
     WorkList list;

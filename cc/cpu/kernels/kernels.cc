@@ -7,6 +7,7 @@
 #include "cpu/kernels/causal/causal.h"
 #include "cpu/kernels/causal_backward/causal_backward.h"
 #include "cpu/kernels/decode.h"
+#include "cpu/kernels/near_far/kernels.h"
 #include "cpu/kernels/read.h"
 #include "cpu/kernels/read_backward.h"
 #include "cpu/kernels/summarize.h"
@@ -58,10 +59,12 @@ const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
                                             Causal<Acc>,
                                             CausalKeys<Acc>,
                                             CausalQueries<Acc>,
+                                            RunNearFar,
                                             Decode<Acc>,
                                             PERFORMER_BIDIRECTIONAL(SummarizeGrad),
                                             PERFORMER_BIDIRECTIONAL(ReadGrad),
                                             CausalGrad<Acc>,
+                                            RunNearFarGrad,
                                             Elementwise<Acc, Exp2>,
                                             Elementwise<Acc, Log2>};
   return kKernels;

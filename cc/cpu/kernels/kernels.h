@@ -45,6 +45,10 @@ struct Kernels {
   bool (*causal_queries)(const CausalParams& params, const Acc* query_projection, int64_t group,
                          CausalWindow<Acc>* window);
 
+  // Near-and-far attention: a whole sequence and key/value head, as `causal`.
+  bool (*near_far)(const NearFarParams& params, const Acc* query_projection,
+                   const Acc* key_projection, WorkRange range);
+
   // A whole sequence and key/value head for one token, range.end = range.begin + 1. It uses the
   // projections in params.
   bool (*decode)(const CausalParams& params, WorkRange range);
@@ -59,6 +63,10 @@ struct Kernels {
   bool (*causal_grad)(const CausalGradParams& params, const Acc* query_projection,
                       const Acc* key_projection, WorkRange range, Acc* key_bias,
                       CausalGradPartial<Acc> partial);
+
+  bool (*near_far_grad)(const NearFarGradParams& params, const Acc* query_projection,
+                        const Acc* key_projection, WorkRange range, Acc* key_bias,
+                        CausalGradPartial<Acc> partial);
 
   // For tests: y[i] = 2^x[i] and log2(x[i]), n a multiple of kPad.
   void (*exp2)(const Acc* x, int64_t n, Acc* y);

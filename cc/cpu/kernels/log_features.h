@@ -208,6 +208,13 @@ void SetBias(const Acc* log_mass, double unit, const Acc* feature_bias, const St
                             : -kInf<Acc>;
 }
 
+// bias[m] = feature_bias[m] in base 2, -inf in the padding.
+template <class Acc>
+void SetFeatureBias(const Acc* feature_bias, const Strides& strides, Acc* bias) {
+  for (int64_t m = 0; m < strides.m_pad; ++m)
+    bias[m] = m < strides.m ? kLog2e<Acc> * feature_bias[m] : -kInf<Acc>;
+}
+
 // 1 / den, and 0 for a row that sees no key, whose den is 0.
 template <class Acc>
 PERFORMER_INLINE Acc Inverse(Acc den) {

@@ -138,19 +138,27 @@ void WriteNextState(const Strides& strides, const LoadedState<Acc>& before, cons
   }
 }
 
-// Merges `more` into `into`, relative to the larger anchor.
+// to = the merged states x and y with their padding, relative to the larger anchor; it may be one of
+// them.
 template <class Acc>
-void MergeSummaries(const Strides& strides, SummaryPartial<Acc> into, SummaryPartial<Acc> more) {
-  for (int64_t m0 = 0; m0 < strides.m; m0 += kLanes<Acc>) {
-    const Vec<Acc> a = Load(into.anchor + m0), b = Load(more.anchor + m0), zero = {};
+void MergedSummary(const Strides& strides, const SummaryPartial<Acc>& x,
+                   const SummaryPartial<Acc>& y, const SummaryPartial<Acc>& to) {
+  for (int64_t m0 = 0; m0 < strides.m_pad; m0 += kLanes<Acc>) {
+    const Vec<Acc> a = Load(x.anchor + m0), b = Load(y.anchor + m0), zero = {};
     const Vec<Acc> anchor = Max(a, b), base = anchor == -kInf<Acc> ? zero : anchor;
     const Vec<Acc> keep = Exp2(a - base), add = Exp2(b - base);
-    Store(into.anchor + m0, anchor);
-    Store(into.mass + m0, keep * Load(into.mass + m0) + add * Load(more.mass + m0));
+    Store(to.anchor + m0, anchor);
+    Store(to.mass + m0, keep * Load(x.mass + m0) + add * Load(y.mass + m0));
     for (int64_t m = m0; m < m0 + kLanes<Acc> && m < strides.m; ++m)
       for (int64_t e = m * strides.e_pad; e < (m + 1) * strides.e_pad; e += kLanes<Acc>)
-        Store(into.sum + e, keep[m - m0] * Load(into.sum + e) + add[m - m0] * Load(more.sum + e));
+        Store(to.sum + e, keep[m - m0] * Load(x.sum + e) + add[m - m0] * Load(y.sum + e));
   }
+}
+
+// Merges `more` into `into`.
+template <class Acc>
+void MergeSummaries(const Strides& strides, SummaryPartial<Acc> into, SummaryPartial<Acc> more) {
+  MergedSummary(strides, into, more, into);
 }
 
 PERFORMER_ISA_END

@@ -42,12 +42,38 @@ void RaiseAnchors(const Strides& strides, const Acc* column_max, bool first,
   }
 }
 
+// Adds n keys k with values v to the sums, whose anchors rise to the maxima of the log-features.
+// p [n][m_stride], p_copy (p as operand) and column_max [m_pad] are scratch memory.
+template <class Acc, class In>
+PERFORMER_INLINE void AddToSummary(const Map<Acc>& map, const Left<In>& k, const Right<In>& v,
+                                   const Acc* offset, int64_t n,
+                                   const ProjectionOperands<Acc, In>& projection,
+                                   const Strides& strides, bool first, Acc* p, In* p_copy,
+                                   Acc* column_max, Prefetcher* prefetcher,
+                                   SummaryPartial<Acc> to) {
+  using Operand = Operands<Acc, In>;
+  for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
+    Store(column_max + m, Load(to.anchor + m));
+  LogFeatures<Acc>(map, k, n, projection, strides, p, nullptr,
+                   ColumnMaxima<Acc>{prefetcher, offset, column_max},
+                   [&] { ComputeColumnMax(n, strides, offset, p, column_max); });
+  RaiseAnchors(strides, column_max, first, to);
+  KeyFeatures(n, strides, offset, to.anchor, p, to.mass);
+  const Left<In> features =
+      Operand::MakeLeftTransposed(p, n, strides.m_pad, strides.m_stride, p_copy);
+  if (first) {
+    Product<false>(features, v, n, to.sum, strides.e_pad, strides.m, strides.e_pad);
+  } else {
+    Product<true>(features, v, n, to.sum, strides.e_pad, strides.m, strides.e_pad);
+  }
+}
+
 template <class Acc, class In>
 struct SummarizeScratch {
   KeyChunk<Acc> keys;
   In *k_left, *v_right, *p_left_transposed;  // copies for k, v, p as operands
   Acc* p;                                    // [chunk][m_stride]: log-features, then features
-  Acc* column_max;                           // [m_pad]: the maxima so far
+  Acc* column_max;                           // [m_pad]
 
   void SetPointers(Arena& arena, const Strides& strides, int64_t chunk) {
     k_left = TakeOperand<Acc, In>(arena, chunk * strides.d_pad);
@@ -75,8 +101,7 @@ bool Summarize(const SummarizeParams& params, const Acc* projection, WorkRange r
   const auto weights = Operand::Projection(
       params.attributes, projection + index * PackedProjection<Acc>::Size(strides), strides);
 
-  for (int64_t m = 0; m < strides.m_pad; ++m)
-    partial.anchor[m] = s.column_max[m] = -kInf<Acc>, partial.mass[m] = 0;
+  for (int64_t m = 0; m < strides.m_pad; ++m) partial.anchor[m] = -kInf<Acc>, partial.mass[m] = 0;
   const ConstRows keys = KeyChunk<Acc>::Keys(params, params.keys, range);
   const ConstRows values = KeyChunk<Acc>::Values(params, params.keys, range);
   bool first = true;
@@ -88,18 +113,8 @@ bool Summarize(const SummarizeParams& params, const Acc* projection, WorkRange r
     const Left<In> k = LoadKeys(keys, row, n, map, strides.d_pad, &s.keys, s.k_left, &prefetcher);
     const Right<In> v = Operand::LoadRight(values, row, n, s.keys.skip, strides.e_pad, s.keys.v,
                                            s.v_right, &prefetcher);
-    LogFeatures<Acc>(map, k, n, weights, strides, s.p, nullptr,
-                     ColumnMaxima<Acc>{&prefetcher, s.keys.offset, s.column_max},
-                     [&] { ComputeColumnMax(n, strides, s.keys.offset, s.p, s.column_max); });
-    RaiseAnchors(strides, s.column_max, first, partial);
-    KeyFeatures(n, strides, s.keys.offset, partial.anchor, s.p, partial.mass);
-    const Left<In> p =
-        Operand::MakeLeftTransposed(s.p, n, strides.m_pad, strides.m_stride, s.p_left_transposed);
-    if (first) {
-      Product<false>(p, v, n, partial.sum, strides.e_pad, strides.m, strides.e_pad);
-    } else {
-      Product<true>(p, v, n, partial.sum, strides.e_pad, strides.m, strides.e_pad);
-    }
+    AddToSummary(map, k, v, s.keys.offset, n, weights, strides, first, s.p, s.p_left_transposed,
+                 s.column_max, &prefetcher, partial);
     first = false;
   }
   for (int64_t i = 0; first && i < strides.m * strides.e_pad; ++i) partial.sum[i] = 0;

@@ -26,11 +26,12 @@ struct Tile {
   // The triangular end of a causal product: row r takes k <= r only, so that an earlier row never
   // touches a later row of b.
   PERFORMER_INLINE void MultiplyLower(const T* a, int64_t row_stride, const T* b, int64_t ldb) {
-    Triangle<true, 0>(a, row_stride, b, ldb);
+    Triangle<true, 0>(a, row_stride, 1, b, ldb);
   }
   // Its mirror image: row r takes k >= r only.
-  PERFORMER_INLINE void MultiplyUpper(const T* a, int64_t row_stride, const T* b, int64_t ldb) {
-    Triangle<false, 0>(a, row_stride, b, ldb);
+  PERFORMER_INLINE void MultiplyUpper(const T* a, int64_t row_stride, int64_t depth_stride,
+                                      const T* b, int64_t ldb) {
+    Triangle<false, 0>(a, row_stride, depth_stride, b, ldb);
   }
   PERFORMER_INLINE void LoadFrom(const T* from, int64_t stride) {
     ForEach([&](int r, int j, Vec<T>& x) { x = Load(from + r * stride + j * kLanes<T>); });
@@ -60,14 +61,15 @@ struct Tile {
     }
   }
   template <bool kLower, int k>
-  PERFORMER_INLINE void Triangle(const T* a, int64_t row_stride, const T* b, int64_t ldb) {
+  PERFORMER_INLINE void Triangle(const T* a, int64_t row_stride, int64_t depth_stride, const T* b,
+                                 int64_t ldb) {
     if constexpr (k < R) {
       if constexpr (kLower) {
-        Rank1<k, R>(a + k, row_stride, b + k * ldb);
+        Rank1<k, R>(a + k * depth_stride, row_stride, b + k * ldb);
       } else {
-        Rank1<0, k + 1>(a + k, row_stride, b + k * ldb);
+        Rank1<0, k + 1>(a + k * depth_stride, row_stride, b + k * ldb);
       }
-      Triangle<kLower, k + 1>(a, row_stride, b, ldb);
+      Triangle<kLower, k + 1>(a, row_stride, depth_stride, b, ldb);
     }
   }
 };

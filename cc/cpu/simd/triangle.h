@@ -6,15 +6,15 @@
 
 PERFORMER_ISA_BEGIN
 
-// to[r][c] = a[r] . b[:, c] for c <= begin + r. Of the other entries some are written. Rows of `to`
-// hold whole vectors.
+// to[r][c] = a[r] . b[:, c] for begin <= c <= begin + r. Of the other entries some are written. Rows
+// of `to` hold whole vectors.
 template <class T>
 PERFORMER_NOINLINE void LowerProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
                                      int64_t depth, int64_t rows, int64_t begin, T* to,
                                      int64_t ldto) {
   constexpr int64_t kCols = kTileVecs * kLanes<T>;
   const int64_t width = (begin + rows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  for (int64_t c0 = 0; c0 < width; c0 += kCols) {
+  for (int64_t c0 = begin / kLanes<T> * kLanes<T>; c0 < width; c0 += kCols) {
     const int64_t first = c0 > begin ? (c0 - begin) / kTileRows * kTileRows : 0;
     ForTiles<T>(rows - first, width - c0 < kCols ? width - c0 : kCols,
                 [&](auto& tile, int64_t r, int64_t c) PERFORMER_TILE_BODY {
@@ -64,7 +64,7 @@ PERFORMER_NOINLINE void AddReverseCausalProduct(const T* pair, int64_t ldp, cons
   ForTiles<T>(n, cols, [&](auto& tile, int64_t r, int64_t c) PERFORMER_TILE_BODY {
     const int64_t below = r + tile.kRows;
     tile.LoadFrom(to + r * ldto + c, ldto);
-    tile.MultiplyUpper(pair + r * ldp + r, ldp, x + r * ldx + c, ldx);
+    tile.MultiplyUpper(pair + r * ldp + r, ldp, 1, x + r * ldx + c, ldx);
     tile.Multiply(pair + r * ldp + below, ldp, 1, x + below * ldx + c, ldx, n - below);
     tile.StoreTo(to + r * ldto + c, ldto);
   });

@@ -53,7 +53,7 @@ XLA_FFI_Error* Handler(XLA_FFI_CallFrame* frame) {
 // wait for the offsets of packed sequences.
 [[maybe_unused]] const bool registered = [] {
 #define PERFORMER_REGISTER(op) RegisterHandler(Op::k##op, "CUDA", Handler<Op::k##op>);
-  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)
 #undef PERFORMER_REGISTER
   return true;
 }();

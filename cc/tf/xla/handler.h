@@ -5,7 +5,7 @@
 // handlers (in _ops.so), which read them. There is one target for each operator, with the
 // operator's name. Operands and results are its inputs and outputs in the order of the signature,
 // row-major. The attributes are those of VisitAttributes: a feature map is a string with its name,
-// a double is f64. Offsets may hold a mark (other_count.h).
+// a double is f64, an int64_t is i64. Offsets may hold a mark (other_count.h).
 #pragma once
 #include <sstream>
 #include <string>
@@ -68,7 +68,7 @@ inline Status FromXla(ffi::DataType type, DType* dtype) {
 
 // The type of an argument of a call of type `dtype`.
 inline ffi::DataType ToXla(ArgumentType type, DType dtype) {
-  if (type == ArgumentType::kOffsets) return ffi::DataType::S64;
+  if (type == ArgumentType::kOffsets || type == ArgumentType::kStart) return ffi::DataType::S64;
   if (dtype == DType::kFloat64) return ffi::DataType::F64;
   if (type == ArgumentType::kState || dtype == DType::kFloat32) return ffi::DataType::F32;
   return dtype == DType::kHalf ? ffi::DataType::F16 : ffi::DataType::BF16;

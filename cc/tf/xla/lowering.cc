@@ -29,6 +29,7 @@ using tensorflow::XlaOpKernelContext;
 // The attributes as the text of an MLIR dictionary.
 std::string Text(FeatureMap map) { return absl::StrCat("\"", NameOf(map), "\""); }
 std::string Text(double value) { return absl::StrFormat("%.17e : f64", value); }
+std::string Text(int64_t value) { return absl::StrCat(value, " : i64"); }
 std::string Text(bool value) { return value ? "true" : "false"; }
 std::string Configuration(const Attributes& attributes) {
   std::vector<std::string> entries;
@@ -193,14 +194,15 @@ class PerformerXlaOp : public XlaOpKernel {
   PERFORMER_REGISTER_TYPE(op, device, float, float)                \
   PERFORMER_REGISTER_TYPE(op, device, tensorflow::bfloat16, float) \
   PERFORMER_REGISTER_TYPE(op, device, Eigen::half, float)
+#define PERFORMER_REGISTER(op)                 \
+  PERFORMER_REGISTER_DEVICE(op, "XLA_CPU_JIT") \
+  PERFORMER_REGISTER_TYPE(op, "XLA_CPU_JIT", double, double)
 // No GPU kernel takes float64.
-#define PERFORMER_REGISTER(op)                               \
-  PERFORMER_REGISTER_DEVICE(op, "XLA_CPU_JIT")               \
-  PERFORMER_REGISTER_TYPE(op, "XLA_CPU_JIT", double, double) \
-  PERFORMER_REGISTER_DEVICE(op, "XLA_GPU_JIT")
+#define PERFORMER_REGISTER_ON_GPU(op) PERFORMER_REGISTER_DEVICE(op, "XLA_GPU_JIT")
 [[maybe_unused]] const bool registered = [] {
   if (IsRegistered("XLA_CPU_JIT")) return false;
   PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
+  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER_ON_GPU)
   return true;
 }();
 

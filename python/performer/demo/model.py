@@ -5,9 +5,30 @@ import tensorflow as tf
 from keras import layers
 
 from performer import PerformerDecoder, StreamingSequential
+from performer.features.feature_maps import FeatureMap
 
-WIDTH, HEADS, BLOCKS, SUPPORTS = 128, 8, 1, 128
-KINDS = {"linear": "linear attention", "none": "no attention", "exact": "exact attention"}
+WIDTH, HEADS, BLOCKS, SUPPORTS, WINDOW = 128, 8, 1, 128, 64
+KINDS = {
+    "near_far": "linear attention with a window",
+    "linear": "linear attention",
+    "window": "the window alone",
+    "none": "no attention",
+    "exact": "exact attention",
+}
+# The arguments that tell the kinds of attention apart. Beside a window the norm of the queries is
+# left out, so that far keys are heard from the start. The window is alone where what is far has a
+# weight of 0 in float32.
+ATTENTION: dict[str, dict] = {
+    "near_far": {
+        "supports": SUPPORTS,
+        "exact_window": WINDOW,
+        "far_bias": "learned",
+        "feature_map": FeatureMap(query_norm=False),
+    },
+    "linear": {"supports": SUPPORTS},
+    "window": {"supports": 1, "exact_window": WINDOW, "far_bias": -1e4},
+    "exact": {"attention_method": "quadratic"},
+}
 
 
 @keras.saving.register_keras_serializable(package="performer.demo")
@@ -77,17 +98,18 @@ def block(kind):
         return FeedForward()
     widest = (12 / WIDTH) ** 0.5  # twice Glorot's bound
     start = keras.initializers.RandomUniform(-widest, widest, seed=1)
+    arguments = dict(ATTENTION[kind])
+    feature_map = arguments.pop("feature_map", "softmax")
     return PerformerDecoder(
         4 * WIDTH,
         HEADS,
         activation="gelu",
         layer_norm_epsilon=1e-3,
         normalize_first=True,
-        attention_method="linear" if kind == "linear" else "quadratic",
-        supports=SUPPORTS,
-        attention_options={"kernel_initializer": start},
+        attention_options={"kernel_initializer": start, "feature_map": feature_map},
         delay_keys=True,
         seed=1,
+        **arguments,
     )
 
 

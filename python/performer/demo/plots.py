@@ -1,4 +1,4 @@
-"""The two pictures of the demo."""
+"""The pictures of the demo."""
 
 import matplotlib
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from performer.demo.model import KINDS
 from performer.demo.scaling import LENGTHS
+from performer.demo.train import STRETCH
 
 
 def losses(results, baselines, path):
@@ -24,6 +25,20 @@ def losses(results, baselines, path):
         axes.annotate(name, (1.01, bits), xycoords=("axes fraction", "data"), va="center")
     axes.set(xlabel="seconds of training", ylabel="bits per byte (mean of 15 steps)")
     axes.set_title("Training loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def positions(results, path):
+    """Draws the held-out loss of every model against the position in the sequence."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for kind, result in results.items():
+        starts = STRETCH * np.arange(len(result["positions"]))
+        axes.plot(starts + STRETCH / 2, result["positions"], label=KINDS[kind])
+    axes.set(xlabel="position", ylabel=f"bits per byte (mean of {STRETCH} positions)")
+    axes.set_title("Held-out text, after the same time of training")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -14,6 +14,7 @@ from performer.demo.model import KINDS
 from performer.demo.train import BANDS
 
 PROMPT, WRITTEN = 2000, 300  # bytes of held-out text that the sample continues, and its length
+MOST_STEPS = 5  # times those of the first training, that the time of the others may allow
 # Ctrl-C goes to all processes of a terminal; this one ends the other.
 TRAINING = """
 import signal
@@ -32,13 +33,14 @@ class TrainingError(RuntimeError):
 
 
 def run(files, output, *, length, steps):
-    """Trains the model with linear, without and with exact attention; prints and draws the rest.
+    """Trains the model with every kind of attention for the same time; prints and draws the rest.
 
     Args:
         files: Paths of text files; none: the Python standard library.
         output: Folder for the model, the results and the plots; made if it does not exist.
         length: Length of the sequences.
-        steps: Number of steps of the first two; the third gets the first one's wall time.
+        steps: Number of steps of the first, linear attention with a window; the others get the
+            time that these took.
 
     Raises:
         CorpusError: A text that cannot be used.
@@ -59,20 +61,22 @@ def run(files, output, *, length, steps):
     }
     simple["bz2"] = baselines.bz2_bits(held_out.ravel())
 
-    results, seconds = {}, 0.0
+    results: dict[str, dict] = {}
+    seconds = 0.0
     model = output / "model.keras"
     for kind in KINDS:
         print(f"\nTraining with {KINDS[kind]}", flush=True)
         start = time.perf_counter()
+        first = not results
         results[kind] = _train(
             text,
             kind=kind,
             length=length,
-            steps=steps,
-            seconds=seconds if kind == "exact" else 0,
-            save=str(model) if kind == "linear" else None,
+            steps=steps if first else MOST_STEPS * steps,
+            seconds=seconds,
+            save=str(model) if first else None,
         )
-        if kind == "linear":
+        if first:
             seconds = results[kind]["step_seconds"] * steps
         results[kind]["wall_seconds"] = time.perf_counter() - start
     _finish(output, model, held_out, simple, results)
@@ -146,29 +150,31 @@ def _finish(output, model, held_out, simple, results):
             json.dumps({"baselines": simple, "models": results, "milliseconds": times}, indent=1)
         )
         plots.losses(results, simple, output / "loss.png")
+        plots.positions(results, output / "positions.png")
         plots.times(times, output / "time.png")
 
     print("\nBits per byte on held-out text")
     for name, bits in simple.items():
-        print(f"  {name:18} {bits:6.3f}")
+        print(f"  {name:30} {bits:6.3f}")
     for name, result in results.items():
         print(
-            f"  {KINDS[name]:18} {result['held_out']:6.3f}   {result['steps']} steps, "
+            f"  {KINDS[name]:30} {result['held_out']:6.3f}   {result['steps']} steps, "
             f"{1e3 * result['step_seconds']:.0f} ms each, {result['peak_mib']:.0f} MiB at most"
         )
     print("\nBits per byte by position")
-    for i, (first, last) in enumerate(BANDS[: len(results["linear"]["bands"])]):
-        end = "" if last > held_out.shape[1] else str(last - 1)
-        row = "   ".join(f"{name} {result['bands'][i]:.3f}" for name, result in results.items())
-        print(f"  {f'{first}-{end}':10} {row}")
-    print("\nMilliseconds of one causal layer, forward (linear, exact)")
-    for i, length in enumerate(scaling.LENGTHS):
-        exact = f"{times['exact'][i]:9.1f}" if i < len(times["exact"]) else "        -"
-        print(f"  {length:6} {times['linear'][i]:9.1f} {exact}")
+    bands = BANDS[: len(results["linear"]["bands"])]
+    names = (f"{a}-{'' if b > held_out.shape[1] else b - 1}" for a, b in bands)
+    print(f"  {'':30}" + "".join(f"{name:>11}" for name in names))
+    for name, result in results.items():
+        print(f"  {KINDS[name]:30}" + "".join(f"{bits:11.3f}" for bits in result["bands"]))
+    print("\nMilliseconds of one causal layer, forward, by length")
+    print(f"  {'':30}" + "".join(f"{length:9}" for length in scaling.LENGTHS))
+    for name, row in times.items():
+        print(f"  {KINDS[name]:30}" + "".join(f"{milliseconds:9.1f}" for milliseconds in row))
     print(
         f"\n{len(prompt)} bytes of held-out text (their end is shown), and {WRITTEN} written after"
     )
     print(f"them (from | on), {speed:.0f} a second with a state of constant size:\n")
     for part, end in ((prompt[-200:], "|"), (written, "\n")):
         print(bytes(part.tolist()).decode("utf-8", "replace"), end=end)
-    print(f"\nSaved, reloaded, equal: {model}; plots: {output}/loss.png, {output}/time.png")
+    print(f"\nSaved, reloaded, equal: {model}; plots in {output}: loss, positions and time.png")

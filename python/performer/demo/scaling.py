@@ -1,4 +1,4 @@
-"""Time of one attention layer against the length of the sequence, linear and exact."""
+"""Time of one attention layer against the length of the sequence, by kinds of attention."""
 
 import time
 
@@ -6,26 +6,22 @@ import numpy as np
 import tensorflow as tf
 
 from performer import Performer
-from performer.demo.model import HEADS, SUPPORTS, WIDTH
+from performer.demo.model import ATTENTION, HEADS, WIDTH
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 MOST_EXACT = 8192  # memory of exact attention grows with the square
 
 
 def measure():
-    """Returns {"linear": [...], "exact": [...]}, milliseconds (minimum of 3) at `LENGTHS`."""
-    times: dict[str, list[float]] = {"linear": [], "exact": []}
+    """Returns lists of milliseconds (minimum of 3) at `LENGTHS`, by kinds of attention."""
+    times: dict[str, list[float]] = {kind: [] for kind in ("near_far", "linear", "exact")}
     random = np.random.default_rng(0)
-    dim = WIDTH // HEADS
-    layers = {
-        "linear": Performer(HEADS, dim, supports=SUPPORTS),
-        "exact": Performer(HEADS, dim, attention_method="quadratic"),
-    }
+    layers = {kind: Performer(HEADS, WIDTH // HEADS, **ATTENTION[kind]) for kind in times}
     calls = {kind: tf.function(_causal(layer)) for kind, layer in layers.items()}
     for length in LENGTHS:
         x = tf.constant(random.normal(size=(1, length, WIDTH)), tf.float32)
         for kind in times:
-            if kind == "linear" or length <= MOST_EXACT:
+            if kind != "exact" or length <= MOST_EXACT:
                 times[kind].append(1e3 * _best(calls[kind], x))
     return times
 

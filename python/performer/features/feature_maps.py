@@ -29,8 +29,9 @@ LEARNED = "learned"
 class FeatureMap:
     """A feature map; this one is FAVOR+, and the base of others.
 
-    Override what differs. A map with arguments returns them from `get_config`, and is registered
-    with `keras.saving.register_keras_serializable`, so that models that use it can be saved. A map
+    Attributes that differ are given by name, as in `FeatureMap(query_norm=False)`, and saved with
+    a model. Of a map of your own override what differs. One with arguments returns them from
+    `get_config`, and is registered with `keras.saving.register_keras_serializable`. A map
     with weights is a `keras.layers.Layer` as well: a Performer layer builds it with the shape
     (M, D) and tracks it after its own weights.
 
@@ -67,6 +68,18 @@ class FeatureMap:
     key_norm: bool = True
     feature_epsilon: float = 1e-3
     query_norm: bool = True
+
+    def __init__(self, **attributes):
+        known = FeatureMap.__annotations__
+        own = {name: attributes.pop(name) for name in known if name in attributes}
+        if attributes and not isinstance(self, keras.layers.Layer):
+            name, value = next(iter(attributes.items()))
+            raise TypeError(
+                f"FeatureMap takes the attributes {', '.join(known)}; got {name}={value!r}"
+            )
+        super().__init__(**attributes)
+        for name, value in own.items():
+            setattr(self, name, value)
 
     def draw(self, features, dim, *, scaling, seed) -> tf.Tensor:
         """Draws the projection, which a layer keeps as a weight.
@@ -105,8 +118,8 @@ class FeatureMap:
         return None
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
-        return {}
+        """The arguments of the constructor: of this class, the attributes that were set."""
+        return {name: x for name, x in vars(self).items() if name in FeatureMap.__annotations__}
 
     @classmethod
     def from_config(cls, config):
@@ -135,7 +148,7 @@ class _Named(FeatureMap):
     """A map that differs from FAVOR+ by its function only."""
 
     def __init__(self, epilogue):
-        self.epilogue = epilogue
+        super().__init__(epilogue=epilogue)
 
 
 def get(identifier) -> FeatureMap:

@@ -47,7 +47,7 @@ def attend(call, offsets, causal, return_state):
         return out, log_weight, None
     position, near = before.position, []
     if causal:
-        position += tf.shape(call.queries["query"], tf.int64)[1]
+        position += tf.cast(dims(call.queries["query"])[1], tf.int64)
         near = _last_rows(keys, position, call.exact_window)
     return out, log_weight, AttentionState(log_mass, mean, call.draw, position, *near)
 
@@ -71,22 +71,23 @@ def _after_near_rows(keys, state):
     batch = dims(keys["key"])[0]
     key, value, bias = near_rows(state)
 
-    def joined(before, x):
-        return tf.concat([tf.broadcast_to(before, [batch, *dims(before)[1:]]), x], 1)
+    def of_batch(x):
+        return x if x.shape[0] == batch else tf.broadcast_to(x, [batch, *dims(x)[1:]])
 
-    bias = tf.broadcast_to(bias, [batch, *dims(bias)[1:]])
     return {
         **keys,
-        "key": joined(key, keys["key"]),
-        "value": joined(value, keys["value"]),
-        "key_bias": tf.concat([bias, _bias_of_rows(keys)], 2),
+        "key": tf.concat([of_batch(key), keys["key"]], 1),
+        "value": tf.concat([of_batch(value), keys["value"]], 1),
+        "key_bias": tf.concat([of_batch(bias), _bias_of_rows(keys)], 2),
     }
 
 
 def _bias_of_rows(keys):
     """key_bias in full: [B, G, S]."""
     batch, rows, groups, _ = dims(keys["key"])
-    return tf.broadcast_to(keys["key_bias"], [batch, groups, rows])
+    bias, full = keys["key_bias"], [batch, groups, rows]
+    is_full = all(isinstance(size, int) for size in full) and bias.shape == full
+    return bias if is_full else tf.broadcast_to(bias, full)
 
 
 def _last_rows(keys, position, window):
@@ -97,6 +98,12 @@ def _last_rows(keys, position, window):
     stored = stored_rows(window)
 
     def last(x, axis, fill=0.0):  # the last R, after others that stand for what never was
+        rows = dims(x)[axis]
+        if isinstance(rows, int) and rows >= stored:
+            if axis == 1 and x.shape[0] == 1:  # a slice of the first axis is no copy
+                rest = dims(x)[2:]
+                return tf.reshape(tf.reshape(x, [rows, *rest])[rows - stored :], [1, stored, *rest])
+            return x[:, rows - stored :] if axis == 1 else x[:, :, rows - stored :]
         padding = [[0, 0]] * axis + [[stored, 0]] + [[0, 0]] * (len(x.shape) - axis - 1)
         x = tf.pad(x, padding, constant_values=fill)
         return tf.gather(x, tf.range(stored) + dims(x)[axis] - stored, axis=axis)

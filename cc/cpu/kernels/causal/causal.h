@@ -5,10 +5,11 @@
 // features p, its values, and the state before it:
 //   f[i][m] = 2^(a + anchor - shift_i)      scores = tril(f p)
 //   out = (f sum + scores v) / (f mass + row sums of scores)
+// In steep sub-chunks f and scores are made in another way (steep.h).
 // So they may follow each sub-chunk at once, or later, from a window of sub-chunks and on other
 // threads: the arithmetic is the same.
 #pragma once
-#include "cpu/kernels/causal/key_chain.h"
+#include "cpu/kernels/causal/steep.h"
 #include "cpu/kernels/query_chunk.h"
 #include "cpu/simd/triangle.h"
 
@@ -59,11 +60,15 @@ void SubChunkQueries(const CausalParams& params, const Acc* projections, const M
     const QueryHead<Acc> head(params, params.queries, projections, strides, query_head);
     LoadRows<Acc>({params.queries.query, params.dtype, params.dims.heads, query_head, strides.d},
                   sub_chunk.row, rows, nullptr, s.queries.q, strides.d_pad, &s.prefetcher);
-    SetBias(sub_chunk.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
-    const Left<Acc> q = {s.queries.q, strides.d_pad, 1};
-    ComputeQueryFeatures<true>(map, q, rows, head.projection, strides, sub_chunk.mass,
-                               static_cast<Acc*>(nullptr), s.queries, &s.prefetcher);
-    SubChunkScores(sub_chunk, strides, s);
+    if (sub_chunk.steep) {
+      SteepQueries(map, strides, head, sub_chunk, s.queries, s.scores, kStride, &s.prefetcher);
+    } else {
+      SetBias(sub_chunk.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
+      const Left<Acc> q = {s.queries.q, strides.d_pad, 1};
+      ComputeQueryFeatures<true>(map, q, rows, head.projection, strides, sub_chunk.mass,
+                                 static_cast<Acc*>(nullptr), s.queries, &s.prefetcher);
+      SubChunkScores(sub_chunk, strides, s);
+    }
     CausalProduct(s.queries.f, strides.m_stride, sub_chunk.sum, strides.e_pad, strides.m,
                   s.scores + sub_chunk.begin, kStride, sub_chunk.v, strides.e_pad, s.out,
                   strides.e_pad, rows, strides.e_pad);

@@ -9,6 +9,11 @@
 // past and from the key of its first row. A sub-chunk ends before any later key that exceeds an
 // anchor by more than kCutBits, and rows before the cut do the same arithmetic with or without it.
 // Products end at the row itself (triangle.h).
+//
+// What follows the first cut of a chunk is one steep sub-chunk. There may be keys of which each
+// outweighs all before, so that anchors would serve for one row only. So no anchor is shared there:
+// each pair of a query and a key has its own powers of 2, relative to the maximum of the query's
+// row (steep.h). The number of sub-chunks of a chunk is bounded, whatever the keys hold.
 #pragma once
 #include "core/causal_cut.h"
 #include "cpu/kernels/causal/sub_chunks.h"
@@ -55,7 +60,8 @@ struct ForwardState {
   void Raise(int64_t m, Acc to, const Strides& strides) {
     const Acc keep = Exp2(anchor[m] - to);  // 0 where the anchor was -inf
     Acc* row = sum + m * strides.e_pad;
-    for (int64_t e = 0; e < strides.e_pad; e += kLanes<Acc>) Store(row + e, Load(row + e) * keep);
+    for (int64_t e = 0; e < strides.e_pad; e += kLanes<Acc>)
+      Store(row + e, WithoutDenormals<Acc>(Load(row + e) * keep));
     mass[m] *= keep;
     anchor[m] = to;
   }
@@ -138,6 +144,29 @@ void AnchorSubChunk(int64_t begin, const Strides& strides, KeyScratch<Acc>& s) {
     if (column[m * s.C] > s.state.anchor[m]) s.Raise(m, column[m * s.C], strides, s.state);
 }
 
+// The columns [begin, end) of a chunk.
+template <class Acc>
+class Columns {
+ public:
+  static constexpr int64_t kCount = KeyScratch<Acc>::C;
+
+  Columns(int64_t begin, int64_t end)
+      : begin_(begin), end_(end), first_(begin / kLanes<Acc> * kLanes<Acc>) {
+    for (int64_t j = 0; j < kCount; ++j) index_[j] = static_cast<Acc>(j);
+  }
+  // Calls f(j, inside) for the vectors that they lie in; inside: all ones in their lanes.
+  template <class F>
+  PERFORMER_INLINE void ForEach(F f) const {
+    for (int64_t j = first_; j < end_; j += kLanes<Acc>)
+      f(j, (Load(index_ + j) >= static_cast<Acc>(begin_)) &
+               (Load(index_ + j) < static_cast<Acc>(end_)));
+  }
+
+ private:
+  const int64_t begin_, end_, first_;
+  alignas(kAlignment) Acc index_[kCount];
+};
+
 // The first row in (begin, n) whose key exceeds an anchor by more than kCutBits, or n.
 template <class Acc>
 int64_t SubChunkEnd(int64_t begin, int64_t n, const Strides& strides, const KeyScratch<Acc>& s) {
@@ -153,27 +182,38 @@ int64_t SubChunkEnd(int64_t begin, int64_t n, const Strides& strides, const KeyS
   return n;
 }
 
-// p [m][C] and its row sums for the columns [first, last). The others, up to a whole vector, become
-// 0, whatever these keys hold.
-template <class Acc>
+// p [m][C] and its row sums for the columns [first, last), which may replace the log-features. The
+// others of their vectors become 0, whatever these keys hold.
+template <bool kSteep = false, class Acc>
 void SubChunkKeyFeatures(int64_t first, int64_t last, const Strides& strides, Acc* key_features,
                          KeyScratch<Acc>& s) {
   constexpr int64_t C = KeyScratch<Acc>::C;
-  alignas(kAlignment) Acc column[C];
-  for (int64_t j = 0; j < C; ++j) column[j] = static_cast<Acc>(j);
-  const Acc begin = static_cast<Acc>(first), end = static_cast<Acc>(last);
+  const Columns<Acc> columns(first, last);
   for (int64_t m = 0; m < strides.m; ++m) {
     const Acc anchor = s.state.anchor[m] == -kInf<Acc> ? Acc(0) : s.state.anchor[m];
     Vec<Acc> sum = {};
     const Vec<Acc> zero = {};
-    for (int64_t j = 0; j < last; j += kLanes<Acc>) {
-      const IntVec<Acc> inside = (Load(column + j) >= begin) & (Load(column + j) < end);
-      const Vec<Acc> y = inside ? Exp2(Load(s.b + m * C + j) - anchor) : zero;
+    columns.ForEach([&](int64_t j, IntVec<Acc> inside) {
+      const Vec<Acc> x = Load(s.b + m * C + j) - anchor;
+      const Vec<Acc> y = inside ? (kSteep ? Exp2Normal<Acc>(x) : Exp2(x)) : zero;
       Store(key_features + m * C + j, y);
       sum += y;
-    }
+    });
     s.sub_chunk_mass[m] = ReduceAdd<Acc>(sum);
   }
+}
+
+// The log-features of the columns [first, last), -inf in the others of their vectors.
+template <class Acc>
+void CopyKeyLogFeatures(int64_t first, int64_t last, const Strides& strides, Acc* to,
+                        const KeyScratch<Acc>& s) {
+  constexpr int64_t C = KeyScratch<Acc>::C;
+  const Columns<Acc> columns(first, last);
+  const Vec<Acc> nothing = Splat(-kInf<Acc>);
+  for (int64_t m = 0; m < strides.m; ++m)
+    columns.ForEach([&](int64_t j, IntVec<Acc> inside) {
+      Store(to + m * C + j, inside ? Load(s.b + m * C + j) : nothing);
+    });
 }
 
 // next = the state with the keys of a sub-chunk added; it may lie in the same memory.
@@ -195,6 +235,27 @@ void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides
     if (next.mass[m] > kRescaleThreshold<Acc>)
       s.Raise(m, next.anchor[m] + Log2(next.mass[m]), strides, next);
   }
+}
+
+// The same for a steep sub-chunk, whose keys first raise the anchors. Its log-features are lost.
+template <class Acc>
+void SteepSubChunkUpdate(CausalSubChunk<Acc> sub_chunk, const Strides& strides, KeyScratch<Acc>& s,
+                         ForwardState<Acc>& next) {
+  const int64_t end = sub_chunk.begin + sub_chunk.rows;
+  if (next.sum != s.state.sum) s.state.CopyTo(next, strides);
+  s.state = next;
+  const Columns<Acc> columns(sub_chunk.begin, end);
+  for (int64_t m = 0; m < strides.m; ++m) {
+    Vec<Acc> highest = Splat(s.state.anchor[m]);
+    columns.ForEach([&](int64_t j, IntVec<Acc> inside) {
+      highest = inside ? Max(Load(s.b + m * s.C + j), highest) : highest;
+    });
+    const Acc raised = ReduceMax<Acc>(highest);
+    if (raised > s.state.anchor[m]) s.Raise(m, raised, strides, s.state);
+  }
+  SubChunkKeyFeatures<true>(sub_chunk.begin, end, strides, s.b, s);
+  sub_chunk.key_features = s.b;
+  SubChunkUpdate(sub_chunk, strides, s, next);
 }
 
 // The chain of one sequence and key/value head:
@@ -237,24 +298,24 @@ class KeyChain {
     if (row_ == range_.end) return false;
     const int64_t begin = (row_ - range_.begin) % kCausalChunk;
     if (begin == 0 || !loaded_) LoadChunk(row_ - begin);
-    const bool masked = s_.keys.skip[begin], fully_masked = masked && s_.state.IsEmpty(strides_);
+    const bool masked = s_.keys.skip[begin], empty = s_.state.IsEmpty(strides_);
+    const bool fully_masked = masked && empty, steep = begin > 0 && !empty;
     int64_t end = begin + 1;
     if (fully_masked) {
       while (end < chunk_rows_ && s_.keys.skip[end]) ++end;
+    } else if (steep) {
+      end = chunk_rows_;
+      CopyKeyLogFeatures(begin, end, strides_, key_features, s_);
     } else {
       if (!masked) AnchorSubChunk(begin, strides_, s_);
       end = SubChunkEnd(begin, chunk_rows_, strides_, s_);
       SubChunkKeyFeatures(begin, end, strides_, key_features, s_);
     }
-    *sub_chunk = {row_,
-                  begin,
-                  end - begin,
-                  fully_masked,
-                  s_.state.sum,
-                  s_.state.mass,
-                  s_.state.anchor,
-                  key_features,
-                  s_.keys.v + begin * strides_.e_pad};
+    *sub_chunk = {row_,          begin,
+                  end - begin,   fully_masked,
+                  steep,         s_.state.sum,
+                  s_.state.mass, s_.state.anchor,
+                  key_features,  s_.keys.v + begin * strides_.e_pad};
     return true;
   }
 
@@ -262,7 +323,9 @@ class KeyChain {
   // of the state before it.
   void Add(const CausalSubChunk<Acc>& sub_chunk, const SummaryPartial<Acc>& memory) {
     ForwardState<Acc> next(memory);
-    if (!sub_chunk.fully_masked) {
+    if (sub_chunk.steep) {
+      SteepSubChunkUpdate(sub_chunk, strides_, s_, next);
+    } else if (!sub_chunk.fully_masked) {
       SubChunkUpdate(sub_chunk, strides_, s_, next);
     } else if (next.sum != s_.state.sum) {
       s_.state.CopyTo(next, strides_);

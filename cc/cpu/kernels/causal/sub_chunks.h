@@ -8,15 +8,16 @@
 namespace performer {
 namespace cpu {
 
-// Rows of a chunk whose key features are relative to the same anchors.
+// Rows of a chunk whose key features are relative to the same anchors, or steep (key_chain.h).
 template <class Acc>
 struct CausalSubChunk {
   int64_t row, begin, rows;  // first row in the tensor, first row in its chunk, number of rows
   bool fully_masked;         // these rows see no key at all; then the pointers are not used
+  bool steep;                // the key features are log-features, relative to nothing
   const Acc* sum;            // [m][e_pad], of the state before
   const Acc* mass;           // [m_pad], of the state before
   const Acc* anchor;         // [m_pad], of the state before
-  const Acc* key_features;   // [m][kCausalChunk], columns as in the chunk; 0 before the sub-chunk
+  const Acc* key_features;   // [m][kCausalChunk], columns as in the chunk
   const Acc* v;              // [rows][e_pad]
 };
 

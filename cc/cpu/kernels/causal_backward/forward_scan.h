@@ -1,8 +1,7 @@
-// Forward scan of the gradient of causal attention: dq, the query projection's gradient, and lse
-// and delta of each row. The formulas are in causal_backward.h.
+// Forward scan of the gradient of causal attention: dq, the query projection's gradient, and what
+// is kept of each row. The formulas are in causal_backward.h.
 #pragma once
-#include "cpu/kernels/causal_backward/gradient.h"
-#include "cpu/simd/triangle.h"
+#include "cpu/kernels/causal_backward/steep.h"
 
 PERFORMER_ISA_BEGIN
 
@@ -11,7 +10,10 @@ template <class Acc>
 void ScaleForwardState(CausalGradient<Acc>& gradient, int64_t m, Acc keep) {
   const Strides& strides = gradient.strides;
   Acc* column = gradient.s.sum_panels + m / kPanel * kPanel * strides.e_pad + m % kPanel;
-  for (int64_t e = 0; e < strides.e_pad; ++e) column[e * kPanel] *= keep;
+  for (int64_t e = 0; e < strides.e_pad; ++e) {
+    const Acc x = column[e * kPanel] * keep;
+    column[e * kPanel] = x < kLeastNormal<Acc> && x > -kLeastNormal<Acc> ? Acc(0) : x;
+  }
   gradient.s.mass[m] *= keep;
 }
 
@@ -78,6 +80,23 @@ bool Exceeds(const CausalGradient<Acc>& gradient, int64_t j) {
   return false;
 }
 
+// Raises the anchors to all keys of a steep sub-chunk; true if one changed.
+template <class Acc>
+bool RaiseToSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  RaisedAnchors(strides, s.anchor, s.key_log_features + sub_chunk.chunk_begin * strides.m_stride,
+                sub_chunk.rows, s.raised);
+  bool changed = false;
+  for (int64_t m = 0; m < strides.m; ++m) {
+    if (!(s.raised[m] > s.anchor[m])) continue;
+    ScaleForwardState(gradient, m, Exp2(s.anchor[m] - s.raised[m]));
+    s.anchor[m] = s.raised[m];
+    changed = true;
+  }
+  return changed;
+}
+
 // Raises the anchors to the key of row `row` of the chunk.
 template <class Acc>
 void RaiseForwardState(CausalGradient<Acc>& gradient, int64_t row) {
@@ -127,12 +146,13 @@ void FeatureGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chun
   }
 }
 
-// g = da, summed into the feature bias's gradient; keeps lse and delta of each row.
+// g = da, summed into the feature bias's gradient; keeps shift, inverse and delta of each row.
 template <class Acc>
 void CausalLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
-  Acc* lse = gradient.OfHead(gradient.lse, i, sub_chunk.row);
+  Acc* shift = gradient.OfHead(gradient.shift, i, sub_chunk.row);
+  Acc* inverse = gradient.OfHead(gradient.inverse, i, sub_chunk.row);
   Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
   Acc* feature_bias = gradient.partial.feature_bias + i * strides.m_pad;
   for (int64_t r = 0; r < sub_chunk.rows; ++r) {
@@ -140,14 +160,35 @@ void CausalLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_
               *cumulative = s.cumulative + r * strides.m_stride;
     Acc* g = s.g + r * strides.m_stride;
     delta[r] = Dot(f, g, strides.m_pad);
-    lse[r] = s.queries.den[r] == 0 ? kInf<Acc> : s.queries.shift[r] + Log2(s.queries.den[r]);
-    const Acc scaled = delta[r] * Inverse(s.queries.den[r]);
+    shift[r] = s.queries.shift[r];
+    inverse[r] = Inverse(s.queries.den[r]);
+    const Acc scaled = delta[r] * inverse[r];
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
       const Vec<Acc> da = Load(f + m) * (Load(g + m) - scaled * Load(cumulative + m));
       Store(g + m, da);
       Store(feature_bias + m, Load(feature_bias + m) + da);
     }
   }
+}
+
+// Queries of head i of the group, already loaded: g = da.
+template <class Acc>
+void ForwardLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  const QueryHead<Acc> head = gradient.Head(i);
+  const int64_t n = sub_chunk.rows;
+  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
+  const Left<Acc> q = {s.queries.q, strides.d_pad, 1};
+  ComputeQueryFeatures<false>(gradient.map, q, n, head.projection, strides,
+                              static_cast<const Acc*>(nullptr), s.query_slope, s.queries,
+                              &gradient.prefetcher);
+  for (int64_t r = 0; r < n; ++r)
+    s.queries.den[r] =
+        Dot(s.queries.f + r * strides.m_stride, s.cumulative + r * strides.m_stride, strides.m_pad);
+  ScaleRows(n, strides.e_pad, s.queries.den, s.y);
+  FeatureGradient(gradient, sub_chunk);
+  CausalLogitGradient(gradient, sub_chunk, i);
 }
 
 // Queries of head i of the group: dq and the query projection's gradient.
@@ -160,16 +201,11 @@ void ForwardQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   const QueryHead<Acc> head = gradient.Head(i);
   const int64_t n = sub_chunk.rows;
   gradient.LoadQueries(sub_chunk, i);
-  SetBias(s.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
-  const Left<Acc> q = {s.queries.q, strides.d_pad, 1};
-  ComputeQueryFeatures<false>(map, q, n, head.projection, strides, static_cast<const Acc*>(nullptr),
-                              s.query_slope, s.queries, &gradient.prefetcher);
-  for (int64_t r = 0; r < n; ++r)
-    s.queries.den[r] =
-        Dot(s.queries.f + r * strides.m_stride, s.cumulative + r * strides.m_stride, strides.m_pad);
-  ScaleRows(n, strides.e_pad, s.queries.den, s.y);
-  FeatureGradient(gradient, sub_chunk);
-  CausalLogitGradient(gradient, sub_chunk, i);
+  if (sub_chunk.steep) {
+    SteepLogitGradient(gradient, sub_chunk, i);
+  } else {
+    ForwardLogitGradient(gradient, sub_chunk, i);
+  }
   ChainSlope(map, n, strides, s.query_slope, s.g);
   MatMul<false>(s.g, strides.m_stride, 1, head.projection.rows.data, strides.d_pad, strides.m, s.dq,
                 strides.d_pad, n, strides.d_pad);
@@ -222,7 +258,10 @@ bool ForwardScan(CausalGradient<Acc>& gradient) {
         ZeroRows(gradient, row + begin);
         continue;
       }
-      if (!s.keys.skip[begin] && Exceeds(gradient, begin)) {
+      const bool steep = begin > 0 && !IsEmpty(gradient);
+      if (steep) {
+        end = n;
+      } else if (!s.keys.skip[begin] && Exceeds(gradient, begin)) {
         RaiseForwardState(gradient, begin);
         if (!SaveAnchors(gradient)) return false;
       }
@@ -230,11 +269,14 @@ bool ForwardScan(CausalGradient<Acc>& gradient) {
       GradSubChunk* sub_chunk = gradient.sub_chunks.Append(1);
       if (sub_chunk == nullptr) return false;
       const int64_t sets = gradient.anchors.size() / gradient.strides.m_pad;
-      *sub_chunk = {row + begin, begin, end - begin, sets - 1};
-      gradient.ComputeKeyFeatures(*sub_chunk);
+      *sub_chunk = {row + begin, begin, end - begin, sets - 1, steep};
+      if (!steep) gradient.ComputeKeyFeatures(*sub_chunk);
       for (int64_t i = 0; i < GroupSize(gradient.dims); ++i)
         ForwardQueries(gradient, *sub_chunk, i);
-      if (UpdateForwardState(gradient, *sub_chunk) && !SaveAnchors(gradient)) return false;
+      bool changed = steep && RaiseToSubChunk(gradient, *sub_chunk);
+      if (steep) gradient.ComputeKeyFeatures(*sub_chunk);
+      changed |= UpdateForwardState(gradient, *sub_chunk);
+      if (changed && !SaveAnchors(gradient)) return false;
     }
   }
   return true;

@@ -30,6 +30,7 @@ struct CausalGradScratch {
   Acc* sum_panels;     // [m_panels][e_pad][kPanel]: sum^T
   Acc* centre;         // [e_pad]: what values and sum / mass are less by
   Acc *mass, *anchor;  // [m_pad]; the anchor is also that of the reverse state
+  Acc* raised;         // [m_pad]: anchors after a steep sub-chunk
   // The reverse state after the sub-chunk.
   Acc* reverse_sum;          // [m][e_pad]: R
   Acc* reverse_mass_before;  // [m_pad]: r, before the queries of the sub-chunk add to it
@@ -39,6 +40,7 @@ struct CausalGradScratch {
   Acc* reverse_mass;     // [m_pad], over mass: r
   Acc* reverse_panels;   // [m_panels][e_pad][kPanel], over sum_panels: R^T
   Acc* padded_delta;     // [C], over queries.shift: delta of a row, 0 behind the last row
+  Acc* steep_keys;       // [C][m_stride], over g: log-features of the keys of a steep sub-chunk
 
   void SetPointers(Arena& arena, const Map<Acc>& map, const Strides& strides) {
     keys.SetPointers(arena, strides, C);
@@ -57,11 +59,13 @@ struct CausalGradScratch {
     for (Acc** sum : {&reverse_sum, &initial_mean})
       *sum = arena.Take<Acc>(strides.m * strides.e_pad);
     centre = arena.Take<Acc>(strides.e_pad);
-    for (Acc** row : {&mass, &anchor, &reverse_mass_before}) *row = arena.Take<Acc>(strides.m_pad);
+    for (Acc** row : {&mass, &anchor, &raised, &reverse_mass_before})
+      *row = arena.Take<Acc>(strides.m_pad);
     grad_key_logits = key_log_features;
     reverse_mass = mass;
     reverse_panels = sum_panels;
     padded_delta = queries.shift;
+    steep_keys = g;
   }
 };
 
@@ -69,7 +73,8 @@ struct CausalGradScratch {
 struct GradSubChunk {
   int64_t row, chunk_begin;  // its first row in the tensor, and in its chunk
   int64_t rows;              // number of rows
-  int64_t anchors;           // index of the set of anchors that it used
+  int64_t anchors;           // index of the set of anchors before it
+  bool steep;                // as in CausalSubChunk
 };
 
 template <class Acc>
@@ -98,16 +103,17 @@ struct CausalGradient {
   bool Start() {
     if (!arena.Allocate([&] { s.SetPointers(arena, map, strides); })) return false;
     const int64_t rows = range.end - range.begin;
-    lse = row_values.Append(2 * rows * GroupSize(dims));
-    if (lse == nullptr && rows > 0) return false;
-    delta = lse + rows * GroupSize(dims);
+    shift = row_values.Append(3 * rows * GroupSize(dims));
+    if (shift == nullptr && rows > 0) return false;
+    inverse = shift + rows * GroupSize(dims);
+    delta = inverse + rows * GroupSize(dims);
     for (int64_t i = 0; i < CausalGradPartial<Acc>::Size(strides, GroupSize(dims)); ++i)
       partial.log_mass[i] = 0;
     return true;
   }
 
   int64_t FirstHead() const { return range.head * GroupSize(dims); }
-  // Of lse or delta: the values of query head i of the group from tensor row `row` on.
+  // Of shift, inverse or delta: the values of query head i of the group from tensor row `row` on.
   Acc* OfHead(Acc* values, int64_t i, int64_t row) const {
     return values + i * (range.end - range.begin) + row - range.begin;
   }
@@ -133,6 +139,14 @@ struct CausalGradient {
 
   // Features of the keys of the sub-chunk and their running sums, from row 0 of these buffers on.
   void ComputeKeyFeatures(const GradSubChunk& sub_chunk) {
+    if (sub_chunk.steep) {
+      ComputeKeyFeaturesWith(sub_chunk, [](Vec<Acc> x) { return Exp2Normal<Acc>(x); });
+    } else {
+      ComputeKeyFeaturesWith(sub_chunk, [](Vec<Acc> x) { return Exp2(x); });
+    }
+  }
+  template <class Power>
+  PERFORMER_INLINE void ComputeKeyFeaturesWith(const GradSubChunk& sub_chunk, Power power) {
     const int64_t first = sub_chunk.chunk_begin * strides.m_stride;
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
       const Vec<Acc> given = Load(s.anchor + m), zero = {};
@@ -140,7 +154,7 @@ struct CausalGradient {
       Vec<Acc> sum = Load(s.mass + m);
       for (int64_t j = 0; j < sub_chunk.rows; ++j) {
         const int64_t at = j * strides.m_stride + m;
-        const Vec<Acc> feature = Exp2(Load(s.key_log_features + first + at) - anchor);
+        const Vec<Acc> feature = power(Load(s.key_log_features + first + at) - anchor);
         sum += feature;
         Store(s.key_features + at, feature);
         Store(s.cumulative + at, sum);
@@ -183,8 +197,10 @@ struct CausalGradient {
   GrowingArray<Acc> row_values;
   bool centred = false;
   int64_t first_centred = 0;  // the first sub-chunk whose values are less the centre
-  Acc* lse = nullptr;         // [heads of the group][rows], base 2
-  Acc* delta = nullptr;       // [heads of the group][rows], natural
+  // Of each row, [heads of the group][rows]: the maximum that its log-features are less by, in base
+  // 2, and 1 / den relative to it, 0 where it sees no key. Their sum as one logarithm would be
+  // rounded: of keys with entries of 1e4 it is about 1e9.
+  Acc *shift = nullptr, *inverse = nullptr, *delta = nullptr;
 };
 
 PERFORMER_ISA_END

@@ -1,8 +1,7 @@
 // Reverse scan of the gradient of causal attention: dk, dv, the key projection's gradient and that
 // of the initial state. The formulas are in causal_backward.h.
 #pragma once
-#include "cpu/kernels/causal_backward/gradient.h"
-#include "cpu/simd/triangle.h"
+#include "cpu/kernels/causal_backward/steep.h"
 
 PERFORMER_ISA_BEGIN
 
@@ -36,16 +35,27 @@ void RescaleReverseState(CausalGradient<Acc>& gradient, const Acc* anchors) {
   for (int64_t m = 0; m < strides.m; ++m) {
     if (anchors[m] == s.anchor[m]) continue;
     const Acc keep = Exp2(anchors[m] - s.anchor[m]);
-    for (int64_t e = 0; e < strides.e_pad; ++e) s.reverse_sum[m * strides.e_pad + e] *= keep;
+    Acc* row = s.reverse_sum + m * strides.e_pad;
+    for (int64_t e = 0; e < strides.e_pad; e += kLanes<Acc>)
+      Store(row + e, WithoutDenormals<Acc>(Load(row + e) * keep));
     s.reverse_mass[m] *= keep;
     s.anchor[m] = anchors[m];
   }
 }
 
+// y = 0 in rows that see no key.
+template <class Acc>
+void ZeroRowsWithoutKeys(CausalGradient<Acc>& gradient, int64_t n, const Acc* inverse) {
+  const int64_t width = gradient.strides.e_pad;
+  for (int64_t r = 0; r < n; ++r)
+    if (inverse[r] == 0)
+      for (int64_t e = 0; e < width; ++e) gradient.s.y[r * width + e] = 0;
+}
+
 // f of the queries of one head, normalised; y is 0 in rows that see no key.
 template <class Acc>
 void NormalisedQueryFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>& head, int64_t n,
-                             const Acc* lse) {
+                             const Acc* shift, const Acc* inverse) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   LogFeatures<Acc>(gradient.map, s.queries.q, n, head.projection.panels, strides, s.queries.f,
@@ -54,11 +64,10 @@ void NormalisedQueryFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
       Acc* f = s.queries.f + r * strides.m_stride + m;
-      Store(f, Exp2(Load(f) + Load(s.queries.bias + m) - lse[r]));
+      Store(f, Exp2(Load(f) + Load(s.queries.bias + m) - shift[r]) * inverse[r]);
     }
-    if (lse[r] == kInf<Acc>)
-      for (int64_t e = 0; e < strides.e_pad; ++e) s.y[r * strides.e_pad + e] = 0;
   }
+  ZeroRowsWithoutKeys(gradient, n, inverse);
 }
 
 // Pairs of a key and a query of the sub-chunk: adds triu(v dout^T - delta) f to the keys' gradient,
@@ -94,11 +103,19 @@ void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const int64_t n = sub_chunk.rows;
-  const Acc* lse = gradient.OfHead(gradient.lse, i, sub_chunk.row);
+  const Acc* shift = gradient.OfHead(gradient.shift, i, sub_chunk.row);
+  const Acc* inverse = gradient.OfHead(gradient.inverse, i, sub_chunk.row);
   const Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
   gradient.LoadQueries(sub_chunk, i);
-  NormalisedQueryFeatures(gradient, gradient.Head(i), n, lse);
-  AddPairGradients(gradient, n, delta);
+  if (sub_chunk.steep) {
+    SteepLogFeatures(gradient, gradient.Head(i), n, static_cast<Acc*>(nullptr));
+    ZeroRowsWithoutKeys(gradient, n, inverse);
+    AddSteepPairGradients(gradient, n, shift, inverse, delta);
+    SteepStateWeights(gradient, n, shift, inverse);
+  } else {
+    NormalisedQueryFeatures(gradient, gradient.Head(i), n, shift, inverse);
+    AddPairGradients(gradient, n, delta);
+  }
   MatMul<true>(s.queries.f, 1, strides.m_stride, s.y, strides.e_pad, n, s.reverse_sum,
                strides.e_pad, strides.m, strides.e_pad);
   for (int64_t r = 0; r < n; ++r)
@@ -108,14 +125,29 @@ void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
 }
 
 template <class Acc>
+void RowSums(int64_t n, const Strides& strides, const Acc* rows, Acc* row_sum) {
+  for (int64_t j = 0; j < n; ++j, rows += strides.m_stride) {
+    Vec<Acc> sum = {};
+    for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) sum += Load(rows + m);
+    row_sum[j] = ReduceAdd<Acc>(sum);
+  }
+}
+
+template <class Acc>
 void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
   auto& s = gradient.s;
   const auto& map = gradient.map;
   const Strides& strides = gradient.strides;
   // Only the rows of the sub-chunk are loaded: it begins at row 0 of the buffers.
-  const GradSubChunk sub_chunk = {given.row, 0, given.rows, given.anchors};
+  const GradSubChunk sub_chunk = {given.row, 0, given.rows, given.anchors, given.steep};
   const int64_t n = sub_chunk.rows;
+  const Acc* anchors = &gradient.anchors[given.anchors * strides.m_pad];
   gradient.LoadKeys(sub_chunk.row, n);
+  if (given.steep) {
+    Copy(s.key_log_features, n * strides.m_stride, s.steep_keys);
+    RaisedAnchors(strides, anchors, s.key_log_features, n, s.raised);
+  }
+  RescaleReverseState(gradient, given.steep ? s.raised : anchors);
   gradient.ComputeKeyFeatures(sub_chunk);
   TransposeToPanels(s.reverse_sum, strides.m, strides.e_pad, strides.e_pad, s.reverse_panels);
   for (int64_t m = 0; m < strides.m_pad; ++m) s.reverse_mass_before[m] = s.reverse_mass[m];
@@ -123,9 +155,20 @@ void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
                 strides.e_pad, n, strides.e_pad);
   MatMulPanels(s.keys.v, strides.e_pad, n, s.reverse_panels, strides.e_pad, strides,
                s.grad_key_logits, &gradient.prefetcher);
+  const auto key_logit_gradient = [&] {
+    KeyLogitGradient(n, strides, s.keys.skip, s.reverse_mass_before, s.key_features,
+                     s.grad_key_logits, s.row_sum);
+  };
+  if (given.steep) {
+    key_logit_gradient();
+    RescaleReverseState(gradient, anchors);
+  }
   for (int64_t i = 0; i < GroupSize(gradient.dims); ++i) ReverseQueries(gradient, sub_chunk, i);
-  KeyLogitGradient(n, strides, s.keys.skip, s.reverse_mass_before, s.key_features,
-                   s.grad_key_logits, s.row_sum);
+  if (given.steep) {
+    RowSums(n, strides, s.grad_key_logits, s.row_sum);
+  } else {
+    key_logit_gradient();
+  }
   ChainSlope(map, n, strides, s.key_slope, s.grad_key_logits);
   MatMul<false>(s.grad_key_logits, strides.m_stride, 1, gradient.key_projection.rows, strides.d_pad,
                 strides.m, s.dk, strides.d_pad, n, strides.d_pad);
@@ -169,7 +212,6 @@ void ReverseScan(CausalGradient<Acc>& gradient) {
   for (int64_t p = gradient.sub_chunks.size() - 1; p >= 0; --p) {
     const GradSubChunk sub_chunk = gradient.sub_chunks[p];
     if (p == gradient.first_centred - 1) UncentreReverseState(gradient);
-    RescaleReverseState(gradient, &gradient.anchors[sub_chunk.anchors * gradient.strides.m_pad]);
     ReverseSubChunk(gradient, sub_chunk);
   }
   RescaleReverseState(gradient, &gradient.anchors[0]);

@@ -1,0 +1,434 @@
+"""Near-and-far attention of the compiled core: results, gradients, what changes no bit."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from performer import reference
+from performer.features.tolerances import tolerances
+from support.compare import assert_close, assert_finite, assert_same_bits
+from support.core_calls import isas, run
+from support.inputs import DTYPES, Case, cotangents, forms, make
+
+OUTPUTS = ("out", "log_weight", "log_mass", "mean")
+INPUTS = ("query", "key", "value", "query_projection", "key_projection", "feature_bias")
+INPUTS += ("key_bias", "initial_log_mass", "initial_mean")
+ONE_HEAD = Case(batch=1, heads=1, groups=1)
+# (case, position of the first key row, attributes)
+CASES = {
+    "five blocks": (Case(rows=40), 0, {"exact_window": 8}),
+    "a window of one row": (replace(ONE_HEAD, rows=9), 0, {"exact_window": 1}),
+    "one block that is not full": (Case(rows=5, bias="B1S"), 3, {"exact_window": 16}),
+    "the last block is full": (Case(rows=45, state=1), 3, {"exact_window": 8}),
+    "grouped heads, projections for each, a state for each, holes": (
+        Case(
+            rows=61,
+            heads=6,
+            query_projections=6,
+            key_projections=2,
+            feature_biases=6,
+            bias="BGS",
+            masked="holes",
+            state=2,
+        ),
+        9,
+        {"exact_window": 8},
+    ),
+    "projections for each group, no norms": (
+        Case(
+            rows=50, heads=4, query_projections=2, key_projections=2, feature_biases=2, bias="1G1"
+        ),
+        0,
+        {"exact_window": 8, "query_norm": False, "key_norm": False, "scale": 0.3},
+    ),
+    "packed, with empty sequences": (
+        Case(
+            batch=1,
+            rows=131,
+            heads=4,
+            offsets=(0, 0, 40, 40, 41, 73, 131, 131),
+            state=7,
+            bias="11S",
+            masked="holes",
+        ),
+        0,
+        {"exact_window": 8},
+    ),
+    "blocks of 64, entry std 2": (
+        replace(ONE_HEAD, rows=210, dim=64, value_dim=64, features=72, bias="B1S", std=2.0),
+        7,
+        {"exact_window": 64},
+    ),
+    "blocks of 128, chunks of queries": (
+        Case(batch=1, rows=330, groups=1, dim=72, value_dim=24, features=20, state=1),
+        70,
+        {"exact_window": 128},
+    ),
+    "a window beyond the sequence": (
+        Case(rows=100, bias="B1S", masked="left", state=2),
+        990,
+        {"exact_window": 1000},
+    ),
+    "many blocks": (replace(ONE_HEAD, rows=95, bias="B1S"), 1, {"exact_window": 3}),
+    "all keys of a batch row masked": (
+        Case(rows=40, bias="B1S", masked="row"),
+        0,
+        {"exact_window": 8},
+    ),
+    "no rows": (Case(rows=0, state=2), 0, {"exact_window": 8}),
+    "no value dim": (Case(rows=40, value_dim=0), 0, {"exact_window": 8}),
+}
+# Causal calls with more keys than queries.
+STREAMED = {
+    "a token": (Case(rows=23, queries=1, batch=3, state=3, bias="B1S"), 5, {"exact_window": 8}),
+    "queries of a part of a block": (Case(rows=43, queries=13), 2, {"exact_window": 8}),
+    "a token alone": (Case(rows=1, queries=1), 0, {"exact_window": 8}),
+    "a token that ends a block": (
+        Case(rows=16, queries=1, bias="BGS", masked="holes", state=1),
+        0,
+        {"exact_window": 8},
+    ),
+    "a token, rows that are read in place": (
+        Case(
+            rows=128,
+            queries=1,
+            heads=4,
+            query_projections=4,
+            feature_biases=2,
+            bias="B1S",
+            masked="left",
+            dim=64,
+            value_dim=64,
+            features=24,
+            state=2,
+        ),
+        69,
+        {"exact_window": 64, "query_norm": False, "scale": 0.1},
+    ),
+    "keys without queries": (Case(rows=43, queries=0, state=1), 2, {"exact_window": 8}),
+}
+NARROW = (
+    "grouped heads, projections for each, a state for each, holes",
+    "blocks of 64, entry std 2",
+    "a token, rows that are read in place",
+)
+PARAMETERS = [
+    (causal, name, dtype)
+    for causal in (False, True)
+    for name in {**CASES, **(STREAMED if causal else {})}
+    for dtype in ["float32", "float64", *(["bfloat16", "float16"] if name in NARROW else [])]
+]
+cases = pytest.mark.parametrize(("causal", "name", "dtype"), PARAMETERS)
+
+
+def given(name, causal, dtype="float32"):
+    """Inputs, incoming gradients, and options of a case."""
+    case, start, attributes = {**CASES, **STREAMED}[name]
+    x = {**make(case, dtype), "start": np.array(start, np.int64)}
+    incoming = cotangents(case, dtype)
+    rows = x["query"].shape[:3]
+    wide = x["key_bias"].dtype
+    incoming["grad_log_weight"] = np.random.default_rng(7).normal(size=rows).astype(wide)
+    return x, incoming, {**case.options, **attributes, "causal": causal}
+
+
+def gradients(x, results, incoming, **options):
+    grads = run("NearFarGrad", {**x, **results, **incoming}, **options)
+    return {name.removeprefix("grad_"): grad for name, grad in grads.items()}
+
+
+def arguments(x, dtype, options):
+    """Of the reference: float64, with projections that are rounded once."""
+    options = dict(options)
+    packed = options.pop("packed")
+    y = {name: x[name] for name in INPUTS[:7]}
+    for name in ("query_projection", "key_projection"):
+        y[name] = y[name].astype(DTYPES[dtype])
+    y = {name: a.astype(np.float64) for name, a in y.items()}
+    state = [x[name].astype(np.float64) for name in INPUTS[7:]]
+    offsets = x["offsets"] if packed else None
+    return {**y, **options, "offsets": offsets, "initial_state": state, "start": int(x["start"])}
+
+
+@cache
+def wanted(name, causal, dtype):
+    x, _, options = given(name, causal, dtype)
+    out, log_weight, state = reference.near_far_attention(**arguments(x, dtype, options))
+    return dict(zip(OUTPUTS, (out, log_weight, *state), strict=True))
+
+
+@cache
+def wanted_gradients(name, causal, dtype):
+    x, incoming, options = given(name, causal, dtype)
+    incoming = {n: a.astype(np.float64) for n, a in incoming.items()}
+    return reference.near_far_attention_gradients(
+        **arguments(x, dtype, options),
+        grad_out=incoming["grad_out"],
+        grad_log_weight=incoming["grad_log_weight"],
+        grad_state=(incoming["grad_log_mass"], incoming["grad_mean"]),
+    )
+
+
+@isas
+@cases
+def test_results_are_those_of_the_reference(causal, name, dtype, isa):
+    x, _, options = given(name, causal, dtype)
+    bound = tolerances(dtype, causal=causal)
+    results = run("NearFar", x, isa=isa, **options)
+    for output, exact in wanted(name, causal, dtype).items():
+        worst = bound.worst if output == "out" else None
+        assert_close(results[output], exact, rms=bound.rms, worst=worst, what=output)
+
+
+@isas
+@cases
+def test_gradients_are_those_of_the_reference(causal, name, dtype, isa):
+    x, incoming, options = given(name, causal, dtype)
+    results = run("NearFar", x, isa=isa, **options)
+    grads = gradients(x, results, incoming, isa=isa, **options)
+    bound = tolerances(dtype, causal=causal).gradient_rms
+    for argument, exact in wanted_gradients(name, causal, dtype).items():
+        assert grads[argument].dtype == x[argument].dtype, argument
+        assert_close(grads[argument], exact, rms=bound, what=argument)
+
+
+@forms
+def test_gradients_are_finite_differences_of_the_core_itself(causal):
+    """<gradient, direction> against the core's own results, one direction for each input."""
+    x, incoming, options = given(NARROW[0], causal, "float64")
+    grads = gradients(x, run("NearFar", x, **options), incoming, **options)
+    rng = np.random.default_rng(3)
+
+    def loss(inputs):
+        results = run("NearFar", inputs, **options)
+        seen = np.where(np.isneginf(results["log_weight"]), 0, results["log_weight"])
+        results["log_weight"] = seen
+        return sum(np.sum(results[name] * incoming[f"grad_{name}"]) for name in OUTPUTS)
+
+    for name, grad in grads.items():
+        direction = rng.normal(size=x[name].shape)
+        direction[~np.isfinite(x[name])] = 0
+        ends = []
+        for step in (1e-6, -1e-6):
+            moved = np.where(direction == 0, x[name], x[name] + step * direction)
+            ends.append(loss({**x, name: moved}))
+        numeric = (ends[0] - ends[1]) / 2e-6
+        assert abs(np.sum(grad * direction) - numeric) <= 1e-6 * max(1, abs(numeric)), name
+
+
+@isas
+@forms
+def test_a_window_that_holds_all_keys_is_exact_attention(causal, isa):
+    x, _, options = given("blocks of 64, entry std 2", causal, "float64")
+    out = run("NearFar", x, isa=isa, **{**options, "exact_window": 1000})["out"][0, :, 0]
+    q, k, v = (x[name][0, :, 0] for name in ("query", "key", "value"))
+    logits = q @ k.T / np.sqrt(q.shape[-1]) + x["key_bias"][0, 0]
+    if causal:
+        logits[np.triu_indices(len(q), 1)] = -np.inf
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    assert_close(out, weights / weights.sum(-1, keepdims=True) @ v, relative=1e-12)
+
+
+PLAIN = Case(batch=1, rows=135, heads=4, groups=2, dim=16, bias="1GS")
+OPTIONS = {"exact_window": 16, "causal": True}
+
+
+def plain(dtype="float32", case=PLAIN, start=5):
+    x, incoming = make(case, dtype), cotangents(case, dtype)
+    x["start"] = np.array(start, np.int64)
+    rows = x["query"].shape[:3]
+    incoming["grad_log_weight"] = np.random.default_rng(7).normal(size=rows)
+    incoming["grad_log_weight"] = incoming["grad_log_weight"].astype(x["key_bias"].dtype)
+    return x, incoming
+
+
+@isas
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("t", [1, 10, 11, 27, 64, 70, 134])
+def test_what_comes_at_t_and_after_changes_no_earlier_bit(isa, t, poison):
+    x, incoming = plain()
+    before = run("NearFar", x, isa=isa, **OPTIONS)
+    dq = gradients(x, before, incoming, isa=isa, **OPTIONS)["query"]
+    for name in ("query", "key", "value"):
+        x[name][:, t:] = poison
+        incoming["grad_out"][:, t:] = poison
+        after = run("NearFar", x, isa=isa, **OPTIONS)
+        for output in ("out", "log_weight"):
+            assert_same_bits(after[output][:, :t], before[output][:, :t], what=output)
+        after_dq = gradients(x, after, incoming, isa=isa, **OPTIONS)["query"]
+        assert_same_bits(after_dq[:, :t], dq[:, :t], what="grad_query")
+
+
+@isas
+@forms
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("row", [0, 40, 134])
+def test_nan_in_a_key_shows_in_exactly_the_rows_that_see_it(isa, causal, name, row):
+    x, _ = plain()
+    x[name][0, row, 0] = np.nan
+    results = run("NearFar", x, isa=isa, **{**OPTIONS, "causal": causal})
+    seen = np.arange(PLAIN.rows) >= (row if causal else 0)
+    broken = np.isnan(results["out"][0]).any(-1)
+    assert np.array_equal(broken[:, :2].all(-1), seen)
+    assert not broken[:, 2:].any()
+
+
+@isas
+@forms
+@pytest.mark.parametrize("masked", ["holes", "left", "row"])
+def test_masked_keys_change_no_bit_and_have_gradient_zero(isa, causal, masked):
+    case = replace(PLAIN, batch=2, bias="BGS", masked=masked)
+    options = {**OPTIONS, "causal": causal, "isa": isa}
+    x, incoming = plain(case=case)
+    results = run("NearFar", x, **options)
+    grads = gradients(x, results, incoming, **options)
+    hidden = np.isneginf(x["key_bias"]).transpose(0, 2, 1)
+    x["key"][hidden], x["value"][hidden] = 3, -7
+    other = run("NearFar", x, **options)
+    for output in OUTPUTS:
+        assert_same_bits(other[output], results[output], what=output)
+    for name, grad in gradients(x, other, incoming, **options).items():
+        assert_same_bits(grad, grads[name], what=name)
+        assert_finite(grad, what=name)
+    for name in ("key", "value"):
+        assert not grads[name][hidden].any(), name
+    assert not grads["key_bias"].transpose(0, 2, 1)[hidden].any()
+
+
+@isas
+@forms
+def test_queries_that_see_nothing_give_and_get_exactly_zero(isa, causal):
+    x, incoming, options = given("all keys of a batch row masked", causal)
+    incoming["grad_log_weight"][-1] = np.nan  # log_weight is -inf there
+    results = run("NearFar", x, isa=isa, **options)
+    assert not results["out"][-1].any()
+    assert np.isneginf(results["log_weight"][-1]).all()
+    for name, grad in gradients(x, results, incoming, isa=isa, **options).items():
+        assert_finite(grad, what=name)
+        if name in ("query", "key", "value", "key_bias"):
+            assert not grad[-1].any(), name
+
+
+@isas
+@forms
+def test_the_bits_depend_on_neither_threads_nor_company(isa, causal):
+    case = replace(PLAIN, batch=3, rows=300, bias="BGS", state=3, query_projections=4)
+    options = {"exact_window": 32, "causal": causal, "isa": isa}
+    x, incoming = plain(case=case)
+    results = run("NearFar", x, **options)
+    grads = gradients(x, results, incoming, **options)
+    many = run("NearFar", x, threads=7, **options)
+    for name, result in {**many, **gradients(x, many, incoming, threads=7, **options)}.items():
+        assert_same_bits(result, {**results, **grads}[name], what=name)
+    # The last batch row alone, and its second key/value head with its two query heads.
+    heads = {"query": 2, "grad_out": 2, "grad_log_weight": 2, "query_projection": 0}
+    groups = {"key": 2, "value": 2, "key_bias": 1, "initial_log_mass": 1, "initial_mean": 1}
+    groups |= {"grad_log_mass": 1, "grad_mean": 1}
+
+    def alone(name, a):
+        if name in ("start", "offsets"):
+            return a
+        a = a[-1:] if name not in INPUTS[3:6] and len(a) == case.batch else a
+        if name in heads and a.shape[heads[name]] == case.heads:
+            return np.take(a, [2, 3], heads[name])
+        return np.take(a, [1], groups[name]) if name in groups else a
+
+    x, incoming = ({n: alone(n, a) for n, a in given.items()} for given in (x, incoming))
+    part = run("NearFar", x, **options)
+    grads = {n: grads[n] for n in ("query", "key", "value", "key_bias")}
+    mine = {n: g for n, g in gradients(x, part, incoming, **options).items() if n in grads}
+    axis = {"out": (2, [2, 3]), "log_weight": (2, [2, 3]), "query": (2, [2, 3])}
+    axis |= {"key": (2, [1]), "value": (2, [1])}
+    for name, result in {**part, **mine}.items():
+        whole = {**results, **grads}[name][-1:]
+        at, chosen = axis.get(name, (1, [1]))
+        assert_same_bits(result, np.take(whole, chosen, at), what=name)
+
+
+@isas
+def test_a_stream_with_the_rows_of_the_last_blocks_is_the_full_pass(isa):
+    x, _ = plain("float64")
+    options = {**OPTIONS, "isa": isa}
+    full = run("NearFar", x, **options)
+    w, start, done = OPTIONS["exact_window"], int(x["start"]), 0
+    state = {"log_mass": x["initial_log_mass"], "mean": x["initial_mean"]}
+    for end in (1, 2, 26, *range(27, 46), 80, 135):  # tokens of a whole block among them
+        kept = max(((start + done) // w - 1) * w - start, 0)  # rows of the last two blocks
+        part = {**x, "start": np.array(start + kept, np.int64)}
+        part["query"] = x["query"][:, done:end]
+        part |= {name: x[name][:, kept:end] for name in ("key", "value")}
+        part["key_bias"] = x["key_bias"][..., kept:end]
+        part |= {f"initial_{name}": a for name, a in state.items()}
+        results = run("NearFar", part, **options)
+        for output in ("out", "log_weight"):
+            assert_close(results[output], full[output][:, done:end], relative=1e-12, what=output)
+        state, done = {name: results[name] for name in state}, end
+    for name, a in state.items():
+        assert_close(a, full[name], relative=1e-12, what=name)
+
+
+@isas
+def test_a_stream_does_not_drift(isa):
+    """As in test_long_streams.py, in calls of one block."""
+    w, tokens = 8, 4096
+    rng = np.random.default_rng(0)
+    case = replace(ONE_HEAD, rows=tokens, heads=1, groups=1, features=64, value_dim=4)
+    x = make(case)
+    x["query"] = np.repeat(rng.normal(size=[1, 1, 1, 16]).astype("float32"), tokens, 1)
+    x["value"] += 1
+    state = {name: x[name] for name in ("initial_log_mass", "initial_mean")}
+    for end in range(w, tokens + 1, w):
+        part = {name: x[name][:, max(end - 2 * w, 0) : end] for name in ("key", "value")}
+        query = x["query"][:, end - w : end]
+        options = {"exact_window": w, "causal": True, "isa": isa}
+        results = run("NearFar", {**x, **part, **state, "query": query}, **options)
+        state = {f"initial_{name}": results[name] for name in ("log_mass", "mean")}
+    exact = {n: a if a.dtype == np.int64 else a.astype("float64") for n, a in x.items()}
+    whole = run("NearFar", exact, exact_window=w, causal=True)
+    np.testing.assert_allclose(state["initial_log_mass"], whole["log_mass"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(results["out"][0, -1], whole["out"][0, -1], rtol=0, atol=2e-6)
+
+
+@isas
+@forms
+@pytest.mark.parametrize("rows", [0, 1, 31, 200])
+def test_a_state_to_which_no_key_is_added_keeps_its_bits(isa, causal, rows):
+    case = Case(rows=rows, bias="111", state=2)
+    x = make(case)
+    x["key_bias"][:] = -np.inf
+    x["key"][:], x["value"][:] = np.nan, np.nan
+    x["initial_log_mass"][0, 0, 0], x["initial_mean"][0, 0, 0] = -np.inf, 0
+    results = run("NearFar", x, exact_window=16, causal=causal, isa=isa)
+    if causal and rows < 32:  # no block is far from the next row
+        x["key_bias"][:] = 0
+        x["key"][:], x["value"][:] = 1, 2
+        results = run("NearFar", x, exact_window=16, causal=True, isa=isa)
+    for name in ("log_mass", "mean"):
+        assert_same_bits(results[name], x[f"initial_{name}"], what=name)
+
+
+@isas
+@forms
+@pytest.mark.parametrize("state", [0, 1])
+def test_gradients_do_not_drown_in_what_values_have_in_common(isa, causal, state):
+    case = Case(batch=1, rows=300, dim=16, value_dim=8, features=32, state=state)
+    x, incoming = plain(case=case, start=0)
+    x["value"] += 1000
+    x["initial_mean"] += 1000 * (x["initial_log_mass"][..., None] > -np.inf)
+    options = {"exact_window": 16, "causal": causal}
+    results = run("NearFar", x, isa=isa, **options)
+    grads = gradients(x, results, incoming, isa=isa, **options)
+    exact, incoming = (
+        {n: a if a.dtype == np.int64 else a.astype("float64") for n, a in given.items()}
+        for given in (x, incoming)
+    )
+    wanted = gradients(exact, run("NearFar", exact, **options), incoming, **options)
+    first = 16 if causal and not state else 0  # there the values of the first block are as they are
+    for name in ("query", "key", "query_projection", "key_projection", "key_bias"):
+        grad, right = grads[name], wanted[name]
+        if name in ("query", "key"):
+            grad, right = grad[:, first:], right[:, first:]
+        error = np.sqrt(np.mean((grad - right) ** 2) / np.mean(right**2))
+        assert error <= 1e-4, f"{name}: {error:.2g}"
