@@ -19,7 +19,6 @@ from keras.saving import deserialize_keras_object, serialize_keras_object
 from keras.saving import get_registered_name as registered_name
 from keras.src.models.functional import Functional
 
-from performer.features.feature_maps import LEARNED
 from performer.layers import Performer
 from performer.layers._calibration import Calibration
 
@@ -219,7 +218,7 @@ def calibrate(model, data, *, steps=8, seed=0) -> CalibrationReport:
     layers = [
         layer
         for layer in _layers_inside(model)
-        if isinstance(layer, Performer) and layer.feature_map == LEARNED
+        if isinstance(layer, Performer) and layer.learns_features
     ]
     found: dict[int, Calibration] = {}
     with contextlib.ExitStack() as stack:

@@ -259,9 +259,9 @@ class Performer(keras.layers.MultiHeadAttention):
         return self._options.supports
 
     @property
-    def feature_map(self):
-        """The feature map, as it was given: a name or an object."""
-        return self._options.feature_map
+    def learns_features(self):
+        """Whether the features have weights that train: `feature_map="learned"`."""
+        return self._options.learned
 
     @property
     def projection(self):
