@@ -14,8 +14,8 @@ integrand is proportional to N(w; x + y, I), so a proposal should lie where x + 
 - "scaled": C = (1 - 4 A) I, A = (1 - 2 r - sqrt((2 r + 1)^2 + 8 r)) / 16, r = E|x + y|^2 / D about
   the means: FAVOR++, Likhosherstov et al., https://arxiv.org/abs/2205.15317.
 - "dense": C = I + Cov x + Cov y: the normal density that is closest, in mean Kullback-Leibler
-  divergence, to the densities N(x + y, I) of independent pairs. A whole matrix instead of a number
-  is the step from FAVOR++ to FAVOR#, https://arxiv.org/abs/2302.00787.
+  divergence, to the densities N(x + y, I) of independent pairs. A whole matrix instead of a number,
+  as in FAVOR#, https://arxiv.org/abs/2302.00787, whose matrix is another one.
 
 Fit. Weights that are normalised over the keys, p(j | i) = sum_m p(m | i) p(j | m), are a mixture:
 

@@ -9,6 +9,7 @@ from performer.composition.packed_blocks import run_starts
 from performer.features import fitting
 from performer.features.projections import orthogonal_projection
 from performer.layers.rotary_embedding import positions_in_runs
+from performer.ops.chosen_keys import is_chosen, of_largest_weight
 
 # Sequences that are looked at, and every how many of them one is for measuring only.
 _SEQUENCES = 20
@@ -160,19 +161,17 @@ class _Samples:
         return fitting.Rows(*(tf.constant(x, tf.float32) for x in parts))
 
     def _chosen(self, batch):
-        """Bool `[G, S]`: the keys of the largest expected weight, as `exact_keys` chooses them."""
-        repeats = self.heads // self.groups
-        query = self.query[batch].transpose(1, 0, 2).reshape(self.groups, -1, self.query.shape[-1])
-        key = self.key[batch].transpose(1, 0, 2)
-        mean = query.mean(1, keepdims=True)
-        query = query - mean
-        covariance = query.transpose(0, 2, 1) @ query / (repeats * len(self.query[batch]))
-        score = np.sum(key * mean, -1) + np.sum(key * (key @ covariance), -1) / 2
-        score = np.where(self.keys_exist[batch], score, -np.inf)
-        order = np.argsort(-score, -1)[:, : self.exact_keys]
-        chosen = np.zeros(score.shape, bool)
-        np.put_along_axis(chosen, order, True, -1)
-        return chosen
+        """Bool `[G, S]`: the keys that `exact_keys` chooses."""
+        query, key = (x[batch].transpose(1, 0, 2) for x in (self.query, self.key))
+        bias = np.where(self.keys_exist[batch], np.float32(0), np.float32(-np.inf))
+        chosen = of_largest_weight(
+            query.reshape(1, self.groups, -1, query.shape[-1]),
+            key[None],
+            np.broadcast_to(bias, (1, self.groups, len(bias))),
+            1.0,
+            self.exact_keys,
+        )
+        return np.asarray(is_chosen(chosen, len(bias)))[0]
 
 
 class _Fitted:

@@ -29,14 +29,25 @@ def choose(call) -> tf.Tensor:
     key, bias = _keys(call)
     query = tf.stop_gradient(_queries(call, key.dtype))
     key, bias = tf.stop_gradient(key), tf.stop_gradient(bias)
-    count = tf.cast(tf.maximum(tf.shape(query)[2], 1), key.dtype)
-    mean = tf.reduce_sum(query, 2, keepdims=True) / count
+    return of_largest_weight(query, key, bias, _scale(call, key.dtype), call.exact_keys)
+
+
+def of_largest_weight(query, key, bias, scale, count) -> tf.Tensor:
+    """int32 [B, G, n]: the keys of the largest expected weight; n = count, at most S.
+
+    Args:
+        query, key: [B, G, N, D] and [B, G, S, D].
+        bias: [B, G, S].
+        scale: a number.
+        count: an integer.
+    """
+    queries = tf.cast(tf.maximum(tf.shape(query)[2], 1), key.dtype)
+    mean = tf.reduce_sum(query, 2, keepdims=True) / queries
     query -= mean
-    covariance = tf.matmul(query, query, transpose_a=True) / count
-    scale = _scale(call, key.dtype)
+    covariance = tf.matmul(query, query, transpose_a=True) / queries
     score = scale * tf.reduce_sum(key * mean, -1) + bias
     score += scale**2 / 2 * tf.reduce_sum(key * tf.matmul(key, covariance), -1)
-    return tf.math.top_k(score, tf.minimum(call.exact_keys, tf.shape(key)[2])).indices
+    return tf.math.top_k(score, tf.minimum(count, tf.shape(key)[2])).indices
 
 
 def attend_to(call, chosen):
