@@ -7,7 +7,7 @@ import tensorflow as tf
 from performer import reference
 from performer.ops import AttentionState, favor_attention, merge, read
 from performer.ops.dense import dense_attention
-from performer.ops.sizes import LAYOUTS
+from performer.ops.sizes import LAYOUTS, wait_for_sizes
 from support.attention_inputs import B, D, E, G, H, L, M, random_state, random_tensors
 from support.compare import assert_close
 from support.core_calls import _core
@@ -109,6 +109,22 @@ def test_the_composition_refuses_what_the_operators_refuse(change):
     calls = [attend(feature_map=plain, causal=causal) for causal in (False, True)]
     for call in (*calls, dense_attention):
         assert_refused(call, f"{name.split('_')[0]}.* must have", **x)
+
+
+def test_every_input_waits_for_the_checks():
+    """Otherwise the message is TensorFlow's own where an operation comes before a check."""
+
+    def traced(**inputs):
+        waiting = wait_for_sizes("dense", {**inputs, "scale": 1.0})
+        assert waiting.pop("scale") == 1.0
+        for name, x in waiting.items():
+            assert len(x.op.control_inputs) > 5, name
+        return waiting["query"]
+
+    x = random_tensors()
+    sides = ("query_projection", "key_projection")
+    x.update(dict.fromkeys(sides, x.pop("projection")[None]))
+    late(traced, **x, feature_bias=np.zeros([1, M]), key_bias=np.zeros([B, G, L]))
 
 
 @pytest.mark.parametrize("shape", [(B, 1, 1, L), (B, 1, L, 1)])
