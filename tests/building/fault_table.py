@@ -516,7 +516,7 @@ CPU = [
     *_faults(
         "cc/cpu/kernels/near_far/logits.h",
         NEAR_FAR,
-        ("the number of features does not count", "far_bias[m] -= log_features;", ""),
+        ("the number of features does not count", "far_bias[m] -= log_features;", "continue;"),
         ("a query sees the key after it", "rows.at + i + 1 :", "rows.at + i + 2 :"),
     ),
     *_faults(

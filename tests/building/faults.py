@@ -5,8 +5,8 @@
 
 Works in a copy of the sources in build/faults. Faults in Python run with the libraries of `make
 build`. For faults in C++ the core alone is compiled, for one instruction set, and those in CUDA are
-compiled for the emulator. All take about an hour on 2 cores. Returns nonzero where a fault was
-missed.
+compiled for the emulator. All take hours on 2 cores, as a fault in a header compiles the kernels
+anew. Returns nonzero where a fault was missed.
 """
 
 from __future__ import annotations
