@@ -16,7 +16,8 @@ help:
 	@echo "make clean      remove what was built (distclean: the environment too)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python for .venv, CXX=clang++ the compiler,"
-	@echo "PERFORMER_CUDA=ON or OFF whether the GPU kernels are built (default: where a GPU and nvcc are)."
+	@echo "PERFORMER_CUDA=ON or OFF whether the GPU kernels are built (default: where a GPU and nvcc are),"
+	@echo "PERFORMER_ISAS=ALL that the CPU kernels are built for all processors (default: for this one)."
 
 demo: build
 	$(RUN) -m performer demo $(ARGS)
@@ -46,7 +47,7 @@ build: environment $(VENV)/built
 
 # What the environment (or make's command line) chooses; CMake keeps what it was first told.
 $(VENV)/choices: always | environment
-	@choices="PERFORMER_CUDA=$$PERFORMER_CUDA CXX=$$CXX"; \
+	@choices="PERFORMER_CUDA=$$PERFORMER_CUDA PERFORMER_ISAS=$$PERFORMER_ISAS CXX=$$CXX"; \
 	if [ "$$choices" != "$$(cat $@ 2>/dev/null)" ]; then \
 	  rm -rf build/editable-*/CMakeCache.txt build/editable-*/CMakeFiles/[0-9]*; \
 	  echo "$$choices" >$@; \

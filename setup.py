@@ -3,7 +3,9 @@
 Wheels are built in setuptools' own folder. An editable install (`pip install -e .`) keeps its build
 in build/editable-*, and compiles only what has changed. Environment: CXX chooses the compiler,
 CMAKE_ARGS holds further arguments for CMake, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs,
-PERFORMER_CUDA says whether the GPU kernels are built (AUTO, ON, OFF; see cmake/cuda.cmake).
+PERFORMER_CUDA says whether the GPU kernels are built (AUTO, ON, OFF; see cmake/cuda.cmake), and
+PERFORMER_ISAS for which processors those of the CPU are (see cmake/isas.cmake): for all in a wheel, for
+this one in an editable install, unless it is given.
 """
 
 from __future__ import annotations
@@ -32,15 +34,18 @@ class CMakeBuild(build_ext):
         if self.inplace or self.editable_mode:
             build = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
             destination = ROOT / "python"
+            isas = "NATIVE"  # it stays on this machine
         else:
             build = Path(self.build_temp).resolve()
             destination = Path(self.build_lib).resolve()
+            isas = "ALL"
             # The build requirements of the last wheel lay in a temporary folder that is gone.
             shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True, exist_ok=True)
         # Given on every run: what an earlier run remembered may not exist any more.
         configure = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         configure.append(f"-DPERFORMER_CUDA={os.environ.get('PERFORMER_CUDA') or 'AUTO'}")
+        configure.append(f"-DPERFORMER_ISAS={os.environ.get('PERFORMER_ISAS') or isas}")
         if ninja := tool("ninja"):
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))

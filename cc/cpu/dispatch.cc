@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cpu/processor.h"
 #include "cpu/run.h"
 
 namespace performer {
@@ -41,29 +42,29 @@ struct Isa {
   const Kernels<double>& (*doubles)(double);
 };
 
-#define PERFORMER_ISA_ENTRY(isa, usable) {#isa, usable, isa::KernelsFor, isa::KernelsFor}
+#define PERFORMER_ISA_ENTRY(isa) \
+  {#isa, PERFORMER_PROCESSOR_HAS(isa), isa::KernelsFor, isa::KernelsFor}
 
 // All that were compiled; the best is the last.
 const std::vector<Isa>& Compiled() {
   static const std::vector<Isa>& compiled = *new std::vector<Isa>{
 #ifdef PERFORMER_HAVE_GENERIC
-      PERFORMER_ISA_ENTRY(generic, true),
+      PERFORMER_ISA_ENTRY(generic),
 #endif
 #ifdef PERFORMER_HAVE_NEON
-      PERFORMER_ISA_ENTRY(neon, true),
+      PERFORMER_ISA_ENTRY(neon),
 #endif
 #ifdef PERFORMER_HAVE_V2
-      PERFORMER_ISA_ENTRY(v2, __builtin_cpu_supports("x86-64-v2") != 0),
+      PERFORMER_ISA_ENTRY(v2),
 #endif
 #ifdef PERFORMER_HAVE_V3
-      PERFORMER_ISA_ENTRY(v3, __builtin_cpu_supports("x86-64-v3") != 0),
+      PERFORMER_ISA_ENTRY(v3),
 #endif
 #ifdef PERFORMER_HAVE_V4
-      PERFORMER_ISA_ENTRY(v4, __builtin_cpu_supports("x86-64-v4") != 0),
+      PERFORMER_ISA_ENTRY(v4),
 #endif
 #ifdef PERFORMER_HAVE_V4BF16
-      PERFORMER_ISA_ENTRY(v4bf16, __builtin_cpu_supports("x86-64-v4") != 0 &&
-                                      __builtin_cpu_supports("avx512bf16") != 0),
+      PERFORMER_ISA_ENTRY(v4bf16),
 #endif
   };
   return compiled;

@@ -11,8 +11,10 @@ build() {
   cmake --build "$1" --parallel "$(nproc)"
 }
 
-# The narrowest and the widest vectors only: to compile the kernels takes most of the time.
-build build/asan "address;undefined" -DPython_EXECUTABLE="$python" -DPERFORMER_COMPILES_v3=0
+isas=NATIVE
+[[ $(uname -m) == x86_64 ]] && isas=v2,NATIVE
+# The narrowest vectors and the widest of this machine only: to compile the kernels takes most of the time.
+build build/asan "address;undefined" -DPython_EXECUTABLE="$python" -DPERFORMER_ISAS="$isas"
 
 # The package with the instrumented core, found before the installed one.
 site=$PWD/build/asan/site

@@ -13,7 +13,7 @@ with_asan "$python" -m pytest -q --capture=sys -p no:cacheprovider tests/cpu
 
 echo "-- ThreadSanitizer"
 # Threads share work in the same way for all instruction sets.
-build build/tsan thread -DPERFORMER_BINDINGS=OFF -DPERFORMER_COMPILES_v3=0 -DPERFORMER_COMPILES_v4=0
+build build/tsan thread -DPERFORMER_BINDINGS=OFF -DPERFORMER_ISAS=NATIVE
 # Some systems randomise addresses more widely than ThreadSanitizer can follow.
 fixed=()
 setarch -R true 2>/dev/null && fixed=(setarch -R)

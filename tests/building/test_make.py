@@ -21,7 +21,7 @@ def build(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "tools" / "setup.sh").write_text('mkdir -p "$2"\n')
     (tmp_path / "tools" / "build.sh").write_text("echo built >>count\n")
-    inherited = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PERFORMER_CUDA", "CXX"}
+    inherited = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PERFORMER_CUDA", "PERFORMER_ISAS", "CXX"}
     clean = {name: value for name, value in os.environ.items() if name not in inherited}
 
     def run(*arguments, **environment):
@@ -36,7 +36,9 @@ def test_nothing_is_compiled_twice(build):
     assert [build(), build(), build(PERFORMER_CUDA="")] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(("name", "value"), [("PERFORMER_CUDA", "OFF"), ("CXX", "clang++")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("PERFORMER_CUDA", "OFF"), ("PERFORMER_ISAS", "ALL"), ("CXX", "clang++")]
+)
 def test_another_choice_is_compiled(build, tmp_path, name, value):
     assert build() == 1
     cache = tmp_path / "build" / "editable-cpython-311" / "CMakeCache.txt"
