@@ -4,8 +4,8 @@ Wheels are built in setuptools' own folder. An editable install (`pip install -e
 in build/editable-*, and compiles only what has changed. Environment: CXX chooses the compiler,
 CMAKE_ARGS holds further arguments for CMake, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs,
 PERFORMER_CUDA says whether the GPU kernels are built (AUTO, ON, OFF; see cmake/cuda.cmake), and
-PERFORMER_ISAS for which processors those of the CPU are (see cmake/isas.cmake): for all in a wheel, for
-this one in an editable install, unless it is given.
+PERFORMER_ISAS for which processors those of the CPU are (see cmake/isas.cmake): unless it is given,
+for all in a wheel and for this machine in an editable install.
 """
 
 from __future__ import annotations

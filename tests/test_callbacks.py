@@ -52,6 +52,7 @@ def test_redraws(every, unit, draws):
     np.testing.assert_array_equal(model.get_layer("second").projection, expected)
 
 
+@pytest.mark.slow
 def test_the_graph_of_fit_uses_the_new_draw():
     model = make_model()
     model.fit(X, X, verbose=0)
@@ -142,6 +143,7 @@ def test_few_positions_of_long_sequences():
     np.testing.assert_allclose(error, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_features_and_knows_the_map():
     random = np.random.default_rng(0)
     q, k = (random.normal(0, 0.4, (2, 32, h, 8)).astype("float32") for h in (4, 2))

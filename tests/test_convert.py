@@ -197,6 +197,7 @@ def sequential():
     return keras.Sequential([keras.Input((7, 8)), keras.layers.Dense(8), attention, Block()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [own_model, sequential])
 def test_layers_inside_layers_are_found(make, tmp_path):
     model = make()

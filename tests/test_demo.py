@@ -259,6 +259,7 @@ sys.exit(cli.main(["demo", "--output", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_training_too_and_leaves_nothing(tmp_path):
     (tmp_path / "tmp").mkdir()
     demo = subprocess.Popen(

@@ -102,6 +102,7 @@ def test_a_model_that_streams_keeps_its_configuration_and_refuses_other_states()
             model(tokens(1, 3), initial_state=bad)
 
 
+@pytest.mark.slow
 def test_models_that_stream_nest():
     inner = StreamingSequential([keras.layers.Embedding(V, 12), PerformerDecoder(16, 2)])
     model = StreamingSequential([inner, keras.layers.Dense(V)])
@@ -112,8 +113,15 @@ def test_models_that_stream_nest():
     assert generate(model, x, 4).shape == (1, 4)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
-@pytest.mark.parametrize("delay_keys", [False, True])
+@pytest.mark.parametrize(
+    ("positions", "delay_keys"),
+    [
+        ("rotary", True),
+        pytest.param("rotary", False, marks=pytest.mark.slow),
+        pytest.param("learned", True, marks=pytest.mark.slow),
+        pytest.param("learned", False, marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_tokens_are_those_of_full_passes(positions, delay_keys):
     model, text = make(positions, delay_keys, blocks=2), tokens(6, 3)
     new = generate(model, text, 12, temperature=0)
@@ -288,6 +296,7 @@ def test_an_interrupt_ends_it_soon():
     np.testing.assert_array_equal(generate(model, [1], 3, temperature=0), [2, 3, 4])
 
 
+@pytest.mark.slow
 def test_slices_of_any_size_write_the_same_tokens(monkeypatch):
     model, prompts = make(), [[3, 1], [7, 1, 4, 9, 2, 2, 8, 1, 1, 0], [5, 5]]
     one = generate(model, prompts, 40, seed=1, top_k=5)

@@ -356,6 +356,7 @@ def test_without_the_ops_xla_compiles_the_composition(results):
     assert "same bits" in got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [["performer", "tensorflow"], ["keras", "performer"]])
 def test_any_order_of_imports(copy, order):
     code = "\n".join(f"import {name}" for name in order) + LOAD + ATTEND

@@ -93,6 +93,7 @@ for rise in (0, 31):
 """
 
 
+@pytest.mark.slow
 def test_the_gradient_keeps_no_anchors_of_every_row():
     """Anchors for every row would take 40 MB; three times a chunk, less than 3."""
     done = subprocess.run(

@@ -140,6 +140,7 @@ def test_lora(tmp_path):
     np.testing.assert_allclose(merged(X, X), model(X), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_int8_quantization(tmp_path):
     layer = performer.Performer(**OPTIONS)
     x = keras.Input((6, 8))

@@ -135,6 +135,7 @@ def test_symbolic_call_is_checked_too():
         layer(x, longer, return_attention_scores=True)
 
 
+@pytest.mark.slow
 def test_dense_form_has_a_limit():
     layer = performer.Performer(dense_limit=16, **LINEAR)
     longer = np.concatenate([X, X[:, :1]], 1)

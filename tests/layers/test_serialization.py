@@ -191,6 +191,7 @@ assert "performer" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_an_exported_model_needs_the_compiled_file_only(trained, saved, data):
     if performer.loader.status().state != "loaded":
         pytest.skip("there is no compiled library here")

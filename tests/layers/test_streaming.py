@@ -67,6 +67,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 def test_2000_single_tokens_are_the_full_pass_with_flat_memory():
     """A kept state of every step would be 120 MB."""
     shape = (1, 2000, 16)

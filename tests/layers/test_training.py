@@ -85,6 +85,7 @@ def test_unseeded_layers_follow_the_global_seed():
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_schedule_under_xla_draws_what_it_draws_without():
     def used(jit_compile):
         projection = RandomProjection(6, 4, scaling=1, seed=5, redraw_interval=2)
@@ -249,6 +250,7 @@ def layer_dense(layer, x):
     return layer.query_dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", "graph", pytest.param("xla", marks=needs_xla)])
 def test_calls_of_eight_threads_are_counted_one_by_one(how):
     layer, x = linear(redraw_interval=3), normal(2, 3, 6)

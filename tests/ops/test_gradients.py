@@ -136,6 +136,7 @@ def test_second_order_is_finite_differences_of_the_first(op):
     assert abs(analytic - numeric) <= 1e-6 * max(1.0, abs(numeric))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", FORWARD)
 def test_third_order_is_finite_differences_of_the_second(op):
     x, names = point(op)

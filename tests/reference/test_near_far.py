@@ -65,6 +65,7 @@ def test_a_window_as_long_as_the_sequence_is_softmax_attention(causal):
     assert_close(log_weight, reference.logsumexp(logits, -1), worst=1e-13)
 
 
+@pytest.mark.slow
 @forms
 def test_the_far_part_estimates_the_same_as_the_near_part(causal):
     # Every constant must be there: the near and the far weights stand in one sum.
@@ -175,7 +176,14 @@ def test_gradients_of_rows_that_see_nothing_are_zero_and_all_others_finite():
         assert not grads[name][[0, 1, 5]].any(), name
 
 
-@pytest.mark.parametrize(("causal", "packed"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("causal", "packed"),
+    [
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        (True, True),
+    ],
+)
 def test_heads_read_their_group_and_their_gradients_sum_over_what_they_share(causal, packed):
     x = heads_inputs(batch=1 if packed else 2, rows=5, groups=1, heads=2)
     x["query_projection"] = x["query_projection"][:1]
