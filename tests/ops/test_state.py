@@ -33,11 +33,14 @@ masses = st.lists(
 
 @st.composite
 def states(draw):
-    """A float64 state; features without mass have mean 0."""
+    """A float64 state, at some position; features without mass have mean 0."""
     log_mass = np.reshape(draw(masses), SHAPE)
     mean = np.random.default_rng(draw(st.integers(0, 10**6))).normal(size=(*SHAPE, VALUE_DIM))
     mean[log_mass == -np.inf] = 0
-    return AttentionState(tf.constant(log_mass), tf.constant(mean), tf.constant(3, tf.int64))
+    position = tf.constant(draw(st.integers(0, 2**40)), tf.int64)
+    return AttentionState(
+        tf.constant(log_mass), tf.constant(mean), tf.constant(3, tf.int64), position
+    )
 
 
 def assert_same_state(actual, expected, bound):
@@ -58,6 +61,13 @@ def test_merge_is_commutative_to_the_bit(one, two):
     here, there = merge(one, two), merge(two, one)
     assert_same_bits(here.log_mass, there.log_mass, what="log_mass")
     assert_same_bits(here.mean, there.mean, what="mean")
+
+
+@settings(deadline=None, max_examples=20)
+@given(states(), states())
+def test_a_merged_state_stands_at_the_later_position(one, two):
+    later = max(int(one.position), int(two.position))
+    assert int(merge(one, two).position) == int(merge(two, one).position) == later
 
 
 @settings(deadline=None, max_examples=20)

@@ -6,6 +6,7 @@ nothing here may be taken from cc/core/schema.cc or from the signatures that the
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -70,7 +71,7 @@ FIRST = {"Summarize": "key", "Read": "query", "Causal": "query", "NearFar": "que
 MOST_WINDOW = 65536
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """What a call hands over.
 
@@ -152,9 +153,10 @@ def _elements(shape) -> int:
     return math.prod(size for size in shape if size != 0)
 
 
+@functools.lru_cache(maxsize=8)  # calls are told apart by identity
 def sizes(call: Call) -> tuple[dict[str, int], list[str]]:
     """The sizes of a call by name, and what is wrong with its shapes."""
-    axes, found, wrong = dict(INPUTS[call.op]), {}, []
+    axes, found, wrong, causal = dict(INPUTS[call.op]), {}, [], call.causal
     if not call.packed:
         del axes["offsets"]  # ignored
 
@@ -171,7 +173,7 @@ def sizes(call: Call) -> tuple[dict[str, int], list[str]]:
             wrong.append(f"{argument}: too large")
         for name, size in zip(names, shape, strict=True):
             if isinstance(name, str):
-                meet("keys" if call.causal and name == "queries" else name, size, argument)
+                meet("keys" if causal and name == "queries" else name, size, argument)
     if call.packed:
         meet("batch", 1, "packed")
         meet("sequences", found.get("offsets", 0) - 1, "offsets")
@@ -203,16 +205,17 @@ def result_shapes(call: Call) -> dict[str, tuple[int, ...]]:
     """The shapes of the results of a valid call, by name, in their order."""
     if call.op.endswith("Grad"):
         return {f"grad_{name}": call.shapes[name] for name in DIFFERENTIABLE[call.op]}
-    found, _ = sizes(call)
+    found = dict(sizes(call)[0])
     if call.causal:
         found["queries"] = found["keys"]
     return {name: tuple(found[axis] for axis in axes) for name, axes in RESULTS[call.op].items()}
 
 
+@functools.lru_cache(maxsize=8)
 def faults(call: Call) -> list[str]:
     """What is wrong with a call; nothing if it is valid."""
-    found, wrong = sizes(call)
-    wrong += _wrong_types(call) + _wrong_attributes(call)
+    found, wrong_sizes = sizes(call)
+    wrong = wrong_sizes + _wrong_types(call) + _wrong_attributes(call)
     if not wrong:
         wrong += [
             f"{name}: too large"

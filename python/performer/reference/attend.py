@@ -214,6 +214,7 @@ def near_far_attention(
     key_bias=None,
     offsets=None,
     initial_state=None,
+    form=near_far_in_blocks,
     **attributes,
 ):
     """Attention as `Performer>NearFar`.
@@ -221,6 +222,7 @@ def near_far_attention(
     Args:
         query, key, value: [B, L, H, D], [B, S, G, D], [B, S, G, E].
         others: as `attention`.
+        form: `near_far_in_blocks` or `near_far_direct`, which is quicker where blocks are small.
         **attributes: fields of `NearFar`.
 
     Returns:
@@ -247,9 +249,7 @@ def near_far_attention(
     )
     for at, x, state in calls:
         place = at["b"], at["rows"], at["h"]
-        out[place], log_weight[place], final = near_far_in_blocks(
-            **x, options=NearFar(**attributes), state=state
-        )
+        out[place], log_weight[place], final = form(**x, options=NearFar(**attributes), state=state)
         log_mass[at["n"], at["g"]], mean[at["n"], at["g"]] = final
     return out, log_weight, (log_mass, mean)
 

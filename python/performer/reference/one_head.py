@@ -61,7 +61,6 @@ SOFTMAX = FeatureMap()
 def exp_minus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """exp(x - y), and 0 where x is -inf (also where both are)."""
     nothing = x == NONE
-    y = np.broadcast_to(y, np.broadcast_shapes(np.shape(x), np.shape(y)))
     return np.where(nothing, 0.0, np.exp(np.where(nothing, 0.0, x) - np.where(nothing, 0.0, y)))
 
 
