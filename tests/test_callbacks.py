@@ -143,6 +143,15 @@ def test_few_positions_of_long_sequences():
     np.testing.assert_allclose(error, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("entry", [np.nan, np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_error_is_no_number_where_an_entry_is_none(which, entry):
+    pair = [np.random.default_rng(i).normal(size=(1, 5, 2, 8)) for i in range(2)]
+    pair[which][0, 3, 1, 2] = entry
+    projection = performer.orthogonal_projection(16, 8, seed=1)
+    assert np.isnan(diagnostics.approximation_error(*pair, projection))
+
+
 @pytest.mark.slow
 def test_the_error_falls_with_features_and_knows_the_map():
     random = np.random.default_rng(0)

@@ -40,9 +40,9 @@ def callers(kind):
         return {name: result.numpy() for name, result in results.items()}
 
     return [
-        (0.90, lambda op, x, attributes: arrays(call(op, x, **attributes))),
-        (0.08, lambda op, x, attributes: arrays(traced(op, "unknown", x, **attributes))),
-        (0.02, lambda op, x, attributes: arrays(traced(op, "compiled", x, **attributes))),
+        (0.950, lambda op, x, attributes: arrays(call(op, x, **attributes))),
+        (0.045, lambda op, x, attributes: arrays(traced(op, "unknown", x, **attributes))),
+        (0.005, lambda op, x, attributes: arrays(traced(op, "compiled", x, **attributes))),
     ], (tf.errors.OpError, ValueError, TypeError)
 
 

@@ -8,8 +8,41 @@ from support.core_calls import _core
 from support.random_calls import Drawn, assert_refused, assert_right, draw
 from support.validity import Call, faults
 
+_ROWS, _STATE = (1, 47, 3, 17), {"log_mass": (1, 1, 16), "mean": (1, 1, 16, 17)}
+_KEYS = {
+    "query": _ROWS,
+    "key": (1, 47, 1, 17),
+    "value": (1, 47, 1, 17),
+    "query_projection": (1, 16, 17),
+    "key_projection": (1, 16, 17),
+    "feature_bias": (3, 16),
+    "key_bias": (1, 1, 47),
+}
+_OUT = {"out": _ROWS, "log_weight": (1, 47, 3), **_STATE}
+_NEAR_FAR_GRAD = {
+    **_KEYS,
+    **{f"initial_{name}": shape for name, shape in _STATE.items()},
+    "offsets": (1,),
+    "start": (),
+    **_OUT,
+    **{f"grad_{name}": shape for name, shape in _OUT.items()},
+}
+_INTEGERS = {"offsets": "int64", "start": "int64"}
+
 # What fuzzing found.
-FOUND: list[Drawn] = []
+FOUND = [
+    # Large logits: gradients must not leave the range of float32 between the steps.
+    Drawn(
+        Call(
+            "NearFarGrad",
+            _NEAR_FAR_GRAD,
+            {**dict.fromkeys(_NEAR_FAR_GRAD, "float32"), **_INTEGERS},
+            {"exact_window": 48, "scale": 3.0},
+            start=1,
+        ),
+        seed=11396,
+    ),
+]
 
 
 def check(drawn):

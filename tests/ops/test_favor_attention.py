@@ -64,8 +64,9 @@ def test_segments_are_attention_of_each_run_by_itself(causal):
     x = random_tensors(L=6)
     ids = np.array([[5, 5, 1, 1, 1, 5], [5, 5, 5, 5, 5, 5]])  # the second row is its own sequence
     mask = np.array([[1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1]], bool)
+    bias = np.random.default_rng(1).normal(size=(2, G, 6))
     out, state = favor_attention(
-        **x, segment_ids=ids, key_mask=mask, causal=causal, return_state=True
+        **x, segment_ids=ids, key_mask=mask, key_bias=bias, causal=causal, return_state=True
     )
     assert state.log_mass.shape == [4, G, M]
     runs = [(0, slice(0, 2)), (0, slice(2, 5)), (0, slice(5, 6)), (1, slice(6))]
@@ -75,6 +76,7 @@ def test_segments_are_attention_of_each_run_by_itself(causal):
             **run,
             projection=x["projection"],
             key_mask=mask[b : b + 1, rows],
+            key_bias=bias[b : b + 1, :, rows],
             causal=causal,
             return_state=True,
         )

@@ -54,6 +54,10 @@ class Drawn:
                     x[mean] = np.where(np.isneginf(x[mass])[..., None], 0, x[mean]).astype(
                         x[mean].dtype
                     )
+        if self.call.op == "NearFarGrad" and self.values != "wild" and not faults(self.call):
+            # Weights are exp(logit - log_weight): of another log_weight than the call's they may
+            # be too large for float32.
+            x |= core_calls.run("NearFar", x, **self.call.attributes)
         return {name: _laid_out(array, self.layout) for name, array in x.items()}
 
     def _array(self, name, rng):
