@@ -509,8 +509,8 @@ CPU = [
         ),
         (
             "a merged mass is that of the first",
-            "keep * Load(x.mass + m0) + add * Load(y.mass + m0));",
-            "keep * Load(x.mass + m0));",
+            "mass += weight[i] * Load(from[i].mass + m0);",
+            "mass += (i == 0 ? 1 : 0) * weight[i] * Load(from[i].mass + m0);",
         ),
     ),
     *_faults(
@@ -520,6 +520,29 @@ CPU = [
             "the position of the first key does not count",
             "phase(params.start % window)",
             "phase(0)",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/near_far/far_states.h",
+        NEAR_FAR,
+        (
+            "a far state leaves out what comes after its group",
+            "    if (HasEnd(group)) list.Add(End(group));\n    AddBlocks(group * kFarGroup",
+            "    AddBlocks(group * kFarGroup",
+        ),
+        (
+            "a state is not made again with its section",
+            "first = j == 0 ? 0 : j + 1",
+            "first = j == 0 ? 0 : j + 2",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/near_far/near_far.h",
+        NEAR_FAR,
+        (
+            "threads that share a sequence read the state of the first block of a stage",
+            "SummaryPartial<Acc>::At(reads + (block - first) * size",
+            "SummaryPartial<Acc>::At(reads + 0 * size",
         ),
     ),
     *_faults(

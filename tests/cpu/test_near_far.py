@@ -432,3 +432,69 @@ def test_gradients_do_not_drown_in_what_values_have_in_common(isa, causal, state
             grad, right = grad[:, first:], right[:, first:]
         error = np.sqrt(np.mean((grad - right) ** 2) / np.mean(right**2))
         assert error <= 1e-4, f"{name}: {error:.2g}"
+
+
+# Far more states of blocks than fit into the workspace of a call with one sequence and head.
+LONG = Case(batch=1, rows=1500, heads=2, groups=1, value_dim=16, features=40, bias="BGS", state=1)
+LONG_OPTIONS = {"exact_window": 8}
+
+
+@isas
+@forms
+@pytest.mark.parametrize("masked", ["", "left", "holes"])
+def test_states_that_are_made_again_change_no_bit(isa, causal, masked):
+    """A sequence has memory for the states of few blocks when it is alone, for all among others."""
+    case = replace(LONG, masked=masked)
+    options = {**LONG_OPTIONS, "causal": causal, "isa": isa}
+    x, incoming = plain(case=case)
+    shared = (*INPUTS[3:6], "start", "offsets")
+    company = [
+        {n: a if n in shared else np.concatenate([a] * 10) for n, a in y.items()}
+        for y in (x, incoming)
+    ]
+    alone = run("NearFar", x, **options)
+    among = run("NearFar", company[0], **options)
+    for name, result in alone.items():
+        assert_same_bits(among[name][-1:], result, what=name)
+    grads = gradients(x, alone, incoming, **options)
+    among = gradients(company[0], among, company[1], **options)
+    for name in ("query", "key", "value", "key_bias"):
+        assert_same_bits(among[name][-1:], grads[name], what=name)
+    exact = {n: a if a.dtype == np.int64 else a.astype("f8") for n, a in {**x, **incoming}.items()}
+    wanted = run("NearFar", exact, **options)
+    bound = tolerances("float32", causal=causal)
+    assert_close(alone["out"], wanted["out"], rms=bound.rms, what="out")
+    for name, grad in gradients(exact, wanted, exact, **options).items():
+        assert_close(grads[name], grad, rms=bound.gradient_rms, what=name)
+
+
+@isas
+@forms
+@pytest.mark.parametrize("groups", [1, 2])
+def test_threads_that_share_a_sequence_change_no_bit(isa, causal, groups):
+    case = replace(LONG, heads=2 * groups, groups=groups, masked="left")
+    options = {**LONG_OPTIONS, "causal": causal, "isa": isa}
+    x, _ = plain(case=case)
+    streamed = {**x, "query": x["query"][:, -700:]} if causal else x
+    for inputs in (
+        x,
+        streamed,
+        {**x, "initial_log_mass": np.full_like(x["initial_log_mass"], -np.inf)},
+    ):
+        once = run("NearFar", inputs, **options)
+        for threads in (2, 3, 8):
+            again = run("NearFar", inputs, threads=threads, **options)
+            for name, result in once.items():
+                assert_same_bits(again[name], result, what=f"{name}, {threads} threads")
+
+
+@isas
+def test_threads_that_share_a_sequence_see_no_later_key(isa):
+    x, _ = plain(case=LONG)
+    options = {**LONG_OPTIONS, "causal": True, "isa": isa}
+    once, cut = run("NearFar", x, **options), 801
+    for name in ("key", "value", "query"):
+        x[name][:, cut:] = np.nan
+    for threads in (2, 8):
+        out = run("NearFar", x, threads=threads, **options)["out"]
+        assert_same_bits(out[:, :cut], once["out"][:, :cut], what=f"out, {threads} threads")

@@ -80,16 +80,25 @@ class BackwardDriver : public Driver<Acc> {
   }
 
   Status Run(const CausalGradParams& params) {
-    return RunSequences(params, kernels_.causal_grad, Cost(26));
+    return RunSequences(params, Cost(26), [&](int64_t, auto... arguments) {
+      return kernels_.causal_grad(params, arguments...);
+    });
   }
   Status Run(const NearFarGradParams& params) {
-    return RunSequences(params, kernels_.near_far_grad, Cost(30));
+    return RunSequences(params, Cost(30),
+                        [&](int64_t in_flight, const Acc* query_projection,
+                            const Acc* key_projection, const WorkRange& range, auto... results) {
+                          return kernels_.near_far_grad(
+                              params, query_projection, key_projection, range,
+                              Share(in_flight, strides_.d + strides_.e, Cost(30)), results...);
+                        });
   }
 
  private:
-  // Runs a kernel for whole sequences of keys and the queries that see them.
+  // Runs a kernel for whole sequences of keys and the queries that see them: kernel(in_flight,
+  // query_projection, key_projection, range, key_bias, partial), of which in_flight run at a time.
   template <class Params, class Kernel>
-  Status RunSequences(const Params& params, Kernel kernel, int64_t cost_per_row) {
+  Status RunSequences(const Params& params, int64_t cost_per_row, Kernel kernel) {
     Buffer<Acc> query_projection, key_projection, key_bias;
     Totals<Acc> query_total, key_total, bias, log_mass, mean;
     const int64_t states = params.initial.count * dims_.groups;
@@ -110,7 +119,8 @@ class BackwardDriver : public Driver<Acc> {
     PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
     const int64_t group = GroupSize(dims_), size = CausalGradPartial<Acc>::Size(strides_, group);
     const auto run = [&](const WorkRange& range, Acc* partial) {
-      return kernel(params, query_projection.get(), key_projection.get(), range, key_bias.get(),
+      return kernel(std::min(threads_.count, list.count), query_projection.get(),
+                    key_projection.get(), range, key_bias.get(),
                     CausalGradPartial<Acc>::At(partial, strides_, group));
     };
     PERFORMER_RETURN_IF_ERROR(ForWaves<Acc>(
@@ -147,8 +157,9 @@ class BackwardDriver : public Driver<Acc> {
   }
 
   using Base = Driver<Acc>;
-  using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::parallel_for_;
-  using Base::Cost, Base::PackProjections, Base::RootScale;
+  using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::threads_,
+      Base::parallel_for_;
+  using Base::Cost, Base::PackProjections, Base::RootScale, Base::Share;
 
   // fold(row) for every row (feature) of the totals, in parallel.
   template <class Fold>

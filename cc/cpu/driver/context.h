@@ -45,6 +45,16 @@ class Driver {
     return Status();
   }
 
+  // What a kernel for whole sequences may use, `in_flight` of which run at the same time: together
+  // twice the size of the values, or of keys and values, in the type of sums.
+  Sharing Share(int64_t in_flight, int64_t width, int64_t cost_per_row) const {
+    Sharing sharing;
+    sharing.workspace = 2 * dims_.batch * dims_.keys * dims_.groups * width *
+                        static_cast<int64_t>(sizeof(Acc)) / std::max<int64_t>(in_flight, 1);
+    sharing.cost_per_row = cost_per_row;
+    return sharing;
+  }
+
   const Common& call_;
   const Dims& dims_;
   const Strides strides_;

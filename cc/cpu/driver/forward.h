@@ -50,23 +50,48 @@ class ForwardDriver : public Driver<Acc> {
   }
 
   Status Run(const CausalParams& params) {
-    return dims_.keys == 1 && !call_.offsets ? Decode(params) : RunSequences(params);
+    if (dims_.keys == 1 && !call_.offsets) return Decode(params);
+    return RunSequences(params, true,
+                        [&](const WorkList& list, const Acc* queries, const Acc* keys) {
+                          if (CausalPipeline<Acc>::IsWorthSplitting(list, strides_, threads_))
+                            return CausalPipeline<Acc>(params, kernels_, queries, keys)
+                                .Run(list, threads_, Cost(8));
+                          return ForEachItem(list, 0, list.count, Cost(8), parallel_for_,
+                                             [&](const WorkRange& range, int64_t) {
+                                               return kernels_.causal(params, queries, keys, range);
+                                             });
+                        });
   }
 
   Status Run(const NearFarParams& params) {
-    Buffer<Acc> query_projection, key_projection;
     // Packing does not pay for a token.
-    if (dims_.queries != 1 || !params.attributes.causal || call_.offsets) {
-      PERFORMER_RETURN_IF_ERROR(
-          PackProjections(kernels_.pack_projection, params.queries, &query_projection));
-      PERFORMER_RETURN_IF_ERROR(
-          PackProjections(kernels_.pack_projection, params.keys, &key_projection));
-    }
-    WorkList list;
-    PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
-    return ForEachItem(
-        list, 0, list.count, Cost(10), parallel_for_, [&](const WorkRange& range, int64_t) {
-          return kernels_.near_far(params, query_projection.get(), key_projection.get(), range);
+    const bool token = dims_.queries == 1 && params.attributes.causal && !call_.offsets;
+    return RunSequences(
+        params, !token, [&](const WorkList& list, const Acc* queries, const Acc* keys) {
+          const auto run = [&](const Sharing& sharing) {
+            return [&, sharing](const WorkRange& range, int64_t) {
+              return kernels_.near_far(params, queries, keys, range, sharing);
+            };
+          };
+          if (token || list.count >= threads_.count || !IsLong(list))
+            return ForEachItem(
+                list, 0, list.count, Cost(10), parallel_for_,
+                run(Share(std::min(threads_.count, list.count), strides_.e, Cost(10))));
+          // Fewer sequences and heads than threads: all threads share one at a time.
+          Sharing sharing = Share(1, strides_.e, Cost(10));
+          sharing.threads = threads_.count;
+          sharing.owner = &parallel_for_;
+          sharing.parallel_for = [](const void* owner, int64_t count, int64_t cost,
+                                    void (*body)(void* context, int64_t begin, int64_t end),
+                                    void* context) {
+            (*static_cast<const ParallelFor*>(owner))(
+                count, cost, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          };
+          const auto one_thread = [](int64_t count, int64_t,
+                                     const std::function<void(int64_t, int64_t)>& body) {
+            body(0, count);
+          };
+          return ForEachItem(list, 0, list.count, Cost(10), one_thread, run(sharing));
         });
   }
 
@@ -79,27 +104,34 @@ class ForwardDriver : public Driver<Acc> {
         [&](const WorkRange& range, int64_t) { return kernels_.decode(params, range); });
   }
 
-  Status RunSequences(const CausalParams& params) {
+  // run(list, query_projection, key_projection) for the whole sequences of the call, and the packed
+  // projections, or nullptr unless `pack`.
+  template <class Params, class Run>
+  Status RunSequences(const Params& params, bool pack, Run run) {
     Buffer<Acc> query_projection, key_projection;
-    PERFORMER_RETURN_IF_ERROR(
-        PackProjections(kernels_.pack_projection, params.queries, &query_projection));
-    PERFORMER_RETURN_IF_ERROR(
-        PackProjections(kernels_.pack_projection, params.keys, &key_projection));
+    if (pack) {
+      PERFORMER_RETURN_IF_ERROR(
+          PackProjections(kernels_.pack_projection, params.queries, &query_projection));
+      PERFORMER_RETURN_IF_ERROR(
+          PackProjections(kernels_.pack_projection, params.keys, &key_projection));
+    }
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));
-    if (CausalPipeline<Acc>::IsWorthSplitting(list, strides_, threads_))
-      return CausalPipeline<Acc>(params, kernels_, query_projection.get(), key_projection.get())
-          .Run(list, threads_, Cost(8));
-    return ForEachItem(
-        list, 0, list.count, Cost(8), parallel_for_, [&](const WorkRange& range, int64_t) {
-          return kernels_.causal(params, query_projection.get(), key_projection.get(), range);
-        });
+    return run(list, query_projection.get(), key_projection.get());
+  }
+
+  // Whether some sequence has blocks for every thread.
+  bool IsLong(const WorkList& list) const {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < list.count; ++i)
+      rows = std::max(rows, list.ranges[i].end - list.ranges[i].begin);
+    return rows / call_.attributes.exact_window >= 2 * threads_.count;
   }
 
   using Base = Driver<Acc>;
   using Base::call_, Base::dims_, Base::strides_, Base::kernels_, Base::threads_,
       Base::parallel_for_;
-  using Base::Cost, Base::PackProjections;
+  using Base::Cost, Base::PackProjections, Base::Share;
 
   // body(begin, end) for the items of every sequence and head among [first, last), in parallel.
   template <class Body>

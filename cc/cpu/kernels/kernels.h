@@ -3,6 +3,7 @@
 #pragma once
 #include "cpu/kernels/causal/sub_chunks.h"
 #include "cpu/memory/layout.h"
+#include "cpu/sharing.h"
 
 namespace performer {
 namespace cpu {
@@ -45,9 +46,10 @@ struct Kernels {
   bool (*causal_queries)(const CausalParams& params, const Acc* query_projection, int64_t group,
                          CausalWindow<Acc>* window);
 
-  // Near-and-far attention: a whole sequence and key/value head, as `causal`.
+  // Near-and-far attention: a whole sequence and key/value head, as `causal`, with the memory and
+  // threads that it may use.
   bool (*near_far)(const NearFarParams& params, const Acc* query_projection,
-                   const Acc* key_projection, WorkRange range);
+                   const Acc* key_projection, WorkRange range, const Sharing& sharing);
 
   // A whole sequence and key/value head for one token, range.end = range.begin + 1. It uses the
   // projections in params.
@@ -65,8 +67,8 @@ struct Kernels {
                       CausalGradPartial<Acc> partial);
 
   bool (*near_far_grad)(const NearFarGradParams& params, const Acc* query_projection,
-                        const Acc* key_projection, WorkRange range, Acc* key_bias,
-                        CausalGradPartial<Acc> partial);
+                        const Acc* key_projection, WorkRange range, const Sharing& sharing,
+                        Acc* key_bias, CausalGradPartial<Acc> partial);
 
   // For tests: y[i] = 2^x[i] and log2(x[i]), n a multiple of kPad.
   void (*exp2)(const Acc* x, int64_t n, Acc* y);

@@ -138,27 +138,65 @@ void WriteNextState(const Strides& strides, const LoadedState<Acc>& before, cons
   }
 }
 
-// to = the merged states x and y with their padding, relative to the larger anchor; it may be one of
-// them.
+// States that are to be merged, in this order.
 template <class Acc>
-void MergedSummary(const Strides& strides, const SummaryPartial<Acc>& x,
-                   const SummaryPartial<Acc>& y, const SummaryPartial<Acc>& to) {
+struct StateList {
+  static constexpr int kMax = 6;
+  SummaryPartial<Acc> state[kMax];
+  int count = 0;
+
+  void Add(const SummaryPartial<Acc>& added) { state[count++] = added; }
+};
+
+template <int kCount, class Acc>
+void MergeCounted(const Strides& strides, const SummaryPartial<Acc>* from,
+                  const SummaryPartial<Acc>& to) {
   for (int64_t m0 = 0; m0 < strides.m_pad; m0 += kLanes<Acc>) {
-    const Vec<Acc> a = Load(x.anchor + m0), b = Load(y.anchor + m0), zero = {};
-    const Vec<Acc> anchor = Max(a, b), base = anchor == -kInf<Acc> ? zero : anchor;
-    const Vec<Acc> keep = Exp2(a - base), add = Exp2(b - base);
+    Vec<Acc> anchor = Load(from[0].anchor + m0), mass = {}, weight[kCount];
+    const Vec<Acc> zero = {};
+    for (int i = 1; i < kCount; ++i) anchor = Max(anchor, Load(from[i].anchor + m0));
+    const Vec<Acc> base = anchor == -kInf<Acc> ? zero : anchor;
+    for (int i = 0; i < kCount; ++i) {
+      weight[i] = Exp2(Load(from[i].anchor + m0) - base);
+      mass += weight[i] * Load(from[i].mass + m0);
+    }
     Store(to.anchor + m0, anchor);
-    Store(to.mass + m0, keep * Load(x.mass + m0) + add * Load(y.mass + m0));
+    Store(to.mass + m0, mass);
     for (int64_t m = m0; m < m0 + kLanes<Acc> && m < strides.m; ++m)
-      for (int64_t e = m * strides.e_pad; e < (m + 1) * strides.e_pad; e += kLanes<Acc>)
-        Store(to.sum + e, keep[m - m0] * Load(x.sum + e) + add[m - m0] * Load(y.sum + e));
+      for (int64_t e = m * strides.e_pad; e < (m + 1) * strides.e_pad; e += kLanes<Acc>) {
+        Vec<Acc> sum = weight[0][m - m0] * Load(from[0].sum + e);
+        PERFORMER_UNROLL
+        for (int i = 1; i < kCount; ++i) sum += weight[i][m - m0] * Load(from[i].sum + e);
+        Store(to.sum + e, sum);
+      }
+  }
+}
+
+// to = the merged states of a list of two or more, with their padding, relative to the largest
+// anchor. It may be one of them.
+template <class Acc>
+void MergeStates(const Strides& strides, const StateList<Acc>& list,
+                 const SummaryPartial<Acc>& to) {
+  static_assert(StateList<Acc>::kMax == 6);
+  switch (list.count) {
+    case 2:
+      return MergeCounted<2>(strides, list.state, to);
+    case 3:
+      return MergeCounted<3>(strides, list.state, to);
+    case 4:
+      return MergeCounted<4>(strides, list.state, to);
+    case 5:
+      return MergeCounted<5>(strides, list.state, to);
+    default:
+      return MergeCounted<6>(strides, list.state, to);
   }
 }
 
 // Merges `more` into `into`.
 template <class Acc>
 void MergeSummaries(const Strides& strides, SummaryPartial<Acc> into, SummaryPartial<Acc> more) {
-  MergedSummary(strides, into, more, into);
+  const SummaryPartial<Acc> both[] = {into, more};
+  MergeCounted<2>(strides, both, into);
 }
 
 PERFORMER_ISA_END

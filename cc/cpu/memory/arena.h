@@ -40,6 +40,8 @@ class Arena {
     set_pointers();
     return true;
   }
+  // Bytes that were taken.
+  int64_t used() const { return used_; }
 
  private:
   char* block_ = nullptr;

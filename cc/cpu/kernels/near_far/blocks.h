@@ -62,11 +62,9 @@ struct KeyBlock {
   }
   int64_t columns() const { return RoundUp(rows, kPad<Acc>); }
 
-  // Loads n keys; what only near keys need is left out unless `as_near`. Values are less `centre`
-  // [e_pad], if that is not nullptr.
-  void Load(const Common& call, const KeySide& side, const Map<Acc>& map, const Strides& strides,
-            const WorkRange& range, int64_t first, int64_t n, bool as_near, const Acc* centre,
-            Prefetcher* prefetcher) {
+  // Loads n keys. Values are less `centre` [e_pad], if that is not nullptr.
+  void Load(const Common& call, const KeySide& side, const Strides& strides, const WorkRange& range,
+            int64_t first, int64_t n, const Acc* centre, Prefetcher* prefetcher) {
     row = first, rows = n;
     keys.LoadBias(call, side, range, row, n);
     for (int64_t j = 0; j < columns(); ++j)
@@ -76,12 +74,8 @@ struct KeyBlock {
     LoadRows<Acc>(keys.Values(call, side, range), row, n, keys.skip, keys.v, strides.e_pad,
                   prefetcher);
     if (centre) SubtractCentre(strides, n, centre, keys.v);
-    keys.FinishOffsets(map, n, [&](int64_t j) {
-      return SquaredNorm<Acc>(keys.k + j * strides.d_pad, strides.d_pad);
-    });
-    if (as_near) TransposeToPanels(keys.k, n, strides.d, strides.d_pad, panels);
-    if (as_near && value_panels)
-      TransposeToPanels(keys.v, n, strides.e_pad, strides.e_pad, value_panels);
+    TransposeToPanels(keys.k, n, strides.d, strides.d_pad, panels);
+    if (value_panels) TransposeToPanels(keys.v, n, strides.e_pad, strides.e_pad, value_panels);
   }
 };
 

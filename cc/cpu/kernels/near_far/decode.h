@@ -42,10 +42,9 @@ class DecodedState {
     keys.LoadBias(params_, params_.keys, range_, row, n);
     if (!keys.any) return true;
     if (!has_keys_ && !Start()) return false;
-    keys.Load(params_, params_.keys, map_, strides_, range_, row, n, prefetcher);
-    summarizer_.Add(map_, keys, n,
-                    Operands<Acc, Acc>::Projection(params_.attributes, packed_, strides_), strides_,
-                    false, prefetcher, state_.Own(strides_));
+    summarizer_.AddRows(params_, params_.keys, map_, range_, row, row + n,
+                        Operands<Acc, Acc>::Projection(params_.attributes, packed_, strides_),
+                        strides_, nullptr, false, prefetcher, state_.Own(strides_));
     return true;
   }
   // `anchor` and `mass` [m_pad] are memory for the initial state, whose means are its sums.

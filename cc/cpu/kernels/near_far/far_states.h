@@ -1,7 +1,8 @@
-// States of far keys. If causal, one running state grows by a block at a time: RunningState.
-// Otherwise every block of queries has a state of its own, of the keys before and after its near
-// blocks: FarStates.
+// States of far keys. If causal, one running state takes in a block at a time: RunningState.
+// Otherwise every block has a state of its own, and the queries of a block read the merged states of
+// the blocks before and after its near ones: FarStates.
 #pragma once
+#include "cpu/far_plan.h"
 #include "cpu/kernels/near_far/blocks.h"
 #include "cpu/kernels/state.h"
 #include "cpu/kernels/summarize.h"
@@ -44,16 +45,18 @@ bool IsEmpty(const Strides& strides, const SummaryPartial<Acc>& state) {
 // Summarizes blocks of keys.
 template <class Acc>
 struct BlockSummarizer {
+  KeyChunk<Acc> chunk;  // rows of the tensor
   Acc *p, *column_max;  // [rows][m_stride], [m_pad]
   int64_t rows;         // keys that are added at a time
 
   void SetPointers(Arena& arena, const Strides& strides, int64_t max_rows) {
     rows = max_rows < kNearFarChunk ? max_rows : kNearFarChunk;
+    chunk.SetPointers(arena, strides, rows);
     p = arena.Take<Acc>(rows * strides.m_stride);
     column_max = arena.Take<Acc>(strides.m_pad);
   }
-  // Adds `count` keys to a state; sets it to that of the keys if `first`.
-  void Add(const Map<Acc>& map, const KeyChunk<Acc>& keys, int64_t count,
+  // Adds n keys, which have been loaded, to a state; sets it to that of the keys if `first`.
+  void Add(const Map<Acc>& map, const KeyChunk<Acc>& keys, int64_t n,
            const ProjectionOperands<Acc, Acc>& projection, const Strides& strides, bool first,
            Prefetcher* prefetcher, const SummaryPartial<Acc>& to) {
     if (!keys.any) {
@@ -61,11 +64,27 @@ struct BlockSummarizer {
       return;
     }
     for (int64_t m = 0; first && m < strides.m_pad; ++m) to.anchor[m] = -kInf<Acc>, to.mass[m] = 0;
-    for (int64_t j = 0; j < count; j += rows, first = false)
+    for (int64_t j = 0; j < n; j += rows, first = false)
       AddToSummary<Acc, Acc>(map, {keys.k + j * strides.d_pad, strides.d_pad, 1},
                              {keys.v + j * strides.e_pad, strides.e_pad}, keys.offset + j,
-                             count - j < rows ? count - j : rows, projection, strides, first, p,
-                             nullptr, column_max, prefetcher, to);
+                             n - j < rows ? n - j : rows, projection, strides, first, p, nullptr,
+                             column_max, prefetcher, to);
+  }
+  // The same for rows [row, end) of the tensor. Values are less `centre` [e_pad], if that is not
+  // nullptr.
+  void AddRows(const Common& call, const KeySide& side, const Map<Acc>& map, const WorkRange& range,
+               int64_t row, int64_t end, const ProjectionOperands<Acc, Acc>& projection,
+               const Strides& strides, const Acc* centre, bool first, Prefetcher* prefetcher,
+               const SummaryPartial<Acc>& to) {
+    for (; row < end; row += rows) {
+      const int64_t n = end - row < rows ? end - row : rows;
+      chunk.Load(call, side, map, strides, range, row, n, prefetcher);
+      if (centre) SubtractCentre(strides, n, centre, chunk.v);
+      if (!chunk.any) continue;
+      Add(map, chunk, n, projection, strides, first, prefetcher, to);
+      first = false;
+    }
+    if (first) ClearState(strides, to);
   }
 };
 
@@ -100,8 +119,9 @@ class RunningState {
   SummaryPartial<Acc> Own(const Strides& strides) const { return At(own_, strides); }
   // To be called when keys were added to Own.
   void Update(const Strides& strides) const {
-    if (has_initial_)
-      MergedSummary(strides, At(initial_, strides), Own(strides), At(all_, strides));
+    if (!has_initial_) return;
+    const SummaryPartial<Acc> both[] = {At(initial_, strides), Own(strides)};
+    MergeCounted<2>(strides, both, At(all_, strides));
   }
   SummaryPartial<Acc> All(const Strides& strides) const {
     return At(has_initial_ ? all_ : own_, strides);
@@ -115,90 +135,160 @@ class RunningState {
   bool has_initial_ = false;
 };
 
-// States of `count` blocks, of which At(c) merges those that lie two blocks or more from block c,
-// and a base. First the blocks are given from the last to the first, then At is called from the
-// first to the last; the other way round if `reversed`. Suffixes of the blocks after c are kept for
-// kGroup blocks at a time: the memory is little more than that of the blocks.
+// The states of the blocks of a sequence, of which Far(c) merges those that lie two blocks or more
+// from block c, and a base that all share. Blocks come in groups of kFarGroup.
+// Far(c) merges at most six states:
+//   prefix  of the blocks before the group, but for the last of them
+//   end     of the blocks after the group, but for the first of them
+//   those blocks of the group and of its two neighbours that are far from c
+//   base
+// Groups come in sections (far_plan.h). Only the states of one section lie in memory, in a ring, and
+// those of other sections are made again when they are needed. As the state of a block is made from
+// nothing, and is merged with the same others in the same order, a section of any length gives the
+// same bits.
+//
+// "In order" is from the first block to the last; the other way round if `reversed`.
 template <class Acc>
 class FarStates {
  public:
-  static constexpr int64_t kGroup = 4;
-
-  // The states of the blocks lie in slots [count + 2][SummaryPartial::Size], from slot 2 on; if
-  // `reversed` from slot 0 on. So, as At(c) is the last to need the slot c, reversed states may take
-  // the place of those that they are made from.
-  FarStates(const Strides& strides, int64_t count, bool reversed)
-      : strides_(strides), count_(count), reversed_(reversed) {}
+  FarStates(const Strides& strides, const FarPlan& plan, bool reversed)
+      : strides_(strides), plan_(plan), reversed_(reversed) {}
 
   void SetPointers(Arena& arena) {
     const int64_t size = SummaryPartial<Acc>::Size(strides_);
-    ends_ = arena.Take<Acc>(CeilDiv(count_, kGroup) * size);
-    suffixes_ = arena.Take<Acc>((kGroup + 1) * size);
-    for (Acc** state : {&given_, &base_, &merged_}) *state = arena.Take<Acc>(size);
+    prefixes_ = arena.Take<Acc>(plan_.Prefixes() * size);
+    ends_ = arena.Take<Acc>(plan_.Ends() * size);
+    checkpoints_ = arena.Take<Acc>(plan_.Checkpoints() * size);
+    base_ = arena.Take<Acc>(size);
   }
-  void Start(Acc* slots) {
-    slots_ = slots;
-    ClearState(strides_, Slot(given_, 0));
-  }
+  // The blocks lie in `slots` [plan.Slots()][SummaryPartial::Size]. Reversed states may lie in those
+  // of the states that they are made from: the state of a block is written plan.kReversedBefore
+  // blocks or more after the last use of what lay there.
+  void Start(Acc* slots) { slots_ = slots; }
   SummaryPartial<Acc> Block(int64_t block) const {
-    return Slot(slots_, reversed_ ? block : block + 2);
+    return Slot(slots_, (reversed_ ? block : block + plan_.kReversedBefore) % plan_.Slots());
   }
-  // The state that all blocks share, to be set before At is called.
+  // The state that all blocks share. SetBase is to be called when it is there.
   SummaryPartial<Acc> Base() const { return Slot(base_, 0); }
+  void SetBase() { has_base_ = !IsEmpty(strides_, Base()); }
 
-  // To be called when the state of a block is there.
-  void Give(int64_t block) {
-    const int64_t i = Order(block);
-    MergeSummaries(strides_, Slot(given_, 0), Block(block));
-    if (i >= kGroup + 2 && i % kGroup == 2)
-      CopyState(strides_, Slot(given_, 0), Slot(ends_, i / kGroup - 1));
+  // Before all else: make(first, last) makes the states of the blocks [first, last) in
+  // order. All are made, from the last to the first.
+  template <class Make>
+  void MakeAll(Make make) {
+    for (int64_t i = RoundUp(plan_.blocks, plan_.step) - plan_.step; i >= 0; i -= plan_.step) {
+      const int64_t last = Min(i + plan_.step, plan_.blocks);
+      make(i, last);
+      for (int64_t j = last - 1; j >= i; --j) Give(j);
+    }
   }
-  // Of all blocks that were given, without the base.
-  SummaryPartial<Acc> Given() const { return Slot(given_, 0); }
-  // Valid until the next call.
-  SummaryPartial<Acc> At(int64_t block) {
-    const int64_t i = Order(block);
-    if (i % kGroup == 0) StartGroup(i);
-    if (i >= 2) MergeSummaries(strides_, Base(), InOrder(i - 2));
-    const auto merged = Slot(merged_, 0);
-    MergedSummary(strides_, Base(), Slot(suffixes_, i % kGroup), merged);
-    return merged;
+  // To be called when the state of block i in order is there, from the last to the first; MakeAll does
+  // so itself.
+  void Give(int64_t i) {
+    if (i % kFarGroup != 1 || i < kFarGroup) return;
+    const int64_t group = i / kFarGroup;
+    StateList<Acc> list;
+    if (HasEnd(group)) list.Add(End(group));
+    AddBlocks(i, i + kFarGroup, list);
+    Merged(list, End(group - 1), true);
   }
-  // Of the base and all blocks, after the last At.
-  SummaryPartial<Acc> All() const {
-    for (int64_t i = count_ > 2 ? count_ - 2 : 0; i < count_; ++i)
-      MergeSummaries(strides_, Base(), InOrder(i));
-    return Base();
+  // To be called for every step in order, with its first block i in order, before Far. Makes the
+  // states that lie in no memory; those of the first section only if `again`.
+  template <class Make>
+  void Enter(int64_t i, bool again, Make make) {
+    int64_t group = i / kFarGroup;
+    EnterGroup(group);  // needs states that may be replaced
+    if (i % plan_.section == 0 && plan_.Checkpoints() > 1 && (i > 0 || again)) MakeSection(i, make);
+    const int64_t last = Min(i + plan_.step, plan_.blocks);
+    for (++group; group * kFarGroup < last; ++group) EnterGroup(group);
+  }
+  // The state of the keys that are far from a block of a group that has been entered. It lies in
+  // `memory` or elsewhere, and may not be changed.
+  SummaryPartial<Acc> Far(int64_t block, Acc* memory) const {
+    const int64_t i = Order(block), group = i / kFarGroup;
+    StateList<Acc> list;
+    if (has_base_) list.Add(Base());
+    if (group > 0) list.Add(Prefix(group));
+    if (HasEnd(group)) list.Add(End(group));
+    AddBlocks(group * kFarGroup - 1, i - 1, list);
+    AddBlocks(i + 2, (group + 1) * kFarGroup + 1, list);
+    return Merged(list, Slot(memory, 0), false);
+  }
+  // The state of all blocks, without the base, when all groups have been entered.
+  SummaryPartial<Acc> Own(Acc* memory) const {
+    const int64_t group = (plan_.blocks - 1) / kFarGroup;
+    StateList<Acc> list;
+    if (group > 0) list.Add(Prefix(group));
+    AddBlocks(group * kFarGroup - 1, plan_.blocks, list);
+    return Merged(list, Slot(memory, 0), false);
+  }
+  // The same with the base.
+  SummaryPartial<Acc> All(Acc* memory) const {
+    const auto own = Own(memory), all = Slot(memory, 0);
+    if (own.sum != all.sum) CopyState(strides_, own, all);
+    if (has_base_) MergeSummaries(strides_, all, Base());
+    return all;
   }
 
  private:
-  int64_t Order(int64_t block) const { return reversed_ ? count_ - 1 - block : block; }
-  SummaryPartial<Acc> InOrder(int64_t i) const { return Block(Order(i)); }
+  static int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+  // Makes the states of the section that begins with block i in order. Its first block has been made
+  // for the section before.
+  template <class Make>
+  void MakeSection(int64_t i, Make make) {
+    for (int64_t j = i + plan_.section - plan_.step; j >= i; j -= plan_.step) {
+      const int64_t first = j == 0 ? 0 : j + 1, last = Min(j + plan_.step + 1, plan_.blocks);
+      if (first < last) make(first, last);
+      for (int64_t k = last - 1; k >= first; --k)
+        if (k > i + 1) Give(k);
+    }
+  }
+  // The prefix of a group.
+  void EnterGroup(int64_t group) {
+    if (group == 0) return;
+    StateList<Acc> list;
+    if (group > 1) list.Add(Prefix(group - 1));
+    AddBlocks((group - 1) * kFarGroup - 1, group * kFarGroup - 1, list);
+    Merged(list, Prefix(group), true);
+  }
+  int64_t Order(int64_t block) const { return reversed_ ? plan_.blocks - 1 - block : block; }
   SummaryPartial<Acc> Slot(Acc* base, int64_t i) const {
     return SummaryPartial<Acc>::At(base + i * SummaryPartial<Acc>::Size(strides_), strides_);
   }
-  // suffixes[j]: of the blocks from i + j + 2 on.
-  void StartGroup(int64_t i) {
-    if (i + kGroup + 2 < count_) {
-      CopyState(strides_, Slot(ends_, i / kGroup), Slot(suffixes_, kGroup));
-    } else {
-      ClearState(strides_, Slot(suffixes_, kGroup));
-    }
-    for (int64_t j = kGroup - 1; j >= 0; --j) {
-      if (i + j + 2 < count_) {
-        MergedSummary(strides_, Slot(suffixes_, j + 1), InOrder(i + j + 2), Slot(suffixes_, j));
-      } else {
-        ClearState(strides_, Slot(suffixes_, j));
-      }
-    }
+  SummaryPartial<Acc> Prefix(int64_t group) const {
+    return Slot(prefixes_, group % plan_.Prefixes());
+  }
+  // Whether there are blocks behind the one after the group.
+  bool HasEnd(int64_t group) const { return (group + 1) * kFarGroup + 1 < plan_.blocks; }
+  // That of the last group of a section is kept.
+  SummaryPartial<Acc> End(int64_t group) const {
+    const int64_t groups = plan_.section / kFarGroup;
+    return (group + 1) % groups == 0 ? Slot(checkpoints_, group / groups)
+                                     : Slot(ends_, group % groups);
+  }
+  // Adds the blocks [first, last) in order that there are.
+  void AddBlocks(int64_t first, int64_t last, StateList<Acc>& list) const {
+    for (int64_t i = first < 0 ? 0 : first; i < last && i < plan_.blocks; ++i)
+      list.Add(Block(Order(i)));
+  }
+  // The merged states, in `memory` unless there is one alone; in any case if `copy`.
+  SummaryPartial<Acc> Merged(const StateList<Acc>& list, const SummaryPartial<Acc>& memory,
+                             bool copy) const {
+    if (list.count == 1 && !copy) return list.state[0];
+    if (list.count == 0) ClearState(strides_, memory);
+    if (list.count == 1) CopyState(strides_, list.state[0], memory);
+    if (list.count >= 2) MergeStates(strides_, list, memory);
+    return memory;
   }
 
   const Strides strides_;
-  const int64_t count_;
+  const FarPlan plan_;
   const bool reversed_;
-  Acc* slots_ = nullptr;                       // [count + 2] states
-  Acc *ends_ = nullptr, *suffixes_ = nullptr;  // of whole groups, of one group
-  Acc *given_ = nullptr, *base_ = nullptr, *merged_ = nullptr;
+  bool has_base_ = false;
+  Acc* slots_ = nullptr;
+  // Of groups, of groups of a section, of the last groups of sections.
+  Acc *prefixes_ = nullptr, *ends_ = nullptr, *checkpoints_ = nullptr;
+  Acc* base_ = nullptr;
 };
 
 PERFORMER_ISA_END

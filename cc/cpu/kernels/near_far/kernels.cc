@@ -7,16 +7,16 @@
 PERFORMER_ISA_BEGIN
 
 bool RunNearFar(const NearFarParams& params, const PERFORMER_ACC* query_projection,
-                const PERFORMER_ACC* key_projection, WorkRange range) {
+                const PERFORMER_ACC* key_projection, WorkRange range, const Sharing& sharing) {
   if (query_projection == nullptr) return DecodeNearFar<PERFORMER_ACC>(params, range);
-  return NearFar<PERFORMER_ACC>(params, query_projection, key_projection, range);
+  return NearFar<PERFORMER_ACC>(params, query_projection, key_projection, range, sharing);
 }
 
 bool RunNearFarGrad(const NearFarGradParams& params, const PERFORMER_ACC* query_projection,
-                    const PERFORMER_ACC* key_projection, WorkRange range, PERFORMER_ACC* key_bias,
-                    CausalGradPartial<PERFORMER_ACC> partial) {
-  return NearFarGrad<PERFORMER_ACC>(params, query_projection, key_projection, range, key_bias,
-                                    partial);
+                    const PERFORMER_ACC* key_projection, WorkRange range, const Sharing& sharing,
+                    PERFORMER_ACC* key_bias, CausalGradPartial<PERFORMER_ACC> partial) {
+  return NearFarGrad<PERFORMER_ACC>(params, query_projection, key_projection, range, sharing,
+                                    key_bias, partial);
 }
 
 PERFORMER_ISA_END

@@ -74,6 +74,13 @@ struct NearFarGradient : NearFarHead<Acc, NearFarGradParams> {
     SubtractCentre(strides, keys.rows, centre_memory, keys.keys.v);
     TransposeToPanels(keys.keys.v, keys.rows, strides.e_pad, strides.e_pad, keys.value_panels);
   }
+  // The centre of a bidirectional sequence, which is to be known before states are made.
+  void FindCentre() {
+    for (int64_t block = blocks.count() - 1; block >= 0 && !centred; --block) {
+      this->LoadBlock(block);
+      CentreOn(block);
+    }
+  }
   // Of the rows of a chunk and query head i of the group.
   Acc* Delta(int64_t i, const QueryRows& rows) const {
     return delta + i * blocks.rows + rows.row - blocks.query_begin;

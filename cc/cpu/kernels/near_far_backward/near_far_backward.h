@@ -64,33 +64,46 @@ void KeyGradientsOfBlock(NearFarGradient<Acc>& gradient, int64_t block,
   }
 }
 
-// Adds the queries of a block to the reverse state; anchors are those of the state that they read.
 template <class Acc>
-void ReverseQueries(NearFarGradient<Acc>& gradient, int64_t block, const Acc* anchor,
-                    const SummaryPartial<Acc>& reverse) {
+bool HasSeenKeys(const Strides& strides, const Acc* anchor) {
+  for (int64_t m = 0; m < strides.m; ++m)
+    if (anchor[m] != -kInf<Acc>) return true;
+  return false;
+}
+
+// Adds the queries of a block to a reverse state, whose references are at most `anchor`, that of the
+// state that they read.
+template <class Acc>
+void AddQueriesToReverseState(NearFarGradient<Acc>& gradient, int64_t block, const Acc* anchor,
+                              const SummaryPartial<Acc>& reverse) {
   QueryLogits<Acc>& s = gradient.queries;
-  const Strides& strides = gradient.strides;
-  bool any = false;
-  for (int64_t m = 0; m < strides.m; ++m) any |= anchor[m] != -kInf<Acc>;
-  if (!any) return;
-  MirrorAnchors(strides, anchor, gradient.mirrored);
-  for (int64_t m = 0; m < strides.m_pad; ++m)  // the padding, and features that nobody saw before
-    gradient.mirrored[m] = Max(gradient.mirrored[m], reverse.anchor[m]);
-  RaiseAnchors(strides, gradient.mirrored, false, reverse);
   const NearKeys<Acc> none = {};
   const NearFarContext<Acc> context = {
-      gradient.map, strides, none, true, gradient.params.attributes.query_norm, true};
+      gradient.map, gradient.strides, none, true, gradient.params.attributes.query_norm, true};
   for (int64_t i = 0; i < GroupSize(gradient.dims); ++i) {
     const QueryHead<Acc> head = gradient.Head(i);
-    SetFarBias(anchor, head.feature_bias, strides, s.far_bias);
+    SetFarBias(anchor, head.feature_bias, gradient.strides, s.far_bias);
     gradient.ForQueries(block, s.chunk, [&](const QueryRows& rows) {
       gradient.LoadQueries(rows, i);
-      ComputeLogits(context, rows, {s.q, strides.d_pad, 1}, head.projection, s,
+      ComputeLogits(context, rows, {s.q, gradient.strides.d_pad, 1}, head.projection, s,
                     &gradient.prefetcher);
       for (int64_t r = 0; r < rows.n; ++r) NormalisedWeights(gradient, context, rows, r);
       AddToReverseState(gradient, rows, gradient.Delta(i, rows), reverse);
     });
   }
+}
+
+// The same, where the references are those of later queries so far.
+template <class Acc>
+void LowerReferencesAndAddQueries(NearFarGradient<Acc>& gradient, int64_t block, const Acc* anchor,
+                                  const SummaryPartial<Acc>& reverse) {
+  const Strides& strides = gradient.strides;
+  if (!HasSeenKeys(strides, anchor)) return;
+  MirrorAnchors(strides, anchor, gradient.mirrored);
+  for (int64_t m = 0; m < strides.m_pad; ++m)  // the padding, and features that nobody saw before
+    gradient.mirrored[m] = Max(gradient.mirrored[m], reverse.anchor[m]);
+  RaiseAnchors(strides, gradient.mirrored, false, reverse);
+  AddQueriesToReverseState(gradient, block, anchor, reverse);
 }
 
 template <class Acc>
@@ -126,7 +139,8 @@ bool CausalNearFarGrad(NearFarGradient<Acc>& gradient) {
   // Block -1 and block -2 stand for the initial state, which the first two blocks read too.
   for (int64_t block = count - 1; block >= -2; --block) {
     if (block + 2 < count)
-      ReverseQueries(gradient, block + 2, anchors + (block + 2) * strides.m_pad, reverse);
+      LowerReferencesAndAddQueries(gradient, block + 2, anchors + (block + 2) * strides.m_pad,
+                                   reverse);
     if (block >= 0)
       KeyGradientsOfBlock(gradient, block, block < blocks.FinalBlocks() ? &reverse : nullptr);
   }
@@ -135,49 +149,80 @@ bool CausalNearFarGrad(NearFarGradient<Acc>& gradient) {
 }
 
 template <class Acc>
-bool BidirectionalNearFarGrad(NearFarGradient<Acc>& gradient) {
+bool BidirectionalNearFarGrad(NearFarGradient<Acc>& gradient, const Sharing& sharing) {
   const Strides& strides = gradient.strides;
-  const int64_t count = gradient.blocks.count();
-  Arena arena;
-  FarStates<Acc> states(strides, count, false), reverse_states(strides, count, true);
-  Acc* slots;
+  const int64_t count = gradient.blocks.count(), size = SummaryPartial<Acc>::Size(strides);
+  Acc *slots, *memory, *anchors;  // [plan.Slots()] states, a state, [count][m_pad]
+  const auto set_pointers = [&](Arena& arena) {
+    gradient.SetPointers(arena);
+    memory = arena.Take<Acc>(size);
+    anchors = arena.Take<Acc>(count * strides.m_pad);
+  };
+  Arena measure, arena;
+  set_pointers(measure);
+  const FarPlan plan = PlanFarStates(
+      count, true, false,
+      (sharing.workspace - measure.used()) / (size * static_cast<int64_t>(sizeof(Acc))));
+  FarStates<Acc> states(strides, plan, false), reverse_states(strides, plan, true);
   if (!arena.Allocate([&] {
-        gradient.SetPointers(arena);
+        set_pointers(arena);
         states.SetPointers(arena);
         reverse_states.SetPointers(arena);
-        slots = arena.Take<Acc>((count + 2) * SummaryPartial<Acc>::Size(strides));
+        slots = arena.Take<Acc>(plan.Slots() * size);
       }))
     return false;
   states.Start(slots);
   gradient.Start(states.Base());
+  gradient.FindCentre();
+  states.SetBase();
+  const auto make = [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block)
+      gradient.Summarize(block, true, states.Block(block));
+  };
+  states.MakeAll(make);
   reverse_states.Start(slots);
-  SummarizeBlocks(gradient, states);
-  for (int64_t block = 0; block < count; ++block) {
-    gradient.LoadNear(block);
-    const auto state = states.At(block), reverse = reverse_states.Block(block);
+  const auto clear_reverse = [&](int64_t block, const Acc* anchor) {
+    const auto reverse = reverse_states.Block(block);
     ClearState(strides, reverse);
-    MirrorAnchors(strides, state.anchor, reverse.anchor);
+    MirrorAnchors(strides, anchor, reverse.anchor);
+    return reverse;
+  };
+  for (int64_t block = 0; block < count; ++block) {
+    if (block % plan.step == 0) states.Enter(block, false, make);
+    const auto state = states.Far(block, memory);
+    Acc* anchor = anchors + block * strides.m_pad;
+    for (int64_t m = 0; m < strides.m_pad; ++m) anchor[m] = state.anchor[m];
+    const auto reverse = clear_reverse(block, anchor);
     QueryGradients(gradient, block, state, &reverse);
-    reverse_states.Give(block);
+    reverse_states.Give(count - 1 - block);
   }
-  StartReverseState(gradient, states.All(), reverse_states.Base());
+  StartReverseState(gradient, states.All(memory), reverse_states.Base());
+  reverse_states.SetBase();
   gradient.prefetcher = Prefetcher(true);
-  for (int64_t block = count - 1; block >= 0; --block) {
-    const auto reverse = reverse_states.At(block);
-    KeyGradientsOfBlock(gradient, block, &reverse);
+  const auto make_reverse = [&](int64_t first, int64_t last) {
+    for (int64_t block = count - 1 - first; block > count - 1 - last; --block) {
+      const Acc* anchor = anchors + block * strides.m_pad;
+      const auto reverse = clear_reverse(block, anchor);
+      if (HasSeenKeys(strides, anchor)) AddQueriesToReverseState(gradient, block, anchor, reverse);
+    }
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (i % plan.step == 0) reverse_states.Enter(i, true, make_reverse);
+    const auto reverse = reverse_states.Far(count - 1 - i, memory);
+    KeyGradientsOfBlock(gradient, count - 1 - i, &reverse);
   }
-  StoreInitialGradient(gradient, reverse_states.All());
+  StoreInitialGradient(gradient, reverse_states.All(memory));
   return true;
 }
 
 // A whole sequence and key/value head, as CausalGrad.
 template <class Acc>
 bool NearFarGrad(const NearFarGradParams& params, const Acc* query_projection,
-                 const Acc* key_projection, WorkRange range, Acc* key_bias,
+                 const Acc* key_projection, WorkRange range, const Sharing& sharing, Acc* key_bias,
                  CausalGradPartial<Acc> partial) {
   NearFarGradient<Acc> gradient(params, query_projection, key_projection, range, key_bias, partial);
   return params.attributes.causal ? CausalNearFarGrad(gradient)
-                                  : BidirectionalNearFarGrad(gradient);
+                                  : BidirectionalNearFarGrad(gradient, sharing);
 }
 
 PERFORMER_ISA_END
