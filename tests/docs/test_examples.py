@@ -58,8 +58,7 @@ def test_a_served_model_streams_without_the_package():
 
 @pytest.mark.slow
 def test_recall_needs_the_window_for_near_and_features_for_far_pairs():
-    table = run("recall", pairs=20, steps=50, models=("window alone", "both"))
-    far = table["window alone"][0]
-    assert far < 0.1
-    assert table["both"][0] > far + 0.3
-    assert table["both"][1] > 0.5
+    table = run("recall", pairs=20, steps=40, models=("window alone", "both, 64"))
+    far, near, _ = table["window alone"]
+    assert far < 0.1 < 0.9 < near
+    assert min(table["both, 64"][:2]) > 0.8
