@@ -56,7 +56,8 @@ struct BlockSummarizer {
     column_max = arena.Take<Acc>(strides.m_pad);
   }
   // Adds n keys, which have been loaded, to a state; sets it to that of the keys if `first`.
-  void Add(const Map<Acc>& map, const KeyChunk<Acc>& keys, int64_t n,
+  // Their rows k are those of the chunk or of the tensor.
+  void Add(const Map<Acc>& map, const Left<Acc>& k, const KeyChunk<Acc>& keys, int64_t n,
            const ProjectionOperands<Acc, Acc>& projection, const Strides& strides, bool first,
            Prefetcher* prefetcher, const SummaryPartial<Acc>& to) {
     if (!keys.any) {
@@ -65,7 +66,7 @@ struct BlockSummarizer {
     }
     for (int64_t m = 0; first && m < strides.m_pad; ++m) to.anchor[m] = -kInf<Acc>, to.mass[m] = 0;
     for (int64_t j = 0; j < n; j += rows, first = false)
-      AddToSummary<Acc, Acc>(map, {keys.k + j * strides.d_pad, strides.d_pad, 1},
+      AddToSummary<Acc, Acc>(map, {k.data + j * k.row_stride, k.row_stride, 1},
                              {keys.v + j * strides.e_pad, strides.e_pad}, keys.offset + j,
                              n - j < rows ? n - j : rows, projection, strides, first, p, nullptr,
                              column_max, prefetcher, to);
@@ -78,10 +79,14 @@ struct BlockSummarizer {
                const SummaryPartial<Acc>& to) {
     for (; row < end; row += rows) {
       const int64_t n = end - row < rows ? end - row : rows;
-      chunk.Load(call, side, map, strides, range, row, n, prefetcher);
-      if (centre) SubtractCentre(strides, n, centre, chunk.v);
+      chunk.LoadBias(call, side, range, row, n);
       if (!chunk.any) continue;
-      Add(map, chunk, n, projection, strides, first, prefetcher, to);
+      const Left<Acc> k = LoadKeys(KeyChunk<Acc>::Keys(call, side, range), row, n, map,
+                                   strides.d_pad, &chunk, static_cast<Acc*>(nullptr), prefetcher);
+      LoadRows<Acc>(KeyChunk<Acc>::Values(call, side, range), row, n, chunk.skip, chunk.v,
+                    strides.e_pad, prefetcher);
+      if (centre) SubtractCentre(strides, n, centre, chunk.v);
+      Add(map, k, chunk, n, projection, strides, first, prefetcher, to);
       first = false;
     }
     if (first) ClearState(strides, to);

@@ -77,7 +77,8 @@ struct NearFarHead {
     near.keys.FinishOffsets(map, near.rows, [&](int64_t j) {
       return SquaredNorm<Acc>(near.keys.k + j * strides.d_pad, strides.d_pad);
     });
-    summarizer.Add(map, near.keys, near.rows, key_projection, strides, first, &prefetcher, to);
+    summarizer.Add(map, {near.keys.k, strides.d_pad, 1}, near.keys, near.rows, key_projection,
+                   strides, first, &prefetcher, to);
   }
   NearFarContext<Acc> Context(const NearKeys<Acc>& near, const SummaryPartial<Acc>& state) const {
     return {map, strides, near, causal(), params.attributes.query_norm, !IsEmpty(strides, state)};
