@@ -24,12 +24,14 @@ from performer.bench import checking
 from performer.bench.cases import Case
 from performer.bench.implementations import tensorflow_calls
 
-SETTINGS = [  # M, D, type
-    (256, 64, "float32"),
-    (128, 64, "float32"),
-    (64, 64, "float32"),
-    (256, 128, "float32"),
-    (256, 64, "bfloat16"),
+SETTINGS = [  # M, D, type, window
+    (256, 64, "float32", None),
+    (128, 64, "float32", None),
+    (64, 64, "float32", None),
+    (256, 128, "float32", None),
+    (256, 64, "bfloat16", None),
+    (256, 64, "float32", 64),
+    (64, 64, "float32", 64),
 ]
 MODES = list(itertools.product((False, True), repeat=2))  # causal, backward
 ROUNDS = 7
@@ -65,15 +67,20 @@ def main() -> None:
     tensorflow_calls.prepare(1)
     product = tensorflow_calls.matrix_product(PRODUCT_SIZE)
     product()
-    cases = [Case(*mode, length, *setting) for setting in SETTINGS for mode in MODES]
-    found = {case: fraction(case, product) for case in track(cases, "measuring")}
+    cases = {
+        (setting, mode): Case(*mode, length, *setting[:3], window=setting[3])
+        for setting in SETTINGS
+        for mode in MODES
+    }
+    found = {at: fraction(case, product) for at, case in track(list(cases.items()), "measuring")}
     table = Table(title=f"fraction of the matrix product, L = {length}, {_core.isa()}, one thread")
     table.add_column("")
     for mode in MODES:
         table.add_column(Case(*mode, length).mode, justify="right", overflow="fold")
     for setting in SETTINGS:
-        rates = [f"{found[Case(*mode, length, *setting)]:.2f}" for mode in MODES]
-        table.add_row("M={} D={} {}".format(*setting), *rates)
+        rates = [f"{found[setting, mode]:.2f}" for mode in MODES]
+        window = f" window {setting[3]}" if setting[3] else ""
+        table.add_row("M={} D={} {}".format(*setting) + window, *rates)
     Console().print(table)
 
 

@@ -25,6 +25,9 @@ GUARDS = [
     (Case(causal=False, backward=False, length=4096, dim=128), "stabilised", 0.85),
     (Case(causal=False, backward=False, length=1024), "exact", 0.65),
     (Case(causal=True, backward=False, length=2048), "exact", 0.45),
+    (Case(causal=True, backward=False, length=4096, window=64), "exact", 0.20),
+    (Case(causal=True, backward=False, length=256, features=64, window=64), "exact", 1.0),
+    (Case(causal=False, backward=False, length=256, features=64, window=64), "exact", 1.0),
 ]
 
 

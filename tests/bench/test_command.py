@@ -28,7 +28,7 @@ def test_a_process_that_dies_is_reported(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     arguments = ["bench", "--quick", "--cases", "decode", "--output", str(tmp_path)]
     assert main(arguments) == 1
-    assert "failed: heads, decode: " in capsys.readouterr().out
+    assert "failed: window, heads, decode: " in capsys.readouterr().out
     failures = results.of_kind(json.loads((tmp_path / "results.json").read_text()), "failed")
     assert len(failures) == 1
 
@@ -99,6 +99,23 @@ def test_a_full_run_covers_every_size():
     assert {case.length for case in cases if case.setting == main} == {2**n for n in range(7, 18)}
     assert {case.length for case in cases if case.setting != main} == {1024, 4096, 16384}
     assert len({case.mode for case in cases}) == 4
+
+
+def test_calls_with_a_window_take_turns_with_what_they_are_compared_with():
+    jobs = chosen("--quick", "--cases", "window").extra_jobs()
+    assert [job["kind"] for job in jobs] == ["window"] * 4
+    for job, mode in zip(jobs, plan.MODES.values(), strict=True):
+        entries = {(impl, Case(**case)) for impl, case in job["entries"]}
+        wanted = {
+            ("performer", Case(*mode, 4096)),
+            ("performer", Case(*mode, 4096, window=64)),
+            ("performer", Case(*mode, 4096, 64, window=64)),
+            ("performer", Case(*mode, 256, 64, window=64)),
+            ("exact", Case(*mode, 256)),
+        }
+        assert entries == wanted | (
+            {("exact", Case(*mode, 4096))} if mode == (True, False) else set()
+        )
 
 
 @pytest.mark.parametrize("options", [["--minutes", "3"], ["--minutes", "3", "--quick"]])

@@ -22,6 +22,10 @@ def test_operations_are_those_of_the_formulas():
     causal = Case(True, False, 4096, 256, 64)
     assert causal.operations() == bidirectional.operations() + 64 * 4096 * 8 * (256 + 64)
     assert Case(True, True, 4096, 256, 64).operations() == 3.5 * causal.operations()
+    near = Case(False, False, 4096, 256, 64, window=64).operations() - bidirectional.operations()
+    assert near == 4 * 4096 * 8 * 64 * 192
+    near = Case(True, False, 4096, 256, 64, window=64).operations() - bidirectional.operations()
+    assert near == 4 * 4096 * 8 * 64 * (64 + 32.5)
     assert bidirectional.exact_operations() == 4 * 4096**2 * 8 * 64
     assert IMPLEMENTATIONS["exact"].operations(causal) == causal.exact_operations()
     assert IMPLEMENTATIONS["stabilised"].operations(causal) == causal.operations()
@@ -48,6 +52,16 @@ def test_implementations_return_what_their_estimator_says(impl, causal, backward
         {"projection"} if not IMPLEMENTATIONS[impl].exact else set()
     )
     assert set(got) == {"out"} | (gradients if backward else set())
+
+
+@pytest.mark.parametrize(("causal", "backward"), MODES)
+def test_a_window_is_part_of_the_estimator(causal, backward):
+    case = Case(causal, backward, 320, 32, 16, heads=2, window=64)
+    got = calls.arrays(calls.call("performer", case, calls.tensors(case.inputs()))())
+    record = check("performer", case, got)
+    assert record["error"] <= record["bound"]
+    with pytest.raises(WrongResult):
+        check("performer", Case(causal, backward, 320, 32, 16, heads=2), got)
 
 
 @pytest.mark.parametrize("causal", [False, True])

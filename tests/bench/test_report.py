@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from performer.bench import run
+from performer.bench.cases import Case
 from performer.bench.implementations.catalogue import IMPLEMENTATIONS
 from performer.bench.report import render, results, tables
 from support.measurements import measurements
@@ -56,6 +57,43 @@ def test_conclusions_follow_from_the_figures():
     assert heads["one"]["minimum"] / heads["many"]["minimum"] == pytest.approx(1.1)
     (threads,) = results.thread_ratios(measured)
     assert threads["one"] / threads["all"] == pytest.approx(20 / 10.5)
+
+
+def test_windows_are_compared_with_goals():
+    kinds = [
+        ("performer", Case(True, False, 4096), 100.0),
+        ("performer", Case(True, False, 4096, window=64), 104.0),
+        ("performer", Case(True, False, 4096, 64, window=64), 50.0),
+        ("performer", Case(True, False, 256, 64, window=64), 3.0),
+        ("exact", Case(True, False, 256), 6.0),
+        ("exact", Case(True, False, 4096), 800.0),
+        ("performer", Case(False, True, 4096), 100.0),
+        ("performer", Case(False, True, 4096, window=64), 150.0),
+    ]
+    records = [
+        {
+            "kind": "window",
+            "implementation": impl,
+            "case": vars(case),
+            "minimum": time,
+            "fraction": 0.65,
+        }
+        for impl, case, time in kinds
+    ]
+    found = {
+        (x["case"], x["what"].split()[0]): (round(x["value"], 2), x["reached"])
+        for x in results.windows({"records": records})
+    }
+    assert found == {
+        (kinds[1][1], "time"): (1.04, True),
+        (kinds[1][1], "times"): (7.69, False),
+        (kinds[2][1], "fraction"): (0.65, False),
+        (kinds[2][1], "times"): (16.0, True),
+        (kinds[3][1], "times"): (2.0, True),
+        (kinds[7][1], "time"): (1.5, False),
+    }
+    (table,) = tables.conclusions({**measurements(), "records": records})
+    assert len(table.rows) == len(found)
 
 
 def test_other_settings_share_a_table():

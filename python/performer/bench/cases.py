@@ -26,6 +26,7 @@ class Case:
         dtype: of query, key and value.
         heads: H = G, of queries and of keys.
         batch: B.
+        window: rows of the blocks near which keys are exact (`exact_window`), or None.
     """
 
     causal: bool
@@ -36,12 +37,14 @@ class Case:
     dtype: str = "float32"
     heads: int = 8
     batch: int = 1
+    window: int | None = None
 
     @property
     def mode(self) -> str:
         """What is computed, in words."""
         what = "causal" if self.causal else "bidirectional"
-        return f"{what}, forward{' + backward' if self.backward else ''}"
+        near = f", window of {self.window}" if self.window else ""
+        return f"{what}{near}, forward{' + backward' if self.backward else ''}"
 
     @property
     def setting(self) -> tuple[int, int, str]:
@@ -56,7 +59,9 @@ class Case:
         """Floating-point operations of linear attention: four products of L x M x D a head.
 
         Causal attention adds the triangle inside chunks of 64 rows, 64 L (M + E), whatever chunk an
-        implementation uses. Exponentials and sums do not count.
+        implementation uses. With a window it adds the near keys instead, D terms for each of their
+        two products: W + (W + 1) / 2 keys a row if causal, else 3 W. Exponentials and sums do not
+        count.
 
         Example:
 
@@ -65,7 +70,10 @@ class Case:
         """
         rows = self.batch * self.heads * self.length
         count = 8.0 * rows * self.features * self.dim
-        if self.causal:
+        if self.window:
+            near = 1.5 * self.window + 0.5 if self.causal else 3.0 * self.window
+            count += 4.0 * rows * self.dim * near
+        elif self.causal:
             count += CHUNK * rows * (self.features + self.dim)
         return count * (_BACKWARD if self.backward else 1)
 

@@ -7,6 +7,7 @@ sum(out * grad_out); maxima count as constants, as the implementations have them
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -47,10 +48,17 @@ def distance_from_favor(estimator: str, case: Case) -> float | None:
 def _favor(case, inputs):
     query, key, value, grad_out = (inputs[n] for n in ("query", "key", "value", "grad_out"))
     projection = inputs["projection"]
-    out, _ = reference.attention(query, key, value, projection, causal=case.causal)
+    attention: Callable = reference.attention
+    gradients_of: Callable = reference.attention_gradients
+    options = {"causal": case.causal}
+    if case.window:
+        attention = reference.near_far_attention
+        gradients_of = reference.near_far_attention_gradients
+        options["exact_window"] = case.window
+    out = attention(query, key, value, projection, **options)[0]
     if not case.backward:
         return {"out": out}
-    gradients = reference.attention_gradients(
+    gradients = gradients_of(
         query,
         key,
         value,
@@ -59,7 +67,7 @@ def _favor(case, inputs):
         np.zeros((1, case.features)),
         np.zeros((1, 1, 1)),
         grad_out,
-        causal=case.causal,
+        **options,
     )
     both = gradients["query_projection"] + gradients["key_projection"]
     return {

@@ -15,13 +15,15 @@ MODES = {
     "causal": (True, False),
     "causal-gradient": (True, True),
 }
-EXTRAS = ("decode", "heads", "threads", "memory")
+EXTRAS = ("window", "decode", "heads", "threads", "memory")
 CASES = (*MODES, *EXTRAS)
 DTYPES = ("float32", "bfloat16")
 
 _LENGTHS = tuple(2**n for n in range(7, 18))  # 128 ... 131072
 _ELSEWHERE = (1024, 4096, 16384)  # lengths of the settings beside the main one
-_LONG = 4096  # length of the cases that compare heads, and threads
+_LONG = 4096  # length of the cases that compare heads, threads, and calls with a window
+_WINDOW = 64
+_SHORT, _FEW = 256, 64  # length and features of the shortest call that is to beat exact attention
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,20 @@ class Plan:
         return jobs
 
     def extra_jobs(self) -> list[dict]:
-        """One head against eight with the same work, and a decode step."""
+        """Calls with a window, one head against eight with the same work, and a decode step."""
         jobs: list[dict] = []
         features, dim, dtype = self.settings()[0]
+        if "window" in self.cases:
+            for mode in MODES.values():
+                plain = Case(*mode, _LONG, features, dim, dtype)
+                near = dataclasses.replace(plain, window=_WINDOW)
+                short = dataclasses.replace(near, length=_SHORT, features=_FEW)
+                exact = [plain.at(_SHORT), *([plain] if mode == MODES["causal"] else [])]
+                entries = [
+                    *(("performer", vars(case)) for case in (plain, near, short.at(_LONG), short)),
+                    *(("exact", vars(case)) for case in exact),
+                ]
+                jobs.append({"kind": "window", "entries": entries})
         if "heads" in self.cases:
             for causal, backward in self._compared():
                 many = Case(causal, backward, _LONG, features, dim, dtype)

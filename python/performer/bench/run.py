@@ -87,7 +87,7 @@ def measure(plan: Plan, console: Console) -> list[dict]:
 
         part("time", "tensorflow", plan.time_jobs("tensorflow"))
         part("memory", "tensorflow", plan.memory_jobs("tensorflow", timed()))
-        part("heads, decode", "tensorflow", plan.extra_jobs(), kind="heads")
+        part("window, heads, decode", "tensorflow", plan.extra_jobs(), kind="heads")
         for count in (1, plan.threads) * (1 if plan.quick else 2):
             jobs = plan.thread_jobs()
             part(f"threads: {count}", "tensorflow", jobs, count, kind="threads", threads=count)

@@ -9,6 +9,7 @@ output. `processes` starts it.
 where a job is one of
 
     {"kind": "time", "entries": [[implementation, case], ...]}       these take turns
+    {"kind": "window", "entries": [[implementation, case], ...]}     likewise, a record of that kind
     {"kind": "compare", "entries": [[implementation, case], ...]}    without the matrix product
     {"kind": "memory", "entries": [[implementation, case], ...]}
     {"kind": "decode", "features": M, "dim": D}
@@ -16,6 +17,7 @@ where a job is one of
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -55,7 +57,7 @@ class Worker:
         """The matrix product of the framework."""
         return self.calls.matrix_product(timing.PRODUCT_SIZE)
 
-    def time(self, entries):
+    def time(self, entries, kind="time"):
         """Checks and times (implementation, case) pairs beside the matrix product."""
         calls = self.ready(entries)
         if not calls:
@@ -65,7 +67,7 @@ class Worker:
             self.seconds[impl, case] = milliseconds.minimum / 1e3
             rate = IMPLEMENTATIONS[impl].operations(case) / milliseconds.minimum / 1e6
             self.emit(
-                kind="time",
+                kind=kind,
                 implementation=impl,
                 case=vars(case),
                 minimum=milliseconds.minimum,
@@ -74,6 +76,10 @@ class Worker:
                 product_gflops=product,
                 fraction=rate / product,
             )
+
+    def window(self, entries):
+        """The same for calls with and without exact near keys."""
+        self.time(entries, "window")
 
     def compare(self, entries):
         """Checks and times (implementation, case) pairs against each other."""
@@ -149,7 +155,7 @@ class Worker:
 
     def check(self, impl, case):
         """Raises WrongResult unless a short case of the same kind is right."""
-        short = Case(case.causal, case.backward, checking.LENGTH, *case.setting)
+        short = dataclasses.replace(case, heads=Case.heads, batch=Case.batch).at(checking.LENGTH)
         if (impl, short) in self.checked:
             return
         results = self.calls.call(impl, short, self.calls.tensors(short.inputs()))()

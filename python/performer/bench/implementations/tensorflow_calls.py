@@ -36,7 +36,7 @@ def tensors(inputs: dict[str, np.ndarray]) -> dict:
 
 def call(impl: str, case: Case, inputs: dict):
     """A function without arguments that computes the results on `tensors` and waits for them."""
-    run = _function(impl, case.causal, case.backward)
+    run = _function(impl, case.causal, case.backward, case.window)
     arguments = [inputs[n] for n in ("query", "key", "value", "projection", "grad_out")]
 
     def call():
@@ -60,9 +60,9 @@ def matrix_product(size: int):
     return lambda: product(a, b).numpy()
 
 
-def _attention(impl, causal):
+def _attention(impl, causal, window):
     if impl == "performer":
-        return functools.partial(ops.favor_attention, causal=causal)
+        return functools.partial(ops.favor_attention, causal=causal, exact_window=window)
     if impl.startswith("exact"):
         return lambda query, key, value, projection: keras.ops.dot_product_attention(
             query, key, value, scale=query.shape[-1] ** -0.5, is_causal=causal
@@ -72,8 +72,8 @@ def _attention(impl, causal):
 
 
 @functools.cache
-def _function(impl, causal, backward):
-    attention = _attention(impl, causal)
+def _function(impl, causal, backward, window):
+    attention = _attention(impl, causal, window)
 
     def forward(query, key, value, projection, grad_out):
         return {"out": attention(query, key, value, projection)}

@@ -4,6 +4,7 @@ A run is a dict, the content of results.json: `machine` (facts), `plan` (fields 
 `records`, each with a `kind`:
 
     time      implementation, case, minimum and median (ms), gflops, product_gflops, fraction
+    window    as time: calls with and without exact near keys
     memory    implementation, case, mebibytes
     heads     implementation, case, minimum, median: one head and eight, the same work
     threads   likewise, and the number of threads
@@ -16,6 +17,7 @@ A run is a dict, the content of results.json: `machine` (facts), `plan` (fields 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from performer.bench.cases import Case
@@ -130,6 +132,52 @@ def comparisons(run: dict) -> list[dict]:
                     }
                 )
     return found
+
+
+# What a call with a window of 64 should reach at M = 256: its time over that without, forward and
+# forward + backward.
+_OVER_PLAIN = {(True, False): 1.05, (True, True): 1.10, (False, False): 1.35, (False, True): 1.35}
+_FRACTIONS = {False: 0.70, True: 0.60}  # of the rate of the product, causal, with few features
+_TIMES_FASTER = 8.0  # than exact attention, causal, forward, at the longest length
+
+
+def windows(run: dict) -> list[dict]:
+    """What exact near keys cost, and what they gain over exact attention, with the goals.
+
+    Each has the case, what is stated ("time over that without a window", ...), the value, the goal,
+    and whether it is at least or at most that goal.
+    """
+    found = {
+        (record["implementation"], record["case"]): record for record in of_kind(run, "window")
+    }
+
+    def statement(case, what, value, goal, at_most):
+        reached = value <= goal if at_most else value >= goal
+        return {"case": case, "what": what, "value": value, "goal": goal, "reached": reached}
+
+    stated = []
+    for (impl, case), record in found.items():
+        if impl != "performer" or not case.window:
+            continue
+        plain = dataclasses.replace(case, window=None)
+        if ("performer", plain) in found:
+            ratio = record["minimum"] / found["performer", plain]["minimum"]
+            goal = _OVER_PLAIN[case.causal, case.backward]
+            stated.append(statement(case, "time over that without a window", ratio, goal, True))
+        elif case.causal and case.length >= LONG:
+            goal = _FRACTIONS[case.backward]
+            what = "fraction of the matrix product"
+            stated.append(statement(case, what, record["fraction"], goal, False))
+        exact = [
+            theirs["minimum"]
+            for (other, its), theirs in found.items()
+            if other == "exact" and (its.mode, its.length) == (plain.mode, plain.length)
+        ]
+        if exact and (case.length < LONG or case.causal):
+            goal = 1.0 if case.length < LONG else _TIMES_FASTER
+            ratio = exact[0] / record["minimum"]
+            stated.append(statement(case, "times faster than exact attention", ratio, goal, False))
+    return stated
 
 
 def head_ratios(run: dict) -> list[dict]:

@@ -116,7 +116,7 @@ def memory(run: dict) -> list[Table]:
 
 
 def conclusions(run: dict) -> list[Table]:
-    """Crossovers, time of twice the length, heads, threads and the decode step, where measured."""
+    """Crossovers, time of twice the length, windows, heads, threads, a decode step: as measured."""
     crossovers = [
         (_title(x["mode"], x["setting"]), IMPLEMENTATIONS[x["implementation"]].label, _crossover(x))
         for x in results.crossovers(run)
@@ -130,6 +130,18 @@ def conclusions(run: dict) -> list[Table]:
         for x in results.doublings(run)
     ]
     comparisons, others = _comparisons(run)
+    windows = [
+        (
+            x["case"].mode,
+            str(x["case"].length),
+            str(x["case"].features),
+            x["what"],
+            f"{x['value']:.2f}",
+            f"{x['goal']:.2f}",
+            "yes" if x["reached"] else "no",
+        )
+        for x in results.windows(run)
+    ]
     heads = [
         (
             x["mode"],
@@ -162,6 +174,7 @@ def conclusions(run: dict) -> list[Table]:
             1,
         ),
         Table("Performer at twice the length", ("", "L", "time ratio"), doublings, 2),
+        Table("Near keys exact", ("", "L", "M", "", "", "goal", "reached"), windows, left=4),
         Table(
             "One head with 8 times the length against 8 heads",
             ("", "one, ms", "8, ms", "ratio"),
