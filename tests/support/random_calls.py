@@ -78,7 +78,7 @@ class Drawn:
 
 
 def _laid_out(x, layout):
-    if layout == "strided" and x.ndim:
+    if layout == "strided" and x.ndim and x.size:
         return np.repeat(x, 2, -1)[..., ::2]
     if layout == "misaligned":
         room = np.zeros(x.nbytes + 1, np.uint8)
