@@ -100,7 +100,9 @@ std::vector<Signature> MakeSignatures() {
 // A dimension in the shape of an argument: a letter, "N+1", or choices such as "1|G|H".
 class Token {
  public:
-  explicit Token(const char* at) : at_(at), size_(std::strcspn(at, " ")) {}
+  explicit Token(const char* at) : at_(at), size_(0) {
+    while (at[size_] != ' ' && at[size_] != '\0') ++size_;
+  }
 
   bool is_last() const { return at_[size_] == '\0'; }
   Token next() const { return Token(at_ + size_ + 1); }
@@ -117,9 +119,9 @@ class Token {
 };
 
 int RankOf(const Argument& argument) {
-  int rank = 1;
-  for (Token token(argument.shape); !token.is_last(); token = token.next()) ++rank;
-  return argument.shape[0] == '\0' ? 0 : rank;
+  int rank = argument.shape[0] == '\0' ? 0 : 1;
+  for (const char* at = argument.shape; *at != '\0'; ++at) rank += *at == ' ';
+  return rank;
 }
 
 // "key_bias must have shape [1|B, 1|G, 1|S]"
@@ -140,7 +142,8 @@ class Letters {
  public:
   Letters() { values_.fill(kUnknown); }
 
-  // Checks one argument against its pattern, and learns the letters that stand alone in it.
+  // Checks one argument against its pattern, and learns the letters that stand alone in it. Where a
+  // letter that is needed is not known yet, needs_more_letters() says so from then on.
   Status Match(const Argument& argument, const Shape& shape) {
     if (!shape.known_rank) return Status();
     const int rank = RankOf(argument);
@@ -151,13 +154,16 @@ class Letters {
     if (rank == 0) return Status();
     Token token(argument.shape);
     for (int axis = 0;; token = token.next(), ++axis) {
-      if (shape.dims[axis] != kUnknown)
-        PERFORMER_RETURN_IF_ERROR(token.has_choices()
-                                      ? MatchChoices(argument, token, shape.dims[axis], shape)
-                                      : MatchLetter(argument, token, shape.dims[axis], shape));
+      const int64_t dim = shape.dims[axis];
+      if (dim != kUnknown && token.has_choices()) {
+        if (!FitsChoices(token, dim)) return ChoicesError(argument, token, shape);
+      } else if (dim != kUnknown) {
+        if (!FitsLetter(argument, token, dim)) return LetterError(argument, token, dim, shape);
+      }
       if (token.is_last()) return Status();
     }
   }
+  bool needs_more_letters() const { return needs_more_letters_; }
 
   int64_t operator[](char letter) const { return values_[Index(letter)]; }
   void Set(char letter, int64_t value, const char* source) {
@@ -176,12 +182,18 @@ class Letters {
     return Error(argument, rule + "; got " + ToString(shape));
   }
 
-  Status MatchChoices(const Argument& argument, Token token, int64_t dim, const Shape& shape) {
-    std::string allowed;
+  bool FitsChoices(Token token, int64_t dim) {
     for (size_t i = 0; i < token.choices(); ++i) {
       const int64_t value = token.choice(i) == '1' ? 1 : (*this)[token.choice(i)];
-      if (value == kUnknown || value == dim) return Status();
+      if (value == dim) return true;
+      if (value != kUnknown) continue;
+      needs_more_letters_ = true;
+      return true;
     }
+    return false;
+  }
+  Status ChoicesError(const Argument& argument, Token token, const Shape& shape) const {
+    std::string allowed;
     for (size_t i = 0; i < token.choices(); ++i) {
       const char choice = token.choice(i);
       allowed += (i > 0 ? " or " : "") + (choice == '1' ? "1" : Equals(choice, (*this)[choice]));
@@ -189,15 +201,26 @@ class Letters {
     return Error(argument, " with " + token.text() + " being " + allowed, shape);
   }
 
-  Status MatchLetter(const Argument& argument, Token token, int64_t dim, const Shape& shape) {
+  // Whether P, which is dim, is 1 or N.
+  bool FitsSequences(int64_t dim) {
+    const int64_t sequences = (*this)['N'];
+    if (dim == 1 || dim == sequences) return true;
+    if (sequences != kUnknown) return false;
+    needs_more_letters_ = true;
+    return true;
+  }
+  bool FitsLetter(const Argument& argument, Token token, int64_t dim) {
+    const char letter = token.letter();
+    dim -= token.more();
+    if (dim < 0 || (letter == 'P' && !FitsSequences(dim))) return false;
+    if ((*this)[letter] == kUnknown) Set(letter, dim, argument.name);
+    return (*this)[letter] == dim;
+  }
+  Status LetterError(const Argument& argument, Token token, int64_t dim, const Shape& shape) {
     const char letter = token.letter();
     if (dim < token.more()) return Error(argument, " with at least one entry", shape);
-    dim -= token.more();
-    const int64_t sequences = (*this)['N'];
-    if (letter == 'P' && dim != 1 && sequences != kUnknown && dim != sequences)
-      return Error(argument, " with P being 1 or " + Equals('N', sequences), shape);
-    if ((*this)[letter] == kUnknown) Set(letter, dim, argument.name);
-    if ((*this)[letter] == dim) return Status();
+    if (letter == 'P' && !FitsSequences(dim))
+      return Error(argument, " with P being 1 or " + Equals('N', (*this)['N']), shape);
     return Error(argument,
                  " with " + Equals(letter, (*this)[letter]) + " as in " + sources_[Index(letter)],
                  shape);
@@ -205,6 +228,7 @@ class Letters {
 
   std::array<int64_t, kLetters> values_;
   std::array<const char*, kLetters> sources_{};
+  bool needs_more_letters_ = false;
 };
 
 Status CheckSizes(const Letters& letters) {
@@ -290,8 +314,9 @@ Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>
       if (is_offsets(signature.inputs[i]))
         PERFORMER_RETURN_IF_ERROR(letters.Match(signature.inputs[i], inputs[i]));
   }
-  // Two passes, as a broadcast dimension may come before the argument that fixes its letter.
+  // A second pass where a broadcast dimension came before the argument that fixes its letter.
   for (int pass = 0; pass < 2; ++pass) {
+    if (pass > 0 && !letters.needs_more_letters()) break;
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (is_offsets(signature.inputs[i])) continue;
       PERFORMER_RETURN_IF_ERROR(letters.Match(signature.inputs[i], inputs[i]));
@@ -302,6 +327,7 @@ Status InferShapes(Op op, const Attributes& attributes, const std::vector<Shape>
   PERFORMER_RETURN_IF_ERROR(CheckSizes(letters));
   if (IsNearFar(op)) PERFORMER_RETURN_IF_ERROR(CheckRows(attributes, letters));
   outputs->clear();
+  outputs->reserve(signature.outputs.size());
   for (const Argument& output : signature.outputs) {
     outputs->push_back(OutputShape(output, signature, inputs, letters));
     if (IsTooLarge(outputs->back()))
