@@ -13,6 +13,7 @@ import numpy as np
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_same_bits
 from support.core_calls import backward, expected, expected_gradients, forward
+from support.core_calls import run as run_core
 from support.inputs import DTYPES, Case, cotangents, make
 
 
@@ -56,6 +57,26 @@ def check_gradients(run, case: Case, causal: bool, dtype: str, times: float = 1)
     for argument, grad in wanted_gradients(case, causal, dtype).items():
         assert grads[argument].dtype == x[argument].dtype, argument
         assert_close(grads[argument], grad, rms=bound, what=argument)
+
+
+def check_gradients_with_values_of_mean_1(run, rows: int, causal: bool, bounds: dict) -> None:
+    """float32 against float64, in a long sequence whose values have more in common than apart.
+
+    `bounds`: of the rms error over the rms of the gradient, by input.
+    """
+    case = Case(batch=1, rows=rows, heads=1, groups=1, features=32, value_dim=16, std=0.5)
+    x, incoming = make(case), cotangents(case)
+    x["value"] += 1
+    for name in ("feature_bias", "key_bias"):
+        x[name][:] = 0
+    for name in ("grad_log_mass", "grad_mean"):
+        incoming[name][:] = 0
+    wide = [
+        {n: a if n == "offsets" else a.astype("f8") for n, a in y.items()} for y in (x, incoming)
+    ]
+    exact, grads = backward(*wide, causal, run_core), backward(x, incoming, causal, run)
+    for name, bound in bounds.items():
+        assert_close(grads[name], exact[name], rms=bound, what=name)
 
 
 def check_batch_row_alone(run, case: Case, causal: bool, dtype: str) -> None:

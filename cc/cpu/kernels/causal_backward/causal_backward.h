@@ -20,7 +20,8 @@
 // Values are taken less a centre (state.h), so that what they have in common does not drown the
 // differences g - delta / den cum and v R^T - r in rounding errors. The centre comes from the past:
 // from the initial state or, where that is empty, from the first chunk with an unmasked key. Up to
-// the end of that chunk it is 0.
+// the end of that chunk it is the value of that key. After a steep sub-chunk it is renewed, as the
+// keys of that may outweigh all before them.
 //
 // The gradient of the final state is the first reverse state. The initial state is a key that every
 // row sees.

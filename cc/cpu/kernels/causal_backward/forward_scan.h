@@ -32,8 +32,9 @@ void StartForwardState(CausalGradient<Acc>& gradient) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   gradient.initial.CopyMean(strides, s.initial_mean);
-  gradient.centred = CentreOfMeans(strides, gradient.initial.log_mass, s.initial_mean,
-                                   strides.e_pad, s.mass, s.centre);
+  if (CentreOfMeans(strides, gradient.initial.log_mass, s.initial_mean, strides.e_pad, s.mass,
+                    s.centre))
+    gradient.centred = CausalGradient<Acc>::Centred::kByState;
   SubtractCentre(strides, strides.m, s.centre, s.initial_mean);
   TransposeToPanels(s.initial_mean, strides.m, strides.e_pad, strides.e_pad, s.sum_panels);
   for (int64_t m = 0; m < strides.m_pad; ++m) {
@@ -43,20 +44,79 @@ void StartForwardState(CausalGradient<Acc>& gradient) {
   }
 }
 
-// Sets the centre from the state before a chunk, if there are keys in it and it is not set.
+// Sets the centre from the state before a chunk, if there are keys in it and no state has set it.
+// False if there is no memory, as in what follows.
 template <class Acc>
-void CentreForwardState(CausalGradient<Acc>& gradient) {
-  if (gradient.centred) return;
+bool CentreForwardState(CausalGradient<Acc>& gradient) {
+  using Centred = typename CausalGradient<Acc>::Centred;
+  if (gradient.centred == Centred::kByState) return true;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const auto sum = [&](int64_t m, int64_t e) -> Acc& {
     return s.sum_panels[(m / kPanel * strides.e_pad + e) * kPanel + m % kPanel];
   };
-  gradient.centred = Centre<Acc>(strides, s.mass, sum, s.centre);
-  if (!gradient.centred) return;
-  gradient.first_centred = gradient.sub_chunks.size();
+  // The sums are less the centre so far, and so is their average.
+  const bool any = Centre<Acc>(strides, s.mass, sum, s.dv);
+  if (!any) return true;
+  gradient.centred = Centred::kByState;
   for (int64_t m = 0; m < strides.m; ++m)
-    for (int64_t e = 0; e < strides.e; ++e) sum(m, e) -= s.centre[e] * s.mass[m];
+    for (int64_t e = 0; e < strides.e; ++e) sum(m, e) -= s.dv[e] * s.mass[m];
+  for (int64_t e = 0; e < strides.e_pad; ++e) s.centre[e] += s.dv[e];
+  return gradient.SaveCentre();
+}
+
+// Sets the centre to the value of the first unmasked key of a chunk that has been loaded, if there
+// is none yet. Every row of the chunk that sees a key sees this one.
+template <class Acc>
+bool CentreByFirstKey(CausalGradient<Acc>& gradient, int64_t n) {
+  using Centred = typename CausalGradient<Acc>::Centred;
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  if (gradient.centred != Centred::kNot || !s.keys.any) return true;
+  int64_t first = 0;
+  while (s.keys.skip[first]) ++first;
+  for (int64_t e = 0; e < strides.e_pad; ++e) {
+    const Acc x = s.keys.v[first * strides.e_pad + e];
+    s.centre[e] = x - x == 0 ? x : Acc(0);
+  }
+  SubtractCentre(strides, n, s.centre, s.keys.v);
+  gradient.centred = Centred::kByFirstKey;
+  return gradient.SaveCentre();
+}
+
+// Renews the centre after the rows of a steep sub-chunk, the last one of a chunk, whose keys have
+// raised the anchors, but are not in the state yet. It becomes the average of the means with these
+// keys, which may have little in common with the past.
+template <class Acc>
+bool RenewCentre(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  const Acc* mass = s.cumulative + (sub_chunk.rows - 1) * strides.m_stride;
+  Acc *more = s.dv, count = 0;
+  for (int64_t m = 0; m < strides.m_pad; ++m) {
+    s.inverse_mass[m] = m < strides.m ? Inverse(mass[m]) : Acc(0);
+    if (s.inverse_mass[m] != 0) ++count;
+  }
+  for (int64_t e = 0; e < strides.e_pad; ++e) more[e] = 0;
+  const auto sum = [&](int64_t m, int64_t e) -> Acc& {
+    return s.sum_panels[(m / kPanel * strides.e_pad + e) * kPanel + m % kPanel];
+  };
+  for (int64_t m = 0; m < strides.m; ++m)
+    for (int64_t e = 0; e < strides.e; ++e) more[e] += sum(m, e) * s.inverse_mass[m];
+  for (int64_t j = 0; j < sub_chunk.rows; ++j) {
+    const Acc weight = Dot(s.key_features + j * strides.m_stride, s.inverse_mass, strides.m_pad);
+    const Acc* v = gradient.Values(sub_chunk) + j * strides.e_pad;
+    for (int64_t e = 0; e < strides.e; ++e) more[e] += weight * v[e];
+  }
+  for (int64_t e = 0; e < strides.e; ++e) {
+    more[e] *= Inverse(count);
+    if (!(more[e] - more[e] == 0)) more[e] = 0;
+    s.centre[e] += more[e];
+    for (int64_t m = 0; m < strides.m; ++m) sum(m, e) -= more[e] * s.mass[m];
+  }
+  gradient.LoadValues(sub_chunk.row - sub_chunk.chunk_begin,
+                      sub_chunk.chunk_begin + sub_chunk.rows);
+  return gradient.SaveCentre();
 }
 
 // Whether no key has been seen yet.
@@ -153,16 +213,17 @@ void CausalLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_
   const Strides& strides = gradient.strides;
   Acc* shift = gradient.OfHead(gradient.shift, i, sub_chunk.row);
   Acc* inverse = gradient.OfHead(gradient.inverse, i, sub_chunk.row);
-  Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
+  double* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
   Acc* feature_bias = gradient.partial.feature_bias + i * strides.m_pad;
   for (int64_t r = 0; r < sub_chunk.rows; ++r) {
     const Acc *f = s.queries.f + r * strides.m_stride,
               *cumulative = s.cumulative + r * strides.m_stride;
     Acc* g = s.g + r * strides.m_stride;
-    delta[r] = Dot(f, g, strides.m_pad);
+    const Acc sum = Dot(f, g, strides.m_pad);
+    delta[r] = static_cast<double>(sum);
     shift[r] = s.queries.shift[r];
     inverse[r] = Inverse(s.queries.den[r]);
-    const Acc scaled = delta[r] * inverse[r];
+    const Acc scaled = sum * inverse[r];
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
       const Vec<Acc> da = Load(f + m) * (Load(g + m) - scaled * Load(cumulative + m));
       Store(g + m, da);
@@ -247,21 +308,23 @@ bool ForwardScan(CausalGradient<Acc>& gradient) {
   auto& s = gradient.s;
   const WorkRange& range = gradient.range;
   StartForwardState(gradient);
-  if (!SaveAnchors(gradient)) return false;
+  if (!SaveAnchors(gradient) || !gradient.SaveCentre()) return false;
   for (int64_t row = range.begin; row < range.end; row += C) {
     const int64_t n = range.end - row < C ? range.end - row : C;
-    CentreForwardState(gradient);
+    if (!CentreForwardState(gradient)) return false;
     gradient.LoadKeys(row, n);
+    if (!CentreByFirstKey(gradient, n)) return false;
     for (int64_t begin = 0, end; begin < n; begin = end) {
       end = begin + 1;
       if (s.keys.skip[begin] && IsEmpty(gradient)) {
         ZeroRows(gradient, row + begin);
         continue;
       }
-      const bool steep = begin > 0 && !IsEmpty(gradient);
+      const bool exceeds = !s.keys.skip[begin] && Exceeds(gradient, begin);
+      const bool steep = (begin > 0 || exceeds) && !IsEmpty(gradient);
       if (steep) {
         end = n;
-      } else if (!s.keys.skip[begin] && Exceeds(gradient, begin)) {
+      } else if (exceeds) {
         RaiseForwardState(gradient, begin);
         if (!SaveAnchors(gradient)) return false;
       }
@@ -269,12 +332,15 @@ bool ForwardScan(CausalGradient<Acc>& gradient) {
       GradSubChunk* sub_chunk = gradient.sub_chunks.Append(1);
       if (sub_chunk == nullptr) return false;
       const int64_t sets = gradient.anchors.size() / gradient.strides.m_pad;
-      *sub_chunk = {row + begin, begin, end - begin, sets - 1, steep};
+      *sub_chunk = {row + begin, begin, end - begin, sets - 1, gradient.last_centre, steep};
       if (!steep) gradient.ComputeKeyFeatures(*sub_chunk);
       for (int64_t i = 0; i < GroupSize(gradient.dims); ++i)
         ForwardQueries(gradient, *sub_chunk, i);
       bool changed = steep && RaiseToSubChunk(gradient, *sub_chunk);
-      if (steep) gradient.ComputeKeyFeatures(*sub_chunk);
+      if (steep) {
+        gradient.ComputeKeyFeatures(*sub_chunk);
+        if (!RenewCentre(gradient, *sub_chunk)) return false;
+      }
       changed |= UpdateForwardState(gradient, *sub_chunk);
       if (changed && !SaveAnchors(gradient)) return false;
     }

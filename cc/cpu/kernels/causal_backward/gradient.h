@@ -31,6 +31,7 @@ struct CausalGradScratch {
   Acc* centre;         // [e_pad]: what values and sum / mass are less by
   Acc *mass, *anchor;  // [m_pad]; the anchor is also that of the reverse state
   Acc* raised;         // [m_pad]: anchors after a steep sub-chunk
+  Acc* inverse_mass;   // [m_pad]: 1 / mass after it
   // The reverse state after the sub-chunk.
   Acc* reverse_sum;          // [m][e_pad]: R
   Acc* reverse_mass_before;  // [m_pad]: r, before the queries of the sub-chunk add to it
@@ -59,7 +60,7 @@ struct CausalGradScratch {
     for (Acc** sum : {&reverse_sum, &initial_mean})
       *sum = arena.Take<Acc>(strides.m * strides.e_pad);
     centre = arena.Take<Acc>(strides.e_pad);
-    for (Acc** row : {&mass, &anchor, &raised, &reverse_mass_before})
+    for (Acc** row : {&mass, &anchor, &raised, &inverse_mass, &reverse_mass_before})
       *row = arena.Take<Acc>(strides.m_pad);
     grad_key_logits = key_log_features;
     reverse_mass = mass;
@@ -74,6 +75,7 @@ struct GradSubChunk {
   int64_t row, chunk_begin;  // its first row in the tensor, and in its chunk
   int64_t rows;              // number of rows
   int64_t anchors;           // index of the set of anchors before it
+  int64_t centre;            // index of the centre of its values
   bool steep;                // as in CausalSubChunk
 };
 
@@ -103,10 +105,10 @@ struct CausalGradient {
   bool Start() {
     if (!arena.Allocate([&] { s.SetPointers(arena, map, strides); })) return false;
     const int64_t rows = range.end - range.begin;
-    shift = row_values.Append(3 * rows * GroupSize(dims));
-    if (shift == nullptr && rows > 0) return false;
+    shift = row_values.Append(2 * rows * GroupSize(dims));
+    delta = deltas.Append(rows * GroupSize(dims));
+    if ((shift == nullptr || delta == nullptr) && rows > 0) return false;
     inverse = shift + rows * GroupSize(dims);
-    delta = inverse + rows * GroupSize(dims);
     for (int64_t i = 0; i < CausalGradPartial<Acc>::Size(strides, GroupSize(dims)); ++i)
       partial.log_mass[i] = 0;
     return true;
@@ -114,7 +116,8 @@ struct CausalGradient {
 
   int64_t FirstHead() const { return range.head * GroupSize(dims); }
   // Of shift, inverse or delta: the values of query head i of the group from tensor row `row` on.
-  Acc* OfHead(Acc* values, int64_t i, int64_t row) const {
+  template <class T>
+  T* OfHead(T* values, int64_t i, int64_t row) const {
     return values + i * (range.end - range.begin) + row - range.begin;
   }
   QueryHead<Acc> Head(int64_t i) const {
@@ -122,6 +125,22 @@ struct CausalGradient {
   }
   const Acc* Values(const GradSubChunk& sub_chunk) const {
     return s.keys.v + sub_chunk.chunk_begin * strides.e_pad;
+  }
+
+  // Appends s.centre as a new one; false if there is no memory.
+  bool SaveCentre() {
+    ++last_centre;
+    if (strides.e_pad == 0) return true;
+    Acc* to = centres.Append(strides.e_pad);
+    if (to != nullptr) Copy(s.centre, strides.e_pad, to);
+    return to != nullptr;
+  }
+
+  // Values less the centre, of keys that have been loaded.
+  void LoadValues(int64_t row, int64_t n) {
+    LoadRows<Acc>(KeyChunk<Acc>::Values(params, params.keys, range), row, n, s.keys.skip, s.keys.v,
+                  strides.e_pad, &prefetcher);
+    SubtractCentre(strides, n, s.centre, s.keys.v);
   }
 
   // Values less the centre, and log-features of the keys of a chunk, with offsets.
@@ -195,12 +214,18 @@ struct CausalGradient {
   GrowingArray<GradSubChunk> sub_chunks;
   GrowingArray<Acc> anchors;  // [sets][m_pad], a new set only when an anchor changed
   GrowingArray<Acc> row_values;
-  bool centred = false;
-  int64_t first_centred = 0;  // the first sub-chunk whose values are less the centre
+  GrowingArray<double> deltas;
+  // Where values get their centre from: nothing yet, their first key, or a state.
+  enum class Centred { kNot, kByFirstKey, kByState } centred = Centred::kNot;
+  GrowingArray<Acc> centres;  // [sets][e_pad], a new one only when the centre changed
+  int64_t last_centre = -1, centre_in_force = 0;  // indices; the latter in the reverse scan
   // Of each row, [heads of the group][rows]: the maximum that its log-features are less by, in base
   // 2, and 1 / den relative to it, 0 where it sees no key. Their sum as one logarithm would be
   // rounded: of keys with entries of 1e4 it is about 1e9.
-  Acc *shift = nullptr, *inverse = nullptr, *delta = nullptr;
+  Acc *shift = nullptr, *inverse = nullptr;
+  // grad_out . out of each row, likewise. In double: where one key outweighs all others by far, it is
+  // exactly what that key's product with grad_out is, and the two meet in a difference.
+  double* delta = nullptr;
 };
 
 PERFORMER_ISA_END

@@ -43,6 +43,20 @@ void RescaleReverseState(CausalGradient<Acc>& gradient, const Acc* anchors) {
   }
 }
 
+// Makes the reverse state that of values that are less an earlier centre.
+template <class Acc>
+void MoveCentre(CausalGradient<Acc>& gradient, int64_t centre) {
+  auto& s = gradient.s;
+  const Strides& strides = gradient.strides;
+  if (gradient.centre_in_force == centre || strides.e_pad == 0) return;
+  const Acc* to = &gradient.centres[centre * strides.e_pad];
+  for (int64_t e = 0; e < strides.e_pad; ++e) s.centre[e] -= to[e];
+  for (int64_t m = 0; m < strides.m; ++m)
+    s.reverse_mass[m] += Dot(s.reverse_sum + m * strides.e_pad, s.centre, strides.e_pad);
+  Copy(to, strides.e_pad, s.centre);
+  gradient.centre_in_force = centre;
+}
+
 // y = 0 in rows that see no key.
 template <class Acc>
 void ZeroRowsWithoutKeys(CausalGradient<Acc>& gradient, int64_t n, const Acc* inverse) {
@@ -73,14 +87,14 @@ void NormalisedQueryFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>
 // Pairs of a key and a query of the sub-chunk: adds triu(v dout^T - delta) f to the keys' gradient,
 // and triu(p f^T) dout to dv.
 template <class Acc>
-void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* delta) {
+void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const double* delta) {
   using Gradient = CausalGradient<Acc>;
   constexpr int64_t C = Gradient::C, kPairStride = Gradient::kPairStride;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   Gradient::TransposeRows(s.y, strides.e_pad, n, strides.e_pad, s.transposed);
   Gradient::TransposeRows(s.queries.f, strides.m_stride, n, strides.m_pad, s.f_transposed);
-  for (int64_t r = 0; r < n; ++r) s.padded_delta[r] = delta[r];
+  for (int64_t r = 0; r < n; ++r) s.padded_delta[r] = static_cast<Acc>(delta[r]);
   for (int64_t r = n; r < C; ++r) s.padded_delta[r] = 0;
   UpperProduct(s.keys.v, strides.e_pad, s.transposed, C, strides.e_pad, n, s.grad_scores,
                kPairStride);
@@ -105,7 +119,7 @@ void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   const int64_t n = sub_chunk.rows;
   const Acc* shift = gradient.OfHead(gradient.shift, i, sub_chunk.row);
   const Acc* inverse = gradient.OfHead(gradient.inverse, i, sub_chunk.row);
-  const Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
+  const double* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
   gradient.LoadQueries(sub_chunk, i);
   if (sub_chunk.steep) {
     SteepLogFeatures(gradient, gradient.Head(i), n, static_cast<Acc*>(nullptr));
@@ -121,7 +135,8 @@ void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   for (int64_t r = 0; r < n; ++r)
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
       Store(s.reverse_mass + m,
-            Load(s.reverse_mass + m) + delta[r] * Load(s.queries.f + r * strides.m_stride + m));
+            Load(s.reverse_mass + m) +
+                static_cast<Acc>(delta[r]) * Load(s.queries.f + r * strides.m_stride + m));
 }
 
 template <class Acc>
@@ -139,9 +154,11 @@ void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
   const auto& map = gradient.map;
   const Strides& strides = gradient.strides;
   // Only the rows of the sub-chunk are loaded: it begins at row 0 of the buffers.
-  const GradSubChunk sub_chunk = {given.row, 0, given.rows, given.anchors, given.steep};
+  const GradSubChunk sub_chunk = {given.row,    0,          given.rows, given.anchors,
+                                  given.centre, given.steep};
   const int64_t n = sub_chunk.rows;
   const Acc* anchors = &gradient.anchors[given.anchors * strides.m_pad];
+  if (!given.steep) MoveCentre(gradient, given.centre);
   gradient.LoadKeys(sub_chunk.row, n);
   if (given.steep) {
     Copy(s.key_log_features, n * strides.m_stride, s.steep_keys);
@@ -162,6 +179,8 @@ void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
   if (given.steep) {
     key_logit_gradient();
     RescaleReverseState(gradient, anchors);
+    MoveCentre(gradient, given.centre);
+    gradient.LoadValues(sub_chunk.row, n);
   }
   for (int64_t i = 0; i < GroupSize(gradient.dims); ++i) ReverseQueries(gradient, sub_chunk, i);
   if (given.steep) {
@@ -195,23 +214,13 @@ void StoreInitialGradient(CausalGradient<Acc>& gradient) {
   }
 }
 
-// Makes the reverse state that of values that are not less the centre.
-template <class Acc>
-void UncentreReverseState(CausalGradient<Acc>& gradient) {
-  auto& s = gradient.s;
-  const Strides& strides = gradient.strides;
-  for (int64_t m = 0; m < strides.m; ++m)
-    s.reverse_mass[m] += Dot(s.reverse_sum + m * strides.e_pad, s.centre, strides.e_pad);
-  for (int64_t e = 0; e < strides.e_pad; ++e) s.centre[e] = 0;
-}
-
 template <class Acc>
 void ReverseScan(CausalGradient<Acc>& gradient) {
   gradient.prefetcher = Prefetcher(true);
   StartReverseState(gradient);
+  gradient.centre_in_force = gradient.last_centre;
   for (int64_t p = gradient.sub_chunks.size() - 1; p >= 0; --p) {
     const GradSubChunk sub_chunk = gradient.sub_chunks[p];
-    if (p == gradient.first_centred - 1) UncentreReverseState(gradient);
     ReverseSubChunk(gradient, sub_chunk);
   }
   RescaleReverseState(gradient, &gradient.anchors[0]);

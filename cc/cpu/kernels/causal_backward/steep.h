@@ -3,6 +3,8 @@
 //   E[i][j] = 2^(b[j] + a[i] - shift_i)     w[i] = 2^(anchor + a[i] - shift_i)
 //   u[i] = w mass + sum_j E[i][j]           G[i] = w (dout sum^T) + sum_j E[i][j] (dout_i . v_j)
 //   den = sum_m u      delta = sum_m G / den      da = (G - delta u) / den
+// where G and delta are less dout_i . v_j of the key j that weighs most, unless the state weighs
+// more: the differences of large values are exact where one key outweighs all others by far.
 // and on the way back, with E and w divided by den, and R, r relative to the anchors after the
 // sub-chunk:
 //   db_j = p (v R^T - r) + sum_i E[i][j] (v_j . dout_i - delta_i)
@@ -70,10 +72,21 @@ void SteepLogFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>& head,
     }
 }
 
-// g = da of row r, from g = dout sum^T and pair[j] = dout . v_j; what is kept of the row.
 template <class Acc>
-void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, int64_t r, const Acc* pair,
-                      Acc* feature_bias, Acc* shift_of_row, Acc* inverse_of_row, Acc* delta) {
+PERFORMER_INLINE double DotInDouble(const Acc* a, const Acc* b, int64_t n) {
+  Vec<double> sum = {};
+  for (int64_t i = 0; i < n; i += kLanes<double>) {
+    Vec<double> x, y;
+    for (int l = 0; l < kLanes<double>; ++l) x[l] = a[i + l], y[l] = b[i + l];
+    sum += x * y;
+  }
+  return ReduceAdd<double>(sum);
+}
+
+// g = da of row r, from g = dout sum^T; what is kept of the row. values: of the sub-chunk.
+template <class Acc>
+void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, const Acc* values, int64_t r,
+                      Acc* feature_bias, Acc* shift_of_row, Acc* inverse_of_row, double* delta) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const Acc* a = s.queries.f + r * strides.m_stride;
@@ -82,26 +95,36 @@ void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, int64_t r,
   for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
     highest = Max(Load(a + m) + AnchorsWithPadding(s.anchor + m), highest);
   Acc shift = ReduceMax<Acc>(highest), of_key[CausalGradient<Acc>::C];
+  int64_t first_key = -1;  // the one that weighs most, -1: the state
   for (int64_t j = 0; j <= r; ++j) {
     const HighestSum<Acc> sum(a, keys + j * strides.m_stride, strides);
     of_key[j] = sum.is_nan ? kInf<Acc> : sum.value;
-    if (sum.value > shift) shift = sum.value;
+    if (sum.value > shift) shift = sum.value, first_key = j;
   }
   if (shift == -kInf<Acc>) shift = 0;
+  const auto pair_of = [&](int64_t j) {
+    return DotInDouble(s.y + r * strides.e_pad, values + j * strides.e_pad, strides.e_pad);
+  };
+  const double reference = first_key < 0 ? 0 : pair_of(first_key);
+  const Acc less = static_cast<Acc>(reference);
   int64_t live[CausalGradient<Acc>::C], count = 0;
+  Acc pair[CausalGradient<Acc>::C];  // dout . v_j of the live ones, less the reference
   for (int64_t j = 0; j <= r; ++j)
-    if (!(of_key[j] < shift + kLeastExponent<Acc>)) live[count++] = j;
+    if (!(of_key[j] < shift + kLeastExponent<Acc>)) {
+      pair[count] = static_cast<Acc>(pair_of(j) - reference);
+      live[count++] = j;
+    }
 
   Vec<Acc> den = {}, sum = {};
   for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
     const Vec<Acc> x = Load(a + m);
     const Vec<Acc> w = Exp2Normal<Acc>(AnchorsWithPadding(s.anchor + m) + x - shift);
-    Vec<Acc> all = w * Load(s.mass + m), weighted = w * Load(g + m);
+    Vec<Acc> all = w * Load(s.mass + m), weighted = w * (Load(g + m) - less * Load(s.mass + m));
     for (int64_t k = 0; k < count; ++k) {
       const Acc* b = keys + live[k] * strides.m_stride + m;
       const Vec<Acc> y = Exp2Normal<Acc>(Load(b) + x - shift);
       all += y;
-      weighted += y * pair[live[k]];
+      weighted += y * pair[k];
     }
     Store(u + m, all);
     Store(g + m, weighted);
@@ -109,11 +132,12 @@ void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, int64_t r,
     sum += weighted;
   }
   const Acc total = ReduceAdd<Acc>(den), inverse = Inverse(total);
-  *delta = ReduceAdd<Acc>(sum) * inverse;
+  const Acc less_delta = ReduceAdd<Acc>(sum) * inverse;
+  *delta = reference + static_cast<double>(less_delta);
   *shift_of_row = shift;
   *inverse_of_row = inverse;
   for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
-    const Vec<Acc> da = (Load(g + m) - *delta * Load(u + m)) * inverse;
+    const Vec<Acc> da = (Load(g + m) - less_delta * Load(u + m)) * inverse;
     Store(g + m, da);
     Store(feature_bias + m, Load(feature_bias + m) + da);
   }
@@ -123,23 +147,18 @@ void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, int64_t r,
 // keeps shift, inverse and delta of each row.
 template <class Acc>
 void SteepLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
-  using Gradient = CausalGradient<Acc>;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const int64_t n = sub_chunk.rows;
   SteepLogFeatures(gradient, gradient.Head(i), n, s.query_slope);
-  Gradient::TransposeRows(gradient.Values(sub_chunk), strides.e_pad, n, strides.e_pad,
-                          s.transposed);
-  LowerProduct(s.y, strides.e_pad, s.transposed, Gradient::C, strides.e_pad, n, 0, s.grad_scores,
-               Gradient::kPairStride);
   MatMulPanels(s.y, strides.e_pad, n, s.sum_panels, strides.e_pad, strides, s.g,
                &gradient.prefetcher);
   Acc* shift = gradient.OfHead(gradient.shift, i, sub_chunk.row);
   Acc* inverse = gradient.OfHead(gradient.inverse, i, sub_chunk.row);
-  Acc* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
+  double* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
   for (int64_t r = 0; r < n; ++r)
-    SteepRowGradient(gradient, s.key_log_features + sub_chunk.chunk_begin * strides.m_stride, r,
-                     s.grad_scores + r * Gradient::kPairStride,
+    SteepRowGradient(gradient, s.key_log_features + sub_chunk.chunk_begin * strides.m_stride,
+                     gradient.Values(sub_chunk), r,
                      gradient.partial.feature_bias + i * strides.m_pad, shift + r, inverse + r,
                      delta + r);
 }
@@ -147,14 +166,10 @@ void SteepLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_c
 // Pairs of a key and a query of the sub-chunk, whose a is in f: adds to db and to dv.
 template <class Acc>
 void AddSteepPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* shift,
-                           const Acc* inverse, const Acc* delta) {
-  using Gradient = CausalGradient<Acc>;
-  constexpr int64_t kPairStride = Gradient::kPairStride;
+                           const Acc* inverse, const double* delta) {
+  constexpr int64_t kPairStride = CausalGradient<Acc>::kPairStride;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
-  Gradient::TransposeRows(s.y, strides.e_pad, n, strides.e_pad, s.transposed);
-  UpperProduct(s.keys.v, strides.e_pad, s.transposed, Gradient::C, strides.e_pad, n, s.grad_scores,
-               kPairStride);
   for (int64_t j = 0; j < n; ++j) {
     const Acc* b = s.steep_keys + j * strides.m_stride;
     Acc *db = s.grad_key_logits + j * strides.m_stride, *scores = s.scores + j * kPairStride;
@@ -162,7 +177,9 @@ void AddSteepPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* 
       const Acc* a = s.queries.f + i * strides.m_stride;
       scores[i] = 0;
       if (s.keys.skip[j] || !HighestSum<Acc>(a, b, strides).Counts(shift[i])) continue;
-      const Acc pair = s.grad_scores[j * kPairStride + i] - delta[i], scale = inverse[i];
+      const double dot =
+          DotInDouble(s.keys.v + j * strides.e_pad, s.y + i * strides.e_pad, strides.e_pad);
+      const Acc pair = static_cast<Acc>(dot - delta[i]), scale = inverse[i];
       Vec<Acc> sum = {};
       for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
         const Vec<Acc> y = Exp2Normal<Acc>(Load(b + m) + Load(a + m) - shift[i]) * scale;
