@@ -388,8 +388,8 @@ CPU = [
         ("any number of query heads is taken", "heads % groups != 0)", "heads % groups == heads)"),
         (
             "sizes that must agree are not compared",
-            "    if ((*this)[letter] == dim) return Status();\n",
-            "    if ((*this)[letter] != kUnknown) return Status();\n",
+            "    return (*this)[letter] == dim;\n",
+            "    return true;\n",
         ),
         ("a size of 0 is taken for D", '"key dimension", 1,', '"key dimension", 0,'),
     ),
@@ -669,7 +669,7 @@ CPU = [
         "tests/cpu/test_steep_keys.py",
         (
             "every steep key keeps anchors of its own",
-            "const bool steep = begin > 0 && !IsEmpty(gradient);",
+            "const bool steep = (begin > 0 || exceeds) && !IsEmpty(gradient);",
             "const bool steep = false;",
         ),
     ),
@@ -678,8 +678,36 @@ CPU = [
         GRADIENTS,
         (
             "the normaliser gives no gradient",
-            "const Acc scaled = delta[r] * inverse[r];",
-            "const Acc scaled = 0 * delta[r] * inverse[r];",
+            "const Acc scaled = sum * inverse[r];",
+            "const Acc scaled = 0 * sum * inverse[r];",
+        ),
+        (
+            "values of large steep keys are less a centre of the past",
+            "        if (!RenewCentre(gradient, *sub_chunk)) return false;\n",
+            "",
+        ),
+        (
+            "values of the first chunk are less nothing",
+            "    if (!CentreByFirstKey(gradient, n)) return false;\n",
+            "",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/causal_backward/reverse_scan.h",
+        GRADIENTS,
+        (
+            "the reverse state keeps a later centre",
+            "  if (gradient.centre_in_force == centre || strides.e_pad == 0) return;\n",
+            "  return;\n",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/causal_backward/steep.h",
+        GRADIENTS,
+        (
+            "large products of steep pairs are compared as they are",
+            "const double reference = first_key < 0 ? 0 : pair_of(first_key);",
+            "const double reference = 0;",
         ),
     ),
     *_faults(
