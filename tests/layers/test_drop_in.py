@@ -216,10 +216,32 @@ def test_attached_masks(pair):
         query._keras_mask, value._keras_mask = tf.constant(ROWS), tf.constant(MASK[:, 0, 0])
         output = attention(query, value)
         np.testing.assert_array_equal(output._keras_mask, ROWS)
+        if attention is layer:  # Keras's layer takes them off the tensors of the caller
+            np.testing.assert_array_equal(query._keras_mask, ROWS)
+            np.testing.assert_array_equal(value._keras_mask, MASK[:, 0, 0])
         outputs.append(output.numpy()[ROWS])
     assert np.sqrt(np.mean((outputs[0] - outputs[1]) ** 2)) < BOUND * np.std(outputs[0])
     if method == "quadratic":
         np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_query_masks_of_grouped_quadratic_heads(attached, causal):
+    exact = keras.layers.GroupQueryAttention(8, 4, 2)
+    layer = performer.Performer(4, 8, num_key_value_heads=2, attention_method="quadratic")
+    exact(QUERY, VALUE), layer(QUERY, VALUE)
+    layer.set_weights(exact.get_weights())
+    outputs = []
+    for attention in (exact, layer):
+        query = tf.constant(QUERY)
+        options = {"use_causal_mask": causal}
+        if attached:
+            query._keras_mask = tf.constant(ROWS)
+        else:
+            options["query_mask"] = tf.constant(ROWS)
+        outputs.append(attention(query, VALUE, **options).numpy()[ROWS])
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
 def test_queries_that_see_no_key(pair):

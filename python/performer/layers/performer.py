@@ -357,6 +357,12 @@ class Performer(keras.layers.MultiHeadAttention):
         added = {"segment_ids": segment_ids, "prefix_mask": prefix_mask}
         if not self._options.linear:
             _refuse_in_quadratic(**added, initial_state=initial_state, return_state=return_state)
+            # The parent takes attached masks off its inputs: not off the tensors of the caller.
+            mask = mask_of(query)
+            query, value = tf.identity(query), tf.identity(value)
+            key = None if key is None else tf.identity(key)
+            if mask is not None:
+                query._keras_mask = mask
             return super().call(
                 query,
                 value,
