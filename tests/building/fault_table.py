@@ -745,4 +745,13 @@ CUDA = [
             "",
         ),
     ),
+    *_faults(
+        "cc/cuda/kernels/backward/common.cuh",
+        EMULATED_GRADIENTS,
+        (
+            "a sum is kept in one number with a large maximum",
+            "inline constexpr bool kKeepsLogSum = !kIs16Bit<T>;",
+            "inline constexpr bool kKeepsLogSum = false;",
+        ),
+    ),
 ]

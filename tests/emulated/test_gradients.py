@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from support.cases import SUB_CHUNKS, TOKENS
-from support.compare import assert_same_bits
+from support.compare import assert_close, assert_same_bits
 from support.core_calls import backward, forward
 from support.emulated_calls import (
     GPU_CASES,
@@ -16,8 +16,8 @@ from support.emulated_calls import (
     run,
     run_in_small_blocks,
 )
-from support.inputs import cotangents, forms, make
-from support.promises import check_gradients
+from support.inputs import Case, cotangents, forms, make
+from support.promises import check_gradients, check_gradients_with_values_of_mean_1
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))
@@ -45,6 +45,23 @@ def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
     for other in others:
         for argument, grad in first.items():
             assert_same_bits(other[argument], grad, what=argument)
+
+
+@forms
+def test_gradients_of_long_sequences_do_not_drown_in_what_values_have_in_common(causal):
+    bounds = {"query": 4e-6, "key": 6e-7, "value": 4e-7}
+    check_gradients_with_values_of_mean_1(run, 1500, causal, bounds)
+
+
+def test_weights_of_features_sum_to_one_however_large_log_features_are():
+    """A query hands its gradient on to means, even where an ulp of log-features is 0.06."""
+    case = Case(batch=1, rows=300, heads=2, groups=1, features=40, std=0.5)
+    x, incoming = make(case), cotangents(case)
+    x.update(run("Summarize", x))
+    x["log_mass"] += 1e6
+    grads = run("ReadGrad", {**x, **run("Read", x), **incoming})
+    handed_on = grads["grad_mean"].astype("f8").sum((1, 2))
+    assert_close(handed_on, incoming["grad_out"].astype("f8").sum((1, 2)), relative=1e-5)
 
 
 @forms

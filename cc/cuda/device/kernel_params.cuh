@@ -33,7 +33,7 @@ struct Map {
 
   PERFORMER_HOST_DEVICE bool linear() const { return kind == FeatureMap::kSoftmax; }
   // 2^(unit * logit) is the feature.
-  PERFORMER_DEVICE float unit() const { return root * kLog2e; }
+  PERFORMER_HOST_DEVICE float unit() const { return root * kLog2e; }
 };
 
 // key_bias [1|B, 1|G, 1|S].

@@ -2,7 +2,8 @@
 //
 //   c[m] = dmean . mean - dlog_mass
 //
-// c is made of the operand as it is rounded, so that the two cancel exactly. It is 0 where nothing
+// c is made of the operand as it is rounded, so that the two cancel exactly. In float32 it is that of
+// means less an origin (backward/value_origin.cuh). It is 0 where nothing
 // was seen. For half both are multiplied by GradStateScale.
 //
 // Grid: one warp for each row of the operand.
@@ -18,10 +19,11 @@ struct CenterParams {
   const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // likewise
   int64_t matrices = 0, features = 0, features_pad = 0;        // matrices: count G
   int width = 0;
-  T* operand = nullptr;         // [matrices, M_pad, W]
-  float* center = nullptr;      // [matrices, M]
-  float* bias_part = nullptr;   // [matrices, M]: dlog_mass, 0 where nothing was seen
-  const float* peak = nullptr;  // [matrices], of GradPeakKernel; only for half
+  T* operand = nullptr;           // [matrices, M_pad, W]
+  float* center = nullptr;        // [matrices, M]
+  float* bias_part = nullptr;     // [matrices, M]: dlog_mass, 0 where nothing was seen
+  const float* origin = nullptr;  // [matrices, W] in float32, else nullptr
+  const float* peak = nullptr;    // [matrices], of GradPeakKernel; only for half
 };
 
 template <class T, int W>
@@ -40,7 +42,9 @@ __global__ void __launch_bounds__(256) CenterKernel(CenterParams<T> p) {
     const bool here = given && column < p.width;
     const T x = FromFloat<T>(here ? p.grad_mean[row * p.width + column] * scale : 0.f);
     p.operand[number * W + column] = x;
-    if (here) center += ToFloat(x) * p.mean[row * p.width + column];
+    if (!here) continue;
+    const float less = kIs16Bit<T> ? 0.f : p.origin[matrix * W + column];
+    center += ToFloat(x) * (p.mean[row * p.width + column] - less);
   }
   center = WarpSum(center);
   if (lane != 0 || feature >= p.features) return;

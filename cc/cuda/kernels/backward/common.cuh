@@ -14,6 +14,11 @@
 namespace performer {
 namespace cuda {
 
+// Of query rows, [rows, H], as the statistics kernels leave them.
+struct RowStatistics {
+  const float *row_max = nullptr, *log_sum = nullptr, *delta = nullptr;
+};
+
 // kWarps_ is 4 or 8: a smaller block serves a small number of features.
 template <class T, int W, int kWarps_>
 struct BackwardLayout {
@@ -163,14 +168,33 @@ PERFORMER_DEVICE void TotalOfFeatures(float (&total)[2], const T* tile, int r0, 
   }
 }
 
-// Loads lse and delta of query row `at`. A row past the end, or one that sees no key, gets
-// lse = inf: its features are 0.
-PERFORMER_DEVICE void LoadStatistics(float* lse, float* delta, const float* from_lse,
-                                     const float* from_delta, int64_t at, bool valid,
+// What a feature of a row is relative to: exp(log-feature - row_max) 2^-log_sum is its weight. In
+// 16 bits row_max is the sum of both, as log-features have large rounding errors anyway, and log_sum
+// is not kept.
+template <class T>
+inline constexpr bool kKeepsLogSum = !kIs16Bit<T>;
+
+// Loads row_max, log_sum and delta of query row `at` to row `to` of their tiles. A row past the end,
+// or one that sees no key, gets row_max = inf: its features are 0.
+template <class T>
+PERFORMER_DEVICE void LoadStatistics(float* row_max, float* log_sum, float* delta, int to,
+                                     const RowStatistics& from, int64_t at, bool valid,
                                      const Map& map) {
-  const float given = valid ? from_lse[at] : -kInfinity;
-  *lse = given == -kInfinity ? kInfinity : given * map.inverse_root;
-  *delta = valid ? from_delta[at] : 0.f;
+  const float given = valid ? from.row_max[at] : -kInfinity, sum = valid ? from.log_sum[at] : 0.f;
+  row_max[to] = given == -kInfinity ? kInfinity
+                : kKeepsLogSum<T>   ? given
+                                    : given + sum / map.unit();
+  if constexpr (kKeepsLogSum<T>) log_sum[to] = sum;
+  delta[to] = valid ? from.delta[at] : 0.f;
+}
+
+// The weight of a log-feature, less row_max, in units of root.
+template <class T>
+PERFORMER_DEVICE float RowWeight(float x, const float* log_sum, int row, float unit) {
+  if constexpr (kKeepsLogSum<T>)
+    return Exp2(x * unit - log_sum[row]);
+  else
+    return Exp2(x * unit);
 }
 
 // y: two numbers of a row's gradient that is a sum of parts (feature blocks, sub-chunks of a chunk,

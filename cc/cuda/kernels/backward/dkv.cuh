@@ -9,6 +9,7 @@
 // Grid: (splits of all sequences, key/value heads). Masked keys get exactly 0.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
+#include "cuda/kernels/backward/value_origin.cuh"
 
 namespace performer {
 namespace cuda {
@@ -17,6 +18,7 @@ template <class T>
 struct DkvParams : KeyReadParams<T> {
   const float* log_mass = nullptr;  // [state_count, G, M]
   const float* center = nullptr;    // [state_count, G, M], of CenterKernel
+  const float* origin = nullptr;    // [state_count, G, W] in float32, else nullptr
   const T* grad_mean = nullptr;     // [state_count, G, M_pad, W]: the operand
   const float* peak = nullptr;      // [state_count, G] for half, else nullptr: see GradStateScale
   int64_t state_count = 0;          // N, or 1: the same for all sequences
@@ -263,6 +265,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
       }
       CpAsyncWait<0>();
       stream.ComputeBias(buffer, keys, tid);
+      if constexpr (!kIs16Bit<T>)
+        SubtractOrigin<T, W, kTile, L::kThreads>(values, p.origin + state * W, tid);
       if (tid < kTile) key_bias[tid] = stream.key_bias[buffer * kTile + tid];
       if constexpr (L::kStages == 2) stream.StoreKeyBias(other, tid);
       __syncthreads();  // [1] the tile is complete; the other buffers, P and dS are free

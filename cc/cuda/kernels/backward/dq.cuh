@@ -1,6 +1,7 @@
 // Gradient of Read. With the statistics of each row (backward/row_statistics.cuh):
 //
-//   P[m, i] = exp(a + log_mass - lse_i)         dS = P (mean . grad_out_i - delta_i)
+//   P[m, i] = exp(a + log_mass - row_max_i) 2^-log_sum_i
+//   dS = P (mean . grad_out_i - delta_i)
 //   over tokens     dmean = P grad_out          dlog_mass = dS 1     dw = root (dS slope) q
 //   over features   dq = root (dS slope)^T w
 //
@@ -16,7 +17,8 @@ template <class T>
 struct DqParams : StateReadParams<T> {
   RowsOf<const T> grad_out;  // [B L, H, E]
   // [B L, H] each, of RowStatisticsKernel.
-  const float *lse = nullptr, *delta = nullptr, *peak = nullptr;
+  RowStatistics statistics;
+  const float* peak = nullptr;
   RowsOf<T> grad_query;        // [B L, H, D]
   float* sum_query = nullptr;  // [B L, H, W], if a block cannot hold all features, else nullptr
   // [splits, H, M], [splits, H, M, E] and [splits, H, M, D].
@@ -27,7 +29,7 @@ struct DqParams : StateReadParams<T> {
 template <class T>
 struct DqPointers {
   const T *query, *grad_out;             // [rows, H, D or E], from the split's first row on
-  const float *lse, *delta;              // [rows, H], likewise
+  RowStatistics statistics;              // [rows, H], likewise
   T* grad_query;                         // [rows, H, D], likewise
   float* sum_query;                      // [rows, H, W], likewise, or nullptr
   const T *projection, *mean;            // [M_pad, W] of the head
@@ -40,12 +42,13 @@ struct DqLayout : BackwardLayout<T, W, kWarps> {
   using S = BackwardLayout<T, W, kWarps>;
   static constexpr int kProjection = 0;
   static constexpr int kMean = kProjection + S::kFeatureBytes;
-  static constexpr int kSummed = kMean + S::kFeatureBytes;              // dS
-  static constexpr int kQuery = kSummed + S::kSummedBytes;              // [kStages] tiles
-  static constexpr int kGradOut = kQuery + S::kStages * S::kTileBytes;  // likewise
-  static constexpr int kLse = kGradOut + S::kStages * S::kTileBytes;    // float [2][kTile]
-  static constexpr int kDelta = kLse + 2 * kTile * 4;                   // likewise
-  static constexpr int kBlockMax = kDelta + 2 * kTile * 4;
+  static constexpr int kSummed = kMean + S::kFeatureBytes;               // dS
+  static constexpr int kQuery = kSummed + S::kSummedBytes;               // [kStages] tiles
+  static constexpr int kGradOut = kQuery + S::kStages * S::kTileBytes;   // likewise
+  static constexpr int kRowMax = kGradOut + S::kStages * S::kTileBytes;  // float [2][kTile]
+  static constexpr int kDelta = kRowMax + 2 * kTile * 4;                 // likewise
+  static constexpr int kLogSum = kDelta + 2 * kTile * 4;                 // likewise
+  static constexpr int kBlockMax = kLogSum + (kKeepsLogSum<T> ? 2 * kTile * 4 : 0);
   static constexpr int kRowBias = kBlockMax + S::kWarps * 4;  // float [kFeatures]
   static constexpr int kPointers = kRowBias + S::kFeatures * 4;
   static constexpr int kBytes = kPointers + static_cast<int>(sizeof(DqPointers<T>));
@@ -91,8 +94,7 @@ struct DqBlock {
     *const_cast<DqPointers<T>*>(pointers()) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
-        p.lse + at,
-        p.delta + at,
+        {p.statistics.row_max + at, p.statistics.log_sum + at, p.statistics.delta + at},
         p.grad_query.Row(row0, head),
         p.sum_query == nullptr ? nullptr : p.sum_query + at * W,
         p.projection.At(QueryHeadIndex(p.projection.heads, head, heads(), group), p.features_pad,
@@ -132,9 +134,9 @@ struct DqBlock {
                                     p.grad_out, tid, valid);
     CpAsyncCommit();
     if (tid < kTile)
-      LoadStatistics(floats(L::kLse) + parity * kTile + tid,
-                     floats(L::kDelta) + parity * kTile + tid, pointers()->lse, pointers()->delta,
-                     static_cast<int64_t>(first + tid) * heads(), valid(tid), p.map);
+      LoadStatistics<T>(floats(L::kRowMax), floats(L::kLogSum), floats(L::kDelta),
+                        parity * kTile + tid, pointers()->statistics,
+                        static_cast<int64_t>(first + tid) * heads(), valid(tid), p.map);
   }
 
   // P and dS of 32 queries from j0; dS to shared memory, both to the sums over tokens. scale: see
@@ -145,14 +147,15 @@ struct DqBlock {
     const float unit = p.map.unit();
     const T* const queries = tile(L::kQuery, parity);
     const T* const grad_out = tile(L::kGradOut, parity);
-    const float *const lse = floats(L::kLse), *const delta = floats(L::kDelta);
+    const float *const row_max = floats(L::kRowMax), *const delta = floats(L::kDelta);
     BackwardTile<kRowTiles> x, ds;
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = parity * kTile + j0 + n * 8 + 2 * t + (i & 1);
-        const float start = linear ? -lse[j] : 0.f, center = -delta[j];
+        // In float32 log-features are complete before row_max is subtracted: as it was made.
+        const float start = kIs16Bit<T> && linear ? -row_max[j] : 0.f, center = -delta[j];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) x[m][n][i] = start, ds[m][n][i] = center;
       }
@@ -166,9 +169,11 @@ struct DqBlock {
 #pragma unroll
         for (int n = 0; n < 4; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            x[m][n][i] =
-                MappedLogit(p.map, x[m][n][i]) - lse[parity * kTile + j0 + n * 8 + 2 * t + (i & 1)];
+          for (int i = 0; i < 4; ++i) {
+            x[m][n][i] = MappedLogit(p.map, x[m][n][i]);
+            if constexpr (kIs16Bit<T>)
+              x[m][n][i] -= row_max[parity * kTile + j0 + n * 8 + 2 * t + (i & 1)];
+          }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -177,7 +182,10 @@ struct DqBlock {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           float &y = x[m][n][i], &d = ds[m][n][i];
-          y = Exp2((y + row_bias) * unit);
+          const int j = parity * kTile + j0 + n * 8 + 2 * t + (i & 1);
+          y += row_bias;
+          if constexpr (!kIs16Bit<T>) y -= row_max[j];
+          y = RowWeight<T>(y, floats(L::kLogSum), j, unit);
           d *= y;
           if constexpr (std::is_same_v<T, Half>) d *= scale;
           gradients.log_mass[m][i / 2] += d;
@@ -243,9 +251,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DqKernel(DqParams<T> p) {
   const bool linear = p.map.linear();
   float scale = 1;
   if constexpr (std::is_same_v<T, Half>)
-    scale =
-        LogitGradientScale<T>(BlockMax<kWarps>(p.peak + (pointers->lse - p.lse), block.heads(),
-                                               pointers->rows, block.floats(L::kBlockMax), tid));
+    scale = LogitGradientScale<T>(
+        BlockMax<kWarps>(p.peak + (pointers->statistics.row_max - p.statistics.row_max),
+                         block.heads(), pointers->rows, block.floats(L::kBlockMax), tid));
 
   const int features = block.features();
 #pragma unroll 1

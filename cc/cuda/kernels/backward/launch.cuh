@@ -6,6 +6,7 @@
 #include "cuda/kernels/backward/dq.cuh"
 #include "cuda/kernels/backward/gradients.h"
 #include "cuda/kernels/backward/row_statistics.cuh"
+#include "cuda/kernels/backward/value_origin.cuh"
 #include "cuda/kernels/forward/prepare.cuh"
 
 namespace performer {
@@ -15,7 +16,23 @@ namespace cuda {
 template <class T, int W>
 inline constexpr int kFeaturesOf4Warps = BackwardLayout<T, W, 4>::kFeatures;
 
-// lse, delta and peak of all rows, in workspace.
+// The origins of the values of a state's sequences and heads, [count G, W], in workspace.
+template <int W>
+Status LaunchValueOrigin(const Context& context, const State& state, const float** origin) {
+  const Dims& dims = context.dims;
+  ValueOriginParams p;
+  p.log_mass = static_cast<const float*>(state.log_mass);
+  p.mean = static_cast<const float*>(state.mean);
+  p.features = dims.features;
+  p.width = static_cast<int>(dims.value_dim);
+  const int64_t matrices = state.count * dims.groups;
+  PERFORMER_RETURN_IF_ERROR(
+      context.launcher.Allocate(matrices * W, "the origins of values", &p.origin));
+  *origin = p.origin;
+  return context.launcher.Launch("origins of values", ValueOriginKernel, {matrices}, W, 0, p);
+}
+
+// Statistics and peak of all rows, in workspace.
 template <class T, int W>
 Status LaunchRowStatistics(const Context& context, const performer::ReadGradParams& call,
                            RowStatisticsParams<T>* params) {
@@ -24,9 +41,12 @@ Status LaunchRowStatistics(const Context& context, const performer::ReadGradPara
   Division tiles;
   PERFORMER_RETURN_IF_ERROR(context.Divide(dims.queries, Layout::kRows, &tiles));
   RowStatisticsParams<T>& p = *params;
-  PERFORMER_RETURN_IF_ERROR((FillStateRead<T, W>(context, call.queries, call.state, tiles, &p)));
+  const float* origin = nullptr;
+  PERFORMER_RETURN_IF_ERROR((LaunchValueOrigin<W>(context, call.state, &origin)));
+  PERFORMER_RETURN_IF_ERROR(
+      (FillStateRead<T, W>(context, call.queries, call.state, tiles, &p, origin)));
   p.grad_out = MakeRows<const T>(call.grad_out, dims.heads, dims.value_dim);
-  for (float** to : {&p.lse, &p.delta, &p.peak})
+  for (float** to : {&p.row_max, &p.log_sum, &p.delta, &p.peak})
     PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(dims.batch * dims.queries * dims.heads,
                                                         "statistics of rows", to));
   return context.launcher.Launch("statistics of rows", RowStatisticsKernel<T, W>,
@@ -42,8 +62,7 @@ Status LaunchDq(const Context& context, const performer::ReadGradParams& call,
   static_cast<StateReadParams<T>&>(p) = rows;
   p.work = splits.tiles;
   p.grad_out = rows.grad_out;
-  p.lse = rows.lse;
-  p.delta = rows.delta;
+  p.statistics = {rows.row_max, rows.log_sum, rows.delta};
   p.peak = rows.peak;
   p.grad_query = MakeRows<T>(call.grad_queries.query, dims.heads, dims.key_dim);
   const auto allocate = [&](int64_t width, float** to) {
@@ -99,6 +118,8 @@ Status LaunchCenter(const Context& context, const performer::SummarizeGradParams
   c.features = dims.features;
   c.features_pad = context.features_pad;
   c.width = static_cast<int>(dims.value_dim);
+  if constexpr (!kIs16Bit<T>)
+    PERFORMER_RETURN_IF_ERROR((LaunchValueOrigin<W>(context, call.state, &c.origin)));
   PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(c.matrices * context.features_pad * W,
                                                       "the packed gradient of mean", &c.operand));
   for (float** to : {&c.center, &c.bias_part})
@@ -127,6 +148,7 @@ Status LaunchDkv(const Context& context, const performer::SummarizeGradParams& c
   PERFORMER_RETURN_IF_ERROR((FillKeyRead<T, W>(context, call.keys, splits, &p)));
   p.log_mass = centers.log_mass;
   p.center = centers.center;
+  p.origin = centers.origin;
   p.grad_mean = centers.operand;
   p.peak = centers.peak;
   p.state_count = call.state.count;

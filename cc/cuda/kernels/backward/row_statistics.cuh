@@ -1,7 +1,10 @@
 // What the gradient of Read needs of each query row besides the features:
 //
-//   lse   = log sum_m exp(a + log_mass)
-//   delta = sum_m softmax_m (mean . grad_out) = grad_out . out
+//   row_max = max_m (a + log_mass)      log_sum = log2 sum_m exp(a + log_mass - row_max)
+//   delta   = sum_m softmax_m (mean . grad_out) = grad_out . out
+//
+// row_max and log_sum would lose the smaller one in a sum. The means are less an origin
+// (backward/value_origin.cuh), and so is delta.
 //
 // delta is taken from the features, not from the rounded output, which would be the largest part of
 // the error in bfloat16.
@@ -18,8 +21,8 @@ namespace cuda {
 template <class T>
 struct RowStatisticsParams : StateReadParams<T> {
   RowsOf<const T> grad_out;  // [B L, H, E]
-  // [B L, H] each. peak: max_m |g|.
-  float *lse = nullptr, *delta = nullptr, *peak = nullptr;
+  // [B L, H] each. row_max: in units of root, -inf where a row sees no key. peak: max_m |g|.
+  float *row_max = nullptr, *log_sum = nullptr, *delta = nullptr, *peak = nullptr;
 };
 
 template <class T, int W>
@@ -97,7 +100,8 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
     for (int n = 0; n < 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[n][i] = linear ? column_bias[n * 8 + 2 * t + (i & 1)] : 0.f;
+        // In float32 it is added last, as the query gradient does: the same bits.
+        x[n][i] = kIs16Bit<T> && linear ? column_bias[n * 8 + 2 * t + (i & 1)] : 0.f;
         y[n][i] = 0.f;
       }
 #pragma unroll
@@ -114,7 +118,14 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
         Mma<T>(y[2 * n], y[2 * n + 1], c, b);
       }
     }
-    if (!linear) MapLogits(x, p.map, column_bias, t);
+    if (!linear) {
+      MapLogits(x, p.map, column_bias, t);
+    } else if constexpr (!kIs16Bit<T>) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] += column_bias[n * 8 + 2 * t + (i & 1)];
+    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float next = row_max[e];
@@ -144,7 +155,8 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
     const int row = tid / 32 * 16 + lane / 4 + 8 * e;
     if (row >= rows_here || lane % 4 != 0) continue;
     const int64_t at = (row0 + row) * heads + head;
-    p.lse[at] = total == 0.f ? -kInfinity : row_max[e] * p.map.root + logf(total);
+    p.row_max[at] = total == 0.f ? -kInfinity : row_max[e];
+    p.log_sum[at] = total == 0.f ? 0.f : log2f(total);
     p.delta[at] = total == 0.f ? 0.f : all / total;
     p.peak[at] = largest;
   }

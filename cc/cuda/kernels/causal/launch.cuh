@@ -63,12 +63,13 @@ Status LaunchCausalKernel(const Context& context, bool keep_parts, CausalPass<T>
   CausalParams<T>& p = pass->params;
   pass->feature_blocks = CeilDiv(dims.features, Layout::kFeatures);
   if (pass->feature_blocks > 1 || keep_parts) {
-    p.part_lse = dims.batch * dims.queries * dims.heads;
-    p.part_size = p.part_lse * W;
+    p.part_rows = dims.batch * dims.queries * dims.heads;
+    p.part_size = p.part_rows * W;
     PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(pass->feature_blocks * p.part_size,
                                                         "partial outputs", &p.part_out));
-    PERFORMER_RETURN_IF_ERROR(
-        context.launcher.Allocate(pass->feature_blocks * p.part_lse, "partial outputs", &p.lse));
+    for (float** to : {&p.row_max, &p.log_sum})
+      PERFORMER_RETURN_IF_ERROR(
+          context.launcher.Allocate(pass->feature_blocks * p.part_rows, "partial outputs", to));
   }
   const Grid grid = {pass->splits.count, dims.heads, pass->feature_blocks};
   return context.launcher.Launch("causal", CausalKernel<T, W, kFeatureTiles, kSmall>, grid,
@@ -76,7 +77,8 @@ Status LaunchCausalKernel(const Context& context, bool keep_parts, CausalPass<T>
 }
 
 // The causal kernel and what goes before it. With keep_parts, or where features need several
-// blocks, the outputs stay in workspace (params.part_out, params.lse): they are normalised in each
+// blocks, the outputs stay in workspace (params.part_out and what its rows are
+// relative to): they are normalised in each
 // feature block, and neither merged nor rounded.
 template <class T, int W>
 Status CausalForward(const Context& context, const performer::CausalParams& call, bool keep_parts,
@@ -113,12 +115,14 @@ Status Causal(const Context& context, const performer::CausalParams& call) {
   if (pass.feature_blocks == 1) return Status();
   MergeOutputsParams<T> p;
   p.part_out = pass.params.part_out;
-  p.part_lse = pass.params.lse;
+  p.row_max = pass.params.row_max;
+  p.log_sum = pass.params.log_sum;
+  p.unit = pass.params.map.unit();
   p.parts = pass.feature_blocks;
   p.rows = context.dims.batch * context.dims.queries;
   p.out = pass.params.out;
   return context.launcher.Launch("merge outputs", MergeOutputsKernel<T, W>,
-                                 {CeilDiv(pass.params.part_lse * 32, kElementwiseThreads)},
+                                 {CeilDiv(pass.params.part_rows * 32, kElementwiseThreads)},
                                  kElementwiseThreads, 0, p);
 }
 

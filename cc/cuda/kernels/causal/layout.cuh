@@ -41,9 +41,10 @@ struct CausalParams : CausalRowsParams<T> {
   float* mean = nullptr;                   // [N, G, M, E]
   // [feature blocks][B L, H, W]: the outputs of each feature block, instead of out; or nullptr.
   float* part_out = nullptr;
-  // [feature blocks][B L, H]: log sum_m exp(a + log_mass of the row); or nullptr.
-  float* lse = nullptr;
-  int64_t part_size = 0, part_lse = 0;  // elements of part_out and lse for one feature block
+  // [feature blocks][B L, H] each, or nullptr: what the row's features are relative to, in units of
+  // root, -inf where it sees no key; and log2 of the sum relative to it.
+  float *row_max = nullptr, *log_sum = nullptr;
+  int64_t part_size = 0, part_rows = 0;  // elements of part_out and row_max for one feature block
 
   PERFORMER_DEVICE int64_t group_of(int64_t head) const {
     return head / (this->query.heads / this->groups);

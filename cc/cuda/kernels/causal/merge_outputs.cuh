@@ -1,6 +1,6 @@
 // Merges the outputs of several feature blocks, each normalised by itself, in their order:
 //
-//   lse = log sum_z exp(lse_z)        out = sum_z exp(lse_z - lse) out_z
+//   share_z = exp(row_max_z - row_max) 2^log_sum_z        out = sum_z share_z out_z / sum_z share_z
 //
 // Grid: one warp for each row and head.
 #pragma once
@@ -11,8 +11,9 @@ namespace cuda {
 
 template <class T>
 struct MergeOutputsParams {
-  const float* part_out = nullptr;  // [parts][rows, H, W]
-  const float* part_lse = nullptr;  // [parts][rows, H]
+  const float* part_out = nullptr;                     // [parts][rows, H, W]
+  const float *row_max = nullptr, *log_sum = nullptr;  // [parts][rows, H], see CausalParams
+  float unit = 1;                                      // Map::unit
   int64_t parts = 0, rows = 0;
   RowsOf<T> out;  // [rows, H, E]
 };
@@ -24,15 +25,15 @@ __global__ void __launch_bounds__(256) MergeOutputsKernel(MergeOutputsParams<T> 
   const int64_t count = p.rows * p.out.heads;
   if (number >= count) return;
   float row_max = -kInfinity;
-  for (int64_t z = 0; z < p.parts; ++z) row_max = fmaxf(row_max, p.part_lse[z * count + number]);
+  for (int64_t z = 0; z < p.parts; ++z) row_max = fmaxf(row_max, p.row_max[z * count + number]);
   const float base = ZeroIfNone(row_max);
   float sum = 0, out[W / 32] = {};
   for (int64_t z = 0; z < p.parts; ++z) {
-    const float share = expf(p.part_lse[z * count + number] - base);
+    const int64_t at = z * count + number;
+    const float share = exp2f((p.row_max[at] - base) * p.unit + p.log_sum[at]);
     sum += share;
 #pragma unroll
-    for (int i = 0; i < W / 32; ++i)
-      out[i] += share * p.part_out[(z * count + number) * W + lane + 32 * i];
+    for (int i = 0; i < W / 32; ++i) out[i] += share * p.part_out[at * W + lane + 32 * i];
   }
   T* to = p.out.Row(number / p.out.heads, number % p.out.heads);
 #pragma unroll

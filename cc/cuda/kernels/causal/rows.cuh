@@ -187,9 +187,11 @@ struct CausalBlock : CausalState<T, W, kFeatureTiles, kSmall> {
       const int r = row0 + g + 8 * e;
       if (r < begin || r >= end) continue;
       const int64_t line = (pointers()->row + row + r) * p.query.heads + head;  // of [rows, H]
-      if (p.lse != nullptr && t == 0 && part == 0)
-        p.lse[blockIdx.z * p.part_lse + line] =
-            den[e] == 0.f ? -kInfinity : sums.row_max[e] * p.map.root + logf(den[e]);
+      if (p.row_max != nullptr && t == 0 && part == 0) {
+        const int64_t at = blockIdx.z * p.part_rows + line;
+        p.row_max[at] = den[e] == 0.f ? -kInfinity : sums.row_max[e];
+        p.log_sum[at] = den[e] == 0.f ? 0.f : log2f(den[e]);
+      }
 #pragma unroll
       for (int n = 0; n < kOwnColumns; ++n) {
         const int column = part * (W / 2) + n * 8 + 2 * t;

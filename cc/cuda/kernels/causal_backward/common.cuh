@@ -3,6 +3,9 @@
 //   A_ij  = sum_m exp(a_im + b_mj - lse_i)  for j <= i
 //   dA_ij = grad_out_i . v_j - delta_i
 //
+// where exp(x - lse) = exp(x - row_max) 2^-log_sum, and values are less an origin in float32
+// (causal_backward/value_origin.cuh).
+//
 // The rows of all large products are features, 16 of a warp. A block walks the chunks of its split.
 // If there are more features than a block holds, it takes one feature block after the other
 // (backward/common.cuh).
@@ -18,6 +21,7 @@
 #pragma once
 #include "core/causal_cut.h"
 #include "cuda/kernels/backward/common.cuh"
+#include "cuda/kernels/backward/value_origin.cuh"
 #include "cuda/kernels/causal/layout.cuh"
 
 namespace performer {
@@ -26,9 +30,18 @@ namespace cuda {
 // What all kernels of the causal gradient are given.
 template <class T>
 struct CausalGradientParams : CausalRowsParams<T> {
-  RowsOf<const T> grad_out;                      // [B L, H, E]
-  const float *lse = nullptr, *delta = nullptr;  // [B L, H], of CausalStatisticsKernel
+  RowsOf<const T> grad_out;  // [B L, H, E]
+  RowStatistics statistics;  // [B L, H], of CausalStatisticsKernel
+  // [splits, 2, G, W] in float32, else nullptr: of the first chunk of a split and of the others.
+  const float* origin = nullptr;
 };
+
+// The origin [W] of the values of a split's first chunk, or of its other chunks.
+template <int W>
+PERFORMER_DEVICE const float* OriginOfChunk(const float* origin, int64_t split, int64_t groups,
+                                            int64_t group, bool other) {
+  return origin == nullptr ? nullptr : origin + ((split * 2 + other) * groups + group) * W;
+}
 
 // Features relative to an anchor, and sums over rows, do not fit half's range. Where T is half
 // they, and what they are multiplied by, are operands in bfloat16. Only log-features come from
@@ -213,17 +226,19 @@ struct WarpFeatures {
   }
 
   // x = f of kColumns queries from i0 on, and 0 outside the sub-chunk. base: anchor plus feature
-  // bias. lse: [kRows].
+  // bias. row_max, log_sum: [kRows], see kKeepsLogSum.
   template <int kColumns, class Rows>
   PERFORMER_DEVICE void QueryFeatures(float (&x)[1][kColumns / 8][4], Rows rows, const T* queries,
-                                      const float* lse, int i0, const SubChunk& sub_chunk,
-                                      const float (&base)[2], int lane) const {
+                                      const float* row_max, const float* log_sum, int i0,
+                                      const SubChunk& sub_chunk, const float (&base)[2],
+                                      int lane) const {
     const int t = lane % 4;
     const bool linear = map.linear(), whole = sub_chunk.begin == 0 && sub_chunk.end == kRows;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[0][n][i] = linear ? -lse[i0 + n * 8 + 2 * t + (i & 1)] : 0.f;
+      for (int i = 0; i < 4; ++i)
+        x[0][n][i] = kIs16Bit<T> && linear ? -row_max[i0 + n * 8 + 2 * t + (i & 1)] : 0.f;
     Product<kColumns>(x, rows, queries, i0, lane);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
@@ -231,8 +246,14 @@ struct WarpFeatures {
       for (int i = 0; i < 4; ++i) {
         const int column = i0 + n * 8 + 2 * t + (i & 1);
         float& y = x[0][n][i];
-        if (!linear) y = MappedLogit(map, y) - lse[column];
-        y = Exp2((y + base[i / 2]) * unit);
+        if (!linear) y = MappedLogit(map, y);
+        if constexpr (kIs16Bit<T>) {
+          if (!linear) y -= row_max[column];
+          y += base[i / 2];
+        } else {  // two large numbers first
+          y += base[i / 2] - row_max[column];
+        }
+        y = RowWeight<T>(y, log_sum, column, unit);
         if (!whole && !sub_chunk.has(column)) y = 0.f;
       }
   }

@@ -59,6 +59,23 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
     }
   }
 
+  // Before the first chunk: r becomes that of values that are less the first origin.
+  PERFORMER_DEVICE void MoveOrigin(State& state, int tid) const {
+    const int t = Opaque(tid) % 4;
+    float more[2] = {};
+#pragma unroll
+    for (int n = 0; n < W / 8; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int column = n * 8 + 2 * t + c;
+        const float moved = pointers()->origin[column] - pointers()->first_origin[column];
+        more[0] += state.sum[0][n][c] * moved;
+        more[1] += state.sum[0][n][2 + c] * moved;
+      }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) state.mass[e] += QuadSum(more[e]);
+  }
+
   // Starts copying the queries of a chunk, and grad_out, of query head `head` of the group.
   PERFORMER_DEVICE void IssueQueries(int chunk, int head, int rows, int tid) const {
     const int first = chunk * C;
@@ -69,9 +86,9 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
                                 first, p.grad_out, tid, valid);
     CpAsyncCommit();
     if (tid < C)
-      LoadStatistics(floats(L::kLse) + tid, floats(L::kDelta) + tid, pointers()->lse,
-                     pointers()->delta, static_cast<int64_t>(first + tid) * heads() + head,
-                     valid(tid), p.map);
+      LoadStatistics<T>(floats(L::kRowMax), floats(L::kLogSum), floats(L::kDelta), tid,
+                        pointers()->statistics, static_cast<int64_t>(first + tid) * heads() + head,
+                        valid(tid), p.map);
   }
 
   // x = b, sub_chunk and anchor: of this warp's sub-chunk number `wanted`, or of the last one if
@@ -165,7 +182,8 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
           [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
             LoadOperand<T>(a, operands + s * 32 * kFragment<T>, lane);
           },
-          tile(L::kQuery), floats(L::kLse), i0, sub_chunk, anchor_and_bias, lane);
+          tile(L::kQuery), floats(L::kRowMax), floats(L::kLogSum), i0, sub_chunk, anchor_and_bias,
+          lane);
       StoreSummed<R, 1, kQueries, C>(ranged(L::kQueryFeatures), f, at.feature0, i0, lane);
 #pragma unroll
       for (int s = 0; s < kQueries / 16; ++s) {
@@ -435,12 +453,18 @@ __global__ void __launch_bounds__(32 * kWarps, 1) CausalDkvKernel(CausalDkvParam
       if (block.each == 1) block.IssueQueries(chunk, 0, rows, tid);
       CpAsyncWait<0>();
       stream.ComputeBias(0, block.tile(L::kKey), tid);
+      if constexpr (!kIs16Bit<T>)
+        SubtractOrigin<T, W, C, kThreads>(
+            block.tile(L::kValue),
+            chunk == 0 ? block.pointers()->first_origin : block.pointers()->origin, tid);
       if (tid < C) key_bias[tid] = stream.key_bias[tid];
       MakeRanged<T, W, C, kThreads>(block.ranged(L::kValue), block.tile(L::kValue), tid);
       MakeRanged<T, W, C, kThreads>(block.ranged(L::kRangedKey), block.tile(L::kKey), tid);
       if (block.each == 1)
         MakeRanged<T, W, C, kThreads>(block.ranged(L::kGradOut), block.tile(L::kGradOut), tid);
       __syncthreads();  // [1] the chunk is complete
+      if constexpr (!kIs16Bit<T>)
+        if (chunk == 0) block.MoveOrigin(state, tid);
       block.TakeChunk(state, sum_projection, chunk, rows, first_feature, stream.bias, key_bias,
                       tid);
     }

@@ -31,7 +31,7 @@ struct CausalDkvParams : CausalGradientParams<T> {
 template <class T>
 struct CausalDkvPointers {
   const T *query, *grad_out;     // [rows, H, D or E], from the group's first head on
-  const float *lse, *delta;      // [rows, H], likewise
+  RowStatistics statistics;      // [rows, H], likewise
   T *grad_key, *grad_value;      // [rows, G, D or E], at the block's head
   float *sum_key, *sum_value;    // [rows, G, W], likewise, or nullptr
   float* grad_bias;              // [rows], or nullptr
@@ -43,6 +43,8 @@ struct CausalDkvPointers {
   const float* before_mean;      // [M, E]: of the state before the split
   float* grad_initial_log_mass;  // [M], nullptr unless this is the sequence's first split
   float* grad_initial_mean;      // [M, E], likewise
+  // [W], or nullptr in 16 bits: of the values of the first chunk, and of the others.
+  const float *first_origin, *origin;
 };
 
 template <class T, int W, int kWarps>
@@ -62,9 +64,11 @@ struct CausalDkvLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kKeyGradients = kQueryFeatures;
   static constexpr int kPairGradients = kQueryFeatures + S::kSummedBytes;
   static constexpr int kPairWeights = kPairGradients;
-  static constexpr int kLse = kPairGradients + S::kPairBytes;  // float [kRows]
-  static constexpr int kDelta = kLse + S::kRows * 4;           // float [kRows]
-  static constexpr int kKeyBias = kDelta + S::kRows * 4;       // float [2][kRows], as given
+  static constexpr int kRowMax = kPairGradients + S::kPairBytes;  // float [kRows]
+  static constexpr int kDelta = kRowMax + S::kRows * 4;           // float [kRows]
+  static constexpr int kLogSum = kDelta + S::kRows * 4;           // float [kRows]
+  // float [2][kRows], as given
+  static constexpr int kKeyBias = kLogSum + (kKeepsLogSum<T> ? S::kRows * 4 : 0);
   static constexpr int kCounts = kKeyBias + 2 * S::kRows * 4;  // int [kWarps]: sub-chunks
   static constexpr int kStream = kCounts + S::kWarps * 4;
   static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
@@ -98,8 +102,7 @@ PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParam
   return {
       p.query.Row(row0, head),
       p.grad_out.Row(row0, head),
-      p.lse + at,
-      p.delta + at,
+      {p.statistics.row_max + at, p.statistics.log_sum + at, p.statistics.delta + at},
       p.grad_key.Row(row0, group),
       p.grad_value.Row(row0, group),
       p.sum_key == nullptr ? nullptr : p.sum_key + here * W,
@@ -113,7 +116,9 @@ PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParam
       p.after_mass + after * features,
       p.before_mean + before * features * width,
       first ? p.grad_initial_log_mass + state * features : nullptr,
-      first ? p.grad_initial_mean + state * features * width : nullptr};
+      first ? p.grad_initial_mean + state * features * width : nullptr,
+      OriginOfChunk<W>(p.origin, split, groups, group, false),
+      OriginOfChunk<W>(p.origin, split, groups, group, true)};
 }
 
 // The reverse state before the sequence's first row is the gradient of its initial state. Stores
@@ -140,7 +145,9 @@ PERFORMER_DEVICE void StoreInitialGradient(const CausalDkvPointers<T>& pointers,
         const int64_t at = static_cast<int64_t>(feature) * width + column;
         const float y = keep == 0.f ? 0.f : sum[n][2 * e + c] * keep;
         pointers.grad_initial_mean[at] = y;
-        if (keep != 0.f) dot += y * pointers.before_mean[at];
+        if (keep == 0.f) continue;
+        const float less = kIs16Bit<T> ? 0.f : pointers.first_origin[column];
+        dot += y * (pointers.before_mean[at] - less);
       }
     dot = QuadSum(dot);
     if (is_given && lane % 4 == 0)

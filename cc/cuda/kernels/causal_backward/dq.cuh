@@ -31,7 +31,7 @@ struct CausalDqParams : CausalGradientParams<T> {
 template <class T>
 struct CausalDqPointers {
   const T *query, *grad_out;     // [rows, H, D or E]
-  const float *lse, *delta;      // [rows, H]
+  RowStatistics statistics;      // [rows, H]
   T* grad_query;                 // [rows, H, D]
   float* sum_query;              // [rows, H, W], or nullptr
   float* corrected_delta;        // [rows, H], nullptr except in CausalDeltaKernel
@@ -40,6 +40,8 @@ struct CausalDqPointers {
   const uint32_t* key_operands;  // [M_pad / 16, W / 16, 32, kFragment]
   const float* feature_bias;     // [M]
   const float *log_mass, *mean;  // [M], [M, E]: the state before the split
+  // [W], or nullptr in 16 bits: of the values of the first chunk, and of the others.
+  const float *first_origin, *origin;
 };
 
 template <class T, int W, int kWarps>
@@ -55,9 +57,10 @@ struct CausalDqLayout : CausalBackwardLayout<T, W, kWarps> {
   static constexpr int kSummed = kGradOut + S::kTileBytes;  // da [kFeatures][kRows]
   static constexpr int kPairs = kSummed + S::kSummedBytes;  // dA
   static constexpr int kPairRest = kPairs + S::kPairBytes;  // what rounding took from dA
-  static constexpr int kLse = kPairRest + (kIs16Bit<T> ? S::kPairBytes : 0);  // float [kRows]
-  static constexpr int kDelta = kLse + S::kRows * 4;                          // likewise
-  static constexpr int kStream = kDelta + S::kRows * 4;
+  static constexpr int kRowMax = kPairRest + (kIs16Bit<T> ? S::kPairBytes : 0);  // float [kRows]
+  static constexpr int kDelta = kRowMax + S::kRows * 4;                          // likewise
+  static constexpr int kLogSum = kDelta + S::kRows * 4;                          // likewise
+  static constexpr int kStream = kLogSum + (kKeepsLogSum<T> ? S::kRows * 4 : 0);
   static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads, S::kRows>::kSharedBytes;
   static constexpr int kBytes = kPointers + static_cast<int>(sizeof(CausalDqPointers<T>));
   static_assert(kStream % 8 == 0 && kPointers % 8 == 0 && kBytes <= S::kMaxBytes);
@@ -95,8 +98,7 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
     *const_cast<CausalDqPointers<T>*>(pointers()) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
-        p.lse + at,
-        p.delta + at,
+        {p.statistics.row_max + at, p.statistics.log_sum + at, p.statistics.delta + at},
         p.grad_query.Row(row0, head),
         p.sum_query == nullptr ? nullptr : p.sum_query + at * W,
         kDelta ? p.corrected_delta + at : nullptr,
@@ -108,7 +110,9 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
         p.key_operands + p.key_head_step * group * (W * L::kSize / 4),
         p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads(), group) * features(),
         p.before_log_mass + state * features(),
-        p.before_mean + state * features() * p.keys.value.width};
+        p.before_mean + state * features() * p.keys.value.width,
+        OriginOfChunk<W>(p.origin, blockIdx.x, p.groups, group, false),
+        OriginOfChunk<W>(p.origin, blockIdx.x, p.groups, group, true)};
   }
 
   // The state before the split's first row; feature_bias in units of root.
@@ -128,12 +132,26 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int column = n * 8 + 2 * t + c;
-          state.sum[n][2 * e + c] =
-              log_mass != -kInfinity && column < width
-                  ? pointers()->mean[static_cast<int64_t>(feature) * width + column]
-                  : 0.f;
+          const bool seen = log_mass != -kInfinity && column < width;
+          float& y = state.sum[n][2 * e + c];
+          y = seen ? pointers()->mean[static_cast<int64_t>(feature) * width + column] : 0.f;
+          if constexpr (!kIs16Bit<T>)
+            if (seen) y -= pointers()->first_origin[column];
         }
     }
+  }
+
+  // After the first chunk: sums become those of values that are less the other origin.
+  PERFORMER_DEVICE void MoveOrigin(State& state, int tid) const {
+    const int t = tid % 4;
+#pragma unroll
+    for (int n = 0; n < W / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = n * 8 + 2 * t + (i & 1);
+        state.sum[n][i] -=
+            state.mass[i / 2] * (pointers()->origin[column] - pointers()->first_origin[column]);
+      }
   }
 
   // Copies a chunk of all inputs to shared memory, and waits for it.
@@ -147,11 +165,14 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
     stream.Issue(chunk, 0, tile(L::kKey), tile(L::kValue), tid);
     stream.LoadKeyBias(chunk + 1, tid);
     if (tid < C)
-      LoadStatistics(floats(L::kLse) + tid, floats(L::kDelta) + tid, pointers()->lse,
-                     pointers()->delta, static_cast<int64_t>(first + tid) * heads(), valid(tid),
-                     p.map);
+      LoadStatistics<T>(floats(L::kRowMax), floats(L::kLogSum), floats(L::kDelta), tid,
+                        pointers()->statistics, static_cast<int64_t>(first + tid) * heads(),
+                        valid(tid), p.map);
     CpAsyncWait<0>();
     stream.ComputeBias(0, tile(L::kKey), tid);
+    if constexpr (!kIs16Bit<T>)
+      SubtractOrigin<T, W, C, kThreads>(
+          tile(L::kValue), chunk == 0 ? pointers()->first_origin : pointers()->origin, tid);
     MakeRanged<T, W, C, kThreads>(ranged(L::kValue), tile(L::kValue), tid);
     MakeRanged<T, W, C, kThreads>(ranged(L::kGradOut), tile(L::kGradOut), tid);
     MakeRanged<T, W, C, kThreads>(ranged(L::kRangedQuery), tile(L::kQuery), tid);
@@ -233,7 +254,8 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
             [&](uint32_t (&a)[kFragment<T>], int s, int lane) {
               LoadA<T, W>(a, tile(L::kProjection), at.feature0, s * 16, lane);
             },
-            tile(L::kQuery), floats(L::kLse), i0, sub_chunk, anchor_and_bias, at.lane);
+            tile(L::kQuery), floats(L::kRowMax), floats(L::kLogSum), i0, sub_chunk, anchor_and_bias,
+            at.lane);
       }
 #pragma unroll
       for (int n = 0; n < kQueries / 8; ++n)
@@ -379,6 +401,8 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
       __syncthreads();  // [0] nobody reads the last chunk any more
       block.LoadChunk(stream, chunk, rows, tid);
       __syncthreads();  // [1] the chunk is complete
+      if constexpr (!kIs16Bit<T>)
+        if (chunk == 1) block.MoveOrigin(state, tid);
       const typename Block::Position at(tid);
       StorePairGradients<T, W, L::kPairColumns>(
           block.ranged(L::kPairs), pair_rest, block.ranged(L::kGradOut), block.ranged(L::kValue),

@@ -1,6 +1,7 @@
 // Launcher of the gradient of Causal. In this order:
 //   forward          the states before splits, outputs not rounded        causal/launch.cuh
-//   statistics       lse and delta of each row                            row_statistics.cuh
+//   origins          of values, in float32                                value_origin.cuh
+//   statistics       row_max, log_sum and delta of each row               row_statistics.cuh
 //   dq               in 16 bits delta, corrected; then the gradient of
 //                    queries, and log_mass before each chunk              dq.cuh
 //   reverse states   of each split, then merged from the last split on    reverse_state.cuh
@@ -14,6 +15,7 @@
 #include "cuda/kernels/causal_backward/dq.cuh"
 #include "cuda/kernels/causal_backward/reverse_state.cuh"
 #include "cuda/kernels/causal_backward/row_statistics.cuh"
+#include "cuda/kernels/causal_backward/value_origin.cuh"
 
 namespace performer {
 namespace cuda {
@@ -28,7 +30,8 @@ class CausalGradLauncher {
   Status Run() {
     PERFORMER_RETURN_IF_ERROR(Forward());
     PERFORMER_RETURN_IF_ERROR(AllocateInitialGradients());
-    PERFORMER_RETURN_IF_ERROR(RowStatistics());
+    if constexpr (!kIs16Bit<T>) PERFORMER_RETURN_IF_ERROR(Origins());
+    PERFORMER_RETURN_IF_ERROR(StatisticsOfRows());
     PERFORMER_RETURN_IF_ERROR(Dq());
     PERFORMER_RETURN_IF_ERROR(ReverseStates());
     PERFORMER_RETURN_IF_ERROR(Dkv());
@@ -84,19 +87,47 @@ class CausalGradLauncher {
                call_.grad_initial.mean);
   }
 
-  Status RowStatistics() {
+  Status Origins() {
+    CausalOriginParams p;
+    p.work = pass_.splits.tiles;
+    p.heads = dims_.heads;
+    p.groups = dims_.groups;
+    p.features = dims_.features;
+    p.width = static_cast<int>(dims_.value_dim);
+    p.part_out = pass_.params.part_out;
+    p.row_max = pass_.params.row_max;
+    p.log_sum = pass_.params.log_sum;
+    p.parts = pass_.feature_blocks;
+    p.rows = dims_.batch * dims_.queries;
+    p.unit = context_.map.unit();
+    p.log_mass = static_cast<const float*>(call_.initial.log_mass);
+    p.mean = static_cast<const float*>(call_.initial.mean);
+    p.initial_count = call_.initial.count;
+    PERFORMER_RETURN_IF_ERROR(Allocate(pass_.splits.count * 2 * dims_.groups * W, &p.origin));
+    common_.origin = p.origin;
+    return launcher_.Launch("origins of values", CausalOriginKernel<kChunkRows<T>>,
+                            {pass_.splits.count, dims_.groups}, W, 0, p);
+  }
+
+  Status StatisticsOfRows() {
     CausalStatisticsParams<T> p;
     p.part_out = pass_.params.part_out;
-    p.part_lse = pass_.params.lse;
+    p.work = pass_.splits.tiles;
+    p.part_max = pass_.params.row_max;
+    p.part_sum = pass_.params.log_sum;
+    p.groups = dims_.groups;
+    p.unit = context_.map.unit();
+    p.origin = common_.origin;
     p.parts = pass_.feature_blocks;
     p.rows = dims_.batch * dims_.queries;
     p.grad_out = common_.grad_out;
     const int64_t count = p.rows * dims_.heads;
-    for (float** to : {&p.lse, &p.delta}) PERFORMER_RETURN_IF_ERROR(Allocate(count, to));
-    common_.lse = p.lse;
-    common_.delta = p.delta;
+    for (float** to : {&p.row_max, &p.log_sum, &p.delta})
+      PERFORMER_RETURN_IF_ERROR(Allocate(count, to));
+    common_.statistics = {p.row_max, p.log_sum, p.delta};
     return launcher_.Launch("statistics of rows", CausalStatisticsKernel<T, W>,
-                            {CeilDiv(count * 32, kElementwiseThreads)}, kElementwiseThreads, 0, p);
+                            {pass_.splits.count, dims_.heads, kStatisticsBlocks},
+                            kElementwiseThreads, 0, p);
   }
 
   Status Dq() {
@@ -140,7 +171,7 @@ class CausalGradLauncher {
       PERFORMER_RETURN_IF_ERROR(Allocate(count, &p.corrected_delta));
       PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal delta", CausalDeltaKernel<T, W, kWarps>,
                                                  grid, Layout::kThreads, Layout::kBytes, p));
-      p.delta = common_.delta = p.corrected_delta;
+      p.statistics.delta = common_.statistics.delta = p.corrected_delta;
     }
     return launcher_.Launch("causal query gradient", CausalDqKernel<T, W, kWarps>, grid,
                             Layout::kThreads, Layout::kBytes, p);
@@ -163,6 +194,8 @@ class CausalGradLauncher {
     p.mean = mean_;
     p.grad_log_mass = static_cast<const float*>(call_.grad_state.log_mass);
     p.grad_mean = static_cast<const float*>(call_.grad_state.mean);
+    p.origin = common_.origin;
+    p.origin_width = W;
     p.after_mean = after_mean_;
     p.after_mass = after_mass_;
     p.grad_initial_log_mass = grad_initial_log_mass_;

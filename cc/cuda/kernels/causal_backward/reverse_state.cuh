@@ -30,9 +30,10 @@ struct ReverseStateLayout : BackwardLayout<T, W, 4> {
   static constexpr int kStages = 2;
   static constexpr int kQuery = S::kFeatureBytes;  // after the projection
   static constexpr int kGradOut = kQuery + kStages * S::kTileBytes;
-  static constexpr int kLse = kGradOut + kStages * S::kTileBytes;  // float [2][kTile]
-  static constexpr int kDelta = kLse + 2 * kTile * 4;              // likewise
-  static constexpr int kBytes = kDelta + 2 * kTile * 4;
+  static constexpr int kRowMax = kGradOut + kStages * S::kTileBytes;  // float [2][kTile]
+  static constexpr int kDelta = kRowMax + 2 * kTile * 4;              // likewise
+  static constexpr int kLogSum = kDelta + 2 * kTile * 4;              // likewise
+  static constexpr int kBytes = kLogSum + (kKeepsLogSum<T> ? 2 * kTile * 4 : 0);
   static_assert(kBytes <= S::kMaxBytes);
 };
 
@@ -44,7 +45,8 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
   constexpr int kRowTiles = L::kRowTiles, kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
   T* const projection = reinterpret_cast<T*>(shared);
-  float* const lse = reinterpret_cast<float*>(shared + L::kLse);
+  float* const row_max = reinterpret_cast<float*>(shared + L::kRowMax);
+  float* const log_sum = reinterpret_cast<float*>(shared + L::kLogSum);
   float* const delta = reinterpret_cast<float*>(shared + L::kDelta);
   const int tid = threadIdx.x, row_feature = tid / 32 * 16 * kRowTiles;
   const WorkTile work = GetWorkTile(p.work, blockIdx.x);
@@ -66,8 +68,8 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
                                     p.grad_out.Row(row0, head), first, p.grad_out, tid, valid);
     CpAsyncCommit();
     if (tid < kTile)
-      LoadStatistics(lse + buffer * kTile + tid, delta + buffer * kTile + tid, p.lse, p.delta,
-                     (row0 + first + tid) * heads + head, valid(tid), p.map);
+      LoadStatistics<T>(row_max, log_sum, delta, buffer * kTile + tid, p.statistics,
+                        (row0 + first + tid) * heads + head, valid(tid), p.map);
   };
   {
     const T* w =
@@ -110,7 +112,9 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
         for (int i = 0; i < 4; ++i)
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
-            x[m][n][i] = linear ? -lse[buffer * kTile + j0 + n * 8 + 2 * t + (i & 1)] : 0.f;
+            x[m][n][i] = kIs16Bit<T> && linear
+                             ? -row_max[buffer * kTile + j0 + n * 8 + 2 * t + (i & 1)]
+                             : 0.f;
       FeatureProduct<T, W, kRowTiles>(x, projection, row_feature, queries, j0, lane);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
@@ -120,8 +124,14 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
           for (int i = 0; i < 4; ++i) {
             const int j = buffer * kTile + j0 + n * 8 + 2 * t + (i & 1);
             float& y = x[m][n][i];
-            if (!linear) y = MappedLogit(p.map, y) - lse[j];
-            y = Exp2((y + row_bias[m][i / 2]) * unit);
+            if (!linear) y = MappedLogit(p.map, y);
+            if constexpr (kIs16Bit<T>) {
+              if (!linear) y -= row_max[j];
+              y += row_bias[m][i / 2];
+            } else {  // two large numbers first
+              y += row_bias[m][i / 2] - row_max[j];
+            }
+            y = RowWeight<T>(y, log_sum, j, unit);
             mass[m][i / 2] += y * delta[j];
           }
       SumTokens<T, W, kRowTiles>(sum, x, grad_out, j0, lane);
@@ -150,6 +160,8 @@ struct MergeReverseStatesParams {
   const float* before_log_mass = nullptr;                      // [splits, G, M]
   const float *log_mass = nullptr, *mean = nullptr;            // final state [N, G, M(, E)]
   const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // its gradient, likewise
+  const float* origin = nullptr;                               // see CausalGradientParams
+  int origin_width = 0;                                        // W
   // The reverse state after each split, relative to the state there: [splits, G, M(, E)].
   float *after_mean = nullptr, *after_mass = nullptr;
   // Gradient of the initial state [N, G, M(, E)]: written here for sequences without rows.
@@ -157,7 +169,8 @@ struct MergeReverseStatesParams {
 };
 
 // One warp for each sequence, key/value head and feature.
-static __global__ void __launch_bounds__(256) MergeReverseStatesKernel(MergeReverseStatesParams p) {
+static __global__ void __launch_bounds__(256, 4)
+    MergeReverseStatesKernel(MergeReverseStatesParams p) {
   constexpr int kColumns = 4;  // of a lane: E <= 128
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int64_t per_sequence = p.groups * p.features;
@@ -168,6 +181,12 @@ static __global__ void __launch_bounds__(256) MergeReverseStatesKernel(MergeReve
   const int64_t first = FirstWorkTile(p.splits, sequence),
                 count = WorkTileCount(p.splits, sequence);
 
+  // What values are less after the first chunk of a split.
+  const auto origin = [&](int64_t split, int column) {
+    return p.origin == nullptr
+               ? 0.f
+               : p.origin[((split * 2 + 1) * p.groups + group) * p.origin_width + column];
+  };
   float log_mass = p.log_mass[number], sum[kColumns] = {}, mass = 0;
   if (log_mass != -kInfinity) {
 #pragma unroll
@@ -175,7 +194,8 @@ static __global__ void __launch_bounds__(256) MergeReverseStatesKernel(MergeReve
       const int column = lane + 32 * i;
       if (column >= p.width) continue;
       sum[i] = p.grad_mean[number * p.width + column];
-      mass += sum[i] * p.mean[number * p.width + column];
+      const float less = count > 0 ? origin(first + count - 1, column) : 0.f;
+      mass += sum[i] * (p.mean[number * p.width + column] - less);
     }
     mass = WarpSum(mass);
     mass -= p.grad_log_mass[number];
@@ -200,6 +220,14 @@ static __global__ void __launch_bounds__(256) MergeReverseStatesKernel(MergeReve
       for (int i = 0; i < kColumns; ++i)
         if (lane + 32 * i < p.width) sum[i] += p.part_mean[part * p.width + lane + 32 * i];
     }
+    if (p.origin == nullptr) continue;
+    float more = 0;  // r of values that are less the origin of the split before
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int column = lane + 32 * i;
+      if (column < p.width) more += sum[i] * (origin(split, column) - origin(split - 1, column));
+    }
+    mass += WarpSum(more);
   }
   if (count > 0) return;
   const bool any = log_mass != -kInfinity;

@@ -1,51 +1,72 @@
 // What the causal gradient needs of each query row besides the states, from the outputs of the
 // forward pass before they are rounded:
 //
-//   lse = log sum_m exp(a + log_mass of the row)        delta = grad_out . out
+//   row_max, log_sum     as in causal/layout.cuh, over all feature blocks
+//   delta                grad_out . out
 //
-// Grid: one warp for each row and head.
+// In float32 outputs are less the origin of the values of the row's chunk (causal_backward/
+// value_origin.cuh).
 #pragma once
-#include "cuda/device/kernel_params.cuh"
+#include "cuda/kernels/causal_backward/common.cuh"
 
 namespace performer {
 namespace cuda {
 
 template <class T>
 struct CausalStatisticsParams {
-  const float* part_out = nullptr;  // [parts][rows, H, W], see causal/merge_outputs.cuh
-  const float* part_lse = nullptr;  // [parts][rows, H]
-  int64_t parts = 0, rows = 0;
-  RowsOf<const T> grad_out;                // [rows, H, E]
-  float *lse = nullptr, *delta = nullptr;  // [rows, H]
+  WorkTiles work;                                        // the splits
+  const float* part_out = nullptr;                       // [parts][rows, H, W]
+  const float *part_max = nullptr, *part_sum = nullptr;  // [parts][rows, H]: row_max and log_sum
+  int64_t parts = 0, rows = 0, groups = 0;
+  float unit = 1;                                                  // Map::unit
+  const float* origin = nullptr;                                   // see CausalGradientParams
+  RowsOf<const T> grad_out;                                        // [rows, H, E]
+  float *row_max = nullptr, *log_sum = nullptr, *delta = nullptr;  // [rows, H]
 };
 
+// Blocks that share the rows of a split.
+inline constexpr int kStatisticsBlocks = 16;
+
+// Grid: (splits of all sequences, query heads, kStatisticsBlocks). A warp takes a row at a time.
 template <class T, int W>
 __global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsParams<T> p) {
-  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  const int lane = threadIdx.x % 32;
-  const int64_t count = p.rows * p.grad_out.heads;
-  if (number >= count) return;
-  float row_max = -kInfinity;
-  for (int64_t z = 0; z < p.parts; ++z) row_max = fmaxf(row_max, p.part_lse[z * count + number]);
-  const float base = ZeroIfNone(row_max);
-  const T* grad_out = p.grad_out.Row(number / p.grad_out.heads, number % p.grad_out.heads);
-  float sum = 0, delta = 0;
-  for (int64_t z = 0; z < p.parts; ++z) {
-    const float share = expf(p.part_lse[z * count + number] - base);
-    float dot = 0;
+  const int lane = threadIdx.x % 32, warps = static_cast<int>(blockDim.x) / 32;
+  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
+  const int64_t head = blockIdx.y, heads = p.grad_out.heads, count = p.rows * heads;
+  const int64_t group = head / (heads / p.groups);
+  for (int64_t row = work.begin + blockIdx.z * warps + threadIdx.x / 32; row < work.end;
+       row += kStatisticsBlocks * warps) {
+    const int64_t number = (work.first_row + row) * heads + head;
+    float row_max = -kInfinity;
+    for (int64_t z = 0; z < p.parts; ++z) row_max = fmaxf(row_max, p.part_max[z * count + number]);
+    const float base = ZeroIfNone(row_max);
+    const T* grad_out = p.grad_out.Row(work.first_row + row, head);
+    const float* origin = nullptr;
+    if constexpr (!kIs16Bit<T>)
+      origin = OriginOfChunk<W>(p.origin, blockIdx.x, p.groups, group,
+                                row - work.begin >= kChunkRows<T>);
+    float sum = 0, delta = 0;
+    for (int64_t z = 0; z < p.parts; ++z) {
+      const int64_t at = z * count + number;
+      const float share = exp2f((p.part_max[at] - base) * p.unit + p.part_sum[at]);
+      float dot = 0;
 #pragma unroll
-    for (int i = 0; i < W / 32; ++i) {
-      const int column = lane + 32 * i;
-      if (column < p.grad_out.width)
-        dot += p.part_out[(z * count + number) * W + column] * ToFloat(grad_out[column]);
+      for (int i = 0; i < W / 32; ++i) {
+        const int column = lane + 32 * i;
+        if (column >= p.grad_out.width) continue;
+        float out = p.part_out[at * W + column];
+        if constexpr (!kIs16Bit<T>) out -= origin[column];
+        dot += out * ToFloat(grad_out[column]);
+      }
+      sum += share;
+      delta += share == 0.f ? 0.f : share * dot;
     }
-    sum += share;
-    delta += share == 0.f ? 0.f : share * dot;
+    delta = WarpSum(delta);
+    if (lane != 0) continue;
+    p.row_max[number] = row_max;
+    p.log_sum[number] = sum == 0.f ? 0.f : log2f(sum);
+    p.delta[number] = sum == 0.f ? 0.f : delta / sum;
   }
-  delta = WarpSum(delta);
-  if (lane != 0) return;
-  p.lse[number] = sum == 0.f ? -kInfinity : base + logf(sum);
-  p.delta[number] = sum == 0.f ? 0.f : delta / sum;
 }
 
 }  // namespace cuda

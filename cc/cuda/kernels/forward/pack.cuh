@@ -8,6 +8,7 @@ namespace cuda {
 struct PackParams {
   const float* from = nullptr;      // [matrices, rows, width]
   const float* log_mass = nullptr;  // [matrices, rows]: rows of -inf become zeros; or nullptr
+  const float* origin = nullptr;    // [matrices, W]: what given rows become less by; or nullptr
   void* to = nullptr;               // T [matrices, rows_pad, W], with zeros in the padding
   int64_t matrices = 0, rows = 0, rows_pad = 0;
   int width = 0;
@@ -22,8 +23,11 @@ __global__ void __launch_bounds__(256) PackKernel(PackParams p) {
   const int64_t source = matrix * p.rows + row;
   const bool given = row < p.rows && (p.log_mass == nullptr || p.log_mass[source] != -kInfinity);
   T* to = static_cast<T*>(p.to) + number * W;
-  for (int column = threadIdx.x % 32; column < W; column += 32)
-    to[column] = FromFloat<T>(given && column < p.width ? p.from[source * p.width + column] : 0.f);
+  for (int column = threadIdx.x % 32; column < W; column += 32) {
+    float x = given && column < p.width ? p.from[source * p.width + column] : 0.f;
+    if (given && p.origin != nullptr) x -= p.origin[matrix * W + column];
+    to[column] = FromFloat<T>(x);
+  }
 }
 
 // The same numbers as A operands (mma_tile.cuh), with the registers of a lane side by side, so that

@@ -8,16 +8,18 @@ namespace performer {
 namespace cuda {
 
 // float32 matrices [matrices, M, width] as operands T [matrices, M_pad, W]. log_mass [matrices, M]
-// or nullptr: rows where it is -inf become zeros.
+// or nullptr: rows where it is -inf become zeros. origin [matrices, W] or nullptr: the others become
+// less by it.
 template <class T, int W>
 Status Pack(const Context& context, const char* purpose, const void* from, const float* log_mass,
-            int64_t matrices, int64_t width, const T** to) {
+            int64_t matrices, int64_t width, const T** to, const float* origin = nullptr) {
   T* packed = nullptr;
   const int64_t rows = matrices * context.features_pad;
   PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(rows * W, purpose, &packed));
   *to = packed;
   const PackParams params = {static_cast<const float*>(from),
                              log_mass,
+                             origin,
                              packed,
                              matrices,
                              context.dims.features,
@@ -45,6 +47,7 @@ Status PackOperands(const Context& context, const void* from, int64_t heads, con
   *to = packed;
   const PackParams params = {static_cast<const float*>(from),
                              nullptr,
+                             nullptr,
                              packed,
                              heads,
                              context.dims.features,
@@ -55,16 +58,19 @@ Status PackOperands(const Context& context, const void* from, int64_t heads, con
                                  params);
 }
 
+// origin [state_count G, W] or nullptr: what the means become less by.
 template <class T, int W>
 Status FillStateRead(const Context& context, const QuerySide& queries, const State& state,
-                     const Division& tiles, StateReadParams<T>* params) {
+                     const Division& tiles, StateReadParams<T>* params,
+                     const float* origin = nullptr) {
   context.FillQueries(queries, tiles, params);
   params->log_mass = static_cast<const float*>(state.log_mass);
   params->state_count = state.count;
   PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context, queries.projection,
                                                   queries.projection_heads, &params->projection)));
   return Pack<T, W>(context, "the packed mean", state.mean, params->log_mass,
-                    state.count * context.dims.groups, context.dims.value_dim, &params->mean);
+                    state.count * context.dims.groups, context.dims.value_dim, &params->mean,
+                    origin);
 }
 
 template <class T, int W>
