@@ -418,3 +418,20 @@ def test_excluded_tokens_are_not_sampled_even_at_the_lowest_temperatures():
 
     for temperature in (0, 1e-44, 1e-30, 1, 1e38):
         assert (generate(Excluding(), [1, 2], 5, temperature=temperature) == 4).all()
+
+
+def test_the_number_of_learned_features_is_computed_before_the_loop_and_after_every_training():
+    learned = {"feature_map": "learned"}
+    embed = keras.layers.Embedding(V, 12)
+    block = PerformerDecoder(24, 2, supports=16, attention_options=learned)
+    model = StreamingSequential([embed, block, keras.layers.Dense(V)])
+    _, state = generate(model, tokens(2, 5), 3, return_state=True, seed=1)
+    (graphs,) = (x for x in generation._graphs[model].values() if hasattr(x, "write"))
+    library = graphs.write.get_concrete_function().graph.as_graph_def().library.function
+    bodies = [f for f in library if "body" in f.signature.name]
+    assert bodies
+    assert "Bitcast" not in {node.op for body in bodies for node in body.node_def}
+    for weight in block._self_attention_layer.learned_projection.trainable_weights:
+        weight.assign(weight * 1.01)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="same draw of the projection"):
+        generate(model, tokens(2, 5), 3, initial_state=state, seed=1)

@@ -4,6 +4,7 @@
 
 #include "core/near_far.h"
 #include "core/params.h"
+#include "core/token.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 #include "tf/attributes.h"
@@ -29,15 +30,19 @@ inline int EqualInput(Op op, const Call& call, const char* output) {
   if (op != Op::kNearFar || !call.attributes.causal || call.attributes.packed) return -1;
   const int64_t window = call.attributes.exact_window;
   if (NearFarFinalBlocks(call.start % window, call.dims.keys, window) > 0) return -1;
-  const std::vector<Argument>& inputs = SignatureOf(op).inputs;
-  for (size_t i = 0; i < inputs.size(); ++i)
-    if (inputs[i].name == std::string("initial_") + output &&
-        call.input_shapes[i].dims[0] == call.dims.sequences)
-      return static_cast<int>(i);
-  return -1;
+  return InitialStateOf(op, output, call.dims, call.input_shapes);
+}
+
+// The input whose memory an output may take, where nobody else holds it; -1 for none. A token of a
+// stream then changes its state in place.
+inline int ReplacedInput(Op op, const Call& call, const char* output) {
+  if (!IsToken(op, call.attributes, call.dims)) return -1;
+  return InitialStateOf(op, output, call.dims, call.input_shapes);
 }
 
 // Device: a class with
+//   static constexpr bool kReplacesState  whether a token may have its final state where the initial
+//                                         one is
 //   static absl::Status Check(Op, const Call&)  called before the outputs are allocated
 //   static absl::Status Run(tensorflow::OpKernelContext*, Op, const Call&)
 // The input "offsets" must lie in host memory, and all other tensors in that of the device.
@@ -77,7 +82,12 @@ class CallOp : public tensorflow::OpKernel {
       tensorflow::TensorShape shape;
       OP_REQUIRES_OK(context, tensorflow::TensorShape::BuildTensorShape(outputs[i].dims, &shape));
       tensorflow::Tensor* output = nullptr;
-      OP_REQUIRES_OK(context, context->allocate_output(static_cast<int>(i), shape, &output));
+      const int replaced =
+          Device::kReplacesState ? ReplacedInput(op, call, SignatureOf(op).outputs[i].name) : -1;
+      OP_REQUIRES_OK(context, replaced >= 0
+                                  ? context->forward_input_or_allocate_output(
+                                        {replaced}, static_cast<int>(i), shape, &output)
+                                  : context->allocate_output(static_cast<int>(i), shape, &output));
       call.outputs.push_back(const_cast<char*>(output->tensor_data().data()));
     }
     OP_REQUIRES_OK(context, Device::Run(context, op, call));

@@ -7,6 +7,7 @@ namespace performer {
 namespace {
 
 struct CpuDevice {
+  static constexpr bool kReplacesState = true;
   static absl::Status Check(Op, const Call&) { return absl::OkStatus(); }
 
   static absl::Status Run(tensorflow::OpKernelContext* context, Op op, const Call& call) {

@@ -11,6 +11,8 @@ namespace performer {
 namespace {
 
 struct GpuDevice {
+  static constexpr bool kReplacesState = false;
+
   static absl::Status Check(Op op, const Call& call) {
     return ToTensorFlow(cuda::Supports(op, call.dtype, call.dims));
   }

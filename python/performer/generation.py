@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from performer.layers._arguments import check_seed, check_size, default_seed
+from performer.layers._learned import unchanged_weights
 
 _MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -301,11 +302,12 @@ def _write_slice(model, choose, prompt, lengths, first, count, end, last, ended,
         return index + 1, new, ended, written.write(index, new), state
 
     written = tf.TensorArray(tf.int32, size=0, dynamic_size=True, element_shape=last.shape)
-    _, last, ended, written, state = tf.while_loop(
-        lambda index, _, ended, *rest: (index < count) & ~tf.reduce_all(ended),
-        step,
-        (tf.constant(0), last, ended, written, state),
-    )
+    with unchanged_weights():
+        _, last, ended, written, state = tf.while_loop(
+            lambda index, _, ended, *rest: (index < count) & ~tf.reduce_all(ended),
+            step,
+            (tf.constant(0), last, ended, written, state),
+        )
     return tf.transpose(written.stack()), last, ended, state
 
 

@@ -32,6 +32,7 @@ def _faults(path, tests, *entries):
 
 
 COMPOSITION = "tests/composition"
+STEPS = "tests/ops/test_steps.py"
 CALLS = "tests/cpu/test_calls.py tests/cpu/test_properties.py"
 CAUSALITY = "tests/cpu/test_causality.py"
 GRADIENTS = "tests/cpu/test_gradients.py"
@@ -41,6 +42,15 @@ EMULATED = "tests/emulated/test_kernels.py"
 EMULATED_GRADIENTS = "tests/emulated/test_gradients.py"
 
 PYTHON = [
+    *_faults(
+        "python/performer/ops/fingerprint.py",
+        STEPS,
+        (
+            "every step of a loop hashes the projection",
+            "    with _where_all_are(projection):\n",
+            "    with contextlib.nullcontext():\n",
+        ),
+    ),
     *_faults(
         "python/performer/composition/chunked.py",
         COMPOSITION,
@@ -561,8 +571,8 @@ CPU = [
         ),
         (
             "a masked near key counts for a token",
-            "if (near.skip[j]) continue;\n    const Acc product",
-            "const Acc product",
+            "near.skip[j] ? -kInf<Acc> : kLog2e<Acc>",
+            "kLog2e<Acc>",
         ),
     ),
     *_faults(
@@ -605,12 +615,12 @@ CPU = [
         CALLS,
         (
             "a token reads the state before it",
-            "out[e] += f * to[e];",
-            "out[e] += f * from[e];",
+            "s.f + i * strides.m_stride + first, mean + first * strides.e,",
+            "s.f + i * strides.m_stride + first, before.mean + first * strides.e,",
         ),
         (
             "the first token reads what an empty state holds",
-            "} else if (before.log_mass[m] == -kInf<Acc>) {",
+            "} else if (was_empty) {",
             "} else if (false) {",
         ),
     ),

@@ -38,23 +38,85 @@ struct DecodeScratch {
   }
 };
 
+// to[i] = scale rows[i].x for n rows, four of them at a time; the width is a multiple of the lanes.
+// The sums are those of Dot.
+template <class Acc>
+PERFORMER_INLINE void ProductsOfOne(int64_t n, const Acc* rows, int64_t stride, int64_t width,
+                                    Acc scale, const Acc* x, Acc* to) {
+  constexpr int kRows = 4;
+  int64_t i = 0;
+  for (; i + kRows <= n; i += kRows) {
+    const Acc* row = rows + i * stride;
+    Vec<Acc> sum[kRows] = {};
+    for (int64_t d = 0; d < width; d += kLanes<Acc>) {
+      const Vec<Acc> y = Load(x + d);
+      PERFORMER_UNROLL
+      for (int r = 0; r < kRows; ++r) sum[r] += Load(row + r * stride + d) * y;
+    }
+    PERFORMER_UNROLL
+    for (int r = 0; r < kRows; ++r) to[i + r] = scale * ReduceAdd<Acc>(sum[r]);
+  }
+  for (; i < n; ++i) to[i] = scale * Dot(rows + i * stride, x, width);
+}
+
 // f[m] = log2 phi_m(x) without biases and norms, from a projection [m, d] as the caller gave it.
 template <class Acc>
 void LogFeaturesOfOne(const Common& call, const Map<Acc>& map, const Strides& strides,
                       const Acc* projection, const Acc* x, Acc* weights, Acc* f) {
   const Acc scale = static_cast<Acc>(__builtin_sqrt(static_cast<double>(map.scale)) *
                                      (map.linear() ? kLog2eDouble : 1.0));
-  for (int64_t d = strides.d; d < strides.d_pad; ++d) weights[d] = 0;
-  for (int64_t m = 0; m < strides.m_pad; ++m) {
-    if (m >= strides.m) {
-      f[m] = 0;
-      continue;
+  const bool exact = call.dtype == DType::kFloat32 || call.dtype == DType::kFloat64;
+  if (exact && strides.d % kLanes<Acc> == 0) {
+    ProductsOfOne(strides.m, projection, strides.d, strides.d, scale, x, f);
+  } else {
+    for (int64_t d = strides.d; d < strides.d_pad; ++d) weights[d] = 0;
+    for (int64_t m = 0; m < strides.m; ++m) {
+      for (int64_t d = 0; d < strides.d; ++d)
+        weights[d] = RoundTo(call.dtype, projection[m * strides.d + d]);
+      f[m] = scale * Dot(weights, x, strides.d_pad);
     }
-    for (int64_t d = 0; d < strides.d; ++d)
-      weights[d] = RoundTo(call.dtype, projection[m * strides.d + d]);
-    f[m] = scale * Dot(weights, x, strides.d_pad);
   }
+  for (int64_t m = strides.m; m < strides.m_pad; ++m) f[m] = 0;
   ApplyMap<Acc>(map, 1, strides.m_pad, strides.m_stride, f, nullptr);
+}
+
+// out[e] += sum_i weight[i] rows[i][e] over the n rows that count, in their order.
+template <class Acc, class Counts>
+PERFORMER_INLINE void AddWeightedRows(int64_t n, const Acc* weight, const Acc* rows, int64_t stride,
+                                      int64_t width, Counts counts, Acc* out) {
+  constexpr int kVecs = 8;
+  int64_t e = 0;
+  for (; e + kVecs * kLanes<Acc> <= width; e += kVecs * kLanes<Acc>) {
+    Vec<Acc> sum[kVecs];
+    PERFORMER_UNROLL
+    for (int v = 0; v < kVecs; ++v) sum[v] = Load(out + e + v * kLanes<Acc>);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!counts(i)) continue;
+      const Acc* row = rows + i * stride + e;
+      PERFORMER_UNROLL
+      for (int v = 0; v < kVecs; ++v) sum[v] += weight[i] * Load(row + v * kLanes<Acc>);
+    }
+    PERFORMER_UNROLL
+    for (int v = 0; v < kVecs; ++v) Store(out + e + v * kLanes<Acc>, sum[v]);
+  }
+  for (; e + kLanes<Acc> <= width; e += kLanes<Acc>) {
+    Vec<Acc> sum = Load(out + e);
+    for (int64_t i = 0; i < n; ++i)
+      if (counts(i)) sum += weight[i] * Load(rows + i * stride + e);
+    Store(out + e, sum);
+  }
+  for (; e < width; ++e)
+    for (int64_t i = 0; i < n; ++i)
+      if (counts(i)) out[e] += weight[i] * rows[i * stride + e];
+}
+
+// to[e] = x[e] + weight (y[e] - x[e]); `to` may be x or y.
+template <class Acc>
+PERFORMER_INLINE void Mix(const Acc* x, const Acc* y, Acc weight, int64_t width, Acc* to) {
+  int64_t e = 0;
+  for (; e + kLanes<Acc> <= width; e += kLanes<Acc>)
+    Store(to + e, Load(x + e) + weight * (Load(y + e) - Load(x + e)));
+  for (; e < width; ++e) to[e] = x[e] + weight * (y[e] - x[e]);
 }
 
 // weight, log_mass and log_mass_after. b becomes the log-features of the key, offset included.
@@ -104,30 +166,36 @@ PERFORMER_INLINE void DecodeQueries(const CausalParams& params, const WorkRange&
   }
 }
 
-// The state after the token, and the unnormalised out of all heads of the group.
+// The state after the token, and the unnormalised out of all heads of the group. The state may take
+// the place of that before.
 template <class Acc>
 PERFORMER_INLINE void DecodeState(const LoadedState<Acc>& before, const Strides& strides,
                                   int64_t group, Acc* log_mass, Acc* mean, DecodeScratch<Acc>& s) {
+  constexpr int64_t kBlock = 32;  // means that stay in the cache until all queries have read them
   for (int64_t i = 0; i < group * strides.e_pad; ++i) s.out[i] = 0;
-  for (int64_t m = 0; m < strides.m; ++m) {
-    const Acc *from = before.mean + m * strides.e, *v = s.keys.v, weight = s.weight[m];
-    Acc* to = mean + m * strides.e;
-    log_mass[m] = s.b[m] == -kInf<Acc> ? before.log_mass[m]
-                                       : RoundStochastically<Acc>(s.log_mass_after[m], m);
-    if (s.log_mass[m] == -kInf<Acc>) {
-      for (int64_t e = 0; e < strides.e; ++e) to[e] = 0;
-    } else if (before.log_mass[m] == -kInf<Acc>) {  // its mean may hold anything
-      for (int64_t e = 0; e < strides.e; ++e) to[e] = v[e];
-    } else if (before.Log2Mass(m) >= static_cast<double>(s.b[m])) {
-      for (int64_t e = 0; e < strides.e; ++e) to[e] = from[e] + weight * (v[e] - from[e]);
-    } else {
-      for (int64_t e = 0; e < strides.e; ++e) to[e] = v[e] + weight * (from[e] - v[e]);
+  for (int64_t first = 0; first < strides.m; first += kBlock) {
+    const int64_t end = first + kBlock < strides.m ? first + kBlock : strides.m;
+    for (int64_t m = first; m < end; ++m) {
+      const Acc *from = before.mean + m * strides.e, *v = s.keys.v;
+      Acc* to = mean + m * strides.e;
+      const bool was_empty = before.log_mass[m] == -kInf<Acc>;  // its mean may hold anything
+      const bool is_older = before.Log2Mass(m) >= static_cast<double>(s.b[m]);
+      log_mass[m] = s.b[m] == -kInf<Acc> ? before.log_mass[m]
+                                         : RoundStochastically<Acc>(s.log_mass_after[m], m);
+      if (s.log_mass[m] == -kInf<Acc>) {
+        for (int64_t e = 0; e < strides.e; ++e) to[e] = 0;
+      } else if (was_empty) {
+        for (int64_t e = 0; e < strides.e; ++e) to[e] = v[e];
+      } else if (is_older) {
+        Mix(from, v, s.weight[m], strides.e, to);
+      } else {
+        Mix(v, from, s.weight[m], strides.e, to);
+      }
     }
-    for (int64_t i = 0; i < group; ++i) {
-      const Acc f = s.f[i * strides.m_stride + m];
-      Acc* out = s.out + i * strides.e_pad;
-      for (int64_t e = 0; e < strides.e; ++e) out[e] += f * to[e];
-    }
+    for (int64_t i = 0; i < group; ++i)
+      AddWeightedRows(
+          end - first, s.f + i * strides.m_stride + first, mean + first * strides.e, strides.e,
+          strides.e, [](int64_t) { return true; }, s.out + i * strides.e_pad);
   }
 }
 

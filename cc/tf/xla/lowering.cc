@@ -5,12 +5,14 @@
 #include <map>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "core/schema.h"
+#include "core/token.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tf/attributes.h"
 #include "tf/registration.h"
@@ -135,6 +137,7 @@ class PerformerXlaOp : public XlaOpKernel {
   explicit PerformerXlaOp(OpKernelConstruction* context) : XlaOpKernel(context) {
     OP_REQUIRES_OK(context, ReadAttributes(context, op, &attributes_));
     configuration_ = Configuration(attributes_);
+    replaces_state_ = context->device_type() == tensorflow::DeviceType("XLA_CPU_JIT");
   }
 
   void Compile(XlaOpKernelContext* context) override {
@@ -166,11 +169,18 @@ class PerformerXlaOp : public XlaOpKernel {
     for (size_t i = 0; i < outputs.size(); ++i)
       results.push_back(RowMajor(context->output_xla_type(static_cast<int>(i)), outputs[i].dims));
 
+    // XLA copies an initial state that is used again.
+    std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>> replaced;
+    if (replaces_state_ && counts.empty() && IsToken(op, attributes_, dims))
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        const int state = InitialStateOf(op, SignatureOf(op).outputs[i].name, dims, inputs);
+        if (state >= 0) replaced.push_back({{static_cast<int64_t>(i)}, {state, {}}});
+      }
     const bool tuple = results.size() > 1;
     const xla::XlaOp call = xla::CustomCallWithLayout(
         context->builder(), SignatureOf(op).name, operands,
         tuple ? xla::ShapeUtil::MakeTupleShape(results) : results[0], operand_shapes,
-        configuration_, /*has_side_effect=*/false, /*output_operand_aliasing=*/{},
+        configuration_, /*has_side_effect=*/false, /*output_operand_aliasing=*/replaced,
         /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     for (size_t i = 0; i < results.size(); ++i) {
@@ -182,6 +192,17 @@ class PerformerXlaOp : public XlaOpKernel {
  private:
   Attributes attributes_;
   std::string configuration_;
+  bool replaces_state_ = false;
+};
+
+// A program has all shapes, and its buffers are XLA's: what AppendRows spares there is XLA's to spare.
+class AppendRowsXlaOp : public XlaOpKernel {
+ public:
+  using XlaOpKernel::XlaOpKernel;
+  void Compile(XlaOpKernelContext* context) override {
+    context->SetOutput(
+        0, xla::ConcatInDim(context->builder(), {context->Input(0), context->Input(1)}, 1));
+  }
 };
 
 // REGISTER_XLA_OP is of no use here: its registry is read once, at the first compilation of the
@@ -203,6 +224,8 @@ class PerformerXlaOp : public XlaOpKernel {
   if (IsRegistered("XLA_CPU_JIT")) return false;
   PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
   PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER_ON_GPU)
+  REGISTER_KERNEL_BUILDER(Name("Performer>AppendRows").Device("XLA_CPU_JIT"), AppendRowsXlaOp);
+  REGISTER_KERNEL_BUILDER(Name("Performer>AppendRows").Device("XLA_GPU_JIT"), AppendRowsXlaOp);
   return true;
 }();
 

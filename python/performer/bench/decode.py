@@ -12,7 +12,9 @@ from performer import ops
 _STEPS = 1000
 
 
-def measure(features: int, dim: int, heads: int = 8, rounds: int = 5) -> dict:
+def measure(
+    features: int, dim: int, exact_window: int | None = None, heads: int = 8, rounds: int = 5
+) -> dict:
     """Microseconds of one decode step, and of an identity of the same signature beside it.
 
     Both are called from Python, step by step (the median call), and run inside a `tf.while_loop` of
@@ -20,15 +22,17 @@ def measure(features: int, dim: int, heads: int = 8, rounds: int = 5) -> dict:
 
     Args:
         features, dim, heads: M, D = E, H; B = 1, float32.
+        exact_window: as in `favor_attention`.
         rounds: how often the two take turns.
 
     Returns:
-        A record: features, dim, heads, call and loop (step, identity and overhead, their
-        difference), state_bytes.
+        A record: features, dim, heads, exact_window, call and loop (step, identity and overhead,
+        their difference), state_bytes.
     """
     projection = tf.random.stateless_normal([features, dim], [0, 1])
     rows = [tf.random.stateless_normal([1, 1, heads, dim], [0, seed]) for seed in (2, 3, 4)]
-    state = ops.empty_state(1, heads, features, dim)
+    near = {} if exact_window is None else {"exact_window": exact_window, "key_dim": dim}
+    state = ops.empty_state(1, heads, features, dim, **near)
 
     def step(query, key, value, projection, state):
         return ops.favor_attention(
@@ -37,6 +41,7 @@ def measure(features: int, dim: int, heads: int = 8, rounds: int = 5) -> dict:
             value,
             projection,
             causal=True,
+            exact_window=exact_window,
             initial_state=state,
             return_state=True,
         )
@@ -74,8 +79,8 @@ def measure(features: int, dim: int, heads: int = 8, rounds: int = 5) -> dict:
 
         return run
 
-    record: dict = {"features": features, "dim": dim, "heads": heads}
-    record["state_bytes"] = 4 * heads * features * (dim + 1)
+    record: dict = {"features": features, "dim": dim, "heads": heads, "exact_window": exact_window}
+    record["state_bytes"] = sum(x.numpy().nbytes for x in tf.nest.flatten(state))
     for name, kind in (("call", called), ("loop", looped)):
         runs = {"step": kind(step), "identity": kind(identity)}
         times: dict[str, list[float]] = {which: [run()] for which, run in runs.items()}

@@ -74,7 +74,7 @@ class Plan:
         return jobs
 
     def extra_jobs(self) -> list[dict]:
-        """Calls with a window, one head against eight with the same work, and a decode step."""
+        """Calls with a window, one head against eight with the same work, and decode steps."""
         jobs: list[dict] = []
         features, dim, dtype = self.settings()[0]
         if "window" in self.cases:
@@ -95,7 +95,8 @@ class Plan:
                 entries = [("performer", vars(case)) for case in (many, one)]
                 jobs.append({"kind": "compare", "entries": entries})
         if "decode" in self.cases:
-            jobs.append({"kind": "decode", "features": features, "dim": dim})
+            sizes = {"kind": "decode", "features": features, "dim": dim}
+            jobs += [{**sizes, "exact_window": window} for window in (None, _WINDOW)]
         return jobs
 
     def memory_jobs(self, framework: str, timed: set[tuple[str, Case]]) -> list[dict]:

@@ -12,7 +12,7 @@ where a job is one of
     {"kind": "window", "entries": [[implementation, case], ...]}     likewise, a record of that kind
     {"kind": "compare", "entries": [[implementation, case], ...]}    without the matrix product
     {"kind": "memory", "entries": [[implementation, case], ...]}
-    {"kind": "decode", "features": M, "dim": D}
+    {"kind": "decode", "features": M, "dim": D, "exact_window": W or None}
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ class Worker:
                         kind="memory", implementation=impl, case=vars(case), mebibytes=mebibytes
                     )
 
-    def decode(self, features, dim):
+    def decode(self, **job):
         """Measures a decode step."""
-        measured = importlib.import_module("performer.bench.decode").measure(features, dim)
+        measured = importlib.import_module("performer.bench.decode").measure(**job)
         self.emit(kind="decode", **measured)
 
     def ready(self, entries):

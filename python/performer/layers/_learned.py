@@ -1,5 +1,8 @@
 """The projections of a layer whose features are learned: weights of every head, and their draw."""
 
+import contextlib
+import contextvars
+
 import keras
 import tensorflow as tf
 
@@ -7,6 +10,22 @@ from performer.features import feature_maps
 from performer.features.projections import orthogonal_projection
 from performer.layers._projection import Features, seed_of_draw
 from performer.ops.fingerprint import fingerprint
+
+_graph_of_numbers: contextvars.ContextVar = contextvars.ContextVar("graph", default=None)
+
+
+@contextlib.contextmanager
+def unchanged_weights():
+    """Where no weight changes: numbers of learned features are computed in the graph in force here.
+
+    A loop that is built within has them computed once, not in every step.
+    """
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    token = _graph_of_numbers.set(graph)
+    try:
+        yield
+    finally:
+        _graph_of_numbers.reset(token)
 
 
 class LearnedProjection(keras.layers.Layer):
@@ -85,5 +104,7 @@ class LearnedProjection(keras.layers.Layer):
 
         The query side counts, bias and all: a state read by other queries says something else.
         """
-        query = (self.query_projection.value, self.query_bias.value[..., tf.newaxis])
-        return fingerprint((tf.concat(query, -1), self.key_projection.value))
+        graph = _graph_of_numbers.get()
+        with contextlib.nullcontext() if graph is None else graph.as_default():
+            query = (self.query_projection.value, self.query_bias.value[..., tf.newaxis])
+            return fingerprint((tf.concat(query, -1), self.key_projection.value))

@@ -10,7 +10,7 @@ from performer.ops import vectorize as vectorize  # and how loops over them are 
 from performer.ops.sizes import wait_for_sizes
 
 # Operators that have no kernel for GPUs.
-_CPU_ONLY = ("near_far",)
+_CPU_ONLY = ("near_far", "append_rows")
 
 
 def run(operator: str, offsets, **inputs):
@@ -27,12 +27,9 @@ def run(operator: str, offsets, **inputs):
     Returns:
         The operator's outputs.
     """
-    compiled = None if callable(inputs.get("feature_map")) else loader.ops()
-    if compiled is not None:
-        name, device = f"performer_{operator}", next(iter(inputs.values())).device
-        gpus = len(tf.config.list_logical_devices("GPU")) if operator in _CPU_ONLY else 0
-        known = hasattr(compiled, name) and has_kernel(operator, device, gpus)
-        compiled = getattr(compiled, name) if known else None
+    compiled = None
+    if not callable(inputs.get("feature_map")):
+        compiled = _compiled(operator, next(iter(inputs.values())).device)
     packed = offsets is not None
     with tf.device("/CPU:0"):  # every device reads them there
         if not packed:
@@ -43,6 +40,30 @@ def run(operator: str, offsets, **inputs):
         inputs = wait_for_sizes(operator, inputs, packed)
     function = compiled or getattr(composition, operator)
     return function(offsets=offsets, packed=packed, **inputs)
+
+
+def append_rows(rows, more):
+    """`more` [B, L, ...] after `rows` [B, R, ...]: [B, R + L, ...], both of one type.
+
+    What a stream does in every step. On the CPU, for B = 1, most calls copy none of the rows.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from performer.ops.dispatch import append_rows
+    >>> append_rows(tf.zeros([1, 5, 3]), tf.zeros([1, 2, 3])).shape
+    TensorShape([1, 7, 3])
+    """
+    compiled = _compiled("append_rows", rows.device)
+    return tf.concat([rows, more], 1) if compiled is None else compiled(rows=rows, more=more)
+
+
+def _compiled(operator: str, device: str):
+    """The function of a compiled operator, if there is one that runs on `device`; else None."""
+    library, name = loader.ops(), f"performer_{operator}"
+    gpus = len(tf.config.list_logical_devices("GPU")) if operator in _CPU_ONLY else 0
+    known = hasattr(library, name) and has_kernel(operator, device, gpus)
+    return getattr(library, name) if known else None
 
 
 def has_kernel(operator: str, device: str, gpus: int) -> bool:

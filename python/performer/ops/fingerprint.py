@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import tensorflow as tf
 
@@ -36,7 +38,8 @@ def fingerprint(projection) -> tf.Tensor:
     Returns:
         int64 scalar, odd; the same eagerly, in graphs and under XLA. A float32 projection has the
         number of the same values in float64. Where the values are known (always in eager calls) it
-        is a constant.
+        is a constant. Otherwise it is computed in the graph that the projection belongs to: a loop
+        around which a projection stays the same has one number for all of its steps.
 
     Raises:
         ValueError, TypeError: as `favor_attention`.
@@ -74,7 +77,8 @@ def fingerprint_of_sides(query_side: tf.Tensor, key_side: tf.Tensor | None = Non
         numbers.append(_of_side(query_side))
     known = [tf.get_static_value(number) for number in numbers]
     if any(number is None for number in known):
-        return _of_pair(*numbers)
+        with _where_all_are(*numbers):
+            return _of_pair(*numbers)
     with np.errstate(over="ignore"):
         return tf.constant(_of_pair(*map(np.int64, known)), tf.int64)
 
@@ -94,10 +98,23 @@ def _of_side(projection: tf.Tensor) -> tf.Tensor:
                 bits, np.arange(bits.size, dtype=np.int64), np.right_shift, np.bitwise_xor
             )
             return tf.constant(np.sum(hashed, dtype=np.int64) | np.int64(1), tf.int64)
-    bits = tf.bitcast(tf.reshape(tf.cast(projection, tf.float64), [-1]), tf.int64)
-    places = tf.range(tf.size(bits, tf.int64), dtype=tf.int64)
-    hashed = _hash(bits, places, tf.bitwise.right_shift, tf.bitwise.bitwise_xor)
-    return tf.bitwise.bitwise_or(tf.reduce_sum(hashed), tf.ones([], tf.int64))
+    with _where_all_are(projection):
+        bits = tf.bitcast(tf.reshape(tf.cast(projection, tf.float64), [-1]), tf.int64)
+        places = tf.range(tf.size(bits, tf.int64), dtype=tf.int64)
+        hashed = _hash(bits, places, tf.bitwise.right_shift, tf.bitwise.bitwise_xor)
+        return tf.bitwise.bitwise_or(tf.reduce_sum(hashed), tf.ones([], tf.int64))
+
+
+def _where_all_are(*tensors):
+    """A context in which operations join the graph of `tensors`, if that is the same for all.
+
+    A tensor from outside of a loop is not one of the loop's graph until an operation there takes
+    it.
+    """
+    graphs = {id(x.graph): x.graph for x in tensors if tf.is_symbolic_tensor(x)}
+    if len(graphs) != 1:
+        return contextlib.nullcontext()
+    return next(iter(graphs.values())).as_default()
 
 
 def _hash(bits, places, right_shift, xor):

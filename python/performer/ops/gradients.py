@@ -13,6 +13,7 @@ import re
 import tensorflow as tf
 
 from performer import composition, loader
+from performer.shapes import dims
 
 _SHARED = ("feature_map", "scale", "feature_epsilon", "packed")
 # The schema of the forward operators, in the order of their registration (cc/core/schema.cc). An
@@ -141,3 +142,8 @@ def _second_order(form: str):
 for _form in _FORMS:
     tf.RegisterGradient(f"Performer>{_form}")(_first_order(_form))
     tf.RegisterGradient(f"Performer>{_form}Grad")(_second_order(_form))
+
+
+@tf.RegisterGradient("Performer>AppendRows")
+def _of_append_rows(op, incoming):
+    return tf.split(incoming, [dims(x)[1] for x in op.inputs], 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from performer.composition import logsumexp
-from performer.ops.dispatch import run
+from performer.ops.dispatch import append_rows, run
 from performer.ops.state import AttentionState, empty_state, near_rows, stored_rows
 from performer.shapes import dims
 
@@ -76,8 +76,8 @@ def _after_near_rows(keys, state):
 
     return {
         **keys,
-        "key": tf.concat([of_batch(key), keys["key"]], 1),
-        "value": tf.concat([of_batch(value), keys["value"]], 1),
+        "key": append_rows(of_batch(key), keys["key"]),
+        "value": append_rows(of_batch(value), keys["value"]),
         "key_bias": tf.concat([of_batch(bias), _bias_of_rows(keys)], 2),
     }
 

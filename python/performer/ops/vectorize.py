@@ -135,8 +135,16 @@ def _register():
         count = length[0] if static is None else int(static[0])
         return [wrap(x, True) for x in _run(op, count, inputs)]
 
+    def convert_append_rows(pfor_input):
+        count = pfor_input.pfor.loop_len_vector[0]
+        parts = [
+            x if stacked else tf.repeat(x[None], count, 0) for x, stacked, _ in pfor_input.inputs
+        ]
+        return wrap(tf.concat(parts, 2), True)
+
     for name in OPERATORS:
         register(name)(convert)
+    register("Performer>AppendRows")(convert_append_rows)
 
 
 _register()

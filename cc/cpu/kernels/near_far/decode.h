@@ -153,16 +153,12 @@ template <class Acc>
 void DecodedOutput(const Strides& strides, const NearRows<Acc>& near, const FarSums<Acc>& far,
                    NearFarDecodeScratch<Acc>& s) {
   for (int64_t e = 0; e < strides.e_pad; ++e) s.out[e] = 0;
-  for (int64_t j = 0; j < near.n; ++j) {
-    if (near.skip[j]) continue;
-    const Acc *v = near.v.data + j * near.v.row_stride, weight = s.s[j];
-    for (int64_t e = 0; e < strides.e; ++e) s.out[e] += weight * v[e];
-  }
-  for (int64_t m = 0; m < strides.m; ++m) {
-    if (far.anchor[m] == -kInf<Acc>) continue;
-    const Acc *sum = far.rows + m * far.stride, f = s.f[m];
-    for (int64_t e = 0; e < strides.e; ++e) s.out[e] += f * sum[e];
-  }
+  AddWeightedRows(
+      near.n, s.s, near.v.data, near.v.row_stride, strides.e,
+      [&](int64_t j) { return !near.skip[j]; }, s.out);
+  AddWeightedRows(
+      strides.m, s.f, far.rows, far.stride, strides.e,
+      [&](int64_t m) { return far.anchor[m] != -kInf<Acc>; }, s.out);
 }
 
 // out and log_weight of one query head.
@@ -175,12 +171,9 @@ void DecodeNearFarHead(const NearFarParams& params, int64_t sequence, int64_t he
   const int64_t index = QueryHeadIndex(params.queries.projection_heads, head, dims);
   LoadRows<Acc>({params.queries.query, params.dtype, dims.heads, head, strides.d}, sequence, 1,
                 nullptr, s.q, strides.d_pad, prefetcher);
-  for (int64_t j = 0; j < near.n; ++j) {
-    s.s[j] = -kInf<Acc>;
-    if (near.skip[j]) continue;
-    const Acc product = Dot(s.q, near.k.data + j * near.k.row_stride, strides.d_pad);
-    s.s[j] = kLog2e<Acc> * (map.scale * product + near.bias[j]);
-  }
+  ProductsOfOne(near.n, near.k.data, near.k.row_stride, strides.d_pad, map.scale, s.q, s.s);
+  for (int64_t j = 0; j < near.n; ++j)
+    s.s[j] = near.skip[j] ? -kInf<Acc> : kLog2e<Acc> * (s.s[j] + near.bias[j]);
   LogFeaturesOfOne(
       params, map, strides,
       static_cast<const Acc*>(params.queries.projection) + index * strides.m * strides.d, s.q,

@@ -161,7 +161,10 @@ def conclusions(run: dict) -> list[Table]:
         for x in results.thread_ratios(run)
     ]
     decode = [
-        (where, *(f"{x[where][name]:.0f}" for name in ("step", "identity", "overhead")))
+        (
+            f"{where}, exact_window={x['exact_window']}" if x.get("exact_window") else where,
+            *(f"{x[where][name]:.0f}" for name in ("step", "identity", "overhead")),
+        )
         for x in results.of_kind(run, "decode")
         for where in ("call", "loop")
     ]
