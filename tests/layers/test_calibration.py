@@ -176,14 +176,15 @@ def test_proposals_estimate_the_weights_without_bias(name):
 def test_every_step_lowers_the_divergence_from_softmax():
     rng = np.random.default_rng(0)
     x, y, v = (rng.normal(size=(2, n, 4)).astype("float32") for n in (30, 40, 40))
-    far = np.ones((1, 30, 40), "float32")
-    rows = fitting.with_targets(fitting.Rows(x, y, v, far, 0 * far))
+    far = np.ones((1, 1, 30, 40), "float32")
+    levels = fitting.Levels(tf.zeros([2, 1]), tf.zeros([]))
+    given = fitting.Rows(*(part[None] for part in (x, y, v)), far, 0 * far)
+    rows = fitting.with_targets(given, levels)
     w = normal(2, 8, 4)
     weights = fitting.Weights(
         tf.constant(np.concatenate([w, np.zeros((2, 8, 1), "float32")], -1)[:, None]),
         tf.constant(w),
     )
-    levels = fitting.Levels(tf.zeros([2, 1]), tf.zeros([]))
 
     def divergence(weights):
         u, w = (np.asarray(part, "float64") for part in weights)
@@ -216,7 +217,7 @@ def test_a_model_is_calibrated_layer_by_layer(tmp_path):
     assert str(report).count("\n") == 1 and "error" in str(report)
     report.save(tmp_path / "report.json")
     saved = json.loads((tmp_path / "report.json").read_text())
-    assert saved[1]["after"] == report.layers[1].after.tolist()
+    assert saved["layers"][1]["after"] == report.layers[1].after.tolist()
     linear.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(other), linear(other))

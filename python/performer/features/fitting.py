@@ -44,17 +44,19 @@ PROPOSALS = ("centred", "scaled", "dense")
 _RIDGE = 1e-2  # r above
 _TINY = 1e-30
 # Keys of a sequence from which the covariances of w's Newton step are estimated.
-_KEYS_OF_HESSIAN = 128
+_KEYS_OF_HESSIAN = 64
+# Numbers of one array: sequences are taken together up to this.
+_NUMBERS = 2**24
 
 
 class Rows(NamedTuple):
-    """Sampled queries of one sequence, with all its keys. G key heads, R query heads of each.
+    """Sampled queries of N sequences, with keys of these. G key heads, R query heads of each.
 
     Attributes:
-        query: float32 [G, R n, D], times sqrt(scale), the rows of one query head after another.
-        key: float32 [G, S, D], times sqrt(scale).
-        value: float32 [G, S, E].
-        far: float32 [1|G, R n, S], 1 where a query attends to a key through features, else 0.
+        query: float32 [N, G, R n, D], times sqrt(scale), rows of one query head after another.
+        key: float32 [N, G, S, D], times sqrt(scale).
+        value: float32 [N, G, S, E].
+        far: float32 [N, 1|G, R n, S], 1 where a query attends to a key through features, else 0.
         near: likewise where it attends to it exactly.
     """
 
@@ -183,10 +185,12 @@ class Given(NamedTuple):
 
     Attributes:
         rows: `Rows`.
-        logits: [G, R n, S].
+        logits: [N, G, R n, S].
         far_weight: softmax weights of far keys, 0 for others.
-        near_log_mass: log sum of exp(x.y) over near keys, [G, R n]; -inf where there are none.
-        exists: 1 where the query sees a key, else 0, [1|G, R n].
+        near_log_mass: log sum of exp(x.y) over near keys, [N, G, R n]; -inf where there are none.
+        exists: 1 where the query sees a key, else 0, [N, 1|G, R n].
+        query_squares: products of two entries of (x, 1), [G, R, N n, (D + 1) (D + 2) / 2].
+        key_squares: products of two entries of y, of some keys, [G, N s, D (D + 1) / 2].
     """
 
     rows: Rows
@@ -194,10 +198,36 @@ class Given(NamedTuple):
     far_weight: tf.Tensor
     near_log_mass: tf.Tensor
     exists: tf.Tensor
+    query_squares: tf.Tensor
+    key_squares: tf.Tensor
+
+
+def together(rows: list[Rows], heads: int, features: int) -> list[Rows]:
+    """Sequences of one shape, joined to as few as memory allows.
+
+    Args:
+        rows: of one sequence each, arrays, N = 1.
+        heads: R.
+        features: M.
+    """
+    _, groups, queries, dim = rows[0].query.shape
+    keys = rows[0].key.shape[2]
+    squares = (dim + 1) * (dim + 2) // 2
+    numbers = groups * (queries * (keys + squares + features) + keys * features)
+    count = max(1, _NUMBERS // numbers)
+    return [
+        Rows(
+            *(
+                tf.constant(np.concatenate(x), tf.float32)
+                for x in zip(*rows[i : i + count], strict=True)
+            )
+        )
+        for i in range(0, len(rows), count)
+    ]
 
 
 @tf.function(reduce_retracing=True, autograph=False)
-def with_targets(rows: Rows) -> Given:
+def with_targets(rows: Rows, levels: Levels) -> Given:
     """The rows with the weights of softmax."""
     seen = rows.far + rows.near
     logits = tf.matmul(rows.query, rows.key, transpose_b=True)
@@ -209,35 +239,94 @@ def with_targets(rows: Rows) -> Given:
     near = tf.math.log(tf.reduce_sum(weight * rows.near, -1)) + top[..., 0]
     far = weight * rows.far / tf.maximum(total, _TINY)
     exists = tf.cast(tf.reduce_max(seen, -1) > 0, logits.dtype)
-    return Given(rows, logits, far, near, exists)
+    x = _by_head(_with_one(rows.query), tf.shape(levels.offset)[1])
+    y = _joined(rows.key[:, :, :: _stride(rows)])
+    return Given(rows, logits, far, near, exists, _squares(x), _squares(y))
+
+
+def _stride(rows):
+    """Every how many keys one is looked at for the covariances."""
+    return 1 + (tf.shape(rows.key)[2] - 1) // _KEYS_OF_HESSIAN
+
+
+def _with_one(x):
+    return tf.concat([x, tf.ones_like(x[..., :1])], -1)
+
+
+def _by_head(x, heads):
+    """[N, G, R n, X] to [G, R, N n, X]."""
+    count, groups, rows, last = tf.unstack(tf.shape(x), 4)
+    x = tf.transpose(tf.reshape(x, [count, groups, heads, rows // heads, last]), [1, 2, 0, 3, 4])
+    return tf.reshape(x, [groups, heads, -1, last])
+
+
+def _joined(x):
+    """[N, G, s, X] to [G, N s, X]."""
+    count, groups, rows, last = tf.unstack(tf.shape(x), 4)
+    return tf.reshape(tf.transpose(x, [1, 0, 2, 3]), [groups, count * rows, last])
+
+
+def _upper(size):
+    """Row and column of the entries of a symmetric matrix of this size, [X (X + 1) / 2, 2]."""
+    return tf.where(tf.linalg.band_part(tf.ones([size, size], tf.bool), 0, -1))
+
+
+def _squares(x):
+    """[..., X] to [..., X (X + 1) / 2]: products of entries i and j, i <= j."""
+    first, second = tf.unstack(_upper(tf.shape(x)[-1]), 2, axis=1)
+    return tf.gather(x, first, axis=-1) * tf.gather(x, second, axis=-1)
+
+
+def _matrices(x, size):
+    """[..., X (X + 1) / 2] to the symmetric [..., X, X], X = size."""
+    numbers = tf.range(tf.shape(x)[-1], dtype=tf.int64)
+    place = tf.scatter_nd(_upper(size), numbers, tf.cast([size, size], tf.int64))
+    return tf.gather(x, tf.maximum(place, tf.transpose(place)), axis=-1)
+
+
+def attend(logits, seen, value):
+    """Softmax attention [..., n, E], 0 where a query sees nothing.
+
+    Args:
+        logits: [..., n, S].
+        seen: 1 where a query sees a key, else 0, of a shape that broadcasts to `logits`.
+        value: [..., S, E].
+    """
+    top = tf.reduce_max(tf.where(seen > 0, logits, -np.inf), -1, keepdims=True)
+    top = tf.where(tf.math.is_finite(top), top, tf.zeros_like(top))
+    return _average(tf.exp(tf.minimum(logits - top, 0.0)) * seen, value)
+
+
+def _average(weight, value):
+    total = tf.reduce_sum(weight, -1, keepdims=True)
+    return tf.matmul(tf.math.divide_no_nan(weight, total), value)
 
 
 def _query_logits(weights, rows, levels):
-    """a_m(x) with levels, [G, R n, M], and x with a 1 behind it, [G, R, n, D + 1]."""
-    groups, heads, features = tf.unstack(tf.shape(weights.query)[:3])
+    """a_m(x) with levels, [N, G, R n, M]."""
     x = rows.query
-    one = tf.concat([x, tf.ones_like(x[..., :1])], -1)
-    one = tf.reshape(one, [groups, heads, -1, tf.shape(one)[-1]])
+    count, groups, n, dim = tf.unstack(tf.shape(x), 4)
+    heads, features = tf.unstack(tf.shape(weights.query)[1:3], 2)
+    one = tf.reshape(_with_one(x), [count, groups, heads, n // heads, dim + 1])
     a = tf.matmul(one, weights.query, transpose_b=True) + levels.offset[..., None, None]
-    a = tf.reshape(a, [groups, -1, features])
     norm = levels.query_norm / 2 * tf.reduce_sum(x**2, -1, keepdims=True)
-    return a - norm, one
+    return tf.reshape(a, [count, groups, n, features]) - norm
 
 
 def _key_logits(weights, rows):
-    """b_m(y), [G, S, M]."""
+    """b_m(y), [N, G, S, M]."""
     b = tf.matmul(rows.key, weights.key, transpose_b=True)
     return b - tf.reduce_sum(rows.key**2, -1, keepdims=True) / 2
 
 
 @tf.function(reduce_retracing=True, autograph=False)
 def _sums(weights: Weights, given: Given, levels: Levels):
-    """The sums over one sequence of which a step is made."""
+    """The sums over sequences of which a step is made."""
     rows = given.rows
-    a, one = _query_logits(weights, rows, levels)
+    a = _query_logits(weights, rows, levels)
     b = _key_logits(weights, rows)
-    top = tf.reduce_max(b, 1, keepdims=True)
-    e = tf.exp(b - top)  # [G, S, M]
+    top = tf.reduce_max(b, 2, keepdims=True)
+    e = tf.exp(b - top)  # [N, G, S, M]
     mass = tf.maximum(tf.matmul(rows.far, e), _TINY)  # of the keys that each query sees
     logits = a + tf.math.log(mass) + top
     highest = tf.maximum(tf.reduce_max(logits, -1), given.near_log_mass)[..., None]
@@ -247,43 +336,39 @@ def _sums(weights: Weights, given: Given, levels: Levels):
     has_near = tf.cast(tf.math.is_finite(given.near_log_mass), p.dtype)
     p = given.exists[..., None] * p / normaliser
     p_key = p / mass
-    estimate = tf.matmul(p_key, e, transpose_b=True)
-    ratio = given.far_weight / tf.maximum(estimate, _TINY)
+    estimate = tf.maximum(tf.matmul(p_key, e, transpose_b=True), _TINY)
+    ratio = given.far_weight / estimate
     t = p_key * tf.matmul(ratio, e)  # the E-step: how much of a query's weight is of a component
     shared = e * tf.matmul(ratio, p_key, transpose_a=True)  # and of a key's
     expected = e * tf.matmul(rows.far, t / mass, transpose_a=True)
 
-    y = rows.key
-    residual_key = tf.matmul(shared - expected, y, transpose_a=True)
-    count = tf.reduce_sum(expected, 1)
-    stride = 1 + (tf.shape(y)[1] - 1) // _KEYS_OF_HESSIAN
+    y, dim = rows.key, tf.shape(rows.key)[-1]
+    residual_key = tf.matmul(_joined(shared - expected), _joined(y), transpose_a=True)
+    count = tf.reduce_sum(expected, 2)  # [N, G, M]
     mean = tf.matmul(expected, y, transpose_a=True) / tf.maximum(count, _TINY)[..., None]
-    some, y = tf.cast(stride, e.dtype) * expected[:, ::stride], y[:, ::stride]
-    dim = tf.shape(y)[-1]
-    products = tf.reshape(y[..., None] * y[..., None, :], [tf.shape(y)[0], -1, dim * dim])
-    second = tf.reshape(
-        tf.matmul(some, products, transpose_a=True), [*tf.unstack(tf.shape(mean)[:2]), dim, dim]
-    )
-    first = mean[..., None] * tf.matmul(some, y, transpose_a=True)[..., None, :]
-    square = tf.reduce_sum(some, 1)[..., None, None] * mean[..., None] * mean[..., None, :]
-    covariance = second - first - tf.linalg.matrix_transpose(first) + square
+    stride = _stride(rows)
+    some = tf.cast(stride, e.dtype) * expected[:, :, ::stride]
+    covariance = _matrices(tf.matmul(_joined(some), given.key_squares, transpose_a=True), dim)
+    # About the means of each sequence: less their products with h, and these transposed.
+    h = tf.matmul(some, y[:, :, ::stride], transpose_a=True)
+    h -= tf.reduce_sum(some, 2)[..., None] * mean / 2
+    product = tf.matmul(*(tf.transpose(x, [1, 2, 0, 3]) for x in (mean, h)), transpose_a=True)
+    covariance -= product + tf.linalg.matrix_transpose(product)
 
-    shape = tf.concat([tf.shape(one)[:3], tf.shape(p)[-1:]], 0)
-    p, t = tf.reshape(p, shape), tf.reshape(t, shape)
-    residual_query = tf.matmul(t - p, one, transpose_a=True)
-    wide = tf.shape(one)[-1]
-    squares = tf.reshape(one[..., None] * one[..., None, :], [*tf.unstack(shape[:3]), wide * wide])
+    heads, wide = tf.shape(weights.query)[1], dim + 1
+    difference, largest = (_by_head(x, heads) for x in (t - p, tf.maximum(p, t)))
+    x = _by_head(_with_one(rows.query), heads)
+    residual_query = tf.matmul(difference, x, transpose_a=True)
     # Not below the Hessian, which is that of p alone less the products of p of two components. And
     # where p is far below t, a step in log space has to be of size 1, not of size t / p.
-    hessian = tf.matmul(tf.maximum(p, t), squares, transpose_a=True)
-    hessian = tf.reshape(hessian, [*tf.unstack(tf.shape(hessian)[:3]), wide, wide])
+    hessian = _matrices(tf.matmul(largest, given.query_squares, transpose_a=True), wide)
     far = given.far_weight
-    divergence = tf.reduce_sum(tf.math.xlogy(far, far / tf.maximum(estimate, _TINY)), [1, 2])
+    divergence = tf.reduce_sum(tf.math.xlogy(far, far / estimate), [0, 2, 3])
     near = given.exists * near[..., 0] / normaliser[..., 0]
     left = has_near * tf.maximum(given.exists - tf.reduce_sum(far, -1), 0.0)
-    divergence += tf.reduce_sum(tf.math.xlogy(left, left / tf.maximum(near, _TINY)), -1)
-    query_sums = residual_query, hessian, tf.reduce_sum(tf.maximum(p, t), 2)
-    return *query_sums, residual_key, covariance, count, divergence
+    divergence += tf.reduce_sum(tf.math.xlogy(left, left / tf.maximum(near, _TINY)), [0, 2])
+    query_sums = residual_query, hessian, tf.reduce_sum(largest, 2)
+    return *query_sums, residual_key, covariance, tf.reduce_sum(count, 0), divergence
 
 
 @tf.function(reduce_retracing=True, autograph=False)
@@ -306,30 +391,31 @@ def _step(weights: Weights, sums, part) -> Weights:
 def _distances(weights: Weights, given: Given, levels: Levels):
     """Squared distances of estimate and of uniform weights to the exact output, float64 [G, R]."""
     # A key that no query sees may have the largest features: float64 has the range for that.
-    weights, given, levels = tf.nest.map_structure(
-        lambda x: tf.cast(x, tf.float64), (weights, given, levels)
-    )
-    rows = given.rows
-    a, _ = _query_logits(weights, rows, levels)
+    rows, (weights, levels) = given.rows, _wide((weights, levels))
+    rows = rows._replace(query=_wide(rows.query), key=_wide(rows.key))
+    a = _query_logits(weights, rows, levels)
     b = _key_logits(weights, rows)
-    top = tf.reduce_max(b, 1, keepdims=True)
+    top = tf.reduce_max(b, 2, keepdims=True)
     a += top
-    highest = tf.maximum(tf.reduce_max(a, -1), given.near_log_mass)[..., None]
+    nearest = tf.cast(given.near_log_mass, a.dtype)
+    highest = tf.maximum(tf.reduce_max(a, -1), nearest)[..., None]
     far = tf.matmul(tf.exp(a - highest), tf.exp(b - top), transpose_b=True)
-    near = tf.exp(tf.minimum(given.logits - highest, 0.0)) * rows.near
+    near = tf.exp(tf.minimum(tf.cast(given.logits, a.dtype) - highest, 0.0))
+    far_seen, near_seen = _wide((rows.far, rows.near))
+    estimate = _average(far_seen * far + near_seen * near, tf.cast(rows.value, a.dtype))
     seen = rows.far + rows.near
-
-    def output(weight):
-        total = tf.reduce_sum(weight, -1, keepdims=True)
-        return tf.matmul(tf.math.divide_no_nan(weight, total), rows.value)
-
-    top = tf.reduce_max(tf.where(seen > 0, given.logits, -np.inf), -1, keepdims=True)
-    top = tf.where(tf.math.is_finite(top), top, 0.0)
-    exact = output(tf.exp(tf.minimum(given.logits - top, 0.0)) * seen)
-    estimate, uniform = output(rows.far * far + near), output(tf.broadcast_to(seen, tf.shape(far)))
-    shape = [*tf.unstack(tf.shape(weights.query)[:2]), -1]
+    exact = attend(given.logits, seen, rows.value)
+    uniform = attend(tf.zeros_like(given.logits), seen, rows.value)
+    count, groups, n, size = tf.unstack(tf.shape(exact), 4)
+    heads = tf.shape(weights.query)[1]
 
     def distance(x):
-        return tf.reduce_sum(tf.reshape((x - exact) ** 2, shape), -1)
+        difference = tf.cast(x, a.dtype) - tf.cast(exact, a.dtype)
+        squares = tf.reshape(difference**2, [count, groups, heads, n // heads, size])
+        return tf.reduce_sum(squares, [0, 3, 4])
 
     return distance(estimate), distance(uniform)
+
+
+def _wide(tensors):
+    return tf.nest.map_structure(lambda x: tf.cast(x, tf.float64), tensors)

@@ -14,12 +14,14 @@ from performer.ops.chosen_keys import is_chosen, of_largest_weight
 # Sequences that are looked at, and every how many of them one is for measuring only.
 _SEQUENCES = 20
 _HELD_OUT = 5
+# Keys of a sequence to which its queries are fitted: what features fit is exp(x.y) of single pairs.
+_KEYS = 256
 AS_IT_WAS = "as it was"
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What the calibration of a layer found.
+class LayerReport:
+    """What a fit of a layer's features found.
 
     Errors are those of the outputs of heads on held-out rows, relative to what attention adds to
     the mean of the values: 0 is exact, and at 1 one might as well not look.
@@ -27,7 +29,7 @@ class Calibration:
     Attributes:
         layer: the layer's name.
         methods: of every key/value head, what gave its weights: "as it was", one of "centred",
-            "scaled" and "dense", or "fitted, 6 steps" (or another number of them).
+            "scaled" and "dense", "fitted, 6 steps" (or another number of them), or "distilled".
         before, after: float64 `[H]`: errors of every query head.
         candidates: errors `[H]` of every candidate by its name.
     """
@@ -47,6 +49,13 @@ class Calibration:
             "after": self.after.tolist(),
             "candidates": {name: error.tolist() for name, error in self.candidates.items()},
         }
+
+    @classmethod
+    def from_dict(cls, saved):
+        """The report that `as_dict` described."""
+        errors = {name: np.array(saved[name]) for name in ("before", "after")}
+        candidates = {name: np.array(error) for name, error in saved["candidates"].items()}
+        return cls(saved["layer"], saved["methods"], **errors, candidates=candidates)
 
     def __str__(self):
         """One line."""
@@ -69,12 +78,12 @@ def calibrate(name, projection, features, heads, masks, *, steps, seed):
         seed: of what is sampled and drawn.
 
     Returns:
-        The `Calibration`.
+        The `LayerReport`.
     """
     random = np.random.default_rng(seed)
     query, key, value = (np.asarray(tf.cast(x, tf.float32)) for x in heads)
     scale = query.shape[-1] ** -0.25
-    samples = _Samples(query * scale, key * scale, value, masks, features)
+    samples = Samples(query * scale, key * scale, value, masks, features)
     fitted = _Fitted(samples, projection, features, random)
     weights, methods, errors = fitted.best(steps, seed)
     # Assigned at the end: an interrupt leaves the layer as it was.
@@ -84,10 +93,10 @@ def calibrate(name, projection, features, heads, masks, *, steps, seed):
     projection.query_bias.assign(query_side[..., -1])
     projection.key_projection.assign(weights.key)
     after = errors.pop("after")
-    return Calibration(name, methods, errors[AS_IT_WAS], after, errors)
+    return LayerReport(name, methods, errors[AS_IT_WAS], after, errors)
 
 
-class _Samples:
+class Samples:
     """Rows of the queries of a call, by sequence; sizes as in `fitting.Rows`."""
 
     def __init__(self, query, key, value, masks, features):
@@ -129,16 +138,25 @@ class _Samples:
             result += [mean, rows.T @ rows / len(rows)]
         return result
 
-    def rows(self, batch, at):
-        """`fitting.Rows` of the queries `at` of one sequence."""
-        repeats = self.heads // self.groups
+    def seen(self, batch, at):
+        """Bool `[n, S]`: the keys to which the queries `at` of one sequence attend."""
         seen = self.keys_exist[batch] & np.ones((len(at), 1), bool)
         places = np.arange(self.key.shape[1])
         if self.causal:
             seen &= (places <= at[:, None]) | self.prefix[batch]
         if self.packed:
             seen &= self.run[batch] == self.run[batch][at][:, None]
-        seen &= self.queries_exist[batch][at][:, None]
+        return seen & self.queries_exist[batch][at][:, None]
+
+    def rows(self, batch, at, keys=slice(None), count=None):
+        """`fitting.Rows` of the queries `at` of one sequence, and of all its keys or some.
+
+        Up to `count` rows, if it is given, queries are added that see nothing.
+        """
+        repeats = self.heads // self.groups
+        exist = np.arange(count or len(at)) < len(at)
+        at = np.resize(at, len(exist))
+        seen = self.seen(batch, at) & exist[:, None]
         near = np.zeros_like(seen)
         if self.window is not None:
             block = self.position[batch] // self.window
@@ -150,15 +168,31 @@ class _Samples:
         far = seen & ~near
         if self.exact_keys is None:
             far, near = far[:1], near[:1]
-        query = self.query[batch][at].transpose(1, 0, 2)  # [H, n, D]
         parts = (
-            query.reshape(self.groups, repeats * len(at), -1),
-            self.key[batch].transpose(1, 0, 2),
-            self.value[batch].transpose(1, 0, 2),
-            np.tile(far, (1, repeats, 1)),
-            np.tile(near, (1, repeats, 1)),
+            self._by_group(batch, at),
+            self.key[batch][keys].transpose(1, 0, 2),
+            self.value[batch][keys].transpose(1, 0, 2),
+            np.tile(far[..., keys], (1, repeats, 1)),
+            np.tile(near[..., keys], (1, repeats, 1)),
         )
-        return fitting.Rows(*(tf.constant(x, tf.float32) for x in parts))
+        return fitting.Rows(*(np.asarray(x, np.float32)[None] for x in parts))
+
+    def outputs(self, batch, at, scale):
+        """Outputs of exact attention and of uniform weights, `[n, H, E]`, of one sequence."""
+        repeats = self.heads // self.groups
+        key, value = (x[batch].transpose(1, 0, 2) for x in (self.key, self.value))
+        seen = np.tile(self.seen(batch, at).astype(np.float32), (repeats, 1))
+        query = self._by_group(batch, at) * np.float32(scale)
+        logits = tf.matmul(query, key, transpose_b=True)
+        for x in (logits, tf.zeros_like(logits)):
+            out = np.asarray(fitting.attend(x, seen, value))
+            out = out.reshape(self.heads, len(at), -1)
+            yield out.transpose(1, 0, 2)
+
+    def _by_group(self, batch, at):
+        """The queries `at` of one sequence, `[G, R n, D]`."""
+        query = self.query[batch][at].transpose(1, 0, 2)
+        return query.reshape(self.groups, -1, query.shape[-1])
 
     def _chosen(self, batch):
         """Bool `[G, S]`: the keys that `exact_keys` chooses."""
@@ -209,22 +243,29 @@ class _Fitted:
         fitted = max(len(chosen) - len(held_out), 1)
         each = -(-min(max(8 * count, 512), 2048) // fitted)
         train, measured = [], []
+        (of_keys,) = random.spawn(1)
         for b in chosen:
             exists = np.flatnonzero(samples.queries_exist[b])
             if not len(exists) or not samples.keys_exist[b].any():
                 continue
             at = random.permutation(exists)
+            some_keys = np.sort(of_keys.permutation(samples.key.shape[1])[:_KEYS])
+            fit = at
             if batch == 1:
-                train.append(samples.rows(b, np.sort(at[: 3 * len(at) // 4][:each])))
-                measured.append(samples.rows(b, np.sort(at[3 * len(at) // 4 :][:256])))
+                fit = at[: max(3 * len(at) // 4, 1)]
+                measured.append(samples.rows(b, np.sort(at[len(fit) :][:256])))
             elif b in held_out:
-                measured.append(samples.rows(b, np.sort(at[:64])))
-            else:
-                train.append(samples.rows(b, np.sort(at[:each])))
+                measured.append(samples.rows(b, np.sort(at[:64]), count=64))
+                continue
+            train.append(samples.rows(b, np.sort(fit[:each]), some_keys, count=each))
         train, measured = train or measured, measured or train
         if not train:
             raise ValueError("`calibrate` needs a position that exists. Received: all are masked")
-        return [[fitting.with_targets(x) for x in part] for part in (train, measured)]
+        heads = samples.heads // samples.groups
+        return [
+            [fitting.with_targets(x, self.levels) for x in fitting.together(part, heads, count)]
+            for part in (train, measured)
+        ]
 
     def best(self, steps, seed):
         """The weights that serve best, the names of what gave them `[G]`, and errors by name.
@@ -236,7 +277,7 @@ class _Fitted:
         errors = {name: self._measured(weights) for name, weights in candidates.items()}
         begin, _ = _choose(candidates, errors)
         for number, weights in enumerate(fitting.fit(begin, self.train, self.levels, steps), 1):
-            if number % 2 == 0 or number == steps:
+            if number == steps // 2 or number == steps:
                 name = f"fitted, {number} steps"
                 candidates[name], errors[name] = weights, self._measured(weights)
         weights, methods = _choose(candidates, errors)

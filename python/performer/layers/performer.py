@@ -570,13 +570,14 @@ class Performer(keras.layers.MultiHeadAttention):
         Args:
             query, value, key, query_mask, value_mask, key_mask, attention_mask, use_causal_mask,
                 segment_ids, prefix_mask: As in a call; `value` defaults to `query`. Some thousand
-                positions are enough; of more than 24 sequences a random choice is taken. Masks
-                that differ from query to query are refused.
+                positions are enough. Looked at are up to 24 sequences, and for the fit some queries
+                and 256 keys of each, chosen at random. Masks that differ from query to query are
+                refused.
             steps: Most steps of EM; 0 for the proposals only.
             seed: Integer, of draws and samples.
 
         Returns:
-            `performer.convert.Calibration`: errors of every head before and after, and what gave
+            `performer.convert.LayerReport`: errors of every head before and after, and what gave
             its weights.
 
         Raises:
@@ -584,7 +585,8 @@ class Performer(keras.layers.MultiHeadAttention):
                 no position that exists.
 
         Numerics: eager, float32 (errors in float64), the same result for the same seed. Memory for
-            features and scores of a few hundred queries of one sequence at a time.
+            features and scores of the chosen queries and keys, sequences together up to arrays of
+            64 MiB.
 
         Example:
 
@@ -596,6 +598,28 @@ class Performer(keras.layers.MultiHeadAttention):
         >>> bool(found.after.mean() < 0.8 * found.before.mean())
         True
         """
+        if steps != 0:
+            steps = check_size("steps", steps)
+        heads, masks = self._heads_and_masks(
+            query,
+            value,
+            key,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            use_causal_mask=use_causal_mask,
+            segment_ids=segment_ids,
+            prefix_mask=prefix_mask,
+        )
+        return self._fit_features(heads, masks, steps, check_seed("seed", seed) or 0)
+
+    def _heads_and_masks(self, query, value=None, key=None, **masks: Any):
+        """Query, key and value of all heads and the `FoldedMasks` of a call, to fit features to.
+
+        Args:
+            query, value, key, **masks: as `calibrate`.
+        """
         if not self._options.learned:
             raise ValueError(
                 "`calibrate` needs attention_method='linear' and feature_map='learned', whose "
@@ -603,38 +627,31 @@ class Performer(keras.layers.MultiHeadAttention):
                 f"attention_method={self._options.attention_method!r}, "
                 f"feature_map={self._options.feature_map!r}"
             )
-        if steps != 0:
-            steps = check_size("steps", steps)
         query = self._converted("query", query)
         value = query if value is None else self._converted("value", value)
         key = value if key is None else self._converted("key", key)
-        masks = Masks(
-            query_mask=mask_of(query) if query_mask is None else query_mask,
-            value_mask=mask_of(value) if value_mask is None else value_mask,
-            key_mask=mask_of(key) if key_mask is None else key_mask,
-            attention_mask=attention_mask,
-            use_causal_mask=use_causal_mask,
-            segment_ids=segment_ids,
-            prefix_mask=prefix_mask,
-        )
-        axes = masks.check(query.shape, value.shape, self._attention_axes, key.shape)
-        if masks.is_general(axes):
+        attached = {"query_mask": query, "value_mask": value, "key_mask": key}
+        for name, x in attached.items():
+            if masks.get(name) is None:
+                masks[name] = mask_of(x)
+        given = Masks(**masks)
+        axes = given.check(query.shape, value.shape, self._attention_axes, key.shape)
+        if given.is_general(axes):
             raise ValueError(
                 "`attention_mask` of `calibrate` must be the same for every query. Received: "
-                f"attention_mask.shape={tuple(masks.attention_mask.shape)}"
+                f"attention_mask.shape={tuple(given.attention_mask.shape)}"
             )
         query, value, key = (tf.identity(x) for x in (query, value, key))
         if not self.built:
             self.build(query.shape, value.shape, key.shape)
-        folded = masks.fold(query, key, axes)
+        folded = given.fold(query, key, axes)
+        return self._heads(query, key, value, 0, folded.segment_ids), folded
+
+    def _fit_features(self, heads, masks, steps, seed):
+        """Fits the features to what `_heads_and_masks` returned; a `LayerReport`."""
+        features = self._features(training=False)
         return calibrate(
-            self.name,
-            self._learned_projection,
-            self._features(training=False),
-            self._heads(query, key, value, 0, folded.segment_ids),
-            folded,
-            steps=steps,
-            seed=check_seed("seed", seed) or 0,
+            self.name, self._learned_projection, features, heads, masks, steps=steps, seed=seed
         )
 
     def redraw(self):

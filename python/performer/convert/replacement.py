@@ -1,16 +1,9 @@
-"""From models with `MultiHeadAttention` to models with `Performer`, and back.
-
-`copy_weights` carries the weights of one attention layer to another, `replace_attention` exchanges
-the attention layers of a whole model, and `calibrate` fits their features to data.
-"""
+"""Models with `Performer` layers in the place of exact attention."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import inspect
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -19,91 +12,11 @@ from keras.saving import deserialize_keras_object, serialize_keras_object
 from keras.saving import get_registered_name as registered_name
 from keras.src.models.functional import Functional
 
+from performer.convert.weights import EXACT, copy_weights
 from performer.layers import Performer
-from performer.layers._calibration import Calibration
 
-_SUBLAYERS = ("query", "key", "value", "gate", "attention_output")
-_EXACT = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 # Models whose graph of layers is in their configuration.
 _GRAPHS = (keras.Sequential, Functional)
-
-
-def copy_weights(source, target) -> None:
-    """Copies the dense kernels and biases of one attention layer to another.
-
-    Between `Performer`, `MultiHeadAttention` and `GroupQueryAttention`, in any direction. They name
-    and shape these weights alike. What else a layer has (the projection of a `Performer`, the state
-    of a dropout) stays as it is.
-
-    Args:
-        source: Built attention layer.
-        target: Attention layer with weights of the same shapes; built like `source` where it is
-            not built yet.
-
-    Raises:
-        TypeError: Not one of these layers.
-        ValueError: `source` is not built; a weight is missing on one side or has another shape
-            there; a sublayer was quantized.
-
-    Example:
-
-    >>> import keras
-    >>> from performer import Performer, convert
-    >>> exact = keras.layers.MultiHeadAttention(num_heads=2, key_dim=4)
-    >>> exact.build((None, 10, 8), (None, 10, 8))
-    >>> linear = Performer(num_heads=2, key_dim=4, supports=64)
-    >>> convert.copy_weights(exact, linear)
-    >>> bool((linear.query_dense.kernel.numpy() == exact.query_dense.kernel.numpy()).all())
-    True
-    """
-    for name, layer in (("source", source), ("target", target)):
-        if not isinstance(layer, _EXACT):
-            raise TypeError(
-                f"`{name}` must be a Performer, MultiHeadAttention or GroupQueryAttention layer. "
-                f"Received: {name}={layer!r}"
-            )
-    if not source.built:
-        raise ValueError(f"`source` must be built. Received: source={source!r}")
-    if not target.built:
-        target.build(**_build_shapes(source))
-    given, wanted = _weights("source", source), _weights("target", target)
-    for name in {**given, **wanted}:
-        shapes = [
-            None if w is None else tuple(w.shape) for w in (given.get(name), wanted.get(name))
-        ]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"`source` and `target` must have the same weights. Of `{name}`, `source` "
-                f"({source.name}) has the shape {shapes[0]}, `target` ({target.name}) {shapes[1]}"
-            )
-    for name, weight in wanted.items():
-        weight.assign(given[name])
-
-
-def _weights(argument, layer):
-    """The dense weights of an attention layer, by names like "query/kernel"."""
-    weights = {}
-    for sublayer in _SUBLAYERS:
-        attribute = {"attention_output": "output"}.get(sublayer, sublayer)
-        dense = getattr(layer, f"_{attribute}_dense", None)
-        if dense is None:
-            continue
-        if getattr(dense, "quantization_mode", None):
-            raise ValueError(
-                f"The weights of a quantized layer cannot be copied. Received: {argument} with "
-                f"{sublayer!r} in {dense.quantization_mode!r}"
-            )
-        # With LoRA this is the merged kernel, and assigning it is refused by Keras.
-        weights[f"{sublayer}/kernel"] = dense.kernel
-        if dense.bias is not None:
-            weights[f"{sublayer}/bias"] = dense.bias
-    return weights
-
-
-def _build_shapes(layer):
-    """Keyword arguments of a layer's `build`, from those that it was built with."""
-    config = layer.get_build_config()
-    return config.get("shapes_dict") or config
 
 
 def replace_attention(model, *, supports=None, where=None, **arguments):
@@ -151,110 +64,14 @@ def replace_attention(model, *, supports=None, where=None, **arguments):
     if not model.built:
         raise ValueError(f"`model` must be built: call it once. Received: model={model!r}")
     choice = _Choice(where or (lambda name: True), {**arguments, "supports": supports})
-    if not any(map(choice.selects, _layers_inside(model))):
-        found = sorted({type(layer).__name__ for layer in _layers_inside(model)})
+    if not any(map(choice.selects, layers_inside(model))):
+        found = sorted({type(layer).__name__ for layer in layers_inside(model)})
         raise ValueError(
             "`model` must have a MultiHeadAttention or GroupQueryAttention layer"
             + ("" if where is None else " that `where` selects")
             + f". Received: {model.name!r}, with layers of the types {', '.join(found)}"
         )
     return _copy_of(model, choice)
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrationReport:
-    """What `calibrate` found, printed as a table.
-
-    Attributes:
-        layers: a `Calibration` for each layer, in the order in which the model calls them.
-    """
-
-    layers: list[Calibration]
-
-    def __str__(self):
-        """A line for each layer."""
-        return "\n".join(map(str, self.layers))
-
-    def save(self, path):
-        """Writes all errors and methods as JSON."""
-        with open(path, "w") as file:
-            json.dump([layer.as_dict() for layer in self.layers], file, indent=1)
-
-
-def calibrate(model, data, *, steps=8, seed=0) -> CalibrationReport:
-    """Fits the learned features of a model to its own queries and keys, without training.
-
-    The model is called once on the data. Every `Performer` layer with `feature_map="learned"` is
-    calibrated with the inputs and masks that reach it, see `Performer.calibrate`, and then goes
-    on with the weights it has found: later layers are calibrated with what the earlier ones now
-    give them. No other weight changes. A layer that is called several times is calibrated by the
-    first call.
-
-    Args:
-        model: Keras model or layer, such as `replace_attention(..., feature_map="learned")` makes.
-        data: Inputs of one call, arrays or tensors: 16 to 32 sequences of the length and kind
-            that the model is for.
-        steps, seed: As in `Performer.calibrate`.
-
-    Returns:
-        A `CalibrationReport`: errors of every head of every layer, before and after.
-
-    Raises:
-        ValueError: The model has no layer with learned features, or the call reaches none; and as
-            `Performer.calibrate`.
-
-    Example:
-
-    >>> import keras, tensorflow as tf
-    >>> from performer import convert
-    >>> x = keras.Input((64, 16))
-    >>> exact = keras.Model(x, keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)(x, x))
-    >>> linear = convert.replace_attention(exact, supports=16, feature_map="learned", seed=1)
-    >>> data = tf.random.stateless_normal([8, 64, 16], seed=[1, 2])
-    >>> (layer,) = convert.calibrate(linear, data).layers
-    >>> bool(layer.after.mean() < 0.8 * layer.before.mean())
-    True
-    """
-    layers = [
-        layer
-        for layer in _layers_inside(model)
-        if isinstance(layer, Performer) and layer.learns_features
-    ]
-    found: dict[int, Calibration] = {}
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(_calibrated_by_its_first_call(layer, found, steps, seed))
-        if layers:
-            model(data, training=False)
-    if not found:
-        raise ValueError(
-            "`model` must have a Performer layer with attention_method='linear' and "
-            f"feature_map='learned' that a call reaches. Received: {model.name!r}, with "
-            f"{len(layers)} of them"
-        )
-    return CalibrationReport(list(found.values()))
-
-
-@contextlib.contextmanager
-def _calibrated_by_its_first_call(layer, found, steps, seed):
-    """The first call of `layer` calibrates it; `found` gets the result, by the layer's id."""
-    call = layer.call
-    signature = inspect.signature(call)
-    known = inspect.signature(layer.calibrate).parameters
-
-    @functools.wraps(call)
-    def calibrated(*args, **kwargs):
-        if id(layer) not in found:
-            given = signature.bind(*args, **kwargs).arguments
-            given = {name: x for name, x in given.items() if name in known}
-            found[id(layer)] = layer.calibrate(**given, steps=steps, seed=seed)
-        return call(*args, **kwargs)
-
-    layer.call = calibrated
-    try:
-        yield
-    finally:
-        del layer.call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +82,7 @@ class _Choice:
     arguments: dict[str, Any]
 
     def selects(self, layer):
-        return type(layer) in _EXACT and self.where(layer.name)
+        return type(layer) in EXACT and self.where(layer.name)
 
     def performer(self, layer):
         """The layer that takes the place of an exact one, not built."""
@@ -289,13 +106,14 @@ def _children(layer):
     return list(layer._flatten_layers(include_self=False, recursive=False))
 
 
-def _layers_inside(layer):
+def layers_inside(layer):
+    """A layer and all layers in it, in order."""
     return list(layer._flatten_layers())
 
 
 def _copy_of(model, choice):
     """A model with the weights of `model`, in which the chosen layers are replaced."""
-    classes = {type(layer) for layer in _layers_inside(model)}
+    classes = {type(layer) for layer in layers_inside(model)}
     names = {name: c for c in classes for name in (c.__name__, registered_name(c))}
     try:
         config = _with_replacements(serialize_keras_object(model), choice)
@@ -318,7 +136,7 @@ def _with_replacements(config, choice):
         return type(config)(_with_replacements(x, choice) for x in config)
     if not isinstance(config, dict):
         return config
-    exact = config.get("class_name") in {kind.__name__ for kind in _EXACT}
+    exact = config.get("class_name") in {kind.__name__ for kind in EXACT}
     if exact and str(config.get("module")).startswith("keras."):
         layer = deserialize_keras_object({k: v for k, v in config.items() if k != "build_config"})
         if choice.selects(layer):
@@ -330,7 +148,7 @@ def _carry_weights(source, target):
     """Copies all weights from a layer to a copy of it, in which attention may be replaced."""
     if not target.built:
         target.build_from_config(source.get_build_config())
-    if isinstance(target, Performer) and type(source) in _EXACT:
+    if isinstance(target, Performer) and type(source) in EXACT:
         copy_weights(source, target)
         return
     pairs = _children(source), _children(target)
@@ -365,7 +183,7 @@ def _exchange_inside(holder, choice):
         if choice.selects(child):
             new = choice.performer(child)
             copy_weights(child, new)
-        elif isinstance(child, _GRAPHS) and any(map(choice.selects, _layers_inside(child))):
+        elif isinstance(child, _GRAPHS) and any(map(choice.selects, layers_inside(child))):
             new = _copy_of(child, choice)
         else:
             exchanged |= _exchange_inside(child, choice)

@@ -1,0 +1,69 @@
+"""A small sentence encoder, trained here: which topic of Python's documentation is a text from?
+
+It has the functions of minilm.py, in the place of which sentence_encoder.py uses it.
+"""
+
+import pydoc_data.topics
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+from performer import TokenAndPositionEmbedding
+
+TOPICS = sorted(pydoc_data.topics.topics)
+WORDS, WIDTH, HEADS = 2000, 64, 4
+
+
+def pieces(words):
+    """Texts of so many words, in an order of no meaning, and the numbers of their topics."""
+    found = []
+    for number, name in enumerate(TOPICS):
+        text = pydoc_data.topics.topics[name].split()
+        cut = range(0, max(len(text) - words, 1), words)
+        found += [(" ".join(text[i : i + words]), number) for i in cut]
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i][0] for i in order], np.array([found[i][1] for i in order])
+
+
+def tokenizer(length):
+    """A function from texts to int32 `[n, length]`, 0 for padding."""
+    vectorize = layers.TextVectorization(WORDS, output_sequence_length=length)
+    vectorize.adapt(list(pydoc_data.topics.topics.values()))
+    return lambda texts: vectorize(tf.constant(texts)).numpy().astype("int32")
+
+
+def encoder(length, epochs=8):
+    """The encoder: words int32 `[B, length]` to embeddings `[B, 64]` of norm 1."""
+    words = keras.Input((length,), dtype="int32")
+    x = TokenAndPositionEmbedding(WORDS, length, WIDTH)(words)
+    for number in range(2):
+        attention = layers.MultiHeadAttention(HEADS, WIDTH // HEADS, name=f"attention_{number}")
+        x = layers.LayerNormalization()(x + attention(x, x, attention_mask=words[:, None] != 0))
+        x = layers.LayerNormalization()(x + layers.Dense(WIDTH)(layers.Dense(128, "gelu")(x)))
+    pooled = layers.GlobalAveragePooling1D()(x, mask=words != 0)
+    model = keras.Model(words, layers.UnitNormalization()(pooled))
+    classifier = keras.Sequential([model, layers.Rescaling(10), layers.Dense(len(TOPICS))])
+    classifier.compile(
+        keras.optimizers.Adam(3e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    texts, labels = pieces(length)
+    classifier.fit(tokenizer(length)(texts), labels, batch_size=16, epochs=epochs, verbose=2)
+    return model
+
+
+def main(length=128):
+    """Trains, and returns mean cosines of pieces of the same topic and of different ones."""
+    texts, labels = pieces(length)
+    embedded = encoder(length).predict(tokenizer(length)(texts), verbose=0)
+    same = labels[:, None] == labels
+    cosines = embedded @ embedded.T
+    found = cosines[same].mean(), cosines[~same].mean()
+    print(f"cosine of the same topic {found[0]:.2f}, of others {found[1]:.2f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
