@@ -140,6 +140,17 @@ def test_saved_reloaded_and_trained_further_in_mixed_precision(model, tmp_path):
     np.testing.assert_array_equal(again([X, Y]), linear([X, Y]))
 
 
+def test_grouped_heads_of_a_functional_model_are_replaced():
+    inputs = keras.Input((7, 8))
+    layer = keras.layers.GroupQueryAttention(4, 4, 2, name="grouped")
+    model = keras.Model(inputs, layer(inputs, inputs))
+    linear = convert.replace_attention(model, supports=16)
+    np.testing.assert_array_equal(linear(X), linear.get_layer("grouped")(X, X))
+    assert np.abs(linear(X) - model(X)).max() > 1e-4  # an estimate, not what it was
+    close = convert.replace_attention(model, supports=2**14)
+    assert np.abs(close(X) - model(X)).max() < 0.1 * np.std(model(X))
+
+
 def test_some_layers_only(model):
     copy = convert.replace_attention(model, supports=16, where=lambda name: name != "cross")
     assert [type(copy.get_layer(n)).__name__ for n in ("encoder", "causal", "cross")] == [

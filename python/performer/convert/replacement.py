@@ -15,6 +15,8 @@ from keras.src.models.functional import Functional
 from performer.convert.weights import EXACT, copy_weights
 from performer.layers import Performer
 
+# Of exact layers in configurations: Keras exports one of the classes under another name.
+_NAMES = {"GroupQueryAttention", *(kind.__name__ for kind in EXACT)}
 # Models whose graph of layers is in their configuration.
 _GRAPHS = (keras.Sequential, Functional)
 
@@ -136,7 +138,7 @@ def _with_replacements(config, choice):
         return type(config)(_with_replacements(x, choice) for x in config)
     if not isinstance(config, dict):
         return config
-    exact = config.get("class_name") in {kind.__name__ for kind in EXACT}
+    exact = config.get("class_name") in _NAMES
     if exact and str(config.get("module")).startswith("keras."):
         layer = deserialize_keras_object({k: v for k, v in config.items() if k != "build_config"})
         if choice.selects(layer):
