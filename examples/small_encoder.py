@@ -37,9 +37,13 @@ def tokenizer(length):
 def encoder(length, epochs=8):
     """The encoder: words int32 `[B, length]` to embeddings `[B, 64]` of norm 1."""
     words = keras.Input((length,), dtype="int32")
-    x = TokenAndPositionEmbedding(WORDS, length, WIDTH)(words)
+    x = layers.LayerNormalization()(TokenAndPositionEmbedding(WORDS, length, WIDTH)(words))
+    wide = keras.initializers.RandomUniform(-0.4, 0.4, seed=1)  # attends to single words
     for number in range(2):
-        attention = layers.MultiHeadAttention(HEADS, WIDTH // HEADS, name=f"attention_{number}")
+        name = f"attention_{number}"
+        attention = layers.MultiHeadAttention(
+            HEADS, WIDTH // HEADS, kernel_initializer=wide, name=name
+        )
         x = layers.LayerNormalization()(x + attention(x, x, attention_mask=words[:, None] != 0))
         x = layers.LayerNormalization()(x + layers.Dense(WIDTH)(layers.Dense(128, "gelu")(x)))
     pooled = layers.GlobalAveragePooling1D()(x, mask=words != 0)

@@ -66,17 +66,9 @@ def test_recall_needs_the_window_for_near_and_features_for_far_pairs():
 
 @pytest.mark.slow
 def test_a_language_model_with_linear_attention_comes_back_to_the_exact_one():
-    table = run(
-        "converted_language_model",
-        length=256,
-        steps=60,
-        supports=16,
-        fitted=10,
-        held_out=8,
-        learning_rate=0.05,
-        end_to_end=10,
-        verbose=0,
-    )
+    sizes = {"length": 256, "steps": 60, "supports": 16, "fitted": 10, "held_out": 8}
+    fit = {"learning_rate": 0.05, "end_to_end": 10, "verbose": 0}
+    table = run("converted_language_model", **sizes, **fit)
     assert table["distilled"] < table["converted"]
     assert table["distilled with window"] < 1.1 * table["exact"]
 
@@ -90,19 +82,11 @@ def test_a_small_encoder_tells_topics_apart():
 @pytest.mark.slow
 def test_a_sentence_encoder_comes_back_to_the_exact_one(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    table = run(
-        "sentence_encoder",
-        small=True,
-        length=192,
-        fitted=16,
-        held_out=24,
-        supports=16,
-        steps=50,
-        verbose=0,
-    )
-    for kind in ("features only", "features and window"):
-        assert table[kind]["distilled"][0] > table[kind]["converted"][0]
-    assert table["features and window"]["distilled"][0] > 0.9
+    sizes = {"length": 256, "fitted": 16, "held_out": 24, "supports": 16}
+    table = run("sentence_encoder", small=True, **sizes, steps=50, verbose=0)
+    # The window covers most of so short a text: with it nothing is left to gain.
+    assert table["features only"]["distilled"][0] > table["features only"]["converted"][0] + 0.2
+    assert table["features and window"]["distilled"][0] > 0.95
 
 
 def test_a_trained_encoder_is_read_from_its_package():
