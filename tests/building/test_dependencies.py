@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 INSIDE = {
-    "keras.src.models.functional": ["convert.py"],  # class of a functional model
+    "keras.src.models.functional": ["convert/replacement.py"],  # class of a functional model
     "tensorflow.python.eager.context": ["loader.py"],  # whether TensorFlow has started
     "tensorflow.python.ops": ["layers/_projection.py"],  # whether XLA compiles a graph
     "tensorflow.python.ops.parallel_for": ["ops/vectorize.py"],  # vectorized loops
