@@ -14,7 +14,7 @@
 namespace performer {
 namespace cuda {
 
-// Of query rows, [rows, H], as the statistics kernels leave them.
+// Of query rows, [rows, H], as StoreStatistics leaves them.
 struct RowStatistics {
   const float *row_max = nullptr, *log_sum = nullptr, *delta = nullptr;
 };
@@ -174,17 +174,32 @@ PERFORMER_DEVICE void TotalOfFeatures(float (&total)[2], const T* tile, int r0, 
 template <class T>
 inline constexpr bool kKeepsLogSum = !kIs16Bit<T>;
 
+// Those of the rows from `at` on.
+template <class T>
+PERFORMER_DEVICE RowStatistics StatisticsFrom(const RowStatistics& from, int64_t at) {
+  return {from.row_max + at, kKeepsLogSum<T> ? from.log_sum + at : nullptr, from.delta + at};
+}
+
+// Stores them for query row `at`, whose `sum` is relative to row_max; -inf where it is 0.
+template <class T>
+PERFORMER_DEVICE void StoreStatistics(float row_max, float sum, float unit, int64_t at,
+                                      float* to_max, float* to_log_sum) {
+  const float log_sum = sum == 0.f ? 0.f : log2f(sum);
+  if constexpr (kKeepsLogSum<T>)
+    to_log_sum[at] = log_sum;
+  else
+    row_max += log_sum / unit;
+  to_max[at] = sum == 0.f ? -kInfinity : row_max;
+}
+
 // Loads row_max, log_sum and delta of query row `at` to row `to` of their tiles. A row past the end,
 // or one that sees no key, gets row_max = inf: its features are 0.
 template <class T>
 PERFORMER_DEVICE void LoadStatistics(float* row_max, float* log_sum, float* delta, int to,
-                                     const RowStatistics& from, int64_t at, bool valid,
-                                     const Map& map) {
-  const float given = valid ? from.row_max[at] : -kInfinity, sum = valid ? from.log_sum[at] : 0.f;
-  row_max[to] = given == -kInfinity ? kInfinity
-                : kKeepsLogSum<T>   ? given
-                                    : given + sum / map.unit();
-  if constexpr (kKeepsLogSum<T>) log_sum[to] = sum;
+                                     const RowStatistics& from, int64_t at, bool valid) {
+  const float given = valid ? from.row_max[at] : -kInfinity;
+  row_max[to] = given == -kInfinity ? kInfinity : given;
+  if constexpr (kKeepsLogSum<T>) log_sum[to] = valid ? from.log_sum[at] : 0.f;
   delta[to] = valid ? from.delta[at] : 0.f;
 }
 

@@ -94,7 +94,7 @@ struct DqBlock {
     *const_cast<DqPointers<T>*>(pointers()) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
-        {p.statistics.row_max + at, p.statistics.log_sum + at, p.statistics.delta + at},
+        StatisticsFrom<T>(p.statistics, at),
         p.grad_query.Row(row0, head),
         p.sum_query == nullptr ? nullptr : p.sum_query + at * W,
         p.projection.At(QueryHeadIndex(p.projection.heads, head, heads(), group), p.features_pad,
@@ -136,7 +136,7 @@ struct DqBlock {
     if (tid < kTile)
       LoadStatistics<T>(floats(L::kRowMax), floats(L::kLogSum), floats(L::kDelta),
                         parity * kTile + tid, pointers()->statistics,
-                        static_cast<int64_t>(first + tid) * heads(), valid(tid), p.map);
+                        static_cast<int64_t>(first + tid) * heads(), valid(tid));
   }
 
   // P and dS of 32 queries from j0; dS to shared memory, both to the sums over tokens. scale: see

@@ -46,9 +46,10 @@ Status LaunchRowStatistics(const Context& context, const performer::ReadGradPara
   PERFORMER_RETURN_IF_ERROR(
       (FillStateRead<T, W>(context, call.queries, call.state, tiles, &p, origin)));
   p.grad_out = MakeRows<const T>(call.grad_out, dims.heads, dims.value_dim);
-  for (float** to : {&p.row_max, &p.log_sum, &p.delta, &p.peak})
-    PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(dims.batch * dims.queries * dims.heads,
-                                                        "statistics of rows", to));
+  for (float** to : {&p.row_max, &p.delta, &p.peak, &p.log_sum})
+    if (to != &p.log_sum || kKeepsLogSum<T>)
+      PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(dims.batch * dims.queries * dims.heads,
+                                                          "statistics of rows", to));
   return context.launcher.Launch("statistics of rows", RowStatisticsKernel<T, W>,
                                  {tiles.count, dims.heads}, Layout::kThreads, Layout::kBytes, p);
 }

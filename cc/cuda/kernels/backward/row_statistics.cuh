@@ -21,7 +21,8 @@ namespace cuda {
 template <class T>
 struct RowStatisticsParams : StateReadParams<T> {
   RowsOf<const T> grad_out;  // [B L, H, E]
-  // [B L, H] each. row_max: in units of root, -inf where a row sees no key. peak: max_m |g|.
+  // [B L, H] each; log_sum: nullptr unless kKeepsLogSum<T>. row_max: in units of root, -inf where a row
+  // sees no key. peak: max_m |g|.
   float *row_max = nullptr, *log_sum = nullptr, *delta = nullptr, *peak = nullptr;
 };
 
@@ -155,8 +156,7 @@ __global__ void __launch_bounds__(128, 2) RowStatisticsKernel(RowStatisticsParam
     const int row = tid / 32 * 16 + lane / 4 + 8 * e;
     if (row >= rows_here || lane % 4 != 0) continue;
     const int64_t at = (row0 + row) * heads + head;
-    p.row_max[at] = total == 0.f ? -kInfinity : row_max[e];
-    p.log_sum[at] = total == 0.f ? 0.f : log2f(total);
+    StoreStatistics<T>(row_max[e], total, unit, at, p.row_max, p.log_sum);
     p.delta[at] = total == 0.f ? 0.f : all / total;
     p.peak[at] = largest;
   }

@@ -36,11 +36,11 @@ struct CausalGradientParams : CausalRowsParams<T> {
   const float* origin = nullptr;
 };
 
-// The origin [W] of the values of a split's first chunk, or of its other chunks.
-template <int W>
+// The origin [W] of the values of a split's first chunk, or of its other chunks; nullptr in 16 bits.
+template <class T, int W>
 PERFORMER_DEVICE const float* OriginOfChunk(const float* origin, int64_t split, int64_t groups,
                                             int64_t group, bool other) {
-  return origin == nullptr ? nullptr : origin + ((split * 2 + other) * groups + group) * W;
+  return kIs16Bit<T> ? nullptr : origin + ((split * 2 + other) * groups + group) * W;
 }
 
 // Features relative to an anchor, and sums over rows, do not fit half's range. Where T is half

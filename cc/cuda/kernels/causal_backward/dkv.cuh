@@ -88,7 +88,7 @@ struct CausalDkvBlock : CausalBackwardBlock<T, W, CausalDkvParams<T>, CausalDkvL
     if (tid < C)
       LoadStatistics<T>(floats(L::kRowMax), floats(L::kLogSum), floats(L::kDelta), tid,
                         pointers()->statistics, static_cast<int64_t>(first + tid) * heads() + head,
-                        valid(tid), p.map);
+                        valid(tid));
   }
 
   // x = b, sub_chunk and anchor: of this warp's sub-chunk number `wanted`, or of the last one if

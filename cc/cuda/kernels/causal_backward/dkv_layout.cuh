@@ -102,7 +102,7 @@ PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParam
   return {
       p.query.Row(row0, head),
       p.grad_out.Row(row0, head),
-      {p.statistics.row_max + at, p.statistics.log_sum + at, p.statistics.delta + at},
+      StatisticsFrom<T>(p.statistics, at),
       p.grad_key.Row(row0, group),
       p.grad_value.Row(row0, group),
       p.sum_key == nullptr ? nullptr : p.sum_key + here * W,
@@ -117,8 +117,8 @@ PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParam
       p.before_mean + before * features * width,
       first ? p.grad_initial_log_mass + state * features : nullptr,
       first ? p.grad_initial_mean + state * features * width : nullptr,
-      OriginOfChunk<W>(p.origin, split, groups, group, false),
-      OriginOfChunk<W>(p.origin, split, groups, group, true)};
+      OriginOfChunk<T, W>(p.origin, split, groups, group, false),
+      OriginOfChunk<T, W>(p.origin, split, groups, group, true)};
 }
 
 // The reverse state before the sequence's first row is the gradient of its initial state. Stores

@@ -31,7 +31,6 @@ struct CausalDqParams : CausalGradientParams<T> {
 template <class T>
 struct CausalDqPointers {
   const T *query, *grad_out;     // [rows, H, D or E]
-  RowStatistics statistics;      // [rows, H]
   T* grad_query;                 // [rows, H, D]
   float* sum_query;              // [rows, H, W], or nullptr
   float* corrected_delta;        // [rows, H], nullptr except in CausalDeltaKernel
@@ -40,6 +39,7 @@ struct CausalDqPointers {
   const uint32_t* key_operands;  // [M_pad / 16, W / 16, 32, kFragment]
   const float* feature_bias;     // [M]
   const float *log_mass, *mean;  // [M], [M, E]: the state before the split
+  RowStatistics statistics;      // [rows, H]
   // [W], or nullptr in 16 bits: of the values of the first chunk, and of the others.
   const float *first_origin, *origin;
 };
@@ -98,7 +98,6 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
     *const_cast<CausalDqPointers<T>*>(pointers()) = {
         p.query.Row(row0, head),
         p.grad_out.Row(row0, head),
-        {p.statistics.row_max + at, p.statistics.log_sum + at, p.statistics.delta + at},
         p.grad_query.Row(row0, head),
         p.sum_query == nullptr ? nullptr : p.sum_query + at * W,
         kDelta ? p.corrected_delta + at : nullptr,
@@ -111,8 +110,9 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
         p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads(), group) * features(),
         p.before_log_mass + state * features(),
         p.before_mean + state * features() * p.keys.value.width,
-        OriginOfChunk<W>(p.origin, blockIdx.x, p.groups, group, false),
-        OriginOfChunk<W>(p.origin, blockIdx.x, p.groups, group, true)};
+        StatisticsFrom<T>(p.statistics, at),
+        OriginOfChunk<T, W>(p.origin, blockIdx.x, p.groups, group, false),
+        OriginOfChunk<T, W>(p.origin, blockIdx.x, p.groups, group, true)};
   }
 
   // The state before the split's first row; feature_bias in units of root.
@@ -167,7 +167,7 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
     if (tid < C)
       LoadStatistics<T>(floats(L::kRowMax), floats(L::kLogSum), floats(L::kDelta), tid,
                         pointers()->statistics, static_cast<int64_t>(first + tid) * heads(),
-                        valid(tid), p.map);
+                        valid(tid));
     CpAsyncWait<0>();
     stream.ComputeBias(0, tile(L::kKey), tid);
     if constexpr (!kIs16Bit<T>)

@@ -122,8 +122,8 @@ class CausalGradLauncher {
     p.rows = dims_.batch * dims_.queries;
     p.grad_out = common_.grad_out;
     const int64_t count = p.rows * dims_.heads;
-    for (float** to : {&p.row_max, &p.log_sum, &p.delta})
-      PERFORMER_RETURN_IF_ERROR(Allocate(count, to));
+    for (float** to : {&p.row_max, &p.delta, &p.log_sum})
+      if (to != &p.log_sum || kKeepsLogSum<T>) PERFORMER_RETURN_IF_ERROR(Allocate(count, to));
     common_.statistics = {p.row_max, p.log_sum, p.delta};
     return launcher_.Launch("statistics of rows", CausalStatisticsKernel<T, W>,
                             {pass_.splits.count, dims_.heads, kStatisticsBlocks},

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(128, 1) ReverseStateKernel(ReverseStateParams<
     CpAsyncCommit();
     if (tid < kTile)
       LoadStatistics<T>(row_max, log_sum, delta, buffer * kTile + tid, p.statistics,
-                        (row0 + first + tid) * heads + head, valid(tid), p.map);
+                        (row0 + first + tid) * heads + head, valid(tid));
   };
   {
     const T* w =

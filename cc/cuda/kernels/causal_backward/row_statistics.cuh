@@ -18,10 +18,11 @@ struct CausalStatisticsParams {
   const float* part_out = nullptr;                       // [parts][rows, H, W]
   const float *part_max = nullptr, *part_sum = nullptr;  // [parts][rows, H]: row_max and log_sum
   int64_t parts = 0, rows = 0, groups = 0;
-  float unit = 1;                                                  // Map::unit
-  const float* origin = nullptr;                                   // see CausalGradientParams
-  RowsOf<const T> grad_out;                                        // [rows, H, E]
-  float *row_max = nullptr, *log_sum = nullptr, *delta = nullptr;  // [rows, H]
+  float unit = 1;                 // Map::unit
+  const float* origin = nullptr;  // see CausalGradientParams
+  RowsOf<const T> grad_out;       // [rows, H, E]
+  // [rows, H]; log_sum: nullptr unless kKeepsLogSum<T>
+  float *row_max = nullptr, *log_sum = nullptr, *delta = nullptr;
 };
 
 // Blocks that share the rows of a split.
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsPa
     const T* grad_out = p.grad_out.Row(work.first_row + row, head);
     const float* origin = nullptr;
     if constexpr (!kIs16Bit<T>)
-      origin = OriginOfChunk<W>(p.origin, blockIdx.x, p.groups, group,
-                                row - work.begin >= kChunkRows<T>);
+      origin = OriginOfChunk<T, W>(p.origin, blockIdx.x, p.groups, group,
+                                   row - work.begin >= kChunkRows<T>);
     float sum = 0, delta = 0;
     for (int64_t z = 0; z < p.parts; ++z) {
       const int64_t at = z * count + number;
@@ -63,8 +64,7 @@ __global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsPa
     }
     delta = WarpSum(delta);
     if (lane != 0) continue;
-    p.row_max[number] = row_max;
-    p.log_sum[number] = sum == 0.f ? 0.f : log2f(sum);
+    StoreStatistics<T>(row_max, sum, p.unit, number, p.row_max, p.log_sum);
     p.delta[number] = sum == 0.f ? 0.f : delta / sum;
   }
 }
