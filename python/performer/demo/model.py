@@ -33,44 +33,37 @@ ATTENTION: dict[str, dict] = {
 
 @keras.saving.register_keras_serializable(package="performer.demo")
 class ByteEmbedding(layers.Layer):
-    """Bytes `[B, L]` to `[B, L, width]`: the sum of embeddings of a byte and of those before it.
+    """Bytes `[B, L]` to `[B, L, width]`: the sum of embeddings of a byte and of the one before.
 
-    `reach` bytes have a part, each place with a table of its own: a short convolution over bytes.
-    Places are then alike where the last bytes are, which is what attention looks for. Before the
-    first byte come those of the state, zeros at the start.
+    The byte before the first is the state, 0 at the start.
     """
 
-    def __init__(self, width, reach=4, **kwargs):
+    def __init__(self, width, **kwargs):
         super().__init__(**kwargs)
         self.width = width
-        self.reach = reach
-        self.tables = [layers.Embedding(256, width) for _ in range(reach)]
+        self.this = layers.Embedding(256, width)
+        self.previous = layers.Embedding(256, width)
 
     def build(self, shape):
-        """Builds the tables."""
-        for table in self.tables:
-            table.build(shape)
+        """Builds both tables."""
+        self.this.build(shape)
+        self.previous.build(shape)
 
     def get_initial_state(self, batch_size):
-        """Returns the bytes before the first of each row."""
-        return tf.zeros([batch_size, self.reach - 1], tf.int32)
+        """Returns the byte before the first of each row."""
+        return tf.zeros([batch_size, 1], tf.int32)
 
     def call(self, text, initial_state=None, return_state=False):
-        """Returns the embeddings and, with `return_state`, the last bytes."""
+        """Returns the embeddings and, with `return_state`, the last byte."""
         text = tf.cast(text, tf.int32)
-        batch, length = tf.unstack(tf.shape(text))
-        if initial_state is None:
-            initial_state = self.get_initial_state(batch)
-        joined = tf.concat([initial_state, text], 1)
-        embedded = sum(
-            table(joined[:, start : start + length])
-            for start, table in zip(reversed(range(self.reach)), self.tables, strict=True)
-        )
-        return (embedded, joined[:, length:]) if return_state else embedded
+        before = tf.zeros_like(text[:, :1]) if initial_state is None else initial_state
+        joined = tf.concat([before, text], 1)
+        embedded = self.this(text) + self.previous(joined[:, :-1])
+        return (embedded, joined[:, -1, tf.newaxis]) if return_state else embedded
 
     def get_config(self):
         """Returns the configuration."""
-        return {**super().get_config(), "width": self.width, "reach": self.reach}
+        return {**super().get_config(), "width": self.width}
 
 
 @keras.saving.register_keras_serializable(package="performer.demo")
@@ -80,7 +73,7 @@ class FeedForward(layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.norm = layers.LayerNormalization()
-        self.expand = layers.Dense(4 * WIDTH, activation="relu")
+        self.expand = layers.Dense(4 * WIDTH, activation="gelu")
         self.contract = layers.Dense(WIDTH)
 
     def build(self, shape):
@@ -110,7 +103,7 @@ def block(kind):
     return PerformerDecoder(
         4 * WIDTH,
         HEADS,
-        activation="relu",
+        activation="gelu",
         layer_norm_epsilon=1e-3,
         normalize_first=True,
         attention_options={"kernel_initializer": start, "feature_map": feature_map},
