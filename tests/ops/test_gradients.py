@@ -1,5 +1,7 @@
 """Gradients of the operators: finite differences, orders two and three, float32's share."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -104,6 +106,26 @@ def test_second_order_is_that_of_the_composition(op, attributes):
     for name in names:
         scale = max(1.0, np.abs(wanted[name]).max())
         assert np.abs(got[name] - wanted[name]).max() <= 1e-9 * scale, name
+
+
+@pytest.mark.parametrize("op", ["Causal", "NearFar"])
+def test_one_tensor_as_both_projections_has_the_second_order_of_two_equal_ones(op):
+    x = make(dataclasses.replace(SMALL, query_projections=1), "float64", seed=3)
+    one = tf.constant(x["query_projection"])
+    direction = np.random.default_rng(8).normal(size=one.shape)
+
+    def second(*sides):
+        with tf.GradientTape() as outer:
+            outer.watch(sides)
+            with tf.GradientTape() as inner:
+                inner.watch(sides)
+                both = {"query_projection": sides[0], "key_projection": sides[-1]}
+                results = call(op, {**x, **both}, **WINDOW)
+                loss = sum(tf.reduce_sum(r**2) for r in results.values())
+            product = sum(tf.reduce_sum(g * direction) for g in inner.gradient(loss, sides))
+        return sum(outer.gradient(product, sides))
+
+    np.testing.assert_allclose(second(one), second(one, tf.constant(one.numpy())), rtol=1e-9)
 
 
 @pytest.mark.parametrize("op", FORWARD)

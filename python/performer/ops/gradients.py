@@ -114,7 +114,8 @@ def _second_order(form: str):
     composition, inputs, outputs, attributes = _FORMS[form]
 
     def gradient(op, *incoming):
-        given = list(op.inputs)
+        # Tensors of their own: of one that is given twice, a tape knows the sum of both gradients.
+        given = [tf.identity(x) for x in op.inputs]
         count, saved = len(inputs), [name for name in outputs if name not in inputs]
         names = _constants(form)
         primary, constants = given[:count], given[count : count + len(names)]
