@@ -162,6 +162,8 @@ def test_sequences_end_at_their_end_token():
     )
     # The end token of a prompt does not end it.
     assert generate(Cycle(), [[6, 6], [6, 2]], 3, temperature=0, end_token=6)[1, 0] == 3
+    longer = generate(Cycle(), [[1], [1, 6, 2]], 3, temperature=0, end_token=6)
+    np.testing.assert_array_equal(longer, [[2, 3, 4], [3, 4, 5]])
     early = generate(Cycle(), [1, 6, 1], 5000, temperature=0, end_token=3)
     np.testing.assert_array_equal(early, [2] + [3] * 4999)
 
