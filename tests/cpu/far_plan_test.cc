@@ -5,8 +5,6 @@
 #include <cstdio>
 #include <initializer_list>
 
-#include "cpu/far_plan.h"
-
 using namespace performer::cpu;
 
 namespace {
