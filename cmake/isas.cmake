@@ -3,7 +3,7 @@
 # variable:
 #
 #   ALL     (default) all that the compiler knows for this kind of processor
-#   NATIVE  the best one of this machine alone, in a quarter of the time, for libraries that stay here
+#   NATIVE  the best one of this machine alone, for libraries that stay here
 #   v2,v3   names, separated by commas; NATIVE may be one of them
 #
 # Sets performer_isas and, for each, performer_isa_flags_NAME.
