@@ -468,15 +468,6 @@ CPU = [
         ),
     ),
     *_faults(
-        "cc/cpu/driver/pipeline.h",
-        "tests/cpu/test_determinism.py",
-        (
-            "a thread takes a window before it is complete",
-            "Window(c, 1 - stage);\n      if (window.count",
-            "Window(c, stage);\n      if (window.count",
-        ),
-    ),
-    *_faults(
         "cc/cpu/kernels/key_chunk.h",
         CALLS,
         (
@@ -662,7 +653,7 @@ CPU = [
             "masses grow without a limit",
             "if (next.mass[m] > kRescaleThreshold<Acc>)",
             "if (false)",
-            f"{CAUSALITY} {CALLS}",
+            "tests/cpu/test_properties.py",
         ),
     ),
     *_faults(
@@ -727,6 +718,28 @@ CPU = [
             "rows see the later keys of their tile",
             "tile.MultiplyLower(pair + r * ldp + r, ldp, x + r * ldx + c, ldx);",
             "tile.Multiply(pair + r * ldp + r, ldp, 1, x + r * ldx + c, ldx, tile.kRows);",
+        ),
+    ),
+]
+
+# Races: their tests run under ThreadSanitizer.
+THREADS = [
+    *_faults(
+        "cc/cpu/driver/pipeline.h",
+        "tests/cpu/threads_test.cc",
+        (
+            "a thread takes a window before it is complete",
+            "Window(c, 1 - stage);\n      if (window.count",
+            "Window(c, stage);\n      if (window.count",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/causal/sub_chunks.h",
+        "tests/cpu/threads_test.cc",
+        (
+            "two threads may take the same queries",
+            "return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);",
+            "return taken++;",
         ),
     ),
 ]

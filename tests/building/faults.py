@@ -5,8 +5,10 @@
 
 Works in a copy of the sources in build/faults. Faults in Python run with the libraries of `make
 build`. For faults in C++ the core alone is compiled, for one instruction set and without
-optimisation, and those in CUDA are compiled for the emulator. A fault is caught where a test fails
-with it that passes without it. Returns nonzero where a fault was missed.
+optimisation, and those in CUDA are compiled for the emulator. Faults in the work of threads have
+programs as tests, which run under ThreadSanitizer: whether they show otherwise is chance. A fault
+is caught where a test fails with it that passes without it. Returns nonzero where a fault was
+missed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fault_table import CPU, CUDA, PYTHON, Fault
+from fault_table import CPU, CUDA, PYTHON, THREADS, Fault
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "faults"
@@ -46,7 +48,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="only name the faults")
     arguments = parser.parse_args()
     missed = []
-    for kind, faults in (("Python", PYTHON), ("C++", CPU), ("CUDA", CUDA)):
+    tables = {"Python": PYTHON, "C++": CPU, "threads": THREADS, "CUDA": CUDA}
+    for kind, faults in tables.items():
         chosen = [fault for fault in faults if chooses(arguments.words, fault)]
         if arguments.list:
             print(*(f"{fault.path}: {fault.name}" for fault in chosen), sep="\n")
@@ -111,18 +114,29 @@ def run_tests(tests: list[str], environment: dict) -> None:
     for name in [name for name in os.environ if name.startswith("PERFORMER_")]:
         del os.environ[name]
     os.environ.update(environment)
-    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.dont_write_bytecode = True  # the next text may be as long, and of the same second
     os.chdir(COPY)
     log = os.open(WORK / "tests.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if "PROGRAMS" in environment:
+        sys.exit(run_programs(tests, Path(environment["PROGRAMS"])))
     if environment.get("PERFORMER_DISABLE_LIBRARY"):
         sys.modules.setdefault("tensorflow", None)  # type: ignore[arg-type]
     import pytest
 
     cache = f"cache_dir={WORK / 'failed'}"
     sys.exit(pytest.main(["-q", "-x", "-m", "", "-n", "0", "-o", cache, *tests]))
+
+
+def run_programs(tests: list[str], folder: Path) -> int:
+    """Runs the programs of tests in C++; the number of those that fail."""
+    # Some systems randomise addresses more widely than ThreadSanitizer can follow.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    fixed = fixed if fixed and not subprocess.run([*fixed, "true"], check=False).returncode else []
+    programs = [[*fixed, str(folder / Path(test).stem)] for test in tests]
+    return sum(subprocess.run(program, check=False).returncode != 0 for program in programs)
 
 
 def copy_sources() -> None:
@@ -161,6 +175,15 @@ def build_core(name: str) -> dict:
     return {"PYTHONPATH": str(site), "PERFORMER_DISABLE_LIBRARY": "1"}
 
 
+def build_threads(name: str) -> dict:
+    """Compiles the tests in C++ with ThreadSanitizer."""
+    options = ["-DPERFORMER_SANITIZE=thread", "-DPERFORMER_TESTS=ON", "-DPERFORMER_BINDINGS=OFF"]
+    compile_targets(WORK / "threads", "threads_test", *QUICK, *options)
+    (WORK / name).mkdir(exist_ok=True)
+    shutil.copy(WORK / "threads" / "threads_test", WORK / name)
+    return {"PROGRAMS": str(WORK / name)}
+
+
 def build_emulated(name: str) -> dict:
     """Compiles the CUDA kernels for the emulator."""
     options = ["-DPERFORMER_EMULATION=ON", "-DPERFORMER_BINDINGS=OFF"]
@@ -172,11 +195,17 @@ def build_emulated(name: str) -> dict:
 
 
 # Builds the sources as they are into build/faults/NAME; returns the environment of their tests.
-BUILDS = {"Python": build_nothing, "C++": build_core, "CUDA": build_emulated}
+BUILDS = {
+    "Python": build_nothing,
+    "C++": build_core,
+    "threads": build_threads,
+    "CUDA": build_emulated,
+}
 # Those of Python faults begin with TensorFlow, which takes long to import; the others have none.
 PROCESSES = {
     "Python": multiprocessing.get_context("forkserver"),
     "C++": multiprocessing.get_context("spawn"),
+    "threads": multiprocessing.get_context("spawn"),
     "CUDA": multiprocessing.get_context("spawn"),
 }
 PROCESSES["Python"].set_forkserver_preload(["keras", "pytest"])

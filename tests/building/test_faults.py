@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from building.fault_table import CPU, CUDA, PYTHON
+from building.fault_table import CPU, CUDA, PYTHON, THREADS
 
 ROOT = Path(__file__).parents[2]
-FAULTS = [*PYTHON, *CPU, *CUDA]
+FAULTS = [*PYTHON, *CPU, *THREADS, *CUDA]
 
 
 def test_there_are_many_and_each_has_a_name():

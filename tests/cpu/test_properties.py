@@ -190,6 +190,21 @@ def test_the_largest_values_stay_finite(isa):
 
 
 @isas
+@pytest.mark.parametrize("rises", ["at once", "in the middle of a chunk"])
+def test_sums_of_large_values_do_not_grow_with_the_length(isa, rises):
+    """Keys just below a cut weigh e^29 times the reference: 1500 such values of 1e23 have a sum
+    beyond float32, those of one chunk do not."""
+    x = make(Case(batch=1, rows=1500, dim=4, features=2, value_dim=3, bias="11S", std=0.1))
+    x["value"][:] = 1e23 * (1 + np.abs(x["value"]) / 8)
+    x["key_bias"][:] = 29
+    x["key_bias"][..., : 1 if rises == "at once" else 100] = 0
+    results = forward(x, True, isa=isa)
+    exact = expected(x, True)
+    for name, size in (("out", 1e23), ("mean", 1e23), ("log_mass", 1)):
+        assert_close(results[name] / size, exact[name] / size, worst=1e-5, what=name)
+
+
+@isas
 @forms
 def test_the_largest_and_smallest_halves_are_read_right(causal, isa):
     case = replace(PLAIN, batch=1, rows=40, bias="111")
