@@ -69,6 +69,9 @@ class AppendRowsOp : public tensorflow::OpKernel {
  public:
   using OpKernel::OpKernel;
 
+  // A copy of a few rows takes less time than to wake another thread for it.
+  bool IsExpensive() override { return false; }
+
   void Compute(tensorflow::OpKernelContext* context) override {
     Tensor rows = context->input(0);
     const Tensor& more = context->input(1);

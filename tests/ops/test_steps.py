@@ -96,6 +96,16 @@ def test_a_projection_that_no_step_changes_is_hashed_before_the_loop():
         call(x, w, of_another, None)
 
 
+def test_a_projection_with_values_is_hashed_when_the_loop_is_built():
+    x, w = normal(1, STEPS, H, D), normal(M, D)
+    for projection in (w, (w, w[::-1])):
+        call = tf.function(lambda x, state, w=projection: in_a_loop(x, w, state, None))
+        operations = operations_in_loops(call, x, first_state(None))
+        assert "Performer>Causal" in operations and "Bitcast" not in operations
+        _, state = call(x, first_state(None))
+        assert state.draw == fingerprint(projection)
+
+
 def test_a_projection_that_steps_change_is_refused_in_the_step_after():
     x, w = normal(1, 1, H, D), normal(M, D)
 

@@ -110,6 +110,7 @@ class Worker:
 
     def decode(self, **job):
         """Measures a decode step."""
+        self.calls.prepare(self.threads)
         measured = importlib.import_module("performer.bench.decode").measure(**job)
         self.emit(kind="decode", **measured)
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from performer import checks
-from performer.ops.fingerprint import fingerprint_of_sides
+from performer.ops.fingerprint import checked_side, fingerprint_of_sides
 from performer.ops.state import (
     AttentionState,
     as_draw,
@@ -291,13 +291,10 @@ def _projection_side(projection, side: int, dtype: tf.DType) -> tuple[str, tf.Te
 def _fingerprint(projection, dtype: tf.DType) -> tf.Tensor:
     """The draw of a projection that has no explicit one: both sides, as they are used."""
     if not isinstance(projection, tuple):
-        return fingerprint_of_sides(checks.tensor("projection", projection, ("MD", "HMD"), dtype))
+        return fingerprint_of_sides(checked_side("projection", projection, dtype))
     numbers = (0, 0) if projection[0] is projection[1] else (0, 1)
     return fingerprint_of_sides(
-        *(
-            checks.tensor(f"projection[{side}]", projection[side], ("MD", "HMD"), dtype)
-            for side in numbers
-        )
+        *(checked_side(f"projection[{side}]", projection[side], dtype) for side in numbers)
     )
 
 

@@ -62,11 +62,21 @@ def fingerprint(projection) -> tf.Tensor:
         )
     tensors = []
     for name, side in zip(names, sides, strict=True):
-        side = checks.tensor(name, side, ("MD", "HMD"))
+        side = checked_side(name, side)
         if not side.dtype.is_floating:
             raise TypeError(f"{name} must be floating, got {side.dtype.name}")
         tensors.append(side)
     return fingerprint_of_sides(*tensors)
+
+
+def checked_side(name: str, side, dtype: tf.DType | None = None) -> tf.Tensor:
+    """One side of a projection as `fingerprint_of_sides` takes it: `checks.tensor`.
+
+    A tensor with values stays one: as an input of a graph that is being built it would have none.
+    """
+    has_values = isinstance(side, tf.Tensor) and not tf.is_symbolic_tensor(side)
+    with tf.init_scope() if has_values else contextlib.nullcontext():
+        return checks.tensor(name, side, ("MD", "HMD"), dtype)
 
 
 def fingerprint_of_sides(query_side: tf.Tensor, key_side: tf.Tensor | None = None) -> tf.Tensor:
