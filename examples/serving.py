@@ -1,7 +1,8 @@
 """Serving: a model that streams, exported, and run without this package.
 
-A SavedModel holds the step of a language model. What serves it needs TensorFlow and one library
-of operators, no Python of ours: here a fresh Python that never imports `performer`.
+`performer.export` writes what a server reads: once with the compiled operators, which need their
+library in the server's process, and once in operations that every TensorFlow has. The server here
+is a fresh Python that never imports `performer`; any program that loads SavedModels does the same.
 """
 
 import subprocess
@@ -11,62 +12,57 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from performer import PerformerDecoder, StreamingSequential, loader
+import performer
 
 SERVER = """
 import sys
 import numpy as np
 import tensorflow as tf
 
-library, folder, tokens, result = sys.argv[1:]
-tf.load_op_library(library)
+folder, tokens, result, *libraries = sys.argv[1:]
+for library in libraries:
+    tf.load_op_library(library)
 model = tf.saved_model.load(folder)
-state, outputs = model.start(), []
+start, step = model.signatures["start"], model.signatures["step"]
+state, outputs = start(batch_size=tf.constant(1)), []
 for token in np.load(tokens)[0]:  # one at a time, as they come
-    logits, state = model.step(tf.constant([[token]]), state)
-    outputs.append(logits)
+    state = step(inputs=tf.constant([[token]]), **state)
+    outputs.append(state.pop("outputs"))
 assert "performer" not in sys.modules
 np.save(result, tf.concat(outputs, 1))
 """
 
 
-def export(model, folder):
-    """Writes a SavedModel with `start() -> state` and `step(tokens, state) -> logits, state`."""
-    module = tf.Module()
-    module.model = model  # so that the weights are saved
-    state = model.get_initial_state(1)
-    specs = tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), state)
-
-    @tf.function(input_signature=[])
-    def start():
-        return model.get_initial_state(1)
-
-    @tf.function(input_signature=[tf.TensorSpec([1, None], tf.int32), specs])
-    def step(tokens, state):
-        return model(tokens, initial_state=state, return_state=True, training=False)
-
-    module.start, module.step = start, step
-    tf.saved_model.save(module, folder)
+def serve(folder, tokens, *libraries):
+    """What a server makes of tokens that come one by one."""
+    with tempfile.TemporaryDirectory() as exchange:
+        given, result = Path(exchange) / "tokens.npy", Path(exchange) / "logits.npy"
+        np.save(given, tokens)
+        arguments = map(str, (folder, given, result, *libraries))
+        subprocess.run([sys.executable, "-c", SERVER, *arguments], check=True, cwd=exchange)
+        return np.load(result)
 
 
 def main():
-    """Returns the largest difference between the served stream and the model's full pass."""
+    """Returns the largest differences between both served streams and the model's full pass."""
     keras.utils.set_random_seed(0)
-    block = PerformerDecoder(intermediate_dim=64, num_heads=4, supports=32)
-    model = StreamingSequential([keras.layers.Embedding(256, 32), block, keras.layers.Dense(256)])
+    block = performer.PerformerDecoder(intermediate_dim=64, num_heads=4, supports=32)
+    model = performer.StreamingSequential(
+        [keras.layers.Embedding(256, 32), block, keras.layers.Dense(256)]
+    )
     tokens = np.random.default_rng(0).integers(0, 256, (1, 50), "int32")
     whole = model(tokens)
     with tempfile.TemporaryDirectory() as folder:
-        export(model, folder)
-        given, result = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
-        np.save(given, tokens)
-        arguments = [str(loader.status().path), folder, str(given), str(result)]
-        subprocess.run([sys.executable, "-c", SERVER, *arguments], check=True, cwd=folder)
-        difference = float(np.abs(np.load(result) - whole).max())
-    print(f"served token by token: the same as the full pass within {difference:.1e}")
-    return difference
+        portable = performer.export(model, Path(folder) / "portable" / "1", stream=True)
+        fused = performer.export(model, Path(folder) / "fused" / "1", portable=False, stream=True)
+        library = performer.library.status().path
+        streams = serve(portable, tokens), serve(fused, tokens, library)
+    differences = [float(np.abs(stream - whole).max()) for stream in streams]
+    print("served token by token, the largest differences from the full pass:")
+    for name, difference in zip(("portable", "fused"), differences, strict=True):
+        print(f"  {name}: {difference:.1e}")
+    return differences
 
 
 if __name__ == "__main__":

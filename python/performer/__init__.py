@@ -43,6 +43,7 @@ if _find_spec("tensorflow") is not None:
         read,
         summarize,
     )
+    from performer.saved_model import export
 
     __all__ = [
         "AttentionState",
@@ -57,6 +58,7 @@ if _find_spec("tensorflow") is not None:
         "convert",
         "diagnostics",
         "empty_state",
+        "export",
         "favor_attention",
         "feature_maps",
         "generate",

@@ -53,7 +53,7 @@ def test_packed_sequences_are_those_alone():
 
 @pytest.mark.slow
 def test_a_served_model_streams_without_the_package():
-    assert run("serving") < 1e-4
+    assert max(run("serving")) < 1e-4
 
 
 @pytest.mark.slow

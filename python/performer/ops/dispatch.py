@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import tensorflow as tf
 
 from performer import composition, loader
@@ -11,6 +14,35 @@ from performer.ops.sizes import wait_for_sizes
 
 # Operators that have no kernel for GPUs.
 _CPU_ONLY = ("near_far", "append_rows")
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def composed():
+    """A context in which this thread, and no other, takes the composition for every operator.
+
+    What is traced inside holds plain TensorFlow operations only.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> from performer.ops import dispatch
+    >>> with dispatch.composed():
+    ...     dispatch.has_kernel("causal", "", 0), dispatch.is_composed()
+    (True, True)
+    """
+    before = is_composed()
+    _thread.composed = True
+    try:
+        yield
+    finally:
+        _thread.composed = before
+
+
+def is_composed() -> bool:
+    """Whether this thread is inside `composed`."""
+    return getattr(_thread, "composed", False)
 
 
 def run(operator: str, offsets, **inputs):
@@ -60,6 +92,8 @@ def append_rows(rows, more):
 
 def _compiled(operator: str, device: str):
     """The function of a compiled operator, if there is one that runs on `device`; else None."""
+    if is_composed():
+        return None
     library, name = loader.ops(), f"performer_{operator}"
     gpus = len(tf.config.list_logical_devices("GPU")) if operator in _CPU_ONLY else 0
     known = hasattr(library, name) and has_kernel(operator, device, gpus)
