@@ -313,6 +313,21 @@ def test_queries_that_see_nothing_give_and_get_exactly_zero(isa, causal):
 
 @isas
 @forms
+@pytest.mark.parametrize("given", [-1e30, 1e30, np.nan])
+def test_a_log_weight_that_is_none_of_the_call_changes_no_other_query(isa, causal, given):
+    """The gradient takes it as it is: weights may overflow then, in this row alone."""
+    (x, incoming), options = plain(), {**OPTIONS, "causal": causal}
+    results = run("NearFar", x, isa=isa, **options)
+    right = gradients(x, results, incoming, isa=isa, **options)["query"]
+    results["log_weight"][0, 40, 1] = given
+    wrong = gradients(x, results, incoming, isa=isa, **options)["query"]
+    others = np.ones(right.shape[:3], bool)
+    others[0, 40, 1] = False
+    assert_same_bits(wrong[others], right[others])
+
+
+@isas
+@forms
 def test_the_bits_depend_on_neither_threads_nor_company(isa, causal):
     case = replace(PLAIN, batch=3, rows=300, bias="BGS", state=3, query_projections=4)
     options = {"exact_window": 32, "causal": causal, "isa": isa}
