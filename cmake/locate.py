@@ -1,9 +1,9 @@
 """Tells CMake where what the build needs is installed: headers of Python packages, and nvcc.
 
-Prints one line, a CMake list: TensorFlow's folder, TensorFlow's version, pybind11's CMake folder,
-the system's nvcc, the nvcc of CUDA's wheels. What is not installed is empty. Packages are found
-through their import specification and never imported: importing TensorFlow takes seconds and would
-load its libraries into the build.
+Prints one line, a CMake list: TensorFlow's folder, pybind11's CMake folder, the system's nvcc, the
+nvcc of CUDA's wheels. What is not installed is empty. Told the folder of a TensorFlow, it prints
+the version of that. Packages are found through their import specification and never imported:
+importing TensorFlow takes seconds and would load its libraries into the build.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 
@@ -52,12 +53,14 @@ def wheels_nvcc() -> Path | None:
 
 
 def main() -> None:
-    """Prints the list."""
+    """Prints the list, or a version."""
+    if len(sys.argv) > 1:
+        print(provider_version(Path(sys.argv[1]), "tensorflow"))
+        return
     tensorflow = package_folder("tensorflow")
-    version = provider_version(tensorflow, "tensorflow") if tensorflow else ""
     pybind11 = package_folder("pybind11")
     config = pybind11 / "share" / "cmake" / "pybind11" if pybind11 else ""
-    print(tensorflow or "", version, config, system_nvcc() or "", wheels_nvcc() or "", sep=";")
+    print(tensorflow or "", config, system_nvcc() or "", wheels_nvcc() or "", sep=";")
 
 
 if __name__ == "__main__":

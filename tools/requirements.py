@@ -1,34 +1,71 @@
-"""Prints what a development environment needs, one requirement a line, read from pyproject.toml.
+"""What the package and its builds require, read from pyproject.toml.
 
-Build, run and test requirements together, so that the package can then be built without isolation
-against the TensorFlow that it will run with. The build's own TensorFlow is left out for the same
-reason, and because tensorflow-cpu and tensorflow overwrite each other.
+As a program it prints what a development environment needs, one requirement a line: build, run and
+test requirements together, so that the package can then be built without isolation against the
+TensorFlow that it will run with.
 """
 
 from __future__ import annotations
 
+import os
+import runpy
 from pathlib import Path
-
-import cuda_requirements
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
+    try:
+        import tomli as tomllib
+    except ModuleNotFoundError:
+        from pip._vendor import tomli as tomllib
+
+TOOLS = Path(__file__).parent
 
 
-def main() -> None:
-    """Prints the list."""
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    project = tomllib.loads(text)
-    name = project["project"]["name"]
-    extras = project["project"]["optional-dependencies"]
-    build = [r for r in project["build-system"]["requires"] if not r.startswith("tensorflow")]
-    used = [r for name in ("demo", "docs", "examples", "test") for r in extras[name]]
-    wanted = build + project["project"]["dependencies"] + used
-    wanted += cuda_requirements.needed()
-    print(*(r for r in wanted if not r.startswith(name)), sep="\n")
+def project() -> dict:
+    """Returns pyproject.toml."""
+    return tomllib.loads((TOOLS.parent / "pyproject.toml").read_text())
+
+
+def served() -> list[str]:
+    """Returns the minor versions of TensorFlow that are served, oldest first."""
+    return project()["tool"]["performer"]["tensorflow"]
+
+
+def extras() -> dict[str, list[str]]:
+    """Returns the extras of the package and what each requires."""
+    versions = served()
+    major, minor = map(int, versions[-1].split("."))
+    bounds = f">={versions[0]},<{major}.{minor + 1}"
+    extras = project()["tool"]["performer"]["extras"]
+    return {name: [r.format(served=bounds) for r in wanted] for name, wanted in extras.items()}
+
+
+def build() -> list[str]:
+    """Returns what a build requires beside the build system of pyproject.toml.
+
+    That is a TensorFlow to compile against, unless the environment names some: tensorflow-cpu is
+    the small package with the same headers and ABI; it exists for x86-64 only. And nvcc, see
+    cuda_requirements.py.
+    """
+    wanted = runpy.run_path(str(TOOLS / "cuda_requirements.py"))["needed"]()
+    if not os.environ.get("PERFORMER_TENSORFLOWS"):
+        newest = served()[-1]
+        wanted.append(f"tensorflow-cpu=={newest}.*; platform_machine == 'x86_64'")
+        wanted.append(f"tensorflow=={newest}.*; platform_machine != 'x86_64'")
+    return wanted
+
+
+def development() -> list[str]:
+    """Returns what a development environment needs."""
+    text = project()
+    own = text["project"]["name"]
+    used = [r for name in ("demo", "docs", "examples", "test") for r in extras()[name]]
+    wanted = text["build-system"]["requires"] + text["project"]["dependencies"] + used
+    wanted.append(f"tensorflow=={served()[-1]}.*")
+    wanted += runpy.run_path(str(TOOLS / "cuda_requirements.py"))["needed"]()
+    return [requirement for requirement in wanted if not requirement.startswith(own)]
 
 
 if __name__ == "__main__":
-    main()
+    print(*development(), sep="\n")

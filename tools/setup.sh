@@ -17,7 +17,7 @@ command -v "$python" >/dev/null 2>&1 ||
   fail "Python is missing: '$python' was not found." \
     "Install Python 3.10 to 3.13, or name one: make PYTHON=/path/to/python3"
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
-  fail "Unsupported Python: $("$python" --version 2>&1). TensorFlow 2.21 runs on Python 3.10 to 3.13." \
+  fail "Unsupported Python: $("$python" --version 2>&1). Performer runs on Python 3.10 to 3.13." \
     "Name another one: make PYTHON=python3.12"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "Python's venv module is missing." "Debian, Ubuntu: apt-get install python3-venv"

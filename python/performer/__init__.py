@@ -3,7 +3,8 @@
 `performer.Performer` is the Keras layer, `performer.favor_attention` the function under it, and
 `summarize`, `read` and `merge` the halves of that. Importing this package loads the compiled ops
 and registers the layer with Keras, so that saved models load. Without TensorFlow it still imports,
-and has the NumPy reference and the compiled core (`performer.reference`, `performer._core`).
+and has the NumPy reference and, built from source, the compiled core (`performer.reference`,
+`performer._core`); what needs TensorFlow then says how to get it.
 
 Example:
     >>> import performer
@@ -16,7 +17,40 @@ from importlib.util import find_spec as _find_spec
 
 __version__ = "0.1.0"
 
-if _find_spec("tensorflow") is not None:
+__all__ = [
+    "AttentionState",
+    "Performer",
+    "PerformerDecoder",
+    "PerformerEncoder",
+    "PositionEmbedding",
+    "RotaryEmbedding",
+    "StreamingSequential",
+    "TokenAndPositionEmbedding",
+    "callbacks",
+    "convert",
+    "diagnostics",
+    "empty_state",
+    "export",
+    "favor_attention",
+    "feature_maps",
+    "generate",
+    "merge",
+    "merge_outputs",
+    "orthogonal_projection",
+    "read",
+    "summarize",
+]
+
+if _find_spec("tensorflow") is None:
+
+    def __getattr__(name):
+        from performer.loader import WITHOUT_TENSORFLOW
+
+        if name in __all__:
+            raise ImportError(f"performer.{name}: {WITHOUT_TENSORFLOW}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+else:
     from performer import loader
 
     loader.ops()  # First, so that a library made for another TensorFlow is reported at once.
@@ -44,30 +78,6 @@ if _find_spec("tensorflow") is not None:
         summarize,
     )
     from performer.saved_model import export
-
-    __all__ = [
-        "AttentionState",
-        "Performer",
-        "PerformerDecoder",
-        "PerformerEncoder",
-        "PositionEmbedding",
-        "RotaryEmbedding",
-        "StreamingSequential",
-        "TokenAndPositionEmbedding",
-        "callbacks",
-        "convert",
-        "diagnostics",
-        "empty_state",
-        "export",
-        "favor_attention",
-        "feature_maps",
-        "generate",
-        "merge",
-        "merge_outputs",
-        "orthogonal_projection",
-        "read",
-        "summarize",
-    ]
 
     # Public modules that stand in a folder of their own, by the names under which they are known.
     for _name, _module in {

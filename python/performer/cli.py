@@ -82,6 +82,8 @@ def _demo(arguments):
             f"performer: the demo draws with matplotlib, which is missing: {extra}", file=sys.stderr
         )
         return 2
+    if _tensorflow_is_missing():
+        return 2
     from performer.demo import corpus, report
 
     for name, least in (("length", 64), ("steps", 1)):
@@ -97,7 +99,19 @@ def _demo(arguments):
     return 0
 
 
+def _tensorflow_is_missing():
+    """Whether it is; says so, and how to get it."""
+    from performer.loader import WITHOUT_TENSORFLOW
+
+    if importlib.util.find_spec("tensorflow") is not None:
+        return False
+    print(f"performer: {WITHOUT_TENSORFLOW}", file=sys.stderr)
+    return True
+
+
 def _info(arguments):
+    if _tensorflow_is_missing():
+        return 2
     import keras
     import numpy
     import tensorflow as tf
@@ -115,22 +129,30 @@ def _info(arguments):
     elif loader.xla_status().message:
         print(f"compiled part for XLA: {loader.xla_status().message}")
     try:
+        build = importlib.import_module("performer._build_info")  # written by the build
+    except ImportError:
+        build = None
+    try:
         core = importlib.import_module("performer._core")
-    except ImportError as error:
-        print(f"compiled core: missing ({error})")
-    else:
+    except ImportError:  # a wheel for every Python does without
+        core = None
+    if core:
         print(f"instruction set: {core.isa()} of {', '.join(core.isas())}")
-        print(f"GPU kernels: {_gpu_kernels(core)}")
+    elif build:
+        print(f"instruction sets: {', '.join(build.ISAS)}")
+    if build:
+        print(f"GPU kernels: {_gpu_kernels(build, core)}")
     for device in tf.config.list_physical_devices():
         print(f"device: {device.name}")
     return 0
 
 
-def _gpu_kernels(core):
-    build = importlib.import_module("performer._build_info")  # written by the build
-    if not core.HAS_GPU_KERNELS:
+def _gpu_kernels(build, core):
+    if not build.CUDA_COMPILER:
         return f"left out; {build.CUDA_LEFT_OUT}"
     built = f"{build.CUDA_COMPILER}, for {', '.join(build.CUDA_TARGETS)}"
+    if core is None:
+        return built
     try:
         found = ", ".join(gpu["name"] for gpu in core.gpus())
     except RuntimeError as error:

@@ -1,7 +1,8 @@
 """Finds, checks and loads the compiled TensorFlow ops: the one place that does.
 
-TensorFlow has no stable C++ ABI, so the library serves the minor version of TensorFlow that it was
-compiled for and no other; and a second copy loaded into one process breaks every op of both. Hence
+TensorFlow has no stable C++ ABI, so a library serves the minor version of TensorFlow that it was
+compiled for and no other (a published wheel has one for each version that it serves); and a second
+copy loaded into one process breaks every op of both. Hence
 everything that needs the ops asks `ops()`, which checks first and loads once. Where the library
 cannot be used, `ops()` warns once, with the ways out, and returns None: callers then take the plain
 TensorFlow composition, which gives the same results more slowly.
@@ -30,6 +31,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+WITHOUT_TENSORFLOW = (
+    "Performer needs TensorFlow, which is not installed here. It is an extra, as there are several "
+    "packages of it: `pip install 'tensorflow-performer[cpu]'`, or [gpu] for NVIDIA GPUs."
+)
 DISABLE_VARIABLE = "PERFORMER_DISABLE_LIBRARY"
 REQUIRE_VARIABLE = "PERFORMER_REQUIRE_LIBRARY"
 
@@ -59,7 +64,7 @@ class Status:
         state: "loaded", "disabled" (by the environment), "missing", "mismatch" (made for another
             TensorFlow) or "unusable" (damaged, or refused by the loader).
         path: Where the library is, or should be.
-        built_for: The TensorFlow version it was compiled for; "" if unknown.
+        built_for: The TensorFlow versions that there are libraries for; "" if unknown.
         running: The TensorFlow version of this process.
         message: What is wrong and what to do about it; "" when loaded.
     """
@@ -171,26 +176,29 @@ def _load_ops() -> tuple[ModuleType | None, Status]:
     import tensorflow as tf
 
     # Resolved, so that one file has one name: TensorFlow knows libraries by their path.
-    path = Path(__file__).resolve().parent / "_ops.so"
-    built_for = _build_info("TENSORFLOW_VERSION", "")
+    folder = Path(__file__).resolve().parent
+    built = _build_info("TENSORFLOW_VERSIONS", ())
+    minor = _minor(tf.__version__)
+    path = (folder if len(built) <= 1 else folder / f"tensorflow-{minor}") / "_ops.so"
+    built_for = ", ".join(built)
 
     def report(state: str, message: str) -> tuple[None, Status]:
         return None, Status(state, path, built_for, tf.__version__, message)
 
     if _flag(DISABLE_VARIABLE):
         return report("disabled", f"Performer's compiled ops are off: {DISABLE_VARIABLE} is set.")
+    if built and minor not in map(_minor, built):
+        return report(
+            "mismatch",
+            f"Performer's compiled ops are made for TensorFlow {' and '.join(built)}, and this"
+            f" is TensorFlow {tf.__version__}. Either install one that they are made for,"
+            f" `pip install 'tensorflow=={_minor(built[-1])}.*'`, or {_REBUILD}.",
+        )
     if not path.is_file():
         return report(
             "missing",
             f"Performer's compiled ops are missing ({path}). To get them, install from source where"
             " there is a C++17 compiler, `pip install .`, or install a wheel of this platform.",
-        )
-    if _minor(built_for) != _minor(tf.__version__):
-        return report(
-            "mismatch",
-            f"Performer's compiled ops are made for TensorFlow {built_for or '(unknown)'}, and this"
-            f" is TensorFlow {tf.__version__}. Either install the one that they are made for,"
-            f" `pip install 'tensorflow=={_minor(built_for) or '...'}.*'`, or {_REBUILD}.",
         )
     if fault := _damage(path) or _other_copy(path):
         return report("unusable", f"Performer's compiled ops cannot be used ({path}): {fault}.")

@@ -18,6 +18,7 @@ import pytest
 
 import performer
 
+MINOR = ".".join(performer.loader.status().running.split(".")[:2])
 PACKAGE = Path(performer.__file__).resolve().parent
 LIBRARY = PACKAGE / "_ops.so"
 XLA_LIBRARY = PACKAGE / "_xla.so"
@@ -189,7 +190,7 @@ def copy(tmp_path_factory):
                 place.write_bytes(content)
         if built_for is not None:
             info = folder / "performer" / "_build_info.py"
-            info.write_text(info.read_text() + f'\nTENSORFLOW_VERSION = "{built_for}"\n')
+            info.write_text(info.read_text() + f"\nTENSORFLOW_VERSIONS = {built_for}\n")
         return folder
 
     return make
@@ -201,6 +202,14 @@ def results(copy, tmp_path_factory):
     content = LIBRARY.read_bytes()
     intact = copy()
     missing = copy(library=False)
+    several = copy(built_for=("2.18.0", f"{MINOR}.9"))  # as a wheel for several versions has them
+    for minor in ("2.18", MINOR):
+        (several / "performer" / f"tensorflow-{minor}").mkdir()
+        for path in (several / "performer").glob("_[ox]*.so"):
+            library = path.read_bytes() if minor == MINOR else b"of another TensorFlow"
+            (path.parent / f"tensorflow-{minor}" / path.name).write_bytes(library)
+    for path in (several / "performer").glob("_[ox]*.so"):
+        path.unlink()
     (core,) = PACKAGE.glob("_core.*.so")
     unloadable = content.replace(b"libtensorflow_framework.so.2", b"libtensorflow_framewerk.so.2")
     assert unloadable != content
@@ -216,9 +225,11 @@ def results(copy, tmp_path_factory):
         "text": (copy(library=b"x" * 10000), LOAD),
         "unloadable": (copy(library=unloadable), LOAD + ATTEND),
         "no ops": (copy(library=core.read_bytes()), LOAD),
-        "older": (copy(built_for="2.20.0"), LOAD + ATTEND),
-        "newer": (copy(built_for="3.0.0"), LOAD),
-        "patch": (copy(built_for="2.21.9"), LOAD),
+        "older": (copy(built_for=("2.18.0", "2.19.1")), LOAD + ATTEND),
+        "newer": (copy(built_for=("3.0.0",)), LOAD),
+        "of several": (several, LOAD + ATTEND),
+        "of several, missing": (copy(built_for=("2.20.0", f"{MINOR}.9")), LOAD + ATTEND),
+        "patch": (copy(built_for=(f"{MINOR}.9",)), LOAD),
         "second copy": (intact, SECOND_COPY),
         "by hand, before": (intact, BY_HAND + LOAD + ATTEND + GRADIENT),
         "by hand, after": (intact, LOAD + ATTEND + BY_HAND + ATTEND + GRADIENT),
@@ -257,10 +268,18 @@ def test_disabled_by_the_environment_is_silent(results):
     assert got["warnings"] == []
 
 
+def test_of_several_libraries_that_of_this_tensorflow_is_loaded(results):
+    got = results["of several"]
+    assert got.get("state") == "loaded", got
+    assert got["path"].endswith(f"/performer/tensorflow-{MINOR}/_ops.so")
+    assert got["finite"] and got["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("case", "state", "words"),
     [
         ("missing", "missing", ["missing", "pip install ."]),
+        ("of several, missing", "missing", [f"tensorflow-{MINOR}/_ops.so"]),
         ("empty", "unusable", ["not a shared library"]),
         ("header only", "unusable", ["truncated", "reinstall"]),
         ("half", "unusable", ["truncated", "reinstall"]),
@@ -268,7 +287,7 @@ def test_disabled_by_the_environment_is_silent(results):
         ("text", "unusable", ["not a shared library", "reinstall"]),
         ("unloadable", "unusable", ["libtensorflow_framewerk.so.2", "--no-build-isolation"]),
         ("no ops", "unusable", ["not in"]),
-        ("older", "mismatch", ["2.20.0", "tensorflow==2.20.*", "--no-build-isolation"]),
+        ("older", "mismatch", ["2.18.0 and 2.19.1", "tensorflow==2.19.*", "--no-build-isolation"]),
         ("newer", "mismatch", ["3.0.0", "tensorflow==3.0.*"]),
     ],
 )

@@ -127,6 +127,14 @@ def machine() -> dict:
     return {
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)),
-        "isa": importlib.import_module("performer._core").isa(),
+        "isa": _isa(),
         "versions": versions,
     }
+
+
+def _isa() -> str:
+    """That of the kernels; where there is no module of the core to ask, those that were built."""
+    try:
+        return importlib.import_module("performer._core").isa()
+    except ImportError:
+        return "one of " + ", ".join(importlib.import_module("performer._build_info").ISAS)
