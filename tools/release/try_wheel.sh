@@ -20,7 +20,7 @@ print(*(f"{v}.*" for v in runpy.run_path(sys.argv[1])["served"]()))' "$tools/req
     "$base" -m venv "$work/venv"
     python=$work/venv/bin/python
     name="$("$python" --version), TensorFlow $version"
-    if ! "$python" -m pip install --quiet --pre "tensorflow-cpu==$version" >"$work/log" 2>&1; then
+    if ! "$python" -m pip install --quiet "tensorflow-cpu==$version" >"$work/log" 2>&1; then
       echo "== $name: no such package for this Python"
       tail -n 1 "$work/log"
       failed=1
