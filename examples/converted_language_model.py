@@ -21,7 +21,7 @@ def build(length):
     Keys are one position late: a query finds the places that followed what it has just read.
     """
     text = keras.Input((length,), dtype="int32")
-    x = ByteEmbedding(WIDTH)(text)
+    x = ByteEmbedding(WIDTH, context=2)(text)
     start = keras.initializers.RandomUniform(-0.3, 0.3, seed=1)
     for _ in range(BLOCKS):
         attention = layers.MultiHeadAttention(HEADS, WIDTH // HEADS, kernel_initializer=start)

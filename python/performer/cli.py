@@ -28,7 +28,7 @@ def main(argv=None):
     demo.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text to train on")
     demo.add_argument("--output", default="performer-demo", metavar="FOLDER")
     demo.add_argument("--length", type=int, default=4096, help="of a sequence (default 4096)")
-    demo.add_argument("--steps", type=int, default=300, help="of training (default 300)")
+    demo.add_argument("--steps", type=int, default=200, help="of training (default 200)")
     bench.add_arguments(
         commands.add_parser("bench", help="time linear attention beside its peers, checked first")
     )

@@ -4,10 +4,12 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-from performer import PerformerDecoder, StreamingSequential
+from performer import Performer, PerformerDecoder, StreamingSequential
 from performer.features.feature_maps import FeatureMap
 
-WIDTH, HEADS, BLOCKS, SUPPORTS, WINDOW = 128, 8, 1, 128, 64
+WIDTH, HEADS, BLOCKS, SUPPORTS, WINDOW = 128, 8, 1, 128, 128
+CONTEXT = 4  # bytes that the embedding of a position knows
+ACTIVATION = "relu"
 KINDS = {
     "near_far": "linear attention with a window",
     "linear": "linear attention",
@@ -33,37 +35,46 @@ ATTENTION: dict[str, dict] = {
 
 @keras.saving.register_keras_serializable(package="performer.demo")
 class ByteEmbedding(layers.Layer):
-    """Bytes `[B, L]` to `[B, L, width]`: the sum of embeddings of a byte and of the one before.
+    """Bytes `[B, L]` to `[B, L, width]`: the sum of embeddings of a byte and of those before it.
 
-    The byte before the first is the state, 0 at the start.
+    The bytes before the first are the state, 0 at the start.
+
+    Attributes:
+        tables: embeddings of the byte, of the one before it, and so on: `context` of them.
     """
 
-    def __init__(self, width, **kwargs):
+    def __init__(self, width, context=CONTEXT, **kwargs):
         super().__init__(**kwargs)
-        self.width = width
-        self.this = layers.Embedding(256, width)
-        self.previous = layers.Embedding(256, width)
+        self.width, self.context = width, context
+        self.tables = [layers.Embedding(256, width) for _ in range(context)]
 
     def build(self, shape):
-        """Builds both tables."""
-        self.this.build(shape)
-        self.previous.build(shape)
+        """Builds the tables."""
+        for table in self.tables:
+            table.build(shape)
 
     def get_initial_state(self, batch_size):
-        """Returns the byte before the first of each row."""
-        return tf.zeros([batch_size, 1], tf.int32)
+        """Returns the bytes before the first of each row."""
+        return tf.zeros([batch_size, self.context - 1], tf.int32)
 
     def call(self, text, initial_state=None, return_state=False):
-        """Returns the embeddings and, with `return_state`, the last byte."""
+        """Returns the embeddings and, with `return_state`, the last bytes."""
         text = tf.cast(text, tf.int32)
-        before = tf.zeros_like(text[:, :1]) if initial_state is None else initial_state
+        before = initial_state
+        if before is None:
+            before = tf.zeros([tf.shape(text)[0], self.context - 1], tf.int32)
         joined = tf.concat([before, text], 1)
-        embedded = self.this(text) + self.previous(joined[:, :-1])
-        return (embedded, joined[:, -1, tf.newaxis]) if return_state else embedded
+        length = tf.shape(text)[1]
+        ends = range(self.context - 1, -1, -1)
+        embedded = sum(
+            table(joined[:, end : end + length])
+            for table, end in zip(self.tables, ends, strict=True)
+        )
+        return (embedded, joined[:, length:]) if return_state else embedded
 
     def get_config(self):
         """Returns the configuration."""
-        return {**super().get_config(), "width": self.width}
+        return {**super().get_config(), "width": self.width, "context": self.context}
 
 
 @keras.saving.register_keras_serializable(package="performer.demo")
@@ -73,7 +84,7 @@ class FeedForward(layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.norm = layers.LayerNormalization()
-        self.expand = layers.Dense(4 * WIDTH, activation="gelu")
+        self.expand = layers.Dense(4 * WIDTH, activation=ACTIVATION)
         self.contract = layers.Dense(WIDTH)
 
     def build(self, shape):
@@ -92,18 +103,18 @@ def block(kind):
 
     Keys are one position late: a query then finds the places that followed what it has just read,
     and reads there what came next. Query and key kernels begin equal (the seed is the same) and
-    large, so that equal representations attend to each other from the first step.
+    larger than usual, so that equal representations attend to each other from the first step.
     """
     if kind == "none":
         return FeedForward()
-    widest = (12 / WIDTH) ** 0.5  # twice Glorot's bound
+    widest = 1.5 * (3 / WIDTH) ** 0.5  # 1.5 times Glorot's bound
     start = keras.initializers.RandomUniform(-widest, widest, seed=1)
     arguments = dict(ATTENTION[kind])
     feature_map = arguments.pop("feature_map", "softmax")
     return PerformerDecoder(
         4 * WIDTH,
         HEADS,
-        activation="gelu",
+        activation=ACTIVATION,
         layer_norm_epsilon=1e-3,
         normalize_first=True,
         attention_options={"kernel_initializer": start, "feature_map": feature_map},
@@ -114,10 +125,23 @@ def block(kind):
 
 
 def build(kind):
-    """Returns the model, bytes `[B, L]` to logits `[B, L, 256]`; `kind` as in `KINDS`."""
+    """Returns the model, bytes `[B, L]` to logits `[B, L, 256]`; `kind` as in `KINDS`.
+
+    It copies from the first step on: what attention brings is what it read, because the output
+    kernel begins as the inverse of the value kernel, and a byte that it brings is predicted,
+    because the last layer begins as the embedding of the byte.
+    """
     keras.utils.set_random_seed(0)
+    embedding, head = ByteEmbedding(WIDTH), layers.Dense(256)
     blocks = [block(kind) for _ in range(BLOCKS)]
-    head = [layers.LayerNormalization(), layers.Dense(256)]
-    model = StreamingSequential([ByteEmbedding(WIDTH), *blocks, *head])
+    model = StreamingSequential([embedding, *blocks, layers.LayerNormalization(), head])
     model(tf.zeros([1, 1], tf.int32))
+    for layer in model._flatten_layers():
+        if isinstance(layer, Performer):
+            turn = keras.initializers.Orthogonal(seed=2)([WIDTH, WIDTH])
+            layer.value_dense.kernel.assign(tf.reshape(turn, layer.value_dense.kernel.shape))
+            back = tf.reshape(tf.transpose(turn), layer.output_dense.kernel.shape)
+            layer.output_dense.kernel.assign(back)
+    table = tf.transpose(embedding.tables[0].embeddings)
+    head.kernel.assign(table / (tf.math.reduce_std(table) * WIDTH**0.5))
     return model
