@@ -13,6 +13,7 @@ MODULES = {
     "performer.library": ["ops", "status", "supports_jit", "xla_status"],
     "performer.networks.linear_attention": ["Performer"],
     "performer.ops": ["AttentionState", "favor_attention", "merge", "read", "summarize"],
+    "performer.parallel": ["Mesh", "enable_fit", "favor_attention", "sequence"],
     "performer.projections": ["orthogonal_projection"],
     "performer.state": ["AttentionState", "empty_state", "merge", "read", "summarize"],
     "performer.tolerances": ["tolerances"],

@@ -37,6 +37,7 @@ __all__ = [
     "merge",
     "merge_outputs",
     "orthogonal_projection",
+    "parallel",
     "read",
     "summarize",
 ]
@@ -55,7 +56,7 @@ else:
 
     loader.ops()  # First, so that a library made for another TensorFlow is reported at once.
 
-    from performer import callbacks, convert, ops
+    from performer import callbacks, convert, ops, parallel
     from performer.features import diagnostics, feature_maps, projections, tolerances
     from performer.features.projections import orthogonal_projection
     from performer.generation import generate

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from performer import parallel
 from performer.checks import accumulator
 from performer.ops import favor_attention, merge, merge_outputs, summarize
 from performer.shapes import dims
@@ -61,7 +62,8 @@ def attend(
         prefix = summarize_keys(key, value, features, in_prefix, bias)
         initial_state = prefix if initial_state is None else merge(initial_state, prefix)
         keys = others
-    output = favor_attention(
+    function = favor_attention if parallel.current() is None else parallel.favor_attention
+    output = function(
         query,
         key,
         value,

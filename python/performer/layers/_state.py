@@ -6,8 +6,9 @@ import operator
 import keras
 import tensorflow as tf
 
-from performer import checks
+from performer import checks, parallel
 from performer.ops.state import AttentionState, as_position, near_rows
+from performer.shapes import dims
 
 
 def with_tensors(state):
@@ -35,6 +36,15 @@ def position_of(state):
     return as_position(state.position)
 
 
+def first_position(start, x):
+    """Position of the first element of folded x `[B, L, ...]` in a sequence that begins at `start`.
+
+    In the scope of sequences in parts x is the part of this replica.
+    """
+    mesh = parallel.current()
+    return start if mesh is None else start + tf.cast(mesh.start(dims(x)[1]), tf.int64)
+
+
 def with_position(state, start, key, axes):
     """`state`, its position one past the last key.
 
@@ -44,8 +54,9 @@ def with_position(state, start, key, axes):
         key: the call's keys, of which the sizes of `axes` count.
         axes: attention axes, as `resolve_axes` returns them.
     """
-    sizes = tf.shape(key, tf.int64)
-    return state._replace(position=start + product([sizes[axis] for axis in axes]))
+    sizes, mesh = tf.shape(key, tf.int64), parallel.current()
+    length = product([sizes[axis] for axis in axes])
+    return state._replace(position=start + (length if mesh is None else mesh.total(length)))
 
 
 def check_call(masks, shapes, axes, dense):

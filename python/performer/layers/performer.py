@@ -8,8 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from performer import checks, loader
+from performer import checks, loader, parallel
 from performer.checks import accumulator
+from performer.composition.packed_blocks import run_starts
 from performer.layers._arguments import (
     DENSE_LIMIT,
     LEARNED,
@@ -29,6 +30,7 @@ from performer.layers._masks import Masks, mask_of
 from performer.layers._projection import FarBias, RandomProjection
 from performer.layers._state import (
     check_call,
+    first_position,
     position_of,
     product,
     refuse_near_rows,
@@ -39,6 +41,7 @@ from performer.layers.rotary_embedding import positions_in_runs
 from performer.ops import AttentionState, empty_state, merge
 from performer.ops import read as read_state
 from performer.ops.state import checked_state, stored_rows
+from performer.parallel.neighbours import rows_before_runs
 from performer.shapes import dims
 
 # Call arguments that `keras.layers.MultiHeadAttention` does not have.
@@ -357,6 +360,7 @@ class Performer(keras.layers.MultiHeadAttention):
         added = {"segment_ids": segment_ids, "prefix_mask": prefix_mask}
         if not self._options.linear:
             _refuse_in_quadratic(**added, initial_state=initial_state, return_state=return_state)
+            _refuse_in_parts("attention_method='quadratic'", True)
             # The parent takes attached masks off its inputs: not off the tensors of the caller.
             mask = mask_of(query)
             query, value = tf.identity(query), tf.identity(value)
@@ -376,6 +380,8 @@ class Performer(keras.layers.MultiHeadAttention):
         axes = masks.check(query.shape, value.shape, self._attention_axes, key.shape)
         general = masks.is_general(axes)
         dense = general or return_attention_scores
+        _refuse_in_parts("`return_attention_scores` and a general `attention_mask`", dense)
+        _refuse_in_parts("`prefix_mask`", prefix_mask is not None)
         with_state = initial_state is not None or return_state
         if with_state:
             check_call(masks, (query.shape, value.shape), axes, dense)
@@ -830,10 +836,10 @@ class Performer(keras.layers.MultiHeadAttention):
         if self._rotary_embedding is None:
             return query, key, value
         if segment_ids is None:
-            where = {"start_index": start}
+            where = [{"start_index": first_position(start, x)} for x in (query, key)]
         else:
-            where = {"positions": positions_in_runs(segment_ids)}
-        return self._rotated(query, **where), self._rotated(key, **where), value
+            where = [{"positions": _positions_of(segment_ids)}] * 2
+        return self._rotated(query, **where[0]), self._rotated(key, **where[1]), value
 
     def _rotated(self, x, **where):
         """A query or key `[B', L, H, D]`, rotated by its positions if the layer has rotary ones."""
@@ -912,6 +918,25 @@ class _RepeatedHeads(keras.layers.EinsumDense):
     def call(self, inputs, training=None):
         """Projects, then repeats."""
         return tf.repeat(super().call(inputs, training=training), self._repeats, axis=-2)
+
+
+def _positions_of(segment_ids):
+    """int64 `[B, L]`: positions in runs of equal ids, also of runs that began in another part."""
+    positions, mesh = positions_in_runs(segment_ids), parallel.current()
+    if mesh is None:
+        return positions
+    first_run = tf.cumsum(tf.cast(run_starts(segment_ids), tf.int32), axis=1) == 1
+    before = rows_before_runs(segment_ids, mesh)
+    return positions + tf.where(first_run, before[:, tf.newaxis], 0)
+
+
+def _refuse_in_parts(what, given):
+    """Raises ValueError for what is given, in a scope of sequences in parts."""
+    if given and parallel.current() is not None:
+        raise ValueError(
+            f"{what} cannot be had in the scope of `performer.parallel.sequence`, where each "
+            "replica has a part of the sequence."
+        )
 
 
 def _refuse_in_quadratic(**arguments):

@@ -3,8 +3,10 @@
 import keras
 import tensorflow as tf
 
+from performer import parallel
 from performer.layers._arguments import check_size, clone_initializer
 from performer.layers._positions import integer_scalar, positions_of
+from performer.shapes import dims
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -72,6 +74,9 @@ class PositionEmbedding(keras.layers.Layer):
     def _following(self, start_index, inputs):
         """int64 `(L,)`: the positions from `start_index` on."""
         start_index = integer_scalar("start_index", start_index)
+        mesh = parallel.current()
+        if mesh is not None:  # `inputs` is a part of the sequence
+            start_index += tf.cast(mesh.start(dims(inputs)[-2]), tf.int64)
         start, size = tf.get_static_value(start_index), inputs.shape[-2] or 0
         if start is not None and not 0 <= start <= self.sequence_length - size:
             raise ValueError(
@@ -198,7 +203,8 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         embedded += self.position_embedding(embedded, start_index=start)
         if not return_state:
             return embedded
-        return embedded, start + tf.shape(inputs, tf.int64)[1]
+        length, mesh = tf.shape(inputs, tf.int64)[1], parallel.current()
+        return embedded, start + (length if mesh is None else mesh.total(length))
 
     def compute_mask(self, inputs, mask=None):
         """Which tokens are not padding, if `mask_zero`; None otherwise."""

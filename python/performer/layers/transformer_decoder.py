@@ -3,10 +3,12 @@
 import keras
 import tensorflow as tf
 
+from performer import parallel
 from performer.checks import accumulator
 from performer.layers._block import Block
 from performer.layers._masks import mask_of
 from performer.layers.rotary_embedding import positions_in_runs
+from performer.parallel.neighbours import row_before
 
 
 @keras.saving.register_keras_serializable(package="performer")
@@ -143,7 +145,11 @@ class PerformerDecoder(Block):
         def self_attention(y):
             key = None
             if self.delay_keys:
-                key, last = _delayed(y, before.get("last"), segment_ids, decoder_padding_mask)
+                last = before.get("last")
+                if (mesh := parallel.current()) is not None:
+                    given = (last, segment_ids, decoder_padding_mask)
+                    last = _last_of_part_before(y, mesh, given, return_state)
+                key, last = _delayed(y, last, segment_ids, decoder_padding_mask)
                 after["last"] = tf.cast(last, self._state_dtype())
             result = self._self_attention_layer(
                 y,
@@ -240,6 +246,16 @@ class PerformerDecoder(Block):
     def get_config(self):
         """Every argument of the constructor."""
         return {**super().get_config(), "delay_keys": self.delay_keys}
+
+
+def _last_of_part_before(x, mesh, given, return_state):
+    """The last position of the part before, of a sequence in parts; see `_delayed`."""
+    if return_state or any(x is not None for x in given):
+        raise ValueError(
+            "`delay_keys` goes without states, `segment_ids` and padding masks in the scope of "
+            "`performer.parallel.sequence`, where each replica has a part of the sequence."
+        )
+    return row_before(x, mesh)
 
 
 def _delayed(x, last, segment_ids, mask):
