@@ -53,6 +53,13 @@ def test_gradients_of_long_sequences_do_not_drown_in_what_values_have_in_common(
     check_gradients_with_values_of_mean_1(run, 1500, causal, bounds)
 
 
+@forms
+def test_gradients_of_10000_rows_are_as_good_as_those_of_the_composition(causal):
+    """The bounds are the rms errors of the plain composition."""
+    bounds = {"query": 1e-5 if causal else 1.7e-5, "key": 7e-7, "value": 2.8e-7}
+    check_gradients_with_values_of_mean_1(run, 10_000, causal, bounds)
+
+
 def test_weights_of_features_sum_to_one_however_large_log_features_are():
     """A query hands its gradient on to means, even where an ulp of log-features is 0.06."""
     case = Case(batch=1, rows=300, heads=2, groups=1, features=40, std=0.5)
