@@ -172,3 +172,13 @@ def test_grouped_heads_are_repeated_heads(groups, gate):
     )
     performer.convert.copy_weights(grouped, exact)
     np.testing.assert_allclose(quadratic(X, X), exact(X, X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_shapes_of_a_functional_model_with_masks_are_inferred(scores):
+    inputs, mask = keras.Input((None, 8)), keras.Input((None,), dtype="bool")
+    layer = performer.Performer(2, 4, supports=8)
+    outputs = layer(inputs, inputs, query_mask=mask, key_mask=mask, return_attention_scores=scores)
+    model = keras.Model([inputs, mask], outputs)
+    found = model.compute_output_shape([(3, 6, 8), (3, 6)])
+    assert found == (((3, 6, 8), (3, 2, 6, 6)) if scores else (3, 6, 8))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from performer import checks
@@ -54,7 +55,9 @@ class Masks:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "use_causal_mask" or value is None or hasattr(value, "_keras_history"):
+            if field.name == "use_causal_mask" or value is None:
+                continue
+            if isinstance(value, keras.KerasTensor):  # a symbolic call
                 continue
             # Frozen to all but this: from here on masks are tensors.
             object.__setattr__(self, field.name, checks.tensor(f"`{field.name}`", value))
