@@ -1,5 +1,7 @@
 // Scratch memory of one kernel call, from the C allocator; no exceptions.
 #pragma once
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 
@@ -7,6 +9,22 @@
 #include "cpu/memory/layout.h"
 
 PERFORMER_ISA_BEGIN
+
+// `bytes` of memory, uninitialised, for std::free; nullptr if there is none. The allocator gives
+// large blocks back to the system and gets them anew, page by page. Where the system lets
+// programs ask for it, they come in huge pages, which takes a fraction of the time.
+inline void* AllocateBlock(int64_t bytes) {
+  constexpr int64_t kHugePage = 2 << 20, kLarge = 2 * kHugePage;
+  void* block = nullptr;
+  if (posix_memalign(&block, static_cast<size_t>(bytes < kLarge ? kAlignment : kHugePage),
+                     static_cast<size_t>(bytes)) != 0)
+    return nullptr;
+#ifdef MADV_HUGEPAGE
+  if (bytes >= kLarge)
+    madvise(block, static_cast<size_t>(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);
+#endif
+  return block;
+}
 
 // Hands out aligned arrays of one block:
 //   Arena arena;
@@ -31,11 +49,8 @@ class Arena {
   template <class SetPointers>
   bool Allocate(SetPointers set_pointers) {
     set_pointers();
-    void* block = nullptr;
-    if (posix_memalign(&block, kAlignment, static_cast<size_t>(used_ > 0 ? used_ : kAlignment)) !=
-        0)
-      return false;
-    block_ = static_cast<char*>(block);
+    block_ = static_cast<char*>(AllocateBlock(used_ > 0 ? used_ : kAlignment));
+    if (block_ == nullptr) return false;
     used_ = 0;
     set_pointers();
     return true;
