@@ -4,14 +4,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find cc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help build demo test lint format reference clean distclean environment always
+.PHONY: help build demo test lint format docs clean distclean environment always
 
 help:
 	@echo "make demo       train a byte-level language model with linear attention"
 	@echo "make test       run the tests; ARGS='-k causal -n 0' passes arguments to pytest"
 	@echo "make lint       check style, types and formatting"
 	@echo "make format     format Python and C++"
-	@echo "make reference  write the API reference to build/reference"
+	@echo "make docs       build the documentation site in build/site, and check it"
 	@echo "make build      compile what has changed"
 	@echo "make clean      remove what was built (distclean: the environment too)"
 	@echo
@@ -32,8 +32,11 @@ lint: environment
 	$(RUN) -m mypy
 	find cc tests -name '*.cc' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
-reference: build
-	$(RUN) tools/reference.py build/reference
+docs: build
+	$(RUN) tools/requirements.py docs | grep -v ^tensorflow-performer >$(VENV)/docs.txt
+	$(RUN) -m pip install --quiet --requirement $(VENV)/docs.txt
+	$(RUN) -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/site
+	$(RUN) tests/docs/site.py build/site
 
 format: environment
 	$(RUN) -m ruff check --fix .

@@ -26,7 +26,6 @@ exclude_patterns = ["Thumbs.db"]
 
 # Pages, and headings of theirs that links may name.
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
 
 # Notebooks run anew in every build, and an error in one ends it.
 nb_execution_mode = "force"
@@ -42,18 +41,21 @@ autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Call arguments", "params_style"), ("Numerics", "notes_style")]
+# "Returns" describes what comes back, without the type before a colon that napoleon looks for.
+napoleon_custom_sections = [("Call arguments", "params_style"), "Numerics", "Returns"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "Performer"
 html_copy_source = False
 html_show_sourcelink = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "navbar_align": "left",
     "show_prev_next": False,
     "footer_start": ["copyright"],
     "footer_end": [],
 }
+highlight_language = "none"  # of formulas; examples name theirs
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

@@ -4,6 +4,7 @@ import re
 
 _CODE = re.compile(r"(`+)(.+?)\1")
 _LINK = re.compile(r"\[([^]]+)\]\((https?://[^)\s]+)\)")
+_NAMES = re.compile(r"(?m)^ {4}\w[\w, ]*,(\n {8}\w[\w, ]*,)*\n {8}\w[\w, ]*:")
 _NAME = re.compile(r"performer(\.\w+)+")
 
 
@@ -27,8 +28,8 @@ def to_restructured_text(lines):
     """
     text = "\n".join(lines)
     # Names of arguments that go on in the next line are one line, and so is code.
-    text = re.sub(r"^( {4}\w[\w, ]*,)\n {8}(\w[\w, ]*:)", r"\1 \2", text, flags=re.MULTILINE)
-    text = re.sub(r"`[^`]+`", lambda code: re.sub(r"\s*\n\s*", " ", code[0]), text)
+    text = _NAMES.sub(_in_one_line, text)
+    text = re.sub(r"`[^`]+`", _in_one_line, text)
     result, example, formula = [], False, False
     before = [""]
     for line in text.split("\n"):
@@ -46,9 +47,14 @@ def to_restructured_text(lines):
     return result
 
 
+def _in_one_line(match):
+    """What was matched, without breaks; the indent before it stays."""
+    return re.sub(r"\s*\n\s*", " ", match[0])
+
+
 def _is_text(line):
     """Whether a line is the last one of a paragraph, and no section's."""
-    return line != "" and not line.startswith((" ", ">>>", "- ")) and not line.endswith(":")
+    return line != "" and not line.startswith((" ", ">>>", "- "))
 
 
 def _line(line):

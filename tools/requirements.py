@@ -2,13 +2,14 @@
 
 As a program it prints what a development environment needs, one requirement a line: build, run and
 test requirements together, so that the package can then be built without isolation against the
-TensorFlow that it will run with.
+TensorFlow that it will run with. With the name of an extra it prints what that needs.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 try:
@@ -60,7 +61,7 @@ def development() -> list[str]:
     """Returns what a development environment needs."""
     text = project()
     own = text["project"]["name"]
-    used = [r for name in ("demo", "docs", "examples", "test") for r in extras()[name]]
+    used = [r for name in ("demo", "examples", "test") for r in extras()[name]]
     wanted = text["build-system"]["requires"] + text["project"]["dependencies"] + used
     wanted.append(f"tensorflow=={served()[-1]}.*")
     wanted += runpy.run_path(str(TOOLS / "cuda_requirements.py"))["needed"]()
@@ -68,4 +69,4 @@ def development() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*development(), sep="\n")
+    print(*(extras()[sys.argv[1]] if len(sys.argv) > 1 else development()), sep="\n")
