@@ -257,8 +257,8 @@ PYTHON = [
         "tests/layers/test_streaming.py tests/layers/test_positions.py",
         (
             "positions of a stream fall behind by one",
-            "position=start + product([sizes[axis] for axis in axes])",
-            "position=start + product([sizes[axis] for axis in axes]) - 1",
+            "position=start + (length if mesh is None else mesh.total(length))",
+            "position=start + (length if mesh is None else mesh.total(length)) - 1",
         ),
     ),
     *_faults(
@@ -371,8 +371,8 @@ PYTHON = [
         "tests/building/test_loader.py",
         (
             "a library of another TensorFlow is loaded",
-            "if _minor(built_for) != _minor(tf.__version__):",
-            "if built_for and built_for[:1] != tf.__version__[:1]:",
+            "if built and minor not in map(_minor, built):",
+            "if built and minor[:1] not in [version[:1] for version in built]:",
         ),
         (
             "a truncated library is loaded",

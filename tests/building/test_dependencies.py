@@ -8,6 +8,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 INSIDE = {
+    "keras.src.backend.tensorflow": ["parallel/keras_fit.py"],  # what `fit` does with replicas
     "keras.src.models.functional": ["convert/replacement.py"],  # class of a functional model
     "tensorflow.python.eager.context": ["loader.py"],  # whether TensorFlow has started
     "tensorflow.python.ops": ["layers/_projection.py"],  # whether XLA compiles a graph

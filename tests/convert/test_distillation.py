@@ -78,7 +78,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case == "window" else pytest.mark.slow) for case in CASES],
+)
 def test_distilled_features_are_closer_to_exact_attention_than_calibrated_ones(case):
     make, data, options = CASES[case]
     teacher = make()
@@ -168,7 +171,11 @@ def uninterrupted():
     return report, [w.numpy() for w in student.weights]
 
 
-@pytest.mark.parametrize("step", [3, 8, 20, 33, 43], ids=lambda n: f"at step {n}")
+@pytest.mark.parametrize(
+    "step",
+    [20, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 8, 33, 43))],
+    ids=lambda n: f"at step {n}",
+)
 def test_after_an_interruption_it_ends_with_the_same_bits(
     step, uninterrupted, tmp_path, monkeypatch
 ):
