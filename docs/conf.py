@@ -1,5 +1,6 @@
 """The documentation site: how Sphinx builds it. `make docs` runs it; any warning is an error."""
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -74,7 +75,16 @@ def included(app, path, page, content):
         content[0] = content[0].replace(f"]({file})", f"]({place})")
 
 
+def signature_of(app, what, name, obj, options, signature, annotation):
+    """The signature of a class is that of `__init__`: Keras has a `__new__` that takes anything."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    arguments = list(inspect.signature(obj.__init__).parameters.values())[1:]
+    return str(inspect.Signature(arguments)), annotation
+
+
 def setup(app):
     """Docstrings are Markdown: they are translated before napoleon reads their sections."""
     app.connect("autodoc-process-docstring", docstrings.translate, priority=100)
+    app.connect("autodoc-process-signature", signature_of)
     app.connect("include-read", included)
