@@ -37,3 +37,13 @@ def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert all((page.parent / link).exists() for link in links)
+
+
+def test_a_guide_is_on_the_site():
+    listed = re.findall(
+        r"^(?:\.\./)?([\w-]+)$",
+        "\n".join(path.read_text() for path in (ROOT / "docs").rglob("*.md")),
+        re.MULTILINE,
+    )
+    guides = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert guides <= set(listed)
