@@ -300,8 +300,8 @@ def main():
                 )
             ),
             "float32": [
-                compare_functions(m, ["all", "causal", "window", "causal, window"], "float32")
-                for m in (mesh, all_four)
+                compare_functions(m, ["all", "causal", "causal, window", *more], "float32")
+                for m, more in ((mesh, ["window"]), (all_four, []))  # of four, parts are too short
             ],
         }
     print("RESULT", json.dumps(result))
