@@ -4,11 +4,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find cc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help build demo test lint format docs clean distclean environment always
+.PHONY: help build demo test slow lint format docs clean distclean environment always
 
 help:
 	@echo "make demo       train a byte-level language model with linear attention"
 	@echo "make test       run the tests; ARGS='-k causal -n 0' passes arguments to pytest"
+	@echo "make slow       run the tests that take long"
 	@echo "make lint       check style, types and formatting"
 	@echo "make format     format Python and C++"
 	@echo "make docs       build the documentation site in build/site, and check it"
@@ -31,6 +32,12 @@ lint: environment
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	find cc tests -name '*.cc' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+# What only these need is installed here.
+slow: build
+	$(RUN) tools/requirements.py ray >$(VENV)/slow.txt
+	$(RUN) -m pip install --quiet --requirement $(VENV)/slow.txt
+	@$(MAKE) test ARGS="-m slow $(ARGS)"
 
 docs: build
 	$(RUN) tools/requirements.py docs | grep -v ^tensorflow-performer >$(VENV)/docs.txt

@@ -12,11 +12,12 @@ import argparse
 import json
 import os
 import resource
-import socket
 import statistics
 import subprocess
 import sys
 import time
+
+from performer import launch
 
 DIM = 64
 
@@ -114,21 +115,9 @@ def work(given, worker, workers):
 
 def measure(given, workers):
     """The measurements of a run: the slowest worker's, the sum of processor seconds."""
-    ports = []
-    for _ in range(workers):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            ports.append(free.getsockname()[1])
     processes = []
-    for worker in range(workers):
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        if workers > 1:
-            environment["TF_CONFIG"] = json.dumps(
-                {
-                    "cluster": {"worker": [f"localhost:{port}" for port in ports]},
-                    "task": {"type": "worker", "index": worker},
-                }
-            )
+    for worker, added in enumerate(launch.cluster(workers)):
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **added}
         command = [sys.executable, *sys.argv, "--worker", str(worker), "--workers", str(workers)]
         processes.append(
             subprocess.Popen(

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 
+from performer import launch
 from performer.bench import command as bench
 
 
@@ -32,12 +33,16 @@ def main(argv=None):
     bench.add_arguments(
         commands.add_parser("bench", help="time linear attention beside its peers, checked first")
     )
+    launch.add_arguments(
+        commands.add_parser("launch", help="run a script in several workers on this machine")
+    )
     commands.add_parser("info", help="versions and devices: what a bug report needs")
     arguments = parser.parse_args(argv)
     if fault := _instruction_set_fault():
         print(f"performer: {fault}", file=sys.stderr)
         return 2
-    command = {"bench": bench.main, "demo": _demo, "info": _info}[arguments.command]
+    known = {"bench": bench.main, "demo": _demo, "info": _info, "launch": launch.main}
+    command = known[arguments.command]
     with _unwound_by(signal.SIGTERM, signal.SIGHUP):
         try:
             return command(arguments)

@@ -1,6 +1,9 @@
 """The examples run, are short, and do what they say."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,19 @@ def run(name, **options):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main(**options)
+
+
+def launched(folder, workers, name, **options):
+    """What `main` of an example returns in the first of several workers."""
+    script = folder / f"{name}_{workers}.py"
+    call = f"import sys, json\nsys.path.insert(0, {str(EXAMPLES)!r})\nimport {name} as example\n"
+    script.write_text(f"{call}print('RESULT', json.dumps(example.main(**{options})))\n")
+    command = [sys.executable, "-m", "performer", "launch", "--workers", str(workers), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:]
+    )
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -71,6 +87,32 @@ def test_a_language_model_with_linear_attention_comes_back_to_the_exact_one():
     table = run("converted_language_model", **sizes, **fit)
     assert table["distilled"] < table["converted"]
     assert table["distilled with window"] < 1.1 * table["exact"]
+
+
+@pytest.mark.slow
+def test_workers_with_parts_of_long_sequences_train_as_one_with_the_whole(tmp_path):
+    sizes = {"steps": 8, "length": 1024}
+    alone = run("long_sequences", **sizes)
+    assert alone[-1] < alone[0] - 1
+    for workers in (2, 4):
+        found = launched(tmp_path, workers, "long_sequences", **sizes)
+        assert found == pytest.approx(alone, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_fit_over_workers_is_that_of_one(tmp_path):
+    alone = run("fit_over_workers", epochs=2, count=256)
+    found = launched(tmp_path, 2, "fit_over_workers", epochs=2, count=256)
+    assert found == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ray_starts_workers_that_train_as_one(monkeypatch):
+    pytest.importorskip("ray")  # `make slow` installs it
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    sizes = {"steps": 3, "length": 1024}
+    alone = run("long_sequences", **sizes)
+    assert run("ray_train", **sizes) == pytest.approx((alone[0], alone[-1]), rel=2e-4)
 
 
 @pytest.mark.slow

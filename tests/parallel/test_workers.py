@@ -8,18 +8,23 @@ import pytest
 from support import workers
 
 
-@pytest.mark.slow
-def test_fit_over_two_workers_is_that_of_one_in_parts_of_the_batch_and_of_the_sequence():
-    codes, texts = workers.start("fit", 2)
-    assert codes == [0, 0], texts[0][-3000:]
-    first, second = workers.results(texts)
-    assert first == second
+@pytest.fixture(scope="module")
+def alone():
     codes, texts = workers.start("fit", 1)
     assert codes == [0], texts[0][-3000:]
-    alone = workers.results(texts)[0]["data"]
-    for found in first.values():
-        for name, values in alone.items():
-            np.testing.assert_allclose(found[name], values, rtol=2e-5, atol=1e-7)
+    return workers.results(texts)[0]["data"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_fit_over_workers_is_that_of_one_in_parts_of_the_batch_and_of_the_sequence(alone, count):
+    codes, texts = workers.start("fit", count)
+    assert codes == [0] * count, texts[0][-3000:]
+    found = workers.results(texts)
+    assert all(other == found[0] for other in found)
+    for values in found[0].values():
+        for name, expected in alone.items():
+            np.testing.assert_allclose(values[name], expected, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -3,26 +3,18 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 
+from performer import launch
+
 
 def start(program, count, *args, timeout=150):
     """Runs a program in `count` processes: their exit codes and outputs."""
-    ports = []
-    for _ in range(count):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            ports.append(free.getsockname()[1])
     processes, outputs = [], []
-    for index in range(count):
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        if count > 1:
-            cluster = {"worker": [f"localhost:{port}" for port in ports]}
-            task = {"type": "worker", "index": index}
-            environment["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
+    for index, added in enumerate(launch.cluster(count)):
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **added}
         outputs.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - closed below
         command = [sys.executable, __file__, program, str(index), str(count), *map(str, args)]
         processes.append(
@@ -51,7 +43,7 @@ def _strategy(count):
 
     if count > 1:
         return tf.distribute.MultiWorkerMirroredStrategy()
-    return tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy(["CPU:0"])
 
 
 def _task():
@@ -93,7 +85,7 @@ def fit(index, count):
     for name, sequence in (("data", 1), ("sequence", count)):
         with strategy.scope():
             model = _model(causal=True)
-            model.compile(keras.optimizers.SGD(0.01), "mse", metrics=["mae"], jit_compile=False)
+            model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], jit_compile=False)
         x, _ = _task()
         y = (x[..., None] - 10).astype("float32")
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)

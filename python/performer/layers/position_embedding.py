@@ -97,7 +97,7 @@ class PositionEmbedding(keras.layers.Layer):
         check = tf.debugging.Assert(tf.reduce_all(inside), [rule, positions], summarize=1)
         with tf.control_dependencies([] if check is None else [check]):
             table = tf.convert_to_tensor(self.position_embeddings)
-            found = tf.gather(table, tf.where(inside, positions, tf.zeros_like(positions)))
+            found = _rows(table, tf.where(inside, positions, tf.zeros_like(positions)))
             # XLA drops assertions: there NaN stands for the vector of a wrong position.
             return tf.where(inside[..., tf.newaxis], found, tf.cast(float("nan"), table.dtype))
 
@@ -112,6 +112,23 @@ class PositionEmbedding(keras.layers.Layer):
             "sequence_length": self.sequence_length,
             "initializer": keras.initializers.serialize(self.initializer),
         }
+
+
+def _rows(table, positions):
+    """Rows of a table, with a dense gradient.
+
+    That of `tf.gather` is a list of slices. Keras's optimizers square each of them on its own, so
+    that with Adam several workers that have the same positions would not train as one does.
+    """
+
+    @tf.custom_gradient
+    def gather(table):
+        def gradient(upstream):
+            return tf.math.unsorted_segment_sum(upstream, positions, table.shape[0])
+
+        return tf.gather(table, positions), gradient
+
+    return gather(table)
 
 
 @keras.saving.register_keras_serializable(package="performer")

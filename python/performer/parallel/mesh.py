@@ -192,11 +192,18 @@ class Mesh:
 
             options = tf.data.Options()
             options.autotune.enabled = False
-            return dataset.flat_map(
+            given = dataset.flat_map(
                 lambda *batch: replicas.map(
                     lambda r: of_replica(batch if len(batch) > 1 else batch[0], r)
                 )
             ).with_options(options)
+            # Where `fit` knows no number of batches it ends an epoch by a step that fails, and that
+            # step counts in the optimizer.
+            batches = dataset.cardinality()
+            known = batches != tf.data.UNKNOWN_CARDINALITY
+            if local == 1 and known:
+                given = given.apply(tf.data.experimental.assert_cardinality(batches))
+            return given
 
         return self._strategy.distribute_datasets_from_function(parts)
 
