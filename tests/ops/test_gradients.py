@@ -193,16 +193,16 @@ def rms(x):
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-@forms
-@pytest.mark.parametrize("std", [0.5, 1.0, 3.0, 5.0])
-def test_float32_errors_are_at_most_twice_those_of_the_composition(causal, std):
-    case = Case(batch=1, rows=384, heads=4, groups=2, dim=64, value_dim=32, features=64, std=std)
-    x = make(case, seed=5)
-    incoming = cotangents(case, seed=6)["grad_out"]
-    names = ("query", "key", "value", "query_projection", "key_projection", "feature_bias")
+INPUTS = ("query", "key", "value", "query_projection", "key_projection", "feature_bias")
 
-    def attend(operator):
-        values = {name: tf.constant(x[name]) for name in names}
+
+def attend(operator, x, incoming, causal, dtype="float32"):
+    """out and the gradients of INPUTS, by `call` or `composed`."""
+    x = {name: a if a.dtype == np.int64 else tf.cast(a, dtype) for name, a in x.items()}
+    incoming = tf.cast(incoming, dtype)
+
+    @tf.function(autograph=False)  # its loops are 15 times as fast
+    def both(values):
         with tf.GradientTape() as tape:
             tape.watch(values)
             inputs = {**x, **values}
@@ -212,12 +212,42 @@ def test_float32_errors_are_at_most_twice_those_of_the_composition(causal, std):
                 out = operator("Read", {**inputs, **operator("Summarize", inputs)})["out"]
         return {"out": out, **tape.gradient(out, values, incoming)}
 
-    plain = {name: x[name] for name in (*names, "key_bias")}
+    results = both({name: x[name] for name in INPUTS})
+    return {name: result.numpy() for name, result in results.items()}
+
+
+def assert_errors_at_most_twice_theirs(ours, theirs, exact):
+    for name in ("out", *INPUTS):
+        error, allowed = (rms(results[name] - exact[name]) for results in (ours, theirs))
+        print(f"{name}: rms error {error:.3g}, composition {allowed:.3g}")
+        assert error <= 2 * allowed, f"{name}: rms {error:.3g}, composition {allowed:.3g}"
+
+
+@forms
+@pytest.mark.parametrize("std", [0.5, 1.0, 3.0, 5.0])
+def test_float32_errors_are_at_most_twice_those_of_the_composition(causal, std):
+    case = Case(batch=1, rows=384, heads=4, groups=2, dim=64, value_dim=32, features=64, std=std)
+    x = make(case, seed=5)
+    incoming = cotangents(case, seed=6)["grad_out"]
+    plain = {name: x[name] for name in (*INPUTS, "key_bias")}
     exact = {
         "out": reference.attention(**plain, causal=causal)[0],
         **reference.attention_gradients(**plain, grad_out=incoming, causal=causal),
     }
-    ours, theirs = attend(call), attend(composed)
-    for name in ("out", *names):
-        error, allowed = (rms(np.asarray(r[name]) - exact[name]) for r in (ours, theirs))
-        assert error <= 2 * allowed, f"{name}: rms {error:.3g}, composition {allowed:.3g}"
+    results = (attend(operator, x, incoming, causal) for operator in (call, composed))
+    assert_errors_at_most_twice_theirs(*results, exact)
+
+
+@pytest.mark.slow
+@forms
+@pytest.mark.parametrize("rows", [100_000, 1_000_000])
+def test_float32_errors_of_long_sequences_are_at_most_twice_those_of_the_composition(rows, causal):
+    """Values of mean 1. The composition needs 4 GB for a million causal rows."""
+    case = Case(batch=1, rows=rows, heads=1, groups=1, dim=8, value_dim=8, features=16, std=0.5)
+    x = make(case)
+    x["value"] += 1
+    x["feature_bias"][:] = 0
+    incoming = cotangents(case)["grad_out"]
+    results = (attend(operator, x, incoming, causal) for operator in (call, composed))
+    exact = attend(call, x, incoming, causal, "float64")
+    assert_errors_at_most_twice_theirs(*results, exact)

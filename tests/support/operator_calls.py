@@ -28,7 +28,7 @@ def function(op: str):
 def arguments(op: str, x: dict) -> dict:
     """Those entries that are inputs of an operator, as tensors."""
     names = [argument.name for argument in definition(op).input_arg]
-    return {name: tf.constant(x[name]) for name in names}
+    return {name: tf.convert_to_tensor(x[name]) for name in names}
 
 
 def definition(op: str):
