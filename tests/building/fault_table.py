@@ -511,7 +511,7 @@ CPU = [
         (
             "a merged mass is that of the first",
             "mass += weight[i] * Load(from[i].mass + m0);",
-            "mass += (i == 0 ? 1 : 0) * weight[i] * Load(from[i].mass + m0);",
+            "mass += Acc(i == 0) * weight[i] * Load(from[i].mass + m0);",
         ),
     ),
     *_faults(

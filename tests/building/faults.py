@@ -8,7 +8,7 @@ build`. For faults in C++ the core alone is compiled, for one instruction set an
 optimisation, and those in CUDA are compiled for the emulator. Faults in the work of threads have
 programs as tests, which run under ThreadSanitizer: whether they show otherwise is chance. A fault
 is caught where a test fails with it that passes without it. Returns nonzero where a fault was
-missed.
+missed, or does not compile.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ def plant_all(kind: str, faults: list[Fault]) -> list[Fault]:
         source.write_text(text.replace(fault.old, fault.new))
         try:
             failed = failures(kind, fault.tests.split(), build("wrong"))
+        except Broken as error:
+            print(f"{kind} {number}/{len(faults)} BROKEN: {fault.name}: {error}", flush=True)
+            missed.append(fault)
+            continue
         finally:
             source.write_text(text)
         if failures(kind, failed, right):

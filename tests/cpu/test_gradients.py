@@ -10,7 +10,7 @@ from support.cases import CASES, ELU, RELU, TOKENS, cases, parameters
 from support.compare import assert_close, assert_finite
 from support.core_calls import backward, expected_gradients, forward, isas, run
 from support.inputs import Case, cotangents, forms, make
-from support.promises import check_gradients, check_gradients_with_values_of_mean_1
+from support.promises import check_gradients, check_gradients_of_values_with_a_mean
 
 
 @isas
@@ -138,7 +138,14 @@ def test_gradients_of_long_sequences_do_not_drown_in_what_values_have_in_common(
     queries, 8e-7 for keys, 3e-7 for values.
     """
     bounds = {"query": 8e-6, "key": 9e-7, "value": 6e-7}
-    check_gradients_with_values_of_mean_1(partial(run, isa=isa), 10_000, causal, bounds)
+    check_gradients_of_values_with_a_mean(partial(run, isa=isa), 10_000, causal, bounds)
+
+
+@isas
+def test_gradients_of_a_single_chunk_do_not_drown_in_it_either(isa):
+    """No state before the chunk tells what its values have in common."""
+    bounds = {"query": 1e-6, "key": 5e-7, "value": 4e-7}
+    check_gradients_of_values_with_a_mean(partial(run, isa=isa), 40, True, bounds, mean=1000)
 
 
 def as_drawn(x: dict) -> None:

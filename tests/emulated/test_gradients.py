@@ -17,7 +17,7 @@ from support.emulated_calls import (
     run_in_small_blocks,
 )
 from support.inputs import Case, cotangents, forms, make
-from support.promises import check_gradients, check_gradients_with_values_of_mean_1
+from support.promises import check_gradients, check_gradients_of_values_with_a_mean
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters(leave_out=TOKENS))
@@ -50,14 +50,14 @@ def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
 @forms
 def test_gradients_of_long_sequences_do_not_drown_in_what_values_have_in_common(causal):
     bounds = {"query": 4e-6, "key": 6e-7, "value": 4e-7}
-    check_gradients_with_values_of_mean_1(run, 1500, causal, bounds)
+    check_gradients_of_values_with_a_mean(run, 1500, causal, bounds)
 
 
 @forms
 def test_gradients_of_10000_rows_are_as_good_as_those_of_the_composition(causal):
     """The bounds are the rms errors of the plain composition."""
     bounds = {"query": 1e-5 if causal else 1.7e-5, "key": 7e-7, "value": 2.8e-7}
-    check_gradients_with_values_of_mean_1(run, 10_000, causal, bounds)
+    check_gradients_of_values_with_a_mean(run, 10_000, causal, bounds)
 
 
 def test_weights_of_features_sum_to_one_however_large_log_features_are():

@@ -59,14 +59,16 @@ def check_gradients(run, case: Case, causal: bool, dtype: str, times: float = 1)
         assert_close(grads[argument], grad, rms=bound, what=argument)
 
 
-def check_gradients_with_values_of_mean_1(run, rows: int, causal: bool, bounds: dict) -> None:
-    """float32 against float64, in a long sequence whose values have more in common than apart.
+def check_gradients_of_values_with_a_mean(
+    run, rows: int, causal: bool, bounds: dict, mean: float = 1
+) -> None:
+    """float32 against float64, in a sequence whose values have more in common than apart.
 
     `bounds`: of the rms error over the rms of the gradient, by input.
     """
     case = Case(batch=1, rows=rows, heads=1, groups=1, features=32, value_dim=16, std=0.5)
     x, incoming = make(case), cotangents(case)
-    x["value"] += 1
+    x["value"] += np.float32(mean)
     for name in ("feature_bias", "key_bias"):
         x[name][:] = 0
     for name in ("grad_log_mass", "grad_mean"):
