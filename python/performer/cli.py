@@ -123,6 +123,7 @@ def _info(arguments):
 
     import performer
     from performer import loader
+    from performer.ops import gpus
 
     found = loader.status()
     print(f"performer {performer.__version__}")
@@ -149,6 +150,9 @@ def _info(arguments):
         print(f"GPU kernels: {_gpu_kernels(build, core)}")
     for device in tf.config.list_physical_devices():
         print(f"device: {device.name}")
+    for card in gpus.cards():
+        reason = gpus.fault(gpus.Call("causal", tf.float32, (), ()), card, gpus.build())
+        print(f"GPU kernels on {card.name}: {f'no; {reason}' if reason else 'yes'}")
     return 0
 
 

@@ -8,12 +8,10 @@ import threading
 import tensorflow as tf
 
 from performer import composition, loader
+from performer.ops import gpus
 from performer.ops import gradients as gradients  # registers the gradients of the operators,
 from performer.ops import vectorize as vectorize  # and how loops over them are vectorized
 from performer.ops.sizes import wait_for_sizes
-
-# Operators that have no kernel for GPUs.
-_CPU_ONLY = ("near_far", "append_rows")
 
 _thread = threading.local()
 
@@ -29,8 +27,8 @@ def composed():
     >>> import tensorflow as tf
     >>> from performer.ops import dispatch
     >>> with dispatch.composed():
-    ...     dispatch.has_kernel("causal", "", 0), dispatch.is_composed()
-    (True, True)
+    ...     dispatch.is_composed()
+    True
     """
     before = is_composed()
     _thread.composed = True
@@ -49,7 +47,7 @@ def run(operator: str, offsets, **inputs):
     """Calls an operator.
 
     The compiled one knows three feature maps by name; a function as `feature_map` takes the
-    composition. So does an operator without a kernel for the device, see `has_kernel`.
+    composition. So does a call without a kernel for the device, see `gpus.takes`.
 
     Args:
         operator: "summarize", "read", "causal" or "near_far".
@@ -61,7 +59,7 @@ def run(operator: str, offsets, **inputs):
     """
     compiled = None
     if not callable(inputs.get("feature_map")):
-        compiled = _compiled(operator, next(iter(inputs.values())).device)
+        compiled = _compiled(operator, inputs)
     packed = offsets is not None
     with tf.device("/CPU:0"):  # every device reads them there
         if not packed:
@@ -86,36 +84,19 @@ def append_rows(rows, more):
     >>> append_rows(tf.zeros([1, 5, 3]), tf.zeros([1, 2, 3])).shape
     TensorShape([1, 7, 3])
     """
-    compiled = _compiled("append_rows", rows.device)
+    compiled = _compiled("append_rows", {"value": rows})
     return tf.concat([rows, more], 1) if compiled is None else compiled(rows=rows, more=more)
 
 
-def _compiled(operator: str, device: str):
-    """The function of a compiled operator, if there is one that runs on `device`; else None."""
+def _compiled(operator: str, inputs: dict):
+    """The function of a compiled operator, if there is one that runs where the inputs are."""
     if is_composed():
         return None
-    library, name = loader.ops(), f"performer_{operator}"
-    gpus = len(tf.config.list_logical_devices("GPU")) if operator in _CPU_ONLY else 0
-    known = hasattr(library, name) and has_kernel(operator, device, gpus)
-    return getattr(library, name) if known else None
-
-
-def has_kernel(operator: str, device: str, gpus: int) -> bool:
-    """Whether the compiled operator runs where its inputs are, without a way through the CPU.
-
-    Args:
-        operator: as `run`.
-        device: of an input: the name of a device, or "" in a graph that is placed later.
-        gpus: number of GPUs that TensorFlow sees.
-
-    Example:
-
-    >>> from performer.ops.dispatch import has_kernel
-    >>> has_kernel("near_far", "/device:CPU:0", 1), has_kernel("near_far", "/device:GPU:0", 1)
-    (True, False)
-    >>> has_kernel("near_far", "", 0), has_kernel("near_far", "", 1), has_kernel("causal", "", 1)
-    (True, False, True)
-    """
-    if operator not in _CPU_ONLY or not gpus:
-        return True
-    return "CPU" in device.upper()
+    function = getattr(loader.ops(), f"performer_{operator}", None)
+    if function is None or not gpus.cards():
+        return function
+    rows = next(inputs[name] for name in ("query", "key", "value") if name in inputs)
+    last = [inputs[name].shape[-1] for name in ("query", "key", "value", "mean") if name in inputs]
+    heads = [inputs[name].shape[2] for name in ("query", "key") if name in inputs]
+    call = gpus.Call(operator, rows.dtype, tuple(last), tuple(heads))
+    return function if gpus.takes(call, rows.device) else None
