@@ -42,8 +42,13 @@ inline constexpr int kBackwardWarps = kIs16Bit<T> || W == 64 ? 8 : 4;
 
 // A thread's part of a tile of features x tokens. Rows are features row0 + 16 m + g + 8 e of the
 // block, columns are tokens 8 n + 2 t + c of kColumns.
+// (The compiler of CUDA 12.4 fails on the array as an alias of its own.)
+template <int kRowTiles, int kColumns>
+struct BackwardTileOf {
+  using Array = float[kRowTiles][kColumns / 8][4];
+};
 template <int kRowTiles, int kColumns = 32>
-using BackwardTile = float[kRowTiles][kColumns / 8][4];
+using BackwardTile = typename BackwardTileOf<kRowTiles, kColumns>::Array;
 
 // x += features (rows) x tokens (kColumns from j0).
 template <class T, int W, int kRowTiles, int kColumns = 32>
