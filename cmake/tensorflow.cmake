@@ -1,9 +1,10 @@
 # The TensorFlow ops, for each version of TensorFlow in tensorflow_dirs. All of them link the same
-# kernels, and hold them: each library is complete, so that a process can load it alone.
+# kernels. Sets PERFORMER_TENSORFLOW_VERSIONS and PERFORMER_HAS_XLA.
 #
-# For one version they are performer/_ops.so and performer/_xla.so. For several, each has a folder,
-# performer/tensorflow-MINOR, of which performer/loader.py takes the one it needs. Sets
-# PERFORMER_TENSORFLOW_VERSIONS and PERFORMER_HAS_XLA.
+# For one version they are performer/_ops.so and performer/_xla.so, and hold all kernels. For several,
+# each has a folder, performer/tensorflow-MINOR, of which performer/loader.py takes the one it needs;
+# the CUDA kernels are then a library of their own, performer/libperformer_cuda.so, which the system's
+# loader finds beside that folder, or beside a copy of _ops.so.
 if(NOT tensorflow_dirs)
   message(FATAL_ERROR
     "TensorFlow is not installed for ${Python_EXECUTABLE}, and the ops are compiled against its headers. "
@@ -63,5 +64,8 @@ foreach(tensorflow_dir IN LISTS tensorflow_dirs)
   add_tensorflow_library(performer_ops${of} _ops ${tf_sources} ${xla_handlers})
   target_link_libraries(performer_ops${of} PRIVATE
     ${performer_kernels} -l:libtensorflow_framework.so.2)
+  if(performer_shares_cuda)
+    target_link_options(performer_ops${of} PRIVATE "LINKER:-rpath,$ORIGIN/..:$ORIGIN")
+  endif()
 endforeach()
 list(JOIN PERFORMER_TENSORFLOW_VERSIONS " " PERFORMER_TENSORFLOW_VERSIONS)

@@ -90,7 +90,7 @@ say "wheel; the messages of the build are in $work/wheel.log"
 (
   cd "$work/source"
   export PERFORMER_BINDINGS=OFF PERFORMER_ISAS=${PERFORMER_ISAS:-ALL}
-  export CMAKE_ARGS="${CMAKE_ARGS:-} '-DCMAKE_MODULE_LINKER_FLAGS=$linker'"
+  export CMAKE_ARGS="${CMAKE_ARGS:-} '-DCMAKE_MODULE_LINKER_FLAGS=$linker' '-DCMAKE_SHARED_LINKER_FLAGS=$linker'"
   "$python" -m pip wheel --verbose --no-deps --no-build-isolation --wheel-dir "$work/raw" .
 ) >"$work/wheel.log" 2>&1 || { tail -n 60 "$work/wheel.log"; fail "the wheel was not built"; }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/shared.h"
 #include "core/status.h"
 
 namespace performer {
@@ -19,10 +20,10 @@ struct DeviceInfo {
 
 // Lists the devices in CUDA's order. Errors as ToStatus: without a driver or a device,
 // FailedPrecondition.
-Status ListDevices(std::vector<DeviceInfo>* devices);
+PERFORMER_SHARED Status ListDevices(std::vector<DeviceInfo>* devices);
 
 // Copies `bytes` of device memory to the host and waits for the stream. Errors as ToStatus.
-Status CopyToHost(const void* device, size_t bytes, void* stream, void* host);
+PERFORMER_SHARED Status CopyToHost(const void* device, size_t bytes, void* stream, void* host);
 
 }  // namespace cuda
 }  // namespace performer

@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "core/params.h"
+#include "core/shared.h"
 #include "core/status.h"
 
 namespace performer {
@@ -37,7 +38,7 @@ inline constexpr int64_t kMaxRows = int64_t{1} << 36;
 
 // Whether the kernels take such a call: OK, or InvalidArgument that names the rule and the value.
 // The answer depends only on the arguments; no GPU is needed. Any M is accepted.
-Status Supports(Op op, DType dtype, const Dims& dims);
+PERFORMER_SHARED Status Supports(Op op, DType dtype, const Dims& dims);
 
 // Enqueues one operator on the current device's stream and returns without waiting for it. The
 // shapes of the call have been accepted by InferShapes, its offsets by CheckOffsets.
@@ -54,7 +55,7 @@ Status Supports(Op op, DType dtype, const Dims& dims);
 //                       than 163 KiB)
 //   Internal            a launch failed
 // Errors of the CUDA runtime carry its own text (errors.h).
-Status Run(Op op, const Call& call, const Device& device);
+PERFORMER_SHARED Status Run(Op op, const Call& call, const Device& device);
 
 }  // namespace cuda
 }  // namespace performer

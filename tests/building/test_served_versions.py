@@ -131,3 +131,15 @@ def test_the_same_sources_give_the_same_sdist(tmp_path, monkeypatch):
     assert {member.mtime for member in members} == {1700000000}
     assert {(member.uid, member.gid, member.uname) for member in members} == {(0, 0, "")}
     assert any(member.name.endswith("/tools/requirements.py") for member in members)
+
+
+def test_the_shared_cuda_kernels_show_what_their_headers_mark():
+    headers = "".join(path.read_text() for path in (ROOT / "cc" / "cuda").glob("*.h"))
+    marked = re.findall(r"^PERFORMER_SHARED \w+ (\w+)\(", headers, re.MULTILINE)
+    shown = re.findall(r"performer::cuda::(\w+)\*;", (ROOT / "cmake/exports_cuda.map").read_text())
+    assert sorted(marked) == sorted(shown)
+    called = set()
+    for folder in ("cc/tf", "cc/bindings"):
+        for path in (ROOT / folder).rglob("*.cc"):
+            called |= set(re.findall(r"\bcuda::(\w+)\(", path.read_text()))
+    assert called == set(marked)

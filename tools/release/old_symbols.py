@@ -64,6 +64,14 @@ def write_stand_in(library: str, path: Path) -> None:
         source, "-o", path)  # fmt: skip
 
 
+def write_loader(folder: Path) -> Path:
+    """Writes a stand-in of the loader, which has `__tls_get_addr`; libc.so names it."""
+    script = Path(run("c++", "-print-file-name=libc.so")).read_text(encoding="utf-8")
+    loader = Path(re.search(r"AS_NEEDED \(\s*(\S+)\s*\)", script)[1])
+    write_stand_in(str(loader), folder / loader.name)
+    return folder / loader.name
+
+
 def main(folder: Path) -> None:
     """Writes all that the linker asks for."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,9 +82,10 @@ def main(folder: Path) -> None:
     run("ar", "rcsD", folder / "libalong.a", folder / "along.o")
     for asked, name in LIBRARIES.items():
         write_stand_in(run("c++", f"-print-file-name={name}"), folder / name)
-        inputs = [folder / name]
+        inputs: list[Path | str] = [folder / name]
         if asked == "libc.so":
             inputs.append(Path(run("c++", "-print-file-name=libc_nonshared.a")))
+            inputs.append(f"AS_NEEDED({write_loader(folder)})")
         if asked == "libstdc++.so":
             inputs.append(folder / "libalong.a")
         (folder / asked).write_text(f"INPUT({' '.join(map(str, inputs))})\n")
