@@ -135,7 +135,9 @@ def test_both_kinds_are_read_without_the_package(tmp_path):
     results = read_elsewhere(tmp_path, inputs, library, portable, fused)
     for x, of_portable, of_fused in zip(inputs, results[:2], results[2:], strict=True):
         assert np.abs(of_portable - model(x)).max() < BOUND
-        assert np.array_equal(of_fused, model(x))
+        # Eagerly, products of TensorFlow's own may have other last bits.
+        assert np.abs(of_fused - model(x)).max() < 1e-5
+        assert np.array_equal(of_fused, tf.saved_model.load(fused).serve(x))
 
 
 @pytest.mark.parametrize(
