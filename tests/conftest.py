@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,18 +20,21 @@ if workers > 1:
 @pytest.fixture(autouse=True, scope="module")
 def seeded_module():
     """Fixtures of a file begin with the same random numbers."""
-    _seed()
+    if "keras" in sys.modules:  # as in all files that take random numbers of its or of TensorFlow
+        sys.modules["keras"].utils.set_random_seed(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded(seeded_module):
-    """So does every test, whatever ran before it."""
-    _seed()
+    """So does every test, whatever ran before it.
 
-
-def _seed():
-    if "keras" in sys.modules:  # as in all files that take random numbers of its or of TensorFlow
-        sys.modules["keras"].utils.set_random_seed(1)
+    TensorFlow's own generator is left as it is. To seed it, TensorFlow forgets the kernels of all
+    operations that run eagerly, and to make them again would take a quarter of the time of tests of
+    layers. Tests take random numbers of NumPy and of Keras, which has seeds of its own.
+    """
+    if "keras" in sys.modules:
+        with mock.patch.object(sys.modules["tensorflow"].random, "set_seed"):
+            sys.modules["keras"].utils.set_random_seed(1)
 
 
 def pytest_collection_modifyitems(items):
