@@ -181,7 +181,8 @@ def copy(tmp_path_factory):
 
     def make(library=None, built_for=None, xla=None):
         folder = tmp_path_factory.mktemp("site")
-        shutil.copytree(PACKAGE, folder / "performer", ignore=shutil.ignore_patterns("__pycache__"))
+        # With its bytecode, which a child would otherwise compile again.
+        shutil.copytree(PACKAGE, folder / "performer")
         for name, content in (("_ops.so", library), ("_xla.so", xla)):
             place = folder / "performer" / name
             if content is False:

@@ -20,7 +20,10 @@ def late(function, compiled=False, **inputs):
     inputs = tf.nest.map_structure(tf.convert_to_tensor, inputs)
     spec = tf.nest.map_structure(lambda x: tf.TensorSpec([None] * x.shape.rank, x.dtype), inputs)
     call = tf.function(
-        lambda given: function(**given), input_signature=[spec], jit_compile=compiled
+        lambda given: function(**given),
+        input_signature=[spec],
+        jit_compile=compiled,
+        autograph=False,
     )
     return call(inputs)
 
