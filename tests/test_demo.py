@@ -149,10 +149,10 @@ def test_what_is_attended_to_is_predicted_from_the_start():
 
 def test_streaming_predicts_what_the_whole_pass_does():
     network = model.build("near_far")
-    text = np.random.default_rng(0).integers(0, 256, (1, 70))
+    text = np.random.default_rng(0).integers(0, 256, (1, model.WINDOW + 9))
     state, steps = network.get_initial_state(1), []
-    for i in range(70):
-        step, state = network(text[:, i : i + 1], initial_state=state, return_state=True)
+    for part in np.split(text, range(model.WINDOW - 9, text.shape[1]), axis=1):
+        step, state = network(part, initial_state=state, return_state=True)
         steps.append(step)
     np.testing.assert_allclose(np.concatenate(steps, 1), network(text), atol=1e-4)
 

@@ -124,14 +124,21 @@ def test_masked_positions_have_no_part_in_it():
         np.testing.assert_array_equal(one, other)
 
 
-def test_later_stages_bring_the_outputs_closer_and_change_what_they_say():
+STAGES = {**SHORT, "steps": 12, "end_to_end": 12, "lora_rank": 2, "lora_steps": 12}
+STAGES["learning_rate"] = 0.05
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """The report of all stages, the student, and its weights before."""
     teacher = two_layers()
-    x = sharp()
     student = student_of(teacher)
     before = {w.path: w.numpy() for w in student.weights}
-    report = convert.distill(
-        student, teacher, x, **SHORT, end_to_end=40, lora_rank=2, lora_steps=20, learning_rate=0.05
-    )
+    return convert.distill(student, teacher, sharp(), **STAGES), student, before
+
+
+def test_later_stages_bring_the_outputs_closer_and_change_what_they_say(uninterrupted):
+    report, student, before = uninterrupted
     assert list(report.outputs) == ["as it was", "layers", "end to end", "lora"]
     assert report.outputs["end to end"] < report.outputs["layers"]
     assert report.outputs["lora"] < report.outputs["layers"]
@@ -140,35 +147,17 @@ def test_later_stages_bring_the_outputs_closer_and_change_what_they_say():
     assert any("last/lora_kernel_b" in path for path in changed)
 
 
-def test_without_later_stages_only_features_change():
-    teacher = two_layers()
-    student = student_of(teacher)
-    before = [(w.path, w.numpy()) for w in student.weights]
-    convert.distill(student, teacher, sharp(), **{**SHORT, "steps": 2}, end_to_end=2)
-    for (path, old), weight in zip(before, student.weights, strict=True):
-        assert np.array_equal(old, weight) != ("learned_projection" in path)
-
-
-def test_a_dataset_of_batches_is_read_as_the_arrays_are():
-    x, features = sharp(), []
+def test_without_lora_only_features_change_and_a_dataset_of_batches_is_read_as_the_arrays_are():
+    x, students = sharp(), []
     for data in (x, tf.data.Dataset.from_tensor_slices(x).batch(4)):
         teacher = two_layers()
         student = student_of(teacher)
+        before = [(w.path, w.numpy()) for w in student.weights]
         convert.distill(student, teacher, data, **{**SHORT, "steps": 3}, end_to_end=3)
-        features.append([w.numpy() for w in student.weights])
-    for one, other in zip(*features, strict=True):
+        students.append(student)
+    for (path, old), one, other in zip(before, *(s.weights for s in students), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-STAGES = {**SHORT, "steps": 12, "end_to_end": 12, "lora_rank": 2, "lora_steps": 12}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted():
-    teacher = two_layers()
-    student = student_of(teacher)
-    report = convert.distill(student, teacher, sharp(), **STAGES)
-    return report, [w.numpy() for w in student.weights]
+        assert np.array_equal(old, one) != ("learned_projection" in path)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +186,9 @@ def test_after_an_interruption_it_ends_with_the_same_bits(
     student = student_of(teacher)
     report = convert.distill(student, teacher, sharp(), **STAGES, checkpoint=tmp_path)
     assert len(updates) < 48 + 5 + 1  # no more than what was not written is done again
-    wanted, weights = uninterrupted
+    wanted, other_student, _ = uninterrupted
     assert report.outputs == wanted.outputs
-    for one, other in zip(student.weights, weights, strict=True):
+    for one, other in zip(student.weights, other_student.weights, strict=True):
         np.testing.assert_array_equal(one, other)
     for one, other in zip(report.layers, wanted.layers, strict=True):
         np.testing.assert_array_equal(one.after, other.after)

@@ -100,7 +100,7 @@ def model():
     decoded = target + attention(2, 4, name="causal")(target, target, use_causal_mask=True)
     decoded = decoded + attention(2, 4, value_dim=3, dropout=0.1, name="cross")(decoded, encoded)
     model = keras.Model([source, target], keras.layers.Dense(8)(decoded))
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     model.fit([X, Y], Y, verbose=0)
     return model
 

@@ -11,6 +11,7 @@ predictions. A file that is there stays as it is: it stands for its version.
 
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import keras
@@ -103,9 +104,14 @@ def write(name):
     np.savez_compressed(path.with_suffix(".npz"), inputs=inputs, outputs=model(inputs))
 
 
+@cache
+def loaded(name):
+    return keras.models.load_model(FOLDER / f"{name}.keras")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_predictions(name):
-    model = keras.models.load_model(FOLDER / f"{name}.keras")
+    model = loaded(name)
     saved = np.load(FOLDER / f"{name}.npz")
     # Equal to the bit on the processor that wrote the files; another may add in another order.
     # A prediction is a chain of fewer than 100 float32 operations, and no term of their sums is
@@ -115,14 +121,14 @@ def test_predictions(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_projections_have_their_fingerprints(name):
-    layers = performer.callbacks.linear_layers(keras.models.load_model(FOLDER / f"{name}.keras"))
+    layers = performer.callbacks.linear_layers(loaded(name))
     assert layers
     for layer in layers:
         assert layer.draw == int(fingerprint(layer.projection)) and layer.redraws == 0
 
 
 def test_streaming_in_parts():
-    model = keras.models.load_model(FOLDER / "streaming.keras")
+    model = loaded("streaming")
     saved = np.load(FOLDER / "streaming.npz")
     state, parts = model.get_initial_state(3), []
     for part in np.split(saved["inputs"], [2, 3], axis=1):
@@ -134,9 +140,7 @@ def test_streaming_in_parts():
 @pytest.mark.parametrize("name", MODELS)
 def test_names_of_weights(name):
     """The models that this version makes have the weights of the saved ones, in their order."""
-
-    made, loaded = MODELS[name](), keras.models.load_model(FOLDER / f"{name}.keras")
-    for one, other in zip(made.weights, loaded.weights, strict=True):
+    for one, other in zip(MODELS[name]().weights, loaded(name).weights, strict=True):
         assert one.path.endswith(other.path.split("/", 1)[1])  # the first part counts the layers
         assert one.shape == other.shape
 
