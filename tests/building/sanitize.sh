@@ -10,8 +10,8 @@ source tests/building/asan.sh
 ctest --test-dir build/asan --output-on-failure
 # --capture=sys: the report of a sanitizer goes past Python, and would be lost with the process. How
 # much memory a call takes cannot be seen here: AddressSanitizer keeps what was freed.
-with_asan "$python" -m pytest -q --capture=sys -p no:cacheprovider \
-  --ignore tests/cpu/test_near_far_memory.py tests/cpu
+with_asan "$python" -m pytest -q --capture=sys -p no:cacheprovider --numprocesses=2 \
+  --dist=worksteal --ignore tests/cpu/test_near_far_memory.py tests/cpu
 
 echo "-- ThreadSanitizer"
 # Threads share work in the same way for all instruction sets.
