@@ -40,14 +40,10 @@ def seeded(seeded_module):
 def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no process is left alone with one at the end."""
     long = (
-        *("xla/test_operators", "docs/test_examples", "building/test_loader", "test_generation"),
-        *(
-            "convert/test_replacement",
-            "xla/test_layers",
-            "layers/test_blocks",
-            "docs/test_pages",
-            "test_demo",
-        ),
+        *("xla/test_operators", "docs/test_examples", "test_saved_model", "building/test_loader"),
+        *("parallel/test_sequences", "convert/test_distillation", "test_demo", "test_generation"),
+        *("ops/test_argument_table", "ops/test_gradients", "layers/test_drop_in"),
+        *("convert/test_replacement", "xla/test_layers", "layers/test_blocks", "docs/test_pages"),
         "ops/test_bad_input",
     )
     place = {name: i for i, name in enumerate(long)}
