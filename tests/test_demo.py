@@ -186,6 +186,7 @@ def test_the_learning_rate_follows_the_budget_that_is_spent_first():
     assert budget.spent() == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_training_stops_when_its_time_is_over_and_says_after_how_many_steps(capsys):
     text = corpus.load([])[:40000]
     assert train.train("none", text, length=256, steps=50, seconds=1e-6)["steps"] == 2

@@ -140,10 +140,8 @@ def test_both_kinds_are_read_without_the_package(tmp_path):
         assert np.array_equal(of_fused, tf.saved_model.load(fused).serve(x))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "encoder" else pytest.mark.slow) for name in MODELS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_litert_converts_and_runs_it(name, tmp_path):
     model = MODELS[name]()
     inputs = sample(model, 2, 70)

@@ -84,6 +84,7 @@ def test_the_picture_has_a_map_before_and_after_and_curves(parts, tmp_path, monk
         assert image.shape == (2, 2) and image[1, 1] == 0.9 and image.mask[0, 1]
 
 
+@pytest.mark.slow
 def test_a_survey_measures_what_calibration_gives_and_changes_nothing():
     keras.utils.set_random_seed(1)
     inputs = keras.Input((128, 16))

@@ -171,6 +171,7 @@ for name in ("weights", "checkpoint"):
 """
 
 
+@pytest.mark.slow
 def test_fresh_process(trained, saved, data):
     result = subprocess.run(
         [sys.executable, "-c", FRESH, str(saved)], capture_output=True, text=True, check=False
