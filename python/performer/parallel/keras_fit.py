@@ -12,11 +12,11 @@ _replaced: list = []
 def enable_fit() -> None:
     """Lets Keras 3 models train by `fit` under `tf.distribute.MultiWorkerMirroredStrategy`.
 
-    Keras 3 (tried: 3.15.1) fails there in two places: it reduces a whole structure of inputs where
-    only their shapes are needed, to build the model, and averages scalar metrics over an axis that
-    scalars do not have. This function replaces both for multi-worker strategies, in this process;
-    other strategies keep what Keras does. Call it once, before `fit`. The change to Keras itself is
-    in docs/keras-multi-worker-fit.patch.
+    Keras 3 (tried: 3.12.4, 3.13.2, 3.14.1, 3.15.1) fails there in two places: it reduces a whole
+    structure of inputs where only their shapes are needed, to build the model, and averages scalar
+    metrics over an axis that scalars do not have. This function replaces both for multi-worker
+    strategies, in this process; other strategies keep what Keras does. Call it once, before `fit`.
+    The change to Keras itself is in docs/keras-multi-worker-fit.patch.
 
     Example:
 
