@@ -10,8 +10,6 @@ import sys
 import threading
 import time
 
-from performer import checks
-
 _SECONDS_TO_END = 60.0  # for the other workers, after one has failed
 
 
@@ -42,7 +40,7 @@ def cluster(workers: int) -> list[dict[str, str]]:
         workers: number of workers, at least 1. A single one needs no cluster: its dict is empty.
 
     Raises:
-        TypeError, ValueError: `workers` is no integer of at least 1.
+        ValueError: `workers` is no integer of at least 1.
 
     Example:
 
@@ -50,7 +48,11 @@ def cluster(workers: int) -> list[dict[str, str]]:
     >>> [sorted(environment) for environment in launch.cluster(2)]
     [['TF_CONFIG'], ['TF_CONFIG']]
     """
-    if checks.size("workers", workers) == 1:
+    if (
+        not isinstance(workers, int) or workers < 1
+    ):  # TensorFlow, which `checks` knows, is not needed
+        raise ValueError(f"workers must be an integer of at least 1, got {workers!r}")
+    if workers == 1:
         return [{}]
     sockets = [socket.socket() for _ in range(workers)]
     for free in sockets:  # all at once, so that no two are the same
