@@ -3,15 +3,17 @@
     python tools/scale.py --plot docs/scale.png
 
 The model: a step of one layer makes 16 products of L H M D / P multiplications and additions on
-each of P workers, and 8 more if causal. Once forward and once backward each receives the states of
-all others, H M (E + 1) numbers of each, in the P - 1 messages of a ring. Ring attention, for
-comparison, passes keys and values round: 2 L H D numbers forward and twice as many backward, and
-its work grows with the square of L.
+each of P workers. If causal, it makes those of the triangles of chunks, too, and 8 more with
+several workers, as all but the last summarize their keys first. Once forward and once backward each
+receives the states of all others, H M (E + 1) numbers of each, in the P - 1 messages of a ring.
+Ring attention, for comparison, passes keys and values round: 2 L H D numbers forward and twice as
+many backward, and its work grows with the square of L.
 """
 
 import argparse
 
 FLOAT = 4  # bytes
+CHUNK = 64  # rows of a causal chunk, half of whose pairs are formed
 
 
 def state_bytes(heads, features, dim):
@@ -31,12 +33,15 @@ def step_seconds(
         rate: multiplications and additions a worker does in a second.
         bandwidth: bytes that a worker receives in a second.
         latency: seconds of a message.
-        causal: causal attention summarizes keys before it attends to them: one part more work.
+        causal: causal attention, of which several workers summarize their keys first.
     """
     part = 2 * (length / workers) * heads * features * dim
     # Products of L M D for each row: forward 2 of the key side and 2 of the query side; backward
     # they are made again, and each has two gradients.
-    products = 4 + 4 + 8
+    products = 4.0 + 4 + 8
+    if causal:
+        # Weights of pairs from features, and their sums of values; backward 2.5 times as much.
+        products += 3.5 * CHUNK / 2 * (features + dim) / (features * dim)
     if causal and workers > 1:
         products += 2 + 2 + 4  # of the key side, once more
     computing = products * part / rate
