@@ -48,9 +48,8 @@ def cluster(workers: int) -> list[dict[str, str]]:
     >>> [sorted(environment) for environment in launch.cluster(2)]
     [['TF_CONFIG'], ['TF_CONFIG']]
     """
-    if (
-        not isinstance(workers, int) or workers < 1
-    ):  # TensorFlow, which `checks` knows, is not needed
+    # Not by `checks`, which needs TensorFlow.
+    if not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be an integer of at least 1, got {workers!r}")
     if workers == 1:
         return [{}]

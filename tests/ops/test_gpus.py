@@ -115,6 +115,17 @@ def test_tensors_on_the_processor_keep_its_kernels():
         assert gpus.takes(CALL, "/job:localhost/replica:0/task:0/device:CPU:0")
 
 
+def test_rows_of_a_stream_are_appended_on_a_gpu_without_a_warning(monkeypatch):
+    monkeypatch.setattr(gpus, "cards", lambda: (Card("H100", (9, 0), 535),))
+    monkeypatch.setattr(gpus, "build", lambda: WHEEL)
+    monkeypatch.setattr(gpus, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not gpus.takes(CALL._replace(operator="append_rows"), "")
+    with pytest.warns(RuntimeWarning, match="near_far has no kernel"):
+        assert not gpus.takes(CALL._replace(operator="near_far"), "")
+
+
 def test_each_of_several_gpus_has_its_own_answer(monkeypatch):
     monkeypatch.setattr(gpus, "cards", lambda: (Card("A100", (8, 0)), Card("Tesla T4", (7, 5))))
     monkeypatch.setattr(gpus, "build", lambda: WHEEL)

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 # Operators that have no kernel for GPUs.
 _CPU_ONLY = ("near_far", "append_rows")
+_AS_GOOD = ("append_rows",)  # those that TensorFlow does as well: not worth a warning
 _TYPES = (tf.float32, tf.bfloat16, tf.float16)
 _MAX_WIDTH, _WIDTH_OF_SMALL_BLOCKS, _MAX_HEADS = 128, 64, 65535  # D and E; H and G
 _OLDEST = (8, 0)
@@ -123,7 +124,8 @@ def has_small_blocks(capability: tuple[int, int]) -> bool:
 def takes(call: Call, device: str) -> bool:
     """Whether the compiled operator runs where its inputs are, without a way through the CPU.
 
-    Where it does not, warns of the reason, once for each reason in a process.
+    Where it does not, and something is lost by it, warns of the reason, once for each reason in a
+    process.
 
     Args:
         call: the call.
@@ -138,7 +140,8 @@ def takes(call: Call, device: str) -> bool:
         found = (found[int(number[1])],)
     for card in found:
         if reason := fault(call, card, build()):
-            _warn(card, reason)
+            if call.operator not in _AS_GOOD:
+                _warn(card, reason)
             return False
     return True
 
