@@ -35,7 +35,7 @@ lint: environment
 
 # What only these need is installed here.
 slow: build
-	$(RUN) tools/requirements.py ray >$(VENV)/slow.txt
+	$(RUN) tools/requirements.py ray hub >$(VENV)/slow.txt
 	$(RUN) -m pip install --quiet --requirement $(VENV)/slow.txt
 	@$(MAKE) test ARGS="-m slow $(ARGS)"
 

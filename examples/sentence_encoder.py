@@ -1,17 +1,24 @@
 """A trained sentence encoder gets linear attention: converted, calibrated, distilled.
 
-all-MiniLM-L6-v2 where its package is there (minilm.py says how), else small_encoder.py. Texts are
-the documentation of Python. What counts is how close embeddings stay to those of the original: the
-mean cosine, and which share of each text's five nearest neighbours are the same.
+multilingual-e5-small or all-MiniLM-L6-v2, where their packages are there (e5.py and minilm.py say
+how), else small_encoder.py; the name of one of these files chooses. Texts are the documentation of
+Python. What counts is how close embeddings stay to those of the original: the mean cosine, and
+which share of each text's five nearest neighbours are the same.
 """
+
+import argparse
+import importlib.util
+import time
 
 import keras
 import numpy as np
 
+import e5
 import minilm
 import small_encoder
 from performer import convert
 
+SOURCES = {"e5": e5, "minilm": minilm, "small_encoder": small_encoder}
 KINDS = {
     "features and window": {"exact_window": 64},
     "features only": {},
@@ -32,32 +39,41 @@ def compare(embeddings, original):
     return float(np.mean(np.sum(embeddings * original, 1))), float(recall)
 
 
-def main(length=512, fitted=32, held_out=48, supports=64, small=False, kinds=KINDS, **options):
+def main(source=None, length=512, fitted=32, held_out=48, supports=64, kinds=KINDS, **options):
     """Returns {kind: {what was done: (cosine, recall)}} of texts that were held out."""
     keras.utils.set_random_seed(0)
-    source = small_encoder if small or minilm.folder() is None else minilm
+    there = (x for x, y in SOURCES.items() if all(map(importlib.util.find_spec, y.PACKAGES)))
+    source = SOURCES[source or next(there)]
     exact, tokens = source.encoder(length), source.tokenizer(length)
     texts, _ = small_encoder.pieces(length * 2 // 3)
     sample, texts = tokens(texts[:fitted]), tokens(texts[fitted : fitted + held_out])
     original, table = exact.predict(texts, 4, verbose=0), {}
+    others = (np.sum(original @ original.T) - len(texts)) / (len(texts) * (len(texts) - 1))
+    print(f"original: mean cosine of two different texts {others:.3f}")
 
-    def measure(kind, done, model):
+    def measure(kind, done, model, start):
+        seconds = time.time() - start
         found = compare(model.predict(texts, 4, verbose=0), original)
         table.setdefault(kind, {})[done] = found
-        print(f"{kind}, {done}: cosine {found[0]:.3f}, recall of neighbours {found[1]:.2f}")
+        print(f"{kind}, {done}, {seconds:.0f} s: cosine {found[0]:.3f}, recall {found[1]:.2f}")
 
     for kind in kinds:
+        start = time.time()
         linear = convert.replace_attention(
             exact, supports=supports, feature_map="learned", seed=1, **KINDS[kind]
         )
-        measure(kind, "converted", linear)
+        measure(kind, "converted", linear, start)
         if kind != "window only":
+            start = time.time()
             print(convert.calibrate(linear, sample))
-            measure(kind, "calibrated", linear)
+            measure(kind, "calibrated", linear, start)
+            start = time.time()
             print(convert.distill(linear, exact, sample, **options))
-            measure(kind, "distilled", linear)
+            measure(kind, "distilled", linear, start)
     return table
 
 
 if __name__ == "__main__":
-    main()
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("source", nargs="?", choices=SOURCES)
+    main(**vars(arguments.parse_args()))

@@ -1,6 +1,6 @@
 """A small sentence encoder, trained here: which topic of Python's documentation is a text from?
 
-It has the functions of minilm.py, in the place of which sentence_encoder.py uses it.
+It has the functions of minilm.py, in the place of which sentence_encoder.py may use it.
 """
 
 import pydoc_data.topics
@@ -14,6 +14,7 @@ from performer import TokenAndPositionEmbedding
 
 TOPICS = sorted(pydoc_data.topics.topics)
 WORDS, WIDTH, HEADS = 2000, 64, 4
+PACKAGES = ()
 
 
 def pieces(words):

@@ -2,7 +2,7 @@
 
 As a program it prints what a development environment needs, one requirement a line: build, run and
 test requirements together, so that the package can then be built without isolation against the
-TensorFlow that it will run with. With the name of an extra it prints what that needs.
+TensorFlow that it will run with. With names of extras it prints what these need.
 """
 
 from __future__ import annotations
@@ -69,4 +69,5 @@ def development() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*(extras()[sys.argv[1]] if len(sys.argv) > 1 else development()), sep="\n")
+    named = [requirement for name in sys.argv[1:] for requirement in extras()[name]]
+    print(*(named or development()), sep="\n")

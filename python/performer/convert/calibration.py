@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from performer.convert.calls import first_heads, learned_layers
+from performer.convert.replacement import names_inside
 from performer.convert.report import Report
 from performer.layers._calibration import LayerReport
 
@@ -41,11 +44,12 @@ def calibrate(model, data, *, steps=8, seed=0) -> Report:
     >>> bool(layer.after.mean() < 0.8 * layer.before.mean())
     True
     """
-    layers = learned_layers(model)
+    layers, names = learned_layers(model), names_inside(model)
     found: list[LayerReport] = []
 
     def fit(number, heads, masks):
-        found.append(layers[number]._fit_features(heads, masks, steps, seed))
+        report = layers[number]._fit_features(heads, masks, steps, seed)
+        found.append(dataclasses.replace(report, layer=names[id(layers[number])]))
 
     if layers:
         watched = [(layer, layer) for layer in layers]

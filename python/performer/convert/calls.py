@@ -8,8 +8,8 @@ import inspect
 
 import keras
 
-from performer.convert.replacement import layers_inside
-from performer.convert.weights import EXACT
+from performer.convert.decoders import arguments_of_call
+from performer.convert.replacement import is_attention, layers_inside
 from performer.layers import Performer
 
 # Arguments of a call of attention that say who attends to whom.
@@ -35,7 +35,7 @@ def pairs(student, teacher) -> list[tuple[Performer, keras.layers.Layer]]:
         )
 
     def attention(model):
-        return [layer for layer in layers_inside(model) if isinstance(layer, EXACT)]
+        return [layer for layer in layers_inside(model) if is_attention(layer)]
 
     ours, theirs = attention(student), attention(teacher)
     found = [(a, b) for a, b in zip(ours, theirs, strict=False) if a in learned]
@@ -82,6 +82,7 @@ def first_heads(call, layers, react):
     def of(number, learned, given):
         if number not in seen:
             seen.add(number)
+            given = arguments_of_call(layers[number][1], given)
             given = {name: x for name, x in given.items() if name in _KNOWN}
             react(number, *learned._heads_and_masks(**given))
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from performer.convert.calls import pairs
 from performer.convert.progress import Progress
 from performer.convert.recording import Recording, held_out_batches, record
-from performer.convert.replacement import layers_inside
+from performer.convert.replacement import layers_inside, names_inside
 from performer.convert.report import Report
 from performer.layers._arguments import check_seed, check_size
 from performer.layers._attention import attend
@@ -134,7 +134,12 @@ def distill(
         outputs = stage.outputs_before(ends)
         if counts["steps"]:
             stage.record(layers, teacher, batches)
-        reports = [stage.train(n, layer) for n, (layer, _) in enumerate(layers) if counts["steps"]]
+        names = names_inside(student)
+        reports = [
+            stage.train(n, layer, names[id(layer)])
+            for n, (layer, _) in enumerate(layers)
+            if counts["steps"]
+        ]
     features = [w for layer, _ in layers for w in _weights(layer)]
     outputs["layers"] = ends.error()
     if counts["end_to_end"]:
@@ -235,8 +240,8 @@ class _LayerStage:
             record(self._folder, layers, teacher, batches)
             done.touch()
 
-    def train(self, number, layer):
-        """Trains a layer; a `LayerReport`."""
+    def train(self, number, layer, name):
+        """Trains a layer; a `LayerReport` under a name."""
         stage, weights = f"layer_{number}", _weights(layer)
         known = self._progress.result(stage, weights)
         if known is not None:
@@ -262,13 +267,13 @@ class _LayerStage:
             ),
             steps,
             [*weights, *optimizer.variables],
-            _bar(f"{layer.name} ({number + 1})", steps, self._verbose),
+            _bar(f"{name} ({number + 1})", steps, self._verbose),
         )
         errors["distilled"], candidates["distilled"] = fit.errors(), fit.values()
         chosen = fit.choose(errors, candidates)
         names = {AS_IT_WAS: [AS_IT_WAS] * fit.groups, "calibrated": methods}
         methods = [names.get(name, [name] * fit.groups)[g] for g, name in enumerate(chosen)]
-        report = LayerReport(layer.name, methods, errors[AS_IT_WAS], fit.errors(), errors)
+        report = LayerReport(name, methods, errors[AS_IT_WAS], fit.errors(), errors)
         self._progress.finish(stage, weights, report.as_dict())
         return report
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from keras.saving import deserialize_keras_object, serialize_keras_object
 from keras.saving import get_registered_name as registered_name
 from keras.src.models.functional import Functional
 
+from performer.convert.decoders import config_with, in_decoder, is_of_decoder, without_scores
 from performer.convert.weights import EXACT, copy_weights
 from performer.layers import Performer
 
@@ -28,6 +31,10 @@ def replace_attention(model, *, supports=None, where=None, **arguments):
     (not of subclasses), wherever they are: in functional and sequential models, models inside
     models, wrappers, and layers or models of one's own. The weights of all layers come along.
     Trained softmax attention is only approximated by linear attention: train the new model on.
+
+    Likewise the attention of keras-hub's `TransformerDecoder` and of its Llama: backbones such as
+    `GPT2Backbone` and `LlamaBackbone` become linear as they are, with causal and padding masks,
+    rotary positions and grouped heads. Only its cache of keys and values is refused.
 
     Layers and models of one's own are made anew from their `get_config`. Where that does not
     contain their attention layers, because they make them themselves, the copy's are exchanged
@@ -84,23 +91,41 @@ class _Choice:
     arguments: dict[str, Any]
 
     def selects(self, layer):
-        return type(layer) in EXACT and self.where(layer.name)
+        return (type(layer) in EXACT or is_of_decoder(layer)) and self.where(layer.name)
 
     def performer(self, layer):
-        """The layer that takes the place of an exact one, not built."""
+        """The `Performer` that takes the place of an exact layer of Keras, not built."""
         config = layer.get_config()
         if isinstance(layer, keras.layers.GroupQueryAttention):
             config["key_dim"] = config.pop("head_dim")
             config["num_heads"] = config.pop("num_query_heads")
-        config.update(self.arguments)
-        if isinstance(config["dtype"], dict):
-            config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
-        try:
-            return Performer(**config)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"The layer {layer.name!r} cannot be replaced by a Performer: {error}"
-            ) from error
+        with _naming(layer):
+            return Performer(**config_with(config, self.arguments))
+
+    def place(self, layer):
+        """What takes the place of any exact layer, with its weights."""
+        if is_of_decoder(layer):
+            with _naming(layer):
+                return in_decoder(layer, self.arguments)
+        new = self.performer(layer)
+        copy_weights(layer, new)
+        return new
+
+
+@contextlib.contextmanager
+def _naming(layer):
+    """Says of which layer it was that an error came up."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The layer {layer.name!r} cannot be replaced by a Performer: {error}"
+        ) from error
+
+
+def is_attention(layer) -> bool:
+    """Whether a layer is attention, exact or linear."""
+    return isinstance(layer, EXACT) or is_of_decoder(layer)
 
 
 def _children(layer):
@@ -111,6 +136,24 @@ def _children(layer):
 def layers_inside(layer):
     """A layer and all layers in it, in order."""
     return list(layer._flatten_layers())
+
+
+def names_inside(model):
+    """Names of all layers in a model by their ids, with those around them where names repeat."""
+    paths = {}
+
+    def walk(layer, path):
+        for child in _children(layer):
+            if id(child) not in paths:
+                paths[id(child)] = (*path, child.name)
+                walk(child, paths[id(child)])
+
+    paths[id(model)] = (model.name,)
+    walk(model, ())
+    count = collections.Counter(path[-1] for path in paths.values())
+    return {
+        key: path[-1] if count[path[-1]] == 1 else "/".join(path) for key, path in paths.items()
+    }
 
 
 def _copy_of(model, choice):
@@ -180,21 +223,32 @@ def _exchange_inside(holder, choice):
 
     Returns whether there were any.
     """
-    exchanged = False
+    exchanged, in_graph, shown = False, isinstance(holder, _GRAPHS), _shows_layers(holder)
     for child in _children(holder):
         if choice.selects(child):
-            new = choice.performer(child)
-            copy_weights(child, new)
-        elif isinstance(child, _GRAPHS) and any(map(choice.selects, layers_inside(child))):
+            new = choice.place(child)
+        elif _shows_layers(child) and any(map(choice.selects, layers_inside(child))):
             new = _copy_of(child, choice)
         else:
             exchanged |= _exchange_inside(child, choice)
             continue
+        if in_graph:
+            raise ValueError(
+                f"The layer {child.name!r} inside {holder.name!r} cannot be replaced: the class "
+                f"{type(holder).__name__} makes a graph of layers that its `get_config` does not "
+                "contain"
+            )
         _put(holder, child, new)
+        without_scores(holder, new)
         exchanged = True
-    if exchanged and not isinstance(holder, _GRAPHS):
+    if exchanged and not shown:
         holder.get_config = functools.partial(_refuse_config, type(holder).__name__, holder.name)
     return exchanged
+
+
+def _shows_layers(model):
+    """Whether it is a model whose configuration contains its layers."""
+    return isinstance(model, _GRAPHS) and "layers" in model.get_config()
 
 
 def _refuse_config(kind, name):

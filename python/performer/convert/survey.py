@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from performer.convert.calls import first_heads, pairs
-from performer.convert.replacement import replace_attention
+from performer.convert.replacement import names_inside, replace_attention
 from performer.convert.report import Report, Trial
 from performer.layers._calibration import calibrate
 from performer.layers._learned import LearnedProjection
@@ -52,10 +52,10 @@ def survey(
     """
     options = {**arguments, "supports": 1, "feature_map": "learned"}
     layers = pairs(replace_attention(model, **options), model)
-    trials: list[Trial] = []
+    names, trials = names_inside(model), list[Trial]()
 
     def measure(number, heads, masks):
-        learned = layers[number][0]
+        name = names[id(layers[number][1])]
         query, key, _ = heads
         several = exact_keys if not masks.causal and masks.segment_ids is None else (None,)
         for sizes in itertools.product(supports, exact_window, several):
@@ -67,10 +67,8 @@ def survey(
             features = projection.current_features(False, with_draw=False)._replace(
                 exact_window=window, exact_keys=keys
             )
-            found = calibrate(
-                learned.name, projection, features, heads, masks, steps=steps, seed=seed
-            )
-            trials.append(Trial(learned.name, *sizes, found.after))
+            found = calibrate(name, projection, features, heads, masks, steps=steps, seed=seed)
+            trials.append(Trial(name, *sizes, found.after))
 
     first_heads(lambda: model(data, training=False), layers, measure)
     return Report([], trials=trials)

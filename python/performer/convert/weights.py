@@ -42,6 +42,11 @@ def copy_weights(source, target) -> None:
                 f"`{name}` must be a Performer, MultiHeadAttention or GroupQueryAttention layer. "
                 f"Received: {name}={layer!r}"
             )
+    carry_weights(source, target)
+
+
+def carry_weights(source, target) -> None:
+    """`copy_weights` for layers of any type that have such weights."""
     if not source.built:
         raise ValueError(f"`source` must be built. Received: source={source!r}")
     if not target.built:
