@@ -20,6 +20,7 @@ from performer import convert
 
 SOURCES = {"e5": e5, "minilm": minilm, "small_encoder": small_encoder}
 KINDS = {
+    "features, window and 32 keys": {"exact_window": 64, "exact_keys": 32},
     "features and window": {"exact_window": 64},
     "features only": {},
     "window only": {"exact_window": 64, "far_bias": -1e4},  # features of no weight

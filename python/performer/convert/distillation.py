@@ -284,7 +284,7 @@ class _Fit:
     def __init__(self, layer, recording, weights):
         self._layer, self._recording, self._weights = layer, recording, weights
         self.groups = layer.learned_projection.key_projection.shape[0]
-        self._step = tf.function(self._gradients, autograph=False, reduce_retracing=True)
+        self._train = tf.function(self._trained, autograph=False, reduce_retracing=True)
         self._measure = tf.function(self._distances, autograph=False, reduce_retracing=True)
 
     def values(self):
@@ -294,9 +294,7 @@ class _Fit:
     def step(self, optimizer, random):
         """One step on a few sequences; the loss."""
         batch = self._recording.some(random, _POSITIONS)
-        loss, gradients = self._step(*_tensors(batch), causal=batch.masks.causal)
-        optimizer.apply(gradients, self._weights)
-        return loss
+        return self._train(optimizer, *_tensors(batch), causal=batch.masks.causal)
 
     def errors(self):
         """Errors on the held-out sequences, float64 `[H]`."""
@@ -335,13 +333,14 @@ class _Fit:
         out, _ = attend(query, key, value, features, masks, max_segments=most)
         return [tf.reduce_sum((x - exact) ** 2, [0, 1, 3]) for x in (out, uniform)]
 
-    def _gradients(self, heads, masks, exact, uniform, causal):
+    def _trained(self, optimizer, heads, masks, exact, uniform, causal):
         values = [w.value for w in self._weights]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             wrong, informative = self._distances(heads, masks, exact, uniform, causal)
             loss = tf.reduce_mean(wrong / tf.maximum(informative, 1e-30))
-        return loss, tape.gradient(loss, values)
+        optimizer.apply(tape.gradient(loss, values), self._weights)
+        return loss
 
 
 def _tensors(batch):
@@ -389,20 +388,19 @@ class _Ends:
         batches = None
 
         @tf.function(autograph=False, reduce_retracing=True)
-        def gradients(batch):
+        def trained(batch):
             wanted = self._teacher(batch, training=False)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 for weight in weights:
                     tape.watch(weight.value)
                 loss = self._loss(wanted, self._student(batch, training=False))
-            return loss, tape.gradient(loss, [weight.value for weight in weights])
+            optimizer.apply(tape.gradient(loss, [weight.value for weight in weights]), weights)
+            return loss
 
         def step(number):
             nonlocal batches
             batches = self._batches.to_fit(number) if batches is None else batches
-            loss, found = gradients(next(batches))
-            optimizer.apply(found, weights)
-            return loss
+            return trained(next(batches))
 
         bar = _bar(stage, steps, verbose)
         progress.train(stage, step, steps, [*weights, *optimizer.variables], bar)
