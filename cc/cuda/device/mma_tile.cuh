@@ -48,6 +48,16 @@ PERFORMER_DEVICE int At(int row, int column) {
   return row * W + ((chunk ^ swap) << kLog) + (column & (kChunk<T> - 1));
 }
 
+// At<T, W>(row, 8 n + 2 t), t < 4, in less arithmetic. Eight rows further, in the same 16, it is
+// 8 W larger.
+template <class T, int W>
+PERFORMER_DEVICE int AtPair(int row, int n, int t) {
+  if constexpr (kIs16Bit<T>)
+    return row * W + ((n ^ (row & 7)) << 3) + 2 * t;
+  else
+    return At<T, W>(row, n * 8 + 2 * t);
+}
+
 template <class T>
 PERFORMER_DEVICE uint32_t* Pair(T* p) {
   return reinterpret_cast<uint32_t*>(p);

@@ -19,8 +19,10 @@ PERFORMER_DEVICE void CopyRows(T* tile, const T* from, int first, const RowsOf<c
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>;
   const int64_t stride = rows.stride;
+  const int first_row = tid / kChunks;
 #pragma unroll 4
-  for (int row = tid / kChunks; row < kRows; row += kStride) {
+  for (int n = 0; n < kRows / kStride; ++n) {
+    const int row = first_row + n * kStride;
     const bool ok = column < rows.width && valid(row);
     T* to = tile + At<T, W>(row, column);
     const T* source = from + (ok ? (first + row) * stride + column : 0);
@@ -41,11 +43,25 @@ PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
   static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>;
+  const int first_row = tid / kChunks;
 #pragma unroll 4
-  for (int row = tid / kChunks; row < kRows; row += kStride) {
+  for (int n = 0; n < kRows / kStride; ++n) {
+    const int row = first_row + n * kStride;
     const bool ok = row < rows;
     CpAsync16(tile + At<T, W>(row, column), from + (ok ? row * W + column : 0), ok);
   }
+}
+// All of these rows.
+template <class T, int W, int kRows, int kThreads>
+PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int tid) {
+  constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
+  tid = Opaque(tid);
+  const int column = tid % kChunks * kChunk<T>, first_row = tid / kChunks;
+  const T* const source = from + first_row * W + column;
+#pragma unroll 4
+  for (int n = 0; n < kRows / kStride; ++n)
+    CpAsync16(tile + At<T, W>(first_row + n * kStride, column), source + n * kStride * W, true);
 }
 
 // The pointers of a block. They are kept in shared memory, because registers are short and they are
@@ -110,11 +126,16 @@ struct KeyStream {
     if (tid < kRows) key_bias[buffer * kRows + tid] = next;
   }
   PERFORMER_DEVICE void Issue(int tile, int buffer, T* keys, T* values, int tid) const {
-    const float* mask = key_bias + buffer * kRows;
-    const auto valid = [&](int row) { return mask[row] != -kInfinity; };
-    CopyRows<T, W, kRows, kThreads>(keys, pointers->key, tile * kRows, p.key, tid, valid);
-    CopyRows<T, W, kRows, kThreads>(values, pointers->value, tile * kRows, p.value, tid, valid);
+    Copy(p.key, pointers->key, tile, buffer, keys, tid);
+    Copy(p.value, pointers->value, tile, buffer, values, tid);
     CpAsyncCommit();
+  }
+  // Starts the copy of the keys, or values, of a tile: rows of the pointers.
+  PERFORMER_DEVICE void Copy(const RowsOf<const T>& rows, const T* from, int tile, int buffer,
+                             T* to, int tid) const {
+    const float* mask = key_bias + buffer * kRows;
+    CopyRows<T, W, kRows, kThreads>(to, from, tile * kRows, rows, tid,
+                                    [&](int row) { return mask[row] != -kInfinity; });
   }
   // A thread reads only the keys that it copied itself, so no barrier is needed before.
   PERFORMER_DEVICE void ComputeBias(int buffer, const T* keys, int tid) const {

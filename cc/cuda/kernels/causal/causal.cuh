@@ -1,161 +1,160 @@
-// Causal attention, in chunks with a running state:
+// Causal attention, in tiles of kTile rows side by side:
 //
 //   out[i] = sum_{j <= i} A[i, j] v[j] / sum_{j <= i} A[i, j]
 //
-// Grid: (splits of all sequences, query heads, feature blocks). A block walks the chunks of its
-// split from the state before it, which it keeps in registers. A warp owns 16 kFeatureTiles
-// features of the state and, together with a peer, 16 query rows of the chunk. For each chunk:
+// The keys before a tile are a state, those of the tile are taken pair by pair. Grid: (tiles of all
+// sequences, query heads). A block walks the features in blocks of 64, with online softmax as in
+// flash attention (arXiv:2205.14135); a warp owns 16 features and 16 query rows:
 //
 //   keys      b = w k^T
-//             anchor, kb = exp(b - anchor)       to shared memory
-//             state += kb v
-//   queries   f = exp(w q + anchor - row_max)    each peer over half of the features
-//             local = f kb, num = f state_before
-//   output    the peers add their sums through shared memory
-//             out = (num + tril(local) v) / den
+//             anchor, kb = exp(b - anchor)                      to shared memory
+//             state, mass = those before the tile, relative to exp(anchor)
+//   queries   f = exp(w q + anchor - row_max)
+//             num += f state, den += f mass, local += f kb
 //
-// The state is (anchor, mass, sum): log_mass = anchor + log(mass), mean = sum / mass. The anchor is
-// the running reference maximum of a feature.
+// and after the last feature block
+//
+//   out = (num + tril(local) v) / (den + tril(local) 1)
+//
+// The state before a tile comes in two parts: that before its split, and the checkpoint, which has
+// the rows of the split (causal/split_states.cuh). The anchor is a reference for each feature.
 //
 // Nothing of a later row may change a bit of an earlier one, whatever it holds:
-// - A chunk is processed in sub-chunks, nearly always one. A feature's anchor for a sub-chunk is
-//   the largest of its log_mass before and b of the sub-chunk's first key, if that is not masked. A
-//   feature with neither has no anchor, and its weight is 0 in this sub-chunk.
+// - A feature block is processed in sub-chunks of rows, nearly always one. A feature's anchor for a
+//   sub-chunk is the largest of its log_mass before the tile and b of the tile's keys up to the
+//   first of the sub-chunk. A feature with none of these has no anchor, and its weight is 0.
 // - A sub-chunk ends before a key that exceeds an anchor by more than kMaxGrowth, or that gives
 //   something to a feature without anchor. Rows before the cut do the same arithmetic either way.
 // - A product sums over rows of v, and 0 * inf is NaN. So a value that is not finite is replaced by
-//   0 in the tile and remembered as poison[e], the first row from which column e is NaN. (A cut
-//   before it would not help: later rows stay in the tile.)
+//   0 in the tile and remembered as poison[e], the first row from which column e is NaN.
 // - Features need no such care: no product sums over keys before the causal mask, which selects and
 //   does not multiply.
 #pragma once
-#include "cuda/kernels/causal/rows.cuh"
+#include "cuda/kernels/causal/queries.cuh"
 
 namespace performer {
 namespace cuda {
 
-template <class T, int W, int kFeatureTiles, bool kSmall>
-__global__ void __launch_bounds__(CausalLayout<T, W, kFeatureTiles, kSmall>::kThreads, 1)
-    CausalKernel(CausalParams<T> p) {
-  using Block = CausalBlock<T, W, kFeatureTiles, kSmall>;
-  using L = CausalLayout<T, W, kFeatureTiles, kSmall>;
-  constexpr int C = L::kChunk;
+// By one thread.
+template <class T, int W>
+PERFORMER_DEVICE CausalPointers<T> MakeCausalPointers(const CausalParams<T>& p,
+                                                      const WorkTile& work) {
+  const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
+  const int64_t row = work.first_row + work.begin, pad = p.features_pad;
+  const int64_t split_rows = WorkTileRows(p.splits, work.rows), split = work.begin / split_rows;
+  const int64_t before = (p.before_each         ? FirstWorkTile(p.splits, work.sequence) + split
+                          : p.before_count == 1 ? 0
+                                                : work.sequence) *
+                             p.groups +
+                         group;
+  const bool any_before = p.before_count > 0 || split > 0;
+  const bool any_after = work.begin % split_rows != 0;
+  const int64_t checkpoint = static_cast<int64_t>(blockIdx.x) * p.groups + group;
+  return {p.query.Row(row, head),
+          p.out.Row(row, head),
+          p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), pad, W),
+          p.key_operands + p.key_head_step * group * (W * static_cast<int>(sizeof(T)) / 4),
+          p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
+          any_before ? p.before_operand + before * pad * W : nullptr,
+          any_before ? p.before_log_mass + before * p.features : nullptr,
+          any_after ? p.checkpoints.mean + checkpoint * pad * W : nullptr,
+          any_after ? p.checkpoints.log_mass + checkpoint * pad : nullptr,
+          row * heads + head};
+}
+
+template <class T, int W>
+__global__ void __launch_bounds__(128, 2) CausalKernel(CausalParams<T> p) {
+  using Block = CausalBlock<T, W>;
+  using L = CausalLayout<T, W>;
+  constexpr int kThreads = L::kThreads;
   PERFORMER_SHARED_MEMORY(shared);
   const int tid = threadIdx.x;
-  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
-  const int64_t head = blockIdx.y, group = p.group_of(head);
-  const int first_feature = blockIdx.z * L::kFeatures;
+  // From a shuffle, so that branches on it are known to be the same for the whole warp.
+  const int warp = __shfl_sync(kAllLanes, tid / 32, 0), lane = tid % 32, row0 = warp * 16;
   const Block block = {{p, shared}};
-  if (tid == 0) {
-    const int64_t row = work.first_row + work.begin;
-    *block.pointers() = {
-        p.query.Row(row, head), p.out.Row(row, head),
-        p.feature_bias +
-            QueryHeadIndex(p.feature_bias_heads, head, p.query.heads, group) * p.features,
-        p.key_operands + (p.key_head_step * group + first_feature) * p.operand_row, row};
-  }
-  KeyStream<T, W, L::kThreads, C> stream(p.keys, p.map, work, group, shared + L::kStream, tid);
-  const int chunks = (stream.pointers->rows + C - 1) / C;
-  const auto issue = [&](int chunk, int buffer) {
-    const int rows = stream.pointers->rows - chunk * C;
-    CopyRows<T, W, C, L::kThreads>(block.tile(L::kQuery + buffer * L::kTileBytes),
-                                   block.pointers()->query, chunk * C, p.query, tid,
-                                   [&](int r) { return r < rows; });
-    stream.Issue(chunk, buffer, block.tile(L::kKey + buffer * L::kTileBytes),
-                 block.tile(L::kValue + buffer * L::kTileBytes), tid);
-  };
-  const T* w = p.projection.At(QueryHeadIndex(p.projection.heads, head, p.query.heads, group),
-                               p.features_pad, W) +
-               static_cast<int64_t>(first_feature) * W;
-  CopyOperand<T, W, L::kFeatures, L::kThreads>(
-      block.tile(L::kProjection), w, static_cast<int>(p.features_pad) - first_feature, tid);
-  for (int column = tid; column < W; column += L::kThreads)
+  int* const cuts = reinterpret_cast<int*>(shared + L::kCuts);
+  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
+  if (tid == 0) *block.pointers() = MakeCausalPointers<T, W>(p, work);
+  for (int column = tid; column < W; column += kThreads)
     reinterpret_cast<int*>(shared + L::kPoison)[column] = INT32_MAX;
-  typename Block::State state;
-  block.Start(state,
-              p.before_each ? blockIdx.x * p.groups + group
-                            : (p.before_count == 1 ? 0 : work.sequence) * p.groups + group,
-              tid / 32, tid % 32);
+  KeyStream<T, W, kThreads> stream(p.keys, p.map, work, blockIdx.y / (p.query.heads / p.groups),
+                                   shared + L::kStream, tid);
   stream.LoadKeyBias(0, tid);
-  if constexpr (L::kStages == 2) {
-    stream.StoreKeyBias(0, tid);
-    __syncthreads();
-    issue(0, 0);
-    stream.LoadKeyBias(1, tid);
-  }
+  stream.StoreKeyBias(0, tid);
+  __syncthreads();  // the mask of the keys is visible
+  const int rows = stream.pointers->rows, features = static_cast<int>(p.features_pad);
+  CopyRows<T, W, kTile, kThreads>(block.tile(L::kQuery), block.pointers()->query, 0, p.query, tid,
+                                  [&](int r) { return r < rows; });
+  stream.Copy(p.keys.key, stream.pointers->key, 0, 0, block.tile(L::kKey), tid);
+  const auto issue = [&](int first, int buffer) {
+    const CausalPointers<T>& from = *block.pointers();
+    const int64_t at = static_cast<int64_t>(first) * W;
+    CopyOperand<T, W, L::kFeatures, kThreads>(
+        block.tile(L::kProjection + buffer * L::kFeatureBytes), from.projection + at, tid);
+    T* const state = block.tile(L::kState + buffer * L::kFeatureBytes);
+    if (from.mean != nullptr)
+      CopyOperand<T, W, L::kFeatures, kThreads>(state, from.mean + at, tid);
+    else
+      for (int i = tid; i < L::kFeatureBytes / 16; i += kThreads)
+        reinterpret_cast<uint4*>(state)[i] = uint4{0, 0, 0, 0};
+    CpAsyncCommit();
+  };
+  if constexpr (L::kStages == 2) issue(0, 0);
+  typename Block::Features own;
+  block.Load(own, warp * 16, lane);
+  typename Block::Sums sums;
+  sums.Init();
 
 #pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int buffer = L::kStages == 2 ? chunk & 1 : 0;
-    const int row = chunk * C, rows = min(C, stream.pointers->rows - row);
-    const T* queries = block.tile(L::kQuery + buffer * L::kTileBytes);
-    const T* keys = block.tile(L::kKey + buffer * L::kTileBytes);
-    T* values = block.tile(L::kValue + buffer * L::kTileBytes);
-    const float* bias = stream.bias + buffer * C;
+  for (int first = 0; first < features; first += L::kFeatures) {
+    const int buffer = L::kStages == 2 ? first / L::kFeatures & 1 : 0;
+    const T* projection = block.tile(L::kProjection + buffer * L::kFeatureBytes);
+    T* state = block.tile(L::kState + buffer * L::kFeatureBytes);
     if constexpr (L::kStages == 1) {
-      stream.StoreKeyBias(0, tid);
-      __syncthreads();  // [0] nobody reads the last chunk any more
-      issue(chunk, 0);
-      stream.LoadKeyBias(chunk + 1, tid);
+      __syncthreads();  // nobody reads the last feature block any more
+      issue(first, 0);
     }
     CpAsyncWait<0>();
-    stream.ComputeBias(buffer, keys, tid);
-    if constexpr (L::kStages == 2) stream.StoreKeyBias(buffer ^ 1, tid);
-    __syncthreads();  // [1] the chunk is complete; the other buffers are free
-    if constexpr (L::kStages == 2)
-      if (chunk + 1 < chunks) {
-        issue(chunk + 1, buffer ^ 1);
-        stream.LoadKeyBias(chunk + 2, tid);
-      }
-    block.ZeroNonFinite(values, row, tid);  // nobody reads v before [2], or poison before [5]
+    if (first == 0) stream.ComputeBias(0, block.tile(L::kKey), tid);
+    __syncthreads();  // the feature block is complete; the other buffer is free
+    const bool last = first + L::kFeatures >= features;
+    if (L::kStages == 2 && !last) issue(first + L::kFeatures, buffer ^ 1);
 
+    typename Block::Anchors anchors;
     int end;
 #pragma unroll 1
     for (int begin = 0; begin < rows; begin = end) {  // the sub-chunks
-      const int id = Opaque(tid), warp = id / 32, lane = id % 32;
-      // Peers are warps i and kWarps - 1 - i, so that the two warps of a scheduler share out the
-      // triangle: row tiles i and kRowTiles - 1 - i.
-      const int part = warp / L::kRowTiles;
-      const int row0 = (part ? L::kWarps - 1 - warp : warp) * 16;
       {
         typename Block::KeyLogits x;
-        float keep[kFeatureTiles][2];
-        bool none[kFeatureTiles][2];
-        block.Keys(x, keys, bias, begin, warp, lane);
-        const int cut = block.Anchor(x, bias, begin, state, keep, none, lane);
-        int* cuts = reinterpret_cast<int*>(shared + L::kCuts);
+        float2 shares[2];
+        block.Logits(x, own, stream.bias, first + warp * 16, Opaque(lane));
+        if (begin == 0)
+          block.FirstAnchors(anchors, shares, own, x, lane);
+        else
+          block.NextAnchors(anchors, shares, x, begin, lane);
+        const int cut = block.Cut(x, anchors, begin, lane);
         if (lane == 0) cuts[warp] = cut;
-        __syncthreads();  // [2] cuts are known; what the last sub-chunk shared is done with
-        end = C;
-#pragma unroll
-        for (int i = 0; i < L::kWarps; ++i) end = min(end, cuts[i]);
-        if (end < C) Block::HideKeys(x, [&](int j) { return j >= end; }, lane);
-        block.Update(x, values, keep, none, state, warp, lane);
+        block.StoreWeights(x, anchors, own, cut, warp, Opaque(lane));
+        block.ScaleState(state, shares, begin == 0, first, warp, Opaque(lane));
       }
-      __syncthreads();  // [3] kb, the old state and its anchors are visible
-      typename Block::Sums sums;
-#pragma unroll
-      for (int n = 0; n < Block::kColumns; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums.num[n][i] = 0.f;
-#pragma unroll
-      for (int n = 0; n < Block::kKeyTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums.local[n][i] = 0.f;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) sums.row_max[e] = -kInfinity, sums.den[e] = 0.f;
-#pragma unroll 1
-      for (int first = 0; first < L::kFeatures / 2; first += L::kQueryTile)
-        block.Queries(sums, queries, row0, part * (L::kFeatures / 2) + first, lane);
-      float own_num[Block::kOwnColumns][4];
-      block.Exchange(sums, own_num, warp, part, lane);
-      block.Write(sums, own_num, values, row0, part, begin, min(end, rows), row, lane);
+      __syncthreads();  // kb, the state, anchors and cuts are visible
+      end = min(min(cuts[0], cuts[1]), min(cuts[2], cuts[3]));
+      if (end >= rows) {  // keys are done with, unless there are more features
+        if (!last)
+          block.Load(own, first + L::kFeatures + warp * 16, lane);
+        else
+          stream.Copy(p.keys.value, stream.pointers->value, 0, 0, block.tile(L::kKey), tid);
+      }
+      block.Queries(sums, projection, state, row0, begin, end, lane);
+      if (end < rows) __syncthreads();  // kb and the state may be overwritten
     }
   }
-  const WorkTile same = GetWorkTile(p.work, blockIdx.x);  // not kept: registers are short
-  const int id = Opaque(tid);
-  if (same.last() && head % (p.query.heads / p.groups) == 0)
-    block.Finish(state, same.sequence * p.groups + group, stream.pointers->rows, id / 32, id % 32);
+  CpAsyncCommit();
+  CpAsyncWait<0>();
+  T* const values = block.tile(L::kKey);
+  block.ZeroNonFinite(values, tid);
+  __syncthreads();  // values and poison are visible
+  block.Write(sums, values, row0, rows, lane);
 }
 
 }  // namespace cuda

@@ -1,5 +1,4 @@
-// Parameters of the causal kernel, its block pointers, and its division of features, rows and
-// shared memory.
+// Parameters of the causal kernels, their block pointers, and the division of shared memory.
 #pragma once
 #include "core/causal_cut.h"
 #include "cuda/device/row_pipeline.cuh"
@@ -7,15 +6,12 @@
 namespace performer {
 namespace cuda {
 
-// The pointers of a block of the causal kernel, in shared memory as KeyPointers. Rows start at the
-// split's first row, and heads at the block's.
+// The state before each tile of kTile rows, of the rows of its split alone, as operands. That before
+// the first tile of a split is empty and is not stored.
 template <class T>
-struct CausalPointers {
-  const T* query;             // [rows, H, D]
-  T* out;                     // [rows, H, E]
-  const float* feature_bias;  // [M]
-  const uint32_t* operands;   // of the key projection, from the block's first feature on
-  int64_t row;                // of the tensor
+struct Checkpoints {
+  T* mean = nullptr;          // [tiles, G, M_pad, W]
+  float* log_mass = nullptr;  // [tiles, G, M_pad] in units of root, -inf past M
 };
 
 // What the causal kernels and those of their gradient are given.
@@ -35,64 +31,60 @@ struct CausalParams : CausalRowsParams<T> {
   Projection<T> projection;                // of queries
   const uint32_t* key_operands = nullptr;  // projections of keys, see PackOperandsKernel
   int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
-  int64_t operand_row = 0;                 // registers of one feature
-  RowsOf<T> out;                           // [B L, H, E]
-  float* log_mass = nullptr;               // [N, G, M]: the final state
-  float* mean = nullptr;                   // [N, G, M, E]
-  // [feature blocks][B L, H, W]: the outputs of each feature block, instead of out; or nullptr.
-  float* part_out = nullptr;
-  // [feature blocks][B L, H] each, or nullptr: what the row's features are relative to, in units of
-  // root, -inf where it sees no key; and log2 of the sum relative to it.
-  float *row_max = nullptr, *log_sum = nullptr;
-  int64_t part_size = 0, part_rows = 0;  // elements of part_out and row_max for one feature block
-
-  PERFORMER_DEVICE int64_t group_of(int64_t head) const {
-    return head / (this->query.heads / this->groups);
-  }
+  WorkTiles splits;                        // work: the tiles of kTile rows
+  const T* before_operand = nullptr;       // before_mean as an operand, [.., G, M_pad, W]
+  Checkpoints<T> checkpoints;
+  RowsOf<T> out;  // [B L, H, E]
+  // Instead of out, or nullptr: the outputs before they are rounded [B L, H, W]; what a row's
+  // features are relative to, in units of root, -inf where it sees no key [B L, H]; and log2 of the
+  // sum relative to it [B L, H].
+  float *float_out = nullptr, *row_max = nullptr, *log_sum = nullptr;
 };
 
-// kFeatureTiles: features of a warp's state, in 16s. kSmall: a block with kSmallSharedBytes, for
-// W = 64.
-template <class T, int W, int kFeatureTiles, bool kSmall>
+// The pointers of a block of the causal kernel, in shared memory as KeyPointers. Rows start at the
+// tile's first row, and heads at the block's.
+template <class T>
+struct CausalPointers {
+  const T* query;                // [rows, H, D]
+  T* out;                        // [rows, H, E]
+  const T* projection;           // [M_pad, W]: of queries
+  const uint32_t* operands;      // of the key projection
+  const float* feature_bias;     // [M]
+  const T* before_mean;          // [M_pad, W]: the state before the split, nullptr if it is empty
+  const float* before_log_mass;  // [M]
+  const T* mean;                 // [M_pad, W]: the checkpoint, nullptr if it is empty
+  const float* log_mass;         // [M_pad]
+  int64_t line;                  // of row 0 in [B L, H]
+};
+
+template <class T, int W>
 struct CausalLayout {
-  // A wide float32 state fills the registers, which leaves room for 4 warps.
-  static constexpr int kWarps = !kIs16Bit<T> && (W > 64 || kSmall) ? 4 : 8, kThreads = 32 * kWarps;
-  static constexpr int kChunk = 8 * kWarps;  // rows
-  static constexpr int kFeatures = 16 * kWarps * kFeatureTiles;
-  static constexpr int kRowTiles = kChunk / 16;
-  static_assert(kWarps == 2 * kRowTiles, "two warps for each 16 queries");
-  // Features that queries read at once: their features and the sums of wide heads share registers.
-  static constexpr int kMaxAtOnce = W > 64 ? 32 : 64;
-  static constexpr int kQueryTile = kFeatures / 2 < kMaxAtOnce ? kFeatures / 2 : kMaxAtOnce;
-  // Of tiles: the next chunk is copied while one is worked on. One where two would not fit.
-  static constexpr int kStages = kIs16Bit<T> && W == 64 && !kSmall ? 2 : 1;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kFeatures = 16 * kWarps;  // of a feature block: 16 of each warp
+  static_assert(kTile == 16 * kWarps && kFeatures == kFeatureUnit, "a warp has 16 queries");
+  // Of feature blocks: the next one is copied while one is worked on. One where two would not fit.
+  static constexpr int kStages = kIs16Bit<T> ? 2 : 1;
   // Nats by which a key may exceed its anchor.
   static constexpr float kMaxGrowth =
       std::is_same_v<T, Half> ? kCausalCutNatsOfHalf : kCausalCutNats;
 
   // Shared memory, in bytes.
   static constexpr int kSize = static_cast<int>(sizeof(T));
-  static constexpr int kTileBytes = kChunk * W * kSize;
-  static constexpr int kProjection = 0;                                  // [kFeatures][W]
-  static constexpr int kQuery = kProjection + kFeatures * W * kSize;     // [kStages] tiles
-  static constexpr int kKey = kQuery + kStages * kTileBytes;             // likewise
-  static constexpr int kValue = kKey + kStages * kTileBytes;             // likewise
-  static constexpr int kWeights = kValue + kStages * kTileBytes;         // kb [kFeatures][kChunk]
-  static constexpr int kBefore = kWeights + kFeatures * kChunk * kSize;  // [kFeatures][W]
-  // Peers exchange their sums here, once kb and the state before are done with: local, half of num,
-  // row_max and den of each thread.
-  static constexpr int kExchange = kWeights;
-  static constexpr int kExchangeFloats = kChunk / 2 + W / 4 + 4;
-  static constexpr int kShared = kFeatures * (kChunk + W) * kSize;
-  static constexpr int kExchangeBytes = kThreads * kExchangeFloats * 4;
-  static constexpr int kAnchor = kWeights + (kShared > kExchangeBytes ? kShared : kExchangeBytes);
-  static constexpr int kMass = kAnchor + kFeatures * 4;  // float [kFeatures] each
-  static constexpr int kStream = kMass + kFeatures * 4;
-  static constexpr int kPoison = kStream + KeyStream<T, W, kThreads, kChunk>::kSharedBytes;
-  static constexpr int kCuts = kPoison + W * 4;  // int [kWarps]
-  static constexpr int kPointers = kCuts + kWarps * 4;
+  static constexpr int kTileBytes = kTile * W * kSize, kFeatureBytes = kFeatures * W * kSize;
+  static constexpr int kQuery = 0;         // [kTile][W]
+  static constexpr int kKey = kTileBytes;  // likewise; values, when keys are done with
+  static constexpr int kProjection = kKey + kTileBytes;  // [kStages] of [kFeatures][W]
+  static constexpr int kState = kProjection + kStages * kFeatureBytes;  // likewise
+  static constexpr int kWeights = kState + kStages * kFeatureBytes;     // kb [kFeatures][kTile]
+  static constexpr int kAnchor = kWeights + kFeatures * kTile * kSize;  // float [kFeatures] each
+  static constexpr int kMass = kAnchor + kFeatures * 4;
+  static constexpr int kShares = kMass + kFeatures * 4;    // float2 [kFeatures]
+  static constexpr int kPoison = kShares + kFeatures * 8;  // int [W]
+  static constexpr int kCuts = kPoison + W * 4;            // int [kWarps]
+  static constexpr int kStream = kCuts + kWarps * 4;
+  static constexpr int kPointers = kStream + KeyStream<T, W, kThreads>::kSharedBytes;
   static constexpr int kBytes = kPointers + static_cast<int>(sizeof(CausalPointers<T>));
-  static_assert(kBytes <= (kSmall ? kSmallSharedBytes : kMaxSharedBytes));
+  static_assert(kStream % 8 == 0 && kPointers % 8 == 0 && kBytes <= MaxSharedBytes(W, kWarps));
 };
 
 // Neither infinite nor NaN.

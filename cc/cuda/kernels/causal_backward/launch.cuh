@@ -61,6 +61,7 @@ class CausalGradLauncher {
     forward.state = {log_mass_, mean_};
     PERFORMER_RETURN_IF_ERROR((CausalForward<T, W>(context_, forward, true, &pass_)));
     static_cast<CausalRowsParams<T>&>(common_) = pass_.params;
+    common_.work = pass_.splits.tiles;
     common_.grad_out = MakeRows<const T>(call_.grad_out, dims_.heads, dims_.value_dim);
     return Status();
   }
@@ -94,12 +95,8 @@ class CausalGradLauncher {
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.width = static_cast<int>(dims_.value_dim);
-    p.part_out = pass_.params.part_out;
+    p.out = pass_.params.float_out;
     p.row_max = pass_.params.row_max;
-    p.log_sum = pass_.params.log_sum;
-    p.parts = pass_.feature_blocks;
-    p.rows = dims_.batch * dims_.queries;
-    p.unit = context_.map.unit();
     p.log_mass = static_cast<const float*>(call_.initial.log_mass);
     p.mean = static_cast<const float*>(call_.initial.mean);
     p.initial_count = call_.initial.count;
@@ -111,17 +108,15 @@ class CausalGradLauncher {
 
   Status StatisticsOfRows() {
     CausalStatisticsParams<T> p;
-    p.part_out = pass_.params.part_out;
     p.work = pass_.splits.tiles;
-    p.part_max = pass_.params.row_max;
-    p.part_sum = pass_.params.log_sum;
+    p.out = pass_.params.float_out;
+    p.out_max = pass_.params.row_max;
+    p.out_sum = pass_.params.log_sum;
     p.groups = dims_.groups;
     p.unit = context_.map.unit();
     p.origin = common_.origin;
-    p.parts = pass_.feature_blocks;
-    p.rows = dims_.batch * dims_.queries;
     p.grad_out = common_.grad_out;
-    const int64_t count = p.rows * dims_.heads;
+    const int64_t count = dims_.batch * dims_.queries * dims_.heads;
     for (float** to : {&p.row_max, &p.delta, &p.log_sum})
       if (to != &p.log_sum || kKeepsLogSum<T>) PERFORMER_RETURN_IF_ERROR(Allocate(count, to));
     common_.statistics = {p.row_max, p.log_sum, p.delta};

@@ -14,10 +14,8 @@ struct CausalOriginParams {
   WorkTiles work;  // the splits
   int64_t heads = 0, groups = 0, features = 0;
   int width = 0;
-  const float* part_out = nullptr;                     // [parts][rows, H, W]
-  const float *row_max = nullptr, *log_sum = nullptr;  // [parts][rows, H]
-  int64_t parts = 0, rows = 0;
-  float unit = 1;                                    // Map::unit
+  const float* out = nullptr;                        // [rows, H, W], not rounded
+  const float* row_max = nullptr;                    // [rows, H]: -inf where a row sees no key
   const float *log_mass = nullptr, *mean = nullptr;  // the initial state [1 or N, G, M(, E)]
   int64_t initial_count = 0;                         // 1 or N
   float* origin = nullptr;                           // [splits, 2, G, W]
@@ -27,21 +25,13 @@ struct CausalOriginParams {
 // over the query heads of a group.
 PERFORMER_DEVICE float AverageOutput(const CausalOriginParams& p, int64_t group, int64_t begin,
                                      int64_t end, int width, int column) {
-  const int64_t each = p.heads / p.groups, count = p.rows * p.heads;
+  const int64_t each = p.heads / p.groups;
   float total = 0, seen = 0;
   for (int64_t row = begin; row < end; ++row)
     for (int64_t head = group * each; head < (group + 1) * each; ++head) {
       const int64_t number = row * p.heads + head;
-      float base = -kInfinity, sum = 0, out = 0;
-      for (int64_t z = 0; z < p.parts; ++z) base = fmaxf(base, p.row_max[z * count + number]);
-      if (base == -kInfinity) continue;
-      for (int64_t z = 0; z < p.parts; ++z) {
-        const int64_t at = z * count + number;
-        const float share = exp2f((p.row_max[at] - base) * p.unit + p.log_sum[at]);
-        sum += share;
-        out += share * p.part_out[at * width + column];
-      }
-      total += out / sum;
+      if (p.row_max[number] == -kInfinity) continue;
+      total += p.out[number * width + column];
       seen += 1;
     }
   return seen == 0.f ? 0.f : FiniteOrZero(total / seen);

@@ -25,33 +25,41 @@ inline Status Merge(const Context& context, const MergeParams& params) {
                                  kElementwiseThreads, 0, params);
 }
 
-// Writes the state of each split to workspace, where `merge` finds it. skip_last: the states of the
-// last splits are not wanted.
+// Fills the parameters of a kernel that writes the state of each split to workspace, where `merge`
+// finds it.
 template <class T, int W>
-Status SummarizeSplits(const Context& context, const KeySide& keys, const Division& splits,
-                       bool skip_last, MergeParams* merge) {
-  using Traits = SummarizeTraits<T, W>;
+Status FillSplitStates(const Context& context, const KeySide& keys, const Division& splits,
+                       SummarizeParams<T>* params, MergeParams* merge) {
   const Dims& dims = context.dims;
   const int64_t features = splits.count * dims.groups * dims.features;
-  SummarizeParams<T> p;
+  SummarizeParams<T>& p = *params;
   PERFORMER_RETURN_IF_ERROR((FillKeyRead<T, W>(context, keys, splits, &p)));
   PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(features, "states of splits", &p.log_mass));
   PERFORMER_RETURN_IF_ERROR(
       context.launcher.Allocate(features * dims.value_dim, "states of splits", &p.mean));
-  p.skip_last = skip_last;
   merge->part_log_mass = p.log_mass;
   merge->part_mean = p.mean;
-  const Grid grid = {splits.count, dims.groups, CeilDiv(dims.features, Traits::kFeatures)};
-  return context.launcher.Launch("summarize", SummarizeKernel<T, W>, grid, Traits::kThreads,
-                                 Traits::kBytes, p);
+  return Status();
+}
+
+// The grid of that kernel.
+template <class T, int W>
+Grid SplitStatesGrid(const Context& context, const Division& splits) {
+  return {splits.count, context.dims.groups,
+          CeilDiv(context.dims.features, SummarizeTraits<T, W>::kFeatures)};
 }
 
 template <class T, int W>
 Status Summarize(const Context& context, const performer::SummarizeParams& call) {
+  using Traits = SummarizeTraits<T, W>;
   Division splits;
   PERFORMER_RETURN_IF_ERROR(context.Divide(context.dims.keys, kSplits, &splits));
   MergeParams merge = MakeMergeParams(context, splits);
-  PERFORMER_RETURN_IF_ERROR((SummarizeSplits<T, W>(context, call.keys, splits, false, &merge)));
+  SummarizeParams<T> p;
+  PERFORMER_RETURN_IF_ERROR((FillSplitStates<T, W>(context, call.keys, splits, &p, &merge)));
+  PERFORMER_RETURN_IF_ERROR(context.launcher.Launch("summarize", SummarizeKernel<T, W>,
+                                                    SplitStatesGrid<T, W>(context, splits),
+                                                    Traits::kThreads, Traits::kBytes, p));
   merge.log_mass = static_cast<float*>(call.state.log_mass);
   merge.mean = static_cast<float*>(call.state.mean);
   return Merge(context, merge);

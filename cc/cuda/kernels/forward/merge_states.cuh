@@ -1,4 +1,4 @@
-// Merges the states of splits in their order: to one state for each sequence or, for causal
+// Merges the states of splits in their order: to one state for each sequence and, for causal
 // attention, to the state before each split.
 //
 // Grid: one warp for each sequence, key/value head and feature.
@@ -18,11 +18,9 @@ struct MergeParams {
   const float* initial_log_mass = nullptr;
   const float* initial_mean = nullptr;
   int64_t initial_count = 0;  // 0: there is none, 1: the same for all sequences, or N
-  // The results [N, G, M(, E)], or nullptr: then part_log_mass and part_mean become the states
-  // before their splits, and the state of a sequence's last split is not read.
-  float* log_mass = nullptr;
-  float* mean = nullptr;
-  bool only_empty = false;  // write only sequences without rows: their state is the initial one
+  bool before = false;        // part_log_mass and part_mean become the states before their splits
+  float* log_mass = nullptr;  // the results [N, G, M]
+  float* mean = nullptr;      // [N, G, M, E]
 };
 
 inline constexpr int kMergeColumns = 4;  // columns of mean in a lane: E <= 128
@@ -49,7 +47,6 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
   const int64_t sequence = number / per_sequence, feature = number % per_sequence;
   const int64_t first = FirstWorkTile(p.splits, sequence),
                 count = WorkTileCount(p.splits, sequence);
-  if (p.only_empty && count > 0) return;
 
   const auto load = [&](const float* log_masses, const float* means, int64_t row, float& log_mass,
                         float (&mean)[kMergeColumns]) {
@@ -72,19 +69,17 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
   if (p.initial_count > 0)
     load(p.initial_log_mass, p.initial_mean,
          (p.initial_count == 1 ? 0 : sequence) * per_sequence + feature, log_mass, mean);
-  const bool before = p.log_mass == nullptr;
   for (int64_t split = first; split < first + count; ++split) {
     const int64_t row = split * per_sequence + feature;
-    float part_log_mass = -kInfinity, part[kMergeColumns] = {};
-    if (!before || split + 1 < first + count)
-      load(p.part_log_mass, p.part_mean, row, part_log_mass, part);
-    if (before) {
+    float part_log_mass, part[kMergeColumns];
+    load(p.part_log_mass, p.part_mean, row, part_log_mass, part);
+    if (p.before) {
       __syncwarp();  // lane 0 writes the log_mass that all lanes have read
       store(p.part_log_mass, p.part_mean, row, log_mass, mean);
     }
     MergeState(log_mass, mean, part_log_mass, part);
   }
-  if (!before) store(p.log_mass, p.mean, sequence * per_sequence + feature, log_mass, mean);
+  store(p.log_mass, p.mean, sequence * per_sequence + feature, log_mass, mean);
 }
 
 }  // namespace cuda

@@ -13,7 +13,6 @@ namespace cuda {
 
 template <class T>
 struct SummarizeParams : KeyReadParams<T> {
-  bool skip_last = false;     // the last split of a sequence is not wanted
   float* log_mass = nullptr;  // [splits, G, M]
   float* mean = nullptr;      // [splits, G, M, E]
 };
@@ -66,8 +65,9 @@ PERFORMER_DEVICE void StoreState(const Softmax<T, W, kRowTiles>& state, const Su
     }
 }
 
-template <class T, int W>
-__global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) {
+// before_tile(state, tile) is called before each tile of keys but the first.
+template <class T, int W, class BeforeTile>
+PERFORMER_DEVICE void SummarizeRows(const SummarizeParams<T>& p, BeforeTile before_tile) {
   using Traits = SummarizeTraits<T, W>;
   constexpr int kThreads = Traits::kThreads, kRowTiles = Traits::kRowTiles;
   PERFORMER_SHARED_MEMORY(shared);
@@ -76,11 +76,10 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
   T* const values = reinterpret_cast<T*>(shared + Traits::kValues);  // [2] tiles
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const WorkTile work = GetWorkTile(p.work, blockIdx.x);
-  if (p.skip_last && work.last()) return;
   const int64_t head = blockIdx.y;
   const int first_feature = blockIdx.z * Traits::kFeatures;
   KeyStream<T, W, kThreads> stream(p.keys, p.map, work, head, shared + Traits::kStream, tid);
-  const int tiles = static_cast<int>(CeilDiv(work.end - work.begin, kTile));
+  const auto exists = [&](int tile) { return tile * kTile < stream.pointers->rows; };
 
   const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
                static_cast<int64_t>(first_feature) * W;
@@ -115,21 +114,27 @@ __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) 
   stream.Issue(0, 0, keys, values, tid);
   stream.LoadKeyBias(1, tid);
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = 0; exists(tile); ++tile) {
     const int buffer = tile & 1, other = buffer ^ 1;
     T* const tile_keys = keys + buffer * kTile * W;
     CpAsyncWait<0>();
     stream.ComputeBias(buffer, tile_keys, tid);
     stream.StoreKeyBias(other, tid);
     __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
-    if (tile + 1 < tiles) {
+    if (exists(tile + 1)) {
       stream.Issue(tile + 1, other, keys + other * kTile * W, values + other * kTile * W, tid);
       stream.LoadKeyBias(tile + 2, tid);
     }
     state.Step(rows, tile_keys, values + buffer * kTile * W, stream.bias + buffer * kTile, p.map,
                lane);
+    if (exists(tile + 1)) before_tile(state, tile + 1);
   }
   StoreState<T, W>(state, p, head, first_feature, warp, lane);
+}
+
+template <class T, int W>
+__global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) {
+  SummarizeRows<T, W>(p, [](const auto&...) {});
 }
 
 }  // namespace cuda
