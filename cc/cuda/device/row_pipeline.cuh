@@ -43,10 +43,8 @@ PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
   static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>;
-  const int first_row = tid / kChunks;
 #pragma unroll 4
-  for (int n = 0; n < kRows / kStride; ++n) {
-    const int row = first_row + n * kStride;
+  for (int row = tid / kChunks; row < kRows; row += kStride) {
     const bool ok = row < rows;
     CpAsync16(tile + At<T, W>(row, column), from + (ok ? row * W + column : 0), ok);
   }
