@@ -169,15 +169,28 @@ class _Shard(NamedTuple):
     keys: dict
     features: dict
 
-    def summarize(self, rows=slice(None), mask=None):
-        """The state of some rows (a slice), or of those where `mask` [B, S] says so."""
-        keys = {k: _rows_of(x, rows, self.key) for k, x in self.keys.items()}
+    def summarize(self, mask=None):
+        """The state of the keys, or of those where `mask` [B, S] says so."""
+        keys = dict(self.keys)
         if mask is not None:
             given = keys["key_mask"]
             keys["key_mask"] = mask if given is None else given & mask
-        return ops.summarize(
-            self.key[:, rows], self.value[:, rows], self.projection, **keys, **self.features
-        )
+        return ops.summarize(self.key, self.value, self.projection, **keys, **self.features)
+
+    def split(self, sizes):
+        """Shards of so many keys, one after another; their gradients are joined in one pass."""
+        names = [name for name, x in self.keys.items() if x is not None]
+        columns = [tf.split(self.key, sizes, 1), tf.split(self.value, sizes, 1)]
+        columns += [_split_bias(self.keys[name], self.key, sizes) for name in names]
+        return [
+            self._replace(key=k, value=v, keys={**self.keys, **dict(zip(names, rest, strict=True))})
+            for k, v, *rest in zip(*columns, strict=True)
+        ]
+
+    def no_keys(self):
+        """A shard of no keys. It has a gradient, so that all take part in that of an exchange."""
+        keys = dict.fromkeys(self.keys)
+        return self._replace(key=self.key[:, :0], value=self.value[:, :0], keys=keys)
 
     def exchange(self, states, others=()):
         """The states, and other tensors, of all replicas, which also tell who and how long."""
@@ -227,12 +240,10 @@ def _checked_mesh(mesh):
     return mesh
 
 
-def _rows_of(x, rows, key):
-    """key_mask [B, S] or key_bias [B, S] or [B, G, S], or size 1, of some rows."""
-    if x is None or rows == slice(None):
-        return x
+def _split_bias(x, key, sizes):
+    """key_mask [B, S] or key_bias [B, S] or [B, G, S], or size 1, of the parts of the keys."""
     x = tf.convert_to_tensor(x)
-    return x if x.shape[-1] == 1 and key.shape[1] != 1 else x[..., rows]
+    return [x] * len(sizes) if x.shape[-1] == 1 and key.shape[1] != 1 else tf.split(x, sizes, -1)
 
 
 def _join(states):
@@ -269,8 +280,8 @@ def _attend_causal(query, shard, call, initial, return_state):
     """The states of earlier replicas come before a replica's keys."""
     index, size = shard.mesh.index(), shard.mesh.sequence
     # Nobody asks for the state of the last part, but for the state after it.
-    rows = slice(None) if return_state or index < size - 1 else slice(0, 0)
-    _, received = shard.exchange([shard.summarize(rows)])
+    asked = return_state or index < size - 1
+    _, received = shard.exchange([(shard if asked else shard.no_keys()).summarize()])
     states = [states[0] for states, _ in received]
     # The first replica, too, has a gradient of what it received, 0: all take part in its exchange.
     earlier = states[:index] or [_where(states[0], False)]
@@ -336,6 +347,11 @@ def _of_runs(state, place, count):
     )
 
 
+def _rows(shard):
+    """The keys, values and biases [B, G, S], -inf where masked; each with the axis of its rows."""
+    return (shard.key, 1), (shard.value, 1), (_bias_in_full(shard), 2)
+
+
 def _bias_in_full(shard):
     """The bias of all keys, -inf where they are masked: [B, G, S]."""
     batch, rows, groups, _ = dims(shard.key)
@@ -371,12 +387,13 @@ def _attend_near_causal(query, shard, call, initial, return_state, window):
     index, size = mesh.index(), mesh.sequence
     is_last = index == size - 1 and not return_state
     _check_blocks(shard, window, 1 if is_last else window, return_state)
-    inner = slice(0, 0) if is_last else slice(0, length - window)
-    block = slice(0, 0) if is_last else slice(length - window, length)
-    bias, kept = _bias_in_full(shard), slice(max(length - window, 0), length)
-    halo = [_to_rows(x, window) for x in (shard.key[:, kept], shard.value[:, kept])]
-    halo.append(_to_rows(bias[..., kept], window, axis=2))
-    _, received = shard.exchange([shard.summarize(inner), shard.summarize(block)], halo)
+    if is_last:  # nobody asks for its keys
+        inner = block = shard.no_keys()
+        halo = [_to_rows(x, window, axis) for x, axis in _rows(block)]
+    else:
+        inner, block = shard.split([length - window, window])
+        halo = [x for x, _ in _rows(block)]
+    _, received = shard.exchange([inner.summarize(), block.summarize()], halo)
 
     def far_before(i):  # the keys that are far from the first query of part i
         parts = [x for j in range(i) for x in received[j][0][: 1 if j == i - 1 else 2]]
@@ -477,21 +494,15 @@ def _attend_near(query, shard, call, initial, return_state, window):
     index, size = mesh.index(), mesh.sequence
     del return_state
     _check_blocks(shard, window, 2 * window, False)
-    first, last = slice(0, window), slice(length - window, length)
-    states = [shard.summarize(rows) for rows in (first, slice(window, length - window), last)]
-    bias = _bias_in_full(shard)
-    halos = [
-        x
-        for rows in (first, last)
-        for x in (shard.key[:, rows], shard.value[:, rows], bias[..., rows])
-    ]
-    _, received = shard.exchange(states, halos)
+    parts = shard.split([window, length - 2 * window, window])
+    halos = [x for block in (parts[0], parts[2]) for x, _ in _rows(block)]
+    _, received = shard.exchange([part.summarize() for part in parts], halos)
     far = list(_given(initial))
     for j, (parts, _) in enumerate(received):
         if j != index:
             far += parts[j == index + 1 : 2 if j == index - 1 else 3]
     before = _join(far)._replace(position=tf.zeros([], tf.int64))
-    rows = [[shard.key, shard.value, bias]]
+    rows = [[x for x, _ in _rows(shard)]]
     if index > 0:
         rows.insert(0, received[index - 1][1][3:])
     if index < size - 1:
