@@ -36,7 +36,7 @@ int64_t Count(Bias bias_of) {
   const Strides strides = MakeStrides<float>(params.dims);
   const std::vector<float> projection(PackedProjection<float>::Size(strides));
   std::vector<float> key_features(kFeatures * kCausalChunk);
-  KeyChain<float> chain(params, projection.data(), {0, 0, 0, kRows});
+  KeyChain<float, float> chain(params, projection.data(), {0, 0, 0, kRows});
   Arena arena;
   float* state = nullptr;
   if (!arena.Allocate([&] {

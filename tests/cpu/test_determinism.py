@@ -272,7 +272,8 @@ def test_one_token_is_the_row_of_a_longer_call_but_for_rounding(isa, features, d
         if count > 1:
             assert_same_bits(out, whole[:, :count], what=f"{count} rows")
             continue
-        bound = {"float32": 2e-6, "bfloat16": 2**-8, "float64": 1e-14}[dtype]
+        # bfloat16: one unit in the last place
+        bound = {"float32": 2e-6, "bfloat16": 2**-7, "float64": 1e-14}[dtype]
         assert_close(out, whole[:, :1], relative=bound, what="one row")
 
 

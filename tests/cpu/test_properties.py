@@ -83,9 +83,10 @@ def test_a_stream_of_ragged_steps_is_the_whole(isa, dtype):
         state = {f"initial_{name}": step[name] for name in ("log_mass", "mean")}
     worst = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.02}[dtype]
     assert_close(np.concatenate(out, 1), whole["out"], worst=worst, what="out")
-    for name in ("log_mass", "mean"):
-        worst = 1e-12 if dtype == "float64" else 1e-5
-        assert_close(state[f"initial_{name}"], whole[name], worst=worst, what=name)
+    # Products of bfloat16 round the features, which weigh the values of a mean.
+    assert_close(state["initial_mean"], whole["mean"], worst=worst, what="mean")
+    worst = 1e-12 if dtype == "float64" else 1e-5
+    assert_close(state["initial_log_mass"], whole["log_mass"], worst=worst, what="log_mass")
 
 
 @isas

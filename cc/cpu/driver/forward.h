@@ -51,7 +51,7 @@ class ForwardDriver : public Driver<Acc> {
 
   Status Run(const CausalParams& params) {
     if (dims_.keys == 1 && !call_.offsets) return Decode(params);
-    return RunSequences(params, true,
+    return RunSequences(params, kernels_.pack_causal,
                         [&](const WorkList& list, const Acc* queries, const Acc* keys) {
                           if (CausalPipeline<Acc>::IsWorthSplitting(list, strides_, threads_))
                             return CausalPipeline<Acc>(params, kernels_, queries, keys)
@@ -67,7 +67,8 @@ class ForwardDriver : public Driver<Acc> {
     // Packing does not pay for a token.
     const bool token = dims_.queries == 1 && params.attributes.causal && !call_.offsets;
     return RunSequences(
-        params, !token, [&](const WorkList& list, const Acc* queries, const Acc* keys) {
+        params, token ? nullptr : kernels_.pack_projection,
+        [&](const WorkList& list, const Acc* queries, const Acc* keys) {
           const auto run = [&](const Sharing& sharing) {
             return [&, sharing](const WorkRange& range, int64_t) {
               return kernels_.near_far(params, queries, keys, range, sharing);
@@ -105,15 +106,13 @@ class ForwardDriver : public Driver<Acc> {
   }
 
   // run(list, query_projection, key_projection) for the whole sequences of the call, and the packed
-  // projections, or nullptr unless `pack`.
-  template <class Params, class Run>
-  Status RunSequences(const Params& params, bool pack, Run run) {
+  // projections that `pack`, one of the kernels or nullptr, makes.
+  template <class Params, class Pack, class Run>
+  Status RunSequences(const Params& params, Pack pack, Run run) {
     Buffer<Acc> query_projection, key_projection;
     if (pack) {
-      PERFORMER_RETURN_IF_ERROR(
-          PackProjections(kernels_.pack_projection, params.queries, &query_projection));
-      PERFORMER_RETURN_IF_ERROR(
-          PackProjections(kernels_.pack_projection, params.keys, &key_projection));
+      PERFORMER_RETURN_IF_ERROR(PackProjections(pack, params.queries, &query_projection));
+      PERFORMER_RETURN_IF_ERROR(PackProjections(pack, params.keys, &key_projection));
     }
     WorkList list;
     PERFORMER_RETURN_IF_ERROR(DivideSequences(call_, &list));

@@ -162,7 +162,8 @@ PERFORMER_INLINE void DecodeQueries(const CausalParams& params, const WorkRange&
     LogFeaturesOfOne(params, map, strides, projection, s.q, s.weights, f);
     SetBias(s.log_mass, 1.0, FeatureBias<Acc>(params.queries, head, dims), strides, s.bias);
     ComputeRowMax(1, strides, s.bias, f, s.row_max);
-    QueryFeatures<false, Acc>(1, strides, s.bias, nullptr, s.row_max, f, s.shift + i, s.den + i);
+    QueryFeatures<false, Acc, Acc>(1, strides, s.bias, nullptr, s.row_max, f, s.shift + i,
+                                   s.den + i);
   }
 }
 

@@ -27,7 +27,7 @@ void Finish(const Strides& strides, SummaryPartial<Acc> partial, Acc* log_mass, 
   WriteState(strides, partial.anchor, partial.mass, partial.sum, log_mass, mean);
 }
 
-// The bidirectional products of a bfloat16 call multiply bfloat16 where the processor can.
+// The products of a bfloat16 call multiply bfloat16 where the processor can.
 template <class Acc>
 using BFloat16Operand = std::conditional_t<kHasPairs && std::is_same_v<Acc, float>, Pair, Acc>;
 
@@ -39,8 +39,16 @@ void PackBidirectional(const Attributes& attributes, DType dtype, const Strides&
   PackProjection<Acc>(attributes, dtype, strides, from, to);
 }
 
+template <class Acc>
+void PackCausal(const Attributes& attributes, DType dtype, const Strides& strides, const Acc* from,
+                Acc* to) {
+  if (dtype == DType::kBFloat16)
+    return CausalProjection<Acc, BFloat16Operand<Acc>>::Pack(attributes, dtype, strides, from, to);
+  PackProjection<Acc>(attributes, dtype, strides, from, to);
+}
+
 // kernel<Acc, In> for the type of the call.
-#define PERFORMER_BIDIRECTIONAL(kernel)                                                          \
+#define PERFORMER_BY_OPERAND(kernel)                                                             \
   [](const auto& params, auto... rest) {                                                         \
     return params.dtype == DType::kBFloat16 ? kernel<Acc, BFloat16Operand<Acc>>(params, rest...) \
                                             : kernel<Acc, Acc>(params, rest...);                 \
@@ -52,17 +60,18 @@ const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
   using Acc = PERFORMER_ACC;
   static constexpr Kernels<Acc> kKernels = {PackProjection<Acc>,
                                             PackBidirectional<Acc>,
-                                            PERFORMER_BIDIRECTIONAL(Summarize),
+                                            PackCausal<Acc>,
+                                            PERFORMER_BY_OPERAND(Summarize),
                                             MergeSummaries<Acc>,
                                             Finish<Acc>,
-                                            PERFORMER_BIDIRECTIONAL(Read),
-                                            Causal<Acc>,
-                                            CausalKeys<Acc>,
-                                            CausalQueries<Acc>,
+                                            PERFORMER_BY_OPERAND(Read),
+                                            PERFORMER_BY_OPERAND(Causal),
+                                            PERFORMER_BY_OPERAND(CausalKeys),
+                                            PERFORMER_BY_OPERAND(CausalQueries),
                                             RunNearFar,
                                             Decode<Acc>,
-                                            PERFORMER_BIDIRECTIONAL(SummarizeGrad),
-                                            PERFORMER_BIDIRECTIONAL(ReadGrad),
+                                            PERFORMER_BY_OPERAND(SummarizeGrad),
+                                            PERFORMER_BY_OPERAND(ReadGrad),
                                             CausalGrad<Acc>,
                                             RunNearFarGrad,
                                             Elementwise<Acc, Exp2>,

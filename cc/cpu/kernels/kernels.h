@@ -20,6 +20,10 @@ struct Kernels {
   void (*pack_bidirectional)(const Attributes& attributes, DType dtype, const Strides& strides,
                              const Acc* projection, Acc* to);
 
+  // The same for causal, causal_keys and causal_queries.
+  void (*pack_causal)(const Attributes& attributes, DType dtype, const Strides& strides,
+                      const Acc* projection, Acc* to);
+
   // Summarizes the keys of the range, of a key/value head, into `partial`.
   bool (*summarize)(const SummarizeParams& params, const Acc* projection, WorkRange range,
                     SummaryPartial<Acc> partial);

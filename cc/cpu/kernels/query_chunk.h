@@ -58,8 +58,9 @@ void ComputeRowMax(int64_t n, const Strides& strides, const Acc* bias, const Acc
 }
 
 // Features of queries: f[i] = 2^(f[i] + bias - shift_i), where shift_i is the maximum of the row (0
-// if that is -inf). den_i = sum_m f[i][m] * weight[m], or the sum of f alone without kWeighted.
-template <bool kWeighted, class Acc>
+// if that is -inf). den_i = sum_m f[i][m] * weight[m], or the sum of f alone without kWeighted,
+// with f as products of type In take it.
+template <bool kWeighted, class In, class Acc>
 void QueryFeatures(int64_t n, const Strides& strides, const Acc* bias, const Acc* weight,
                    const Acc* row_max, Acc* f, Acc* shift, Acc* den) {
   for (int64_t i = 0; i < n; ++i, f += strides.m_stride) {
@@ -69,7 +70,8 @@ void QueryFeatures(int64_t n, const Strides& strides, const Acc* bias, const Acc
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
       const Vec<Acc> y = Exp2(Load(f + m) + Load(bias + m) - shift[i]);
       Store(f + m, y);
-      sum += kWeighted ? y * Load(weight + m) : y;
+      const Vec<Acc> rounded = Operands<Acc, In>::Rounded(y);
+      sum += kWeighted ? rounded * Load(weight + m) : rounded;
     }
     den[i] = ReduceAdd<Acc>(sum);
   }
@@ -95,8 +97,8 @@ PERFORMER_INLINE void ComputeQueryFeatures(const Map<Acc>& map, const Left<In>& 
                                            QueryChunk<Acc>& queries, Prefetcher* prefetcher) {
   QueryLogFeatures(map, q, n, projection, strides, queries.bias, queries.f, slope, queries.row_max,
                    prefetcher);
-  QueryFeatures<kWeighted, Acc>(n, strides, queries.bias, weight, queries.row_max, queries.f,
-                                queries.shift, queries.den);
+  QueryFeatures<kWeighted, In>(n, strides, queries.bias, weight, queries.row_max, queries.f,
+                               queries.shift, queries.den);
 }
 
 PERFORMER_ISA_END

@@ -51,8 +51,9 @@ struct PackedProjection {
   const Acc* rows = nullptr;        // [m][d_pad]: w
   const Acc* base2_rows = nullptr;  // [m][d_pad]: w, times log2(e) for the softmax map
 
+  // Other forms of a projection (packed_operands.h) fit in the same memory.
   static PERFORMER_INLINE constexpr int64_t Size(const Strides& strides) {
-    return strides.m_panels * kPanel * strides.d + 2 * strides.m * strides.d_pad;
+    return strides.m_panels * kPanel * (strides.d + 2 * strides.d_pad);
   }
   static PERFORMER_INLINE PackedProjection At(const Acc* base, const Strides& strides) {
     const Acc* rows = base + strides.m_panels * kPanel * strides.d;

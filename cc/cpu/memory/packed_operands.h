@@ -82,6 +82,8 @@ struct Operands {
   static constexpr int64_t Depth(int64_t n) { return n; }
   // Elements of the copy of an operand of so many numbers.
   static constexpr int64_t Size(int64_t) { return 0; }
+  // Numbers as the products take them.
+  static PERFORMER_INLINE Vec<Acc> Rounded(Vec<Acc> x) { return x; }
 
   // Whether rows of a tensor, to be padded to `width`, can serve as left operand without a copy.
   static bool IsLeftInPlace(const ConstRows& rows, int64_t width) {
@@ -119,13 +121,17 @@ struct Operands {
 };
 
 #if defined(__AVX512BF16__)
-// to[c] = {a[c], b[c]} for c < width, a multiple of 16.
-template <class T>
-PERFORMER_INLINE void Interleave(const T* a, const T* b, int64_t width, Pair* to) {
+// {a[c], b[c]} for the 16 bfloat16 a and the 16 b of {a, b}.
+PERFORMER_INLINE __m512i Interleaved(__m512i halves) {
   alignas(kAlignment) static constexpr uint16_t kOrder[] = {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i order = _mm512_load_si512(kOrder);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+}
+
+// to[c] = {a[c], b[c]} for c < width, a multiple of 16.
+template <class T>
+PERFORMER_INLINE void Interleave(const T* a, const T* b, int64_t width, Pair* to) {
   for (int64_t c = 0; c < width; c += 16) {
     __m512i halves;
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -136,7 +142,7 @@ PERFORMER_INLINE void Interleave(const T* a, const T* b, int64_t width, Pair* to
       };
       halves = _mm512_inserti64x4(_mm512_castsi256_si512(load(a + c)), load(b + c), 1);
     }
-    _mm512_storeu_si512(to + c, _mm512_permutexvar_epi16(order, halves));
+    _mm512_storeu_si512(to + c, Interleaved(halves));
   }
 }
 
@@ -144,6 +150,10 @@ template <>
 struct Operands<float, Pair> {
   static constexpr int64_t Depth(int64_t n) { return (n + 1) / 2; }
   static constexpr int64_t Size(int64_t numbers) { return numbers; }  // room for an odd row
+  static PERFORMER_INLINE Vec<float> Rounded(Vec<float> x) {
+    const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+  }
 
   static bool IsLeftInPlace(const ConstRows& rows, int64_t width) {
     return rows.dtype == DType::kBFloat16 && rows.width == width;
@@ -208,13 +218,16 @@ struct Operands<float, Pair> {
             static_cast<float>(root * base),
             static_cast<float>(root)};
   }
-  // Writes one projection [m, d], rounded to bfloat16; half of the memory of PackedProjection is
-  // enough.
+  // Numbers of float that have the size of a projection as Pack writes it: about half of those of
+  // PackedProjection.
+  static constexpr int64_t PackedSize(const Strides& strides) {
+    return strides.m_panels * Depth(strides.d) * kPanel + Depth(strides.m) * strides.d_pad;
+  }
+  // Writes one projection [m, d], rounded to bfloat16.
   static void Pack(const Strides& strides, const float* from, float* to) {
     Pair* panels = reinterpret_cast<Pair*>(to);
     Pair* rows = panels + strides.m_panels * Depth(strides.d) * kPanel;
-    __builtin_memset(to, 0,
-                     static_cast<size_t>(PackedProjection<float>::Size(strides)) * sizeof(float));
+    __builtin_memset(to, 0, static_cast<size_t>(PackedSize(strides)) * sizeof(float));
     for (int64_t m = 0; m < strides.m; ++m)
       for (int64_t d = 0; d < strides.d; ++d) {
         const uint32_t bits = BFloat16Bits(from[m * strides.d + d]);

@@ -160,10 +160,10 @@ PERFORMER_NOINLINE void MatMul(const In* a, int64_t row_stride, int64_t depth_st
 }
 
 // to[rows][cols] = from + A B; `from` may be `to`.
-template <class T>
-PERFORMER_NOINLINE void AddProduct(const T* a, int64_t row_stride, int64_t depth_stride, const T* b,
-                                   int64_t ldb, int64_t depth, const T* from, T* to, int64_t ldto,
-                                   int64_t rows, int64_t cols) {
+template <class In, class T>
+PERFORMER_NOINLINE void AddProduct(const In* a, int64_t row_stride, int64_t depth_stride,
+                                   const In* b, int64_t ldb, int64_t depth, const T* from, T* to,
+                                   int64_t ldto, int64_t rows, int64_t cols) {
   ForTiles<T>(rows, cols, [&](auto& tile, int64_t r0, int64_t c0) PERFORMER_TILE_BODY {
     const T* add = from + r0 * ldto + c0;
     tile.Zero();

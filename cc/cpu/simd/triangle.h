@@ -8,8 +8,8 @@ PERFORMER_ISA_BEGIN
 
 // to[r][c] = a[r] . b[:, c] for begin <= c <= begin + r. Of the other entries some are written. Rows
 // of `to` hold whole vectors.
-template <class T>
-PERFORMER_NOINLINE void LowerProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
+template <class In, class T>
+PERFORMER_NOINLINE void LowerProduct(const In* a, int64_t lda, const In* b, int64_t ldb,
                                      int64_t depth, int64_t rows, int64_t begin, T* to,
                                      int64_t ldto) {
   constexpr int64_t kCols = kTileVecs * kLanes<T>;
@@ -43,8 +43,8 @@ PERFORMER_NOINLINE void UpperProduct(const T* a, int64_t lda, const T* b, int64_
 }
 
 // to[rows][cols] = a b + tril(pair) x, with pair [rows][rows] and x [rows][cols].
-template <class T>
-PERFORMER_NOINLINE void CausalProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
+template <class In, class T>
+PERFORMER_NOINLINE void CausalProduct(const In* a, int64_t lda, const In* b, int64_t ldb,
                                       int64_t depth, const T* pair, int64_t ldp, const T* x,
                                       int64_t ldx, T* to, int64_t ldto, int64_t rows,
                                       int64_t cols) {

@@ -160,5 +160,10 @@ PERFORMER_INLINE void Transpose(const T* src, int64_t src_stride, int64_t rows, 
       store(d + 3 * dst_stride, __builtin_shufflevector(h0, h1, 2, 3, 6, 7));
     }
 }
+PERFORMER_INLINE void Transpose(const Pair* src, int64_t src_stride, int64_t rows, int64_t cols,
+                                Pair* dst, int64_t dst_stride) {
+  Transpose(reinterpret_cast<const float*>(src), src_stride, rows, cols,
+            reinterpret_cast<float*>(dst), dst_stride);
+}
 
 PERFORMER_ISA_END

@@ -16,6 +16,7 @@
 // row (steep.h). The number of sub-chunks of a chunk is bounded, whatever the keys hold.
 #pragma once
 #include "core/causal_cut.h"
+#include "cpu/kernels/causal/operands.h"
 #include "cpu/kernels/causal/sub_chunks.h"
 #include "cpu/kernels/key_chunk.h"
 #include "cpu/kernels/state.h"
@@ -80,7 +81,6 @@ struct KeyScratch {
   Prefetcher prefetcher;
   KeyChunk<Acc> keys;
   ForwardState<Acc> state;
-  Acc* k_transposed;    // [d_pad][C]
   Acc* b;               // [m][C]: log-features
   Acc* sub_chunk_mass;  // [m]: row sums of p
   // Sums of the keys of this call alone, relative to the anchors of `state`; in short calls only,
@@ -89,7 +89,6 @@ struct KeyScratch {
 
   void SetPointers(Arena& arena, const Strides& strides, bool is_short) {
     keys.SetPointers(arena, strides, C);
-    k_transposed = arena.Take<Acc>(strides.d_pad * C);
     b = arena.Take<Acc>(strides.m * C);
     sub_chunk_mass = arena.Take<Acc>(strides.m);
     own_sum = is_short ? arena.Take<Acc>(strides.m * strides.e_pad) : nullptr;
@@ -112,9 +111,11 @@ struct KeyScratch {
 };
 
 // b[m][j] of the n keys of a chunk; the columns behind them, up to a whole vector, are -inf.
-template <class Acc>
-void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection,
-                    const Strides& strides, int64_t n, KeyScratch<Acc>& s) {
+template <class Acc, class In>
+void KeyLogFeatures(const Map<Acc>& map, const CausalProjection<Acc, In>& projection,
+                    const Strides& strides, int64_t n, KeyScratch<Acc>& s,
+                    const KeyOperands<Acc, In>& operands) {
+  using Operand = Operands<Acc, In>;
   constexpr int64_t C = KeyScratch<Acc>::C;
   const int64_t width = RoundUp(n, kLanes<Acc>);
   for (int64_t j = n; j < RoundUp(n, kPad<Acc>); ++j) {
@@ -122,10 +123,13 @@ void KeyLogFeatures(const Map<Acc>& map, const PackedProjection<Acc>& projection
     s.keys.skip[j] = 1;
     for (int64_t d = 0; d < strides.d_pad; ++d) s.keys.k[j * strides.d_pad + d] = 0;
   }
-  Transpose(s.keys.k, strides.d_pad, RoundUp(width, 4), strides.d_pad, s.k_transposed, C);
-  s.prefetcher.Divide(HookCalls<Acc>(strides.m, strides.d, width));
-  MatMul<false>(projection.base2_rows, strides.d_pad, 1, s.k_transposed, C, strides.d, s.b, C,
-                strides.m, width, &s.prefetcher);
+  const int64_t rows = RoundUp(width, 4), depth = Operand::Depth(strides.d);
+  const Left<In> k =
+      Operand::MakeLeft(s.keys.k, rows, strides.d_pad, strides.d_pad, operands.k_left);
+  Transpose(k.data, k.row_stride, rows, Operand::Depth(strides.d_pad), operands.k_right, C);
+  s.prefetcher.Divide(HookCalls<Acc>(strides.m, depth, width));
+  MatMul<false>(projection.rows.data, projection.rows.row_stride, 1, operands.k_right, C, depth,
+                s.b, C, strides.m, width, &s.prefetcher, projection.scale);
   ApplyMap<Acc>(map, strides.m, width, C, s.b, nullptr);
   for (int64_t m = 0; m < strides.m; ++m)
     for (int64_t j = 0; j < width; j += kLanes<Acc>)
@@ -203,6 +207,48 @@ void SubChunkKeyFeatures(int64_t first, int64_t last, const Strides& strides, Ac
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same for the first n columns of a chunk, as operands: for the scores over the mass.
+inline void PairedKeyFeatures(int64_t n, const Strides& strides, Pair* key_features,
+                              KeyScratch<float>& s, const KeyOperands<float, Pair>& operands) {
+  constexpr int64_t C = KeyScratch<float>::C;
+  const Columns<float> columns(0, n);
+  const Vec<float> zero = {};
+  for (int64_t m = 0; m < strides.m; m += 2) {
+    const bool both = m + 1 < strides.m;
+    const auto anchor_of = [&](int64_t i) {
+      return s.state.anchor[i] == -kInf<float> ? 0.0f : s.state.anchor[i];
+    };
+    const float first = anchor_of(m), second = both ? anchor_of(m + 1) : 0.0f;
+    const float per_mass[] = {OverMass(s.state.mass[m]), both ? OverMass(s.state.mass[m + 1]) : 0};
+    Vec<float> sum[2] = {};
+    columns.ForEach([&](int64_t j, IntVec<float> inside) {
+      const Vec<float> x = Exp2(Load(s.b + m * C + j) - first), p = inside ? x : zero;
+      Vec<float> q = zero;
+      if (both) {
+        const Vec<float> y = Exp2(Load(s.b + (m + 1) * C + j) - second);
+        q = inside ? y : zero;
+      }
+      sum[0] += p;
+      sum[1] += q;
+      const auto narrow = [](Vec<float> high, Vec<float> low) {
+        return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      };
+      _mm512_storeu_si512(key_features + m / 2 * C + j,
+                          Interleaved(narrow(q * per_mass[1], p * per_mass[0])));
+      const __m512i halves = narrow(q, p);
+      Pair* left = operands.features_left + (m * C + j) / 2;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(left), _mm512_castsi512_si256(halves));
+      if (both)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(left + C / 2),
+                            _mm512_extracti64x4_epi64(halves, 1));
+    });
+    s.sub_chunk_mass[m] = ReduceAdd<float>(sum[0]);
+    if (both) s.sub_chunk_mass[m + 1] = ReduceAdd<float>(sum[1]);
+  }
+}
+#endif
+
 // The log-features of the columns [first, last), -inf in the others of their vectors.
 template <class Acc>
 void CopyKeyLogFeatures(int64_t first, int64_t last, const Strides& strides, Acc* to,
@@ -217,14 +263,16 @@ void CopyKeyLogFeatures(int64_t first, int64_t last, const Strides& strides, Acc
 }
 
 // next = the state with the keys of a sub-chunk added; it may lie in the same memory.
-template <class Acc>
-void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides,
-                    KeyScratch<Acc>& s, ForwardState<Acc>& next) {
-  AddProduct(sub_chunk.key_features + sub_chunk.begin, s.C, 1, sub_chunk.v, strides.e_pad,
-             sub_chunk.rows, s.state.sum, next.sum, strides.e_pad, strides.m, strides.e_pad);
+template <class In, class Acc>
+void SubChunkUpdate(const Left<In>& features, const Right<In>& v, int64_t rows,
+                    const Strides& strides, KeyScratch<Acc>& s, ForwardState<Acc>& next) {
+  const auto add = [&](const Acc* from, Acc* to) {
+    AddProduct(features.data, features.row_stride, 1, v.data, v.stride,
+               Operands<Acc, In>::Depth(rows), from, to, strides.e_pad, strides.m, strides.e_pad);
+  };
+  add(s.state.sum, next.sum);
   if (s.own_sum != nullptr) {
-    AddProduct(sub_chunk.key_features + sub_chunk.begin, s.C, 1, sub_chunk.v, strides.e_pad,
-               sub_chunk.rows, s.own_sum, s.own_sum, strides.e_pad, strides.m, strides.e_pad);
+    add(s.own_sum, s.own_sum);
     for (int64_t m = 0; m < strides.m; ++m) s.own_mass[m] += s.sub_chunk_mass[m];
   }
   for (int64_t m = 0; m < strides.m_pad; ++m) {
@@ -235,6 +283,14 @@ void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides
     if (next.mass[m] > kRescaleThreshold<Acc>)
       s.Raise(m, next.anchor[m] + Log2(next.mass[m]), strides, next);
   }
+}
+
+template <class Acc>
+void SubChunkUpdate(const CausalSubChunk<Acc>& sub_chunk, const Strides& strides,
+                    KeyScratch<Acc>& s, ForwardState<Acc>& next) {
+  const Left<Acc> features = {sub_chunk.key_features + sub_chunk.begin, s.C, 1};
+  SubChunkUpdate(features, Right<Acc>{sub_chunk.v, strides.e_pad}, sub_chunk.rows, strides, s,
+                 next);
 }
 
 // The same for a steep sub-chunk, whose keys first raise the anchors. Its log-features are lost.
@@ -264,7 +320,7 @@ void SteepSubChunkUpdate(CausalSubChunk<Acc> sub_chunk, const Strides& strides, 
 //     chain.Add(sub_chunk, next_state);
 //   }
 // It may be left after any sub-chunk and continued by another object, with the same bits.
-template <class Acc>
+template <class Acc, class In>
 class KeyChain {
  public:
   KeyChain(const CausalParams& params, const Acc* projections, const WorkRange& range)
@@ -272,12 +328,14 @@ class KeyChain {
         map_(params),
         range_(range),
         strides_(MakeStrides<Acc>(params.dims)),
-        projection_(PackedProjection<Acc>::At(
+        projection_(CausalProjection<Acc, In>::At(
+            params.attributes,
             projections + KeyHeadIndex(params.keys.projection_heads, range.head) *
                               PackedProjection<Acc>::Size(strides_),
             strides_)) {}
 
   void SetPointers(Arena& arena) {
+    operands_.SetPointers(arena, strides_);
     s_.SetPointers(arena, strides_, range_.end - range_.begin <= kMaxStreamRows);
   }
 
@@ -299,7 +357,8 @@ class KeyChain {
     const int64_t begin = (row_ - range_.begin) % kCausalChunk;
     if (begin == 0 || !loaded_) LoadChunk(row_ - begin);
     const bool masked = s_.keys.skip[begin], empty = s_.state.IsEmpty(strides_);
-    const bool fully_masked = masked && empty, steep = begin > 0 && !empty;
+    const bool fully_masked = masked && empty, steep = begin > 0 && !empty,
+               paired = kPaired && begin == 0 && !fully_masked;
     int64_t end = begin + 1;
     if (fully_masked) {
       while (end < chunk_rows_ && s_.keys.skip[end]) ++end;
@@ -309,13 +368,23 @@ class KeyChain {
     } else {
       if (!masked) AnchorSubChunk(begin, strides_, s_);
       end = SubChunkEnd(begin, chunk_rows_, strides_, s_);
-      SubChunkKeyFeatures(begin, end, strides_, key_features, s_);
+      if (paired) {
+        MakePairs(end, key_features);
+      } else {
+        SubChunkKeyFeatures(begin, end, strides_, key_features, s_);
+      }
     }
-    *sub_chunk = {row_,          begin,
-                  end - begin,   fully_masked,
-                  steep,         s_.state.sum,
-                  s_.state.mass, s_.state.anchor,
-                  key_features,  s_.keys.v + begin * strides_.e_pad};
+    *sub_chunk = {row_,
+                  begin,
+                  end - begin,
+                  fully_masked,
+                  steep,
+                  paired,
+                  s_.state.sum,
+                  s_.state.mass,
+                  s_.state.anchor,
+                  key_features,
+                  s_.keys.v + begin * strides_.e_pad};
     return true;
   }
 
@@ -325,6 +394,10 @@ class KeyChain {
     ForwardState<Acc> next(memory);
     if (sub_chunk.steep) {
       SteepSubChunkUpdate(sub_chunk, strides_, s_, next);
+    } else if (sub_chunk.paired) {
+      const Left<In> features = {operands_.features_left, Operand::Depth(kCausalChunk), 1};
+      SubChunkUpdate(features, Right<In>{operands_.v_right, strides_.e_pad}, sub_chunk.rows,
+                     strides_, s_, next);
     } else if (!sub_chunk.fully_masked) {
       SubChunkUpdate(sub_chunk, strides_, s_, next);
     } else if (next.sum != s_.state.sum) {
@@ -349,13 +422,23 @@ class KeyChain {
   }
 
  private:
+  using Operand = Operands<Acc, In>;
+  static constexpr bool kPaired = std::is_same_v<In, Pair>;
+
+  // Key features and values of the first n rows of the chunk as operands.
+  void MakePairs(int64_t n, Acc* key_features) {
+    if constexpr (kPaired) {
+      PairedKeyFeatures(n, strides_, reinterpret_cast<Pair*>(key_features), s_, operands_);
+      Operand::MakeRight(s_.keys.v, n, strides_.e_pad, strides_.e_pad, operands_.v_right);
+    }
+  }
   LoadedState<Acc> Initial() const {
     return {params_.initial, params_.dims, range_.sequence, range_.head};
   }
   void LoadChunk(int64_t row) {
     chunk_rows_ = range_.end - row < kCausalChunk ? range_.end - row : kCausalChunk;
     s_.keys.Load(params_, params_.keys, map_, strides_, range_, row, chunk_rows_, &s_.prefetcher);
-    KeyLogFeatures(map_, projection_, strides_, chunk_rows_, s_);
+    KeyLogFeatures(map_, projection_, strides_, chunk_rows_, s_, operands_);
     loaded_ = true;
   }
 
@@ -363,8 +446,9 @@ class KeyChain {
   const Map<Acc> map_;
   const WorkRange range_;
   const Strides strides_;
-  const PackedProjection<Acc> projection_;
+  const CausalProjection<Acc, In> projection_;
   KeyScratch<Acc> s_;
+  KeyOperands<Acc, In> operands_;
   int64_t row_ = 0, chunk_rows_ = 0;
   bool loaded_ = false;
 };

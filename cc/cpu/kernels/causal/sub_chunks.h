@@ -14,10 +14,11 @@ struct CausalSubChunk {
   int64_t row, begin, rows;  // first row in the tensor, first row in its chunk, number of rows
   bool fully_masked;         // these rows see no key at all; then the pointers are not used
   bool steep;                // the key features are log-features, relative to nothing
+  bool paired;               // the key features are pairs of bfloat16 (operands.h)
   const Acc* sum;            // [m][e_pad], of the state before
   const Acc* mass;           // [m_pad], of the state before
   const Acc* anchor;         // [m_pad], of the state before
-  const Acc* key_features;   // [m][kCausalChunk], columns as in the chunk
+  const Acc* key_features;   // [m][kCausalChunk], columns as in the chunk; paired: pairs of rows
   const Acc* v;              // [rows][e_pad]
 };
 
