@@ -80,12 +80,12 @@ class BackwardDriver : public Driver<Acc> {
   }
 
   Status Run(const CausalGradParams& params) {
-    return RunSequences(params, Cost(26), [&](int64_t, auto... arguments) {
+    return RunSequences(params, kernels_.pack_causal, Cost(26), [&](int64_t, auto... arguments) {
       return kernels_.causal_grad(params, arguments...);
     });
   }
   Status Run(const NearFarGradParams& params) {
-    return RunSequences(params, Cost(30),
+    return RunSequences(params, kernels_.pack_projection, Cost(30),
                         [&](int64_t in_flight, const Acc* query_projection,
                             const Acc* key_projection, const WorkRange& range, auto... results) {
                           return kernels_.near_far_grad(
@@ -95,17 +95,16 @@ class BackwardDriver : public Driver<Acc> {
   }
 
  private:
-  // Runs a kernel for whole sequences of keys and the queries that see them: kernel(in_flight,
+  // Runs a kernel for whole sequences of keys and the queries that see them, with the projections
+  // that `pack` makes: kernel(in_flight,
   // query_projection, key_projection, range, key_bias, partial), of which in_flight run at a time.
-  template <class Params, class Kernel>
-  Status RunSequences(const Params& params, int64_t cost_per_row, Kernel kernel) {
+  template <class Params, class Pack, class Kernel>
+  Status RunSequences(const Params& params, Pack pack, int64_t cost_per_row, Kernel kernel) {
     Buffer<Acc> query_projection, key_projection, key_bias;
     Totals<Acc> query_total, key_total, bias, log_mass, mean;
     const int64_t states = params.initial.count * dims_.groups;
-    PERFORMER_RETURN_IF_ERROR(
-        PackProjections(kernels_.pack_projection, params.queries, &query_projection));
-    PERFORMER_RETURN_IF_ERROR(
-        PackProjections(kernels_.pack_projection, params.keys, &key_projection));
+    PERFORMER_RETURN_IF_ERROR(PackProjections(pack, params.queries, &query_projection));
+    PERFORMER_RETURN_IF_ERROR(PackProjections(pack, params.keys, &key_projection));
     PERFORMER_RETURN_IF_ERROR(
         Allocate(dims_.batch * dims_.groups * dims_.keys, "the gradient of key_bias", &key_bias));
     PERFORMER_RETURN_IF_ERROR(

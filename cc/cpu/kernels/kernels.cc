@@ -72,7 +72,7 @@ const Kernels<PERFORMER_ACC>& KernelsFor(PERFORMER_ACC) {
                                             Decode<Acc>,
                                             PERFORMER_BY_OPERAND(SummarizeGrad),
                                             PERFORMER_BY_OPERAND(ReadGrad),
-                                            CausalGrad<Acc>,
+                                            PERFORMER_BY_OPERAND(CausalGrad),
                                             RunNearFarGrad,
                                             Elementwise<Acc, Exp2>,
                                             Elementwise<Acc, Log2>};

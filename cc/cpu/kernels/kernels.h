@@ -20,7 +20,7 @@ struct Kernels {
   void (*pack_bidirectional)(const Attributes& attributes, DType dtype, const Strides& strides,
                              const Acc* projection, Acc* to);
 
-  // The same for causal, causal_keys and causal_queries.
+  // The same for causal, causal_keys, causal_queries and causal_grad.
   void (*pack_causal)(const Attributes& attributes, DType dtype, const Strides& strides,
                       const Acc* projection, Acc* to);
 

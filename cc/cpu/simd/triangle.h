@@ -26,8 +26,8 @@ PERFORMER_NOINLINE void LowerProduct(const In* a, int64_t lda, const In* b, int6
 }
 
 // to[r][c] = a[r] . b[:, c] for c >= r, n x n. Of the other entries some are written.
-template <class T>
-PERFORMER_NOINLINE void UpperProduct(const T* a, int64_t lda, const T* b, int64_t ldb,
+template <class In, class T>
+PERFORMER_NOINLINE void UpperProduct(const In* a, int64_t lda, const In* b, int64_t ldb,
                                      int64_t depth, int64_t n, T* to, int64_t ldto) {
   constexpr int64_t kCols = kTileVecs * kLanes<T>;
   const int64_t width = (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;

@@ -23,6 +23,9 @@
 // the end of that chunk it is the value of that key. After a steep sub-chunk it is renewed, as the
 // keys of that may outweigh all before them.
 //
+// Products have operands of type In (packed_operands.h), but those with a triangle of pairs, apart
+// from p f^T, and v R^T, which meets r in a difference.
+//
 // The gradient of the final state is the first reverse state. The initial state is a key that every
 // row sees.
 #pragma once
@@ -31,11 +34,12 @@
 
 PERFORMER_ISA_BEGIN
 
-template <class Acc>
+template <class Acc, class In>
 bool CausalGrad(const CausalGradParams& params, const Acc* query_projection,
                 const Acc* key_projection, WorkRange range, Acc* key_bias,
                 CausalGradPartial<Acc> partial) {
-  CausalGradient<Acc> gradient(params, query_projection, key_projection, range, key_bias, partial);
+  CausalGradient<Acc, In> gradient(params, query_projection, key_projection, range, key_bias,
+                                   partial);
   if (!gradient.Start() || !ForwardScan(gradient)) return false;
   ReverseScan(gradient);
   return true;

@@ -6,8 +6,8 @@
 PERFORMER_ISA_BEGIN
 
 // Rescales sum and mass of feature m, column m of the panels.
-template <class Acc>
-void ScaleForwardState(CausalGradient<Acc>& gradient, int64_t m, Acc keep) {
+template <class Acc, class In>
+void ScaleForwardState(CausalGradient<Acc, In>& gradient, int64_t m, Acc keep) {
   const Strides& strides = gradient.strides;
   Acc* column = gradient.s.sum_panels + m / kPanel * kPanel * strides.e_pad + m % kPanel;
   for (int64_t e = 0; e < strides.e_pad; ++e) {
@@ -18,8 +18,8 @@ void ScaleForwardState(CausalGradient<Acc>& gradient, int64_t m, Acc keep) {
 }
 
 // Appends the anchors in force as a new set.
-template <class Acc>
-bool SaveAnchors(CausalGradient<Acc>& gradient) {
+template <class Acc, class In>
+bool SaveAnchors(CausalGradient<Acc, In>& gradient) {
   Acc* set = gradient.anchors.Append(gradient.strides.m_pad);
   if (set == nullptr) return false;
   for (int64_t m = 0; m < gradient.strides.m_pad; ++m) set[m] = gradient.s.anchor[m];
@@ -27,14 +27,14 @@ bool SaveAnchors(CausalGradient<Acc>& gradient) {
 }
 
 // The forward state before the first row: the initial state.
-template <class Acc>
-void StartForwardState(CausalGradient<Acc>& gradient) {
+template <class Acc, class In>
+void StartForwardState(CausalGradient<Acc, In>& gradient) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   gradient.initial.CopyMean(strides, s.initial_mean);
   if (CentreOfMeans(strides, gradient.initial.log_mass, s.initial_mean, strides.e_pad, s.mass,
                     s.centre))
-    gradient.centred = CausalGradient<Acc>::Centred::kByState;
+    gradient.centred = CausalGradient<Acc, In>::Centred::kByState;
   SubtractCentre(strides, strides.m, s.centre, s.initial_mean);
   TransposeToPanels(s.initial_mean, strides.m, strides.e_pad, strides.e_pad, s.sum_panels);
   for (int64_t m = 0; m < strides.m_pad; ++m) {
@@ -46,9 +46,9 @@ void StartForwardState(CausalGradient<Acc>& gradient) {
 
 // Sets the centre from the state before a chunk, if there are keys in it and no state has set it.
 // False if there is no memory, as in what follows.
-template <class Acc>
-bool CentreForwardState(CausalGradient<Acc>& gradient) {
-  using Centred = typename CausalGradient<Acc>::Centred;
+template <class Acc, class In>
+bool CentreForwardState(CausalGradient<Acc, In>& gradient) {
+  using Centred = typename CausalGradient<Acc, In>::Centred;
   if (gradient.centred == Centred::kByState) return true;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
@@ -67,9 +67,9 @@ bool CentreForwardState(CausalGradient<Acc>& gradient) {
 
 // Sets the centre to the value of the first unmasked key of a chunk that has been loaded, if there
 // is none yet. Every row of the chunk that sees a key sees this one.
-template <class Acc>
-bool CentreByFirstKey(CausalGradient<Acc>& gradient, int64_t n) {
-  using Centred = typename CausalGradient<Acc>::Centred;
+template <class Acc, class In>
+bool CentreByFirstKey(CausalGradient<Acc, In>& gradient, int64_t n) {
+  using Centred = typename CausalGradient<Acc, In>::Centred;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   if (gradient.centred != Centred::kNot || !s.keys.any) return true;
@@ -87,8 +87,8 @@ bool CentreByFirstKey(CausalGradient<Acc>& gradient, int64_t n) {
 // Renews the centre after the rows of a steep sub-chunk, the last one of a chunk, whose keys have
 // raised the anchors, but are not in the state yet. It becomes the average of the means with these
 // keys, which may have little in common with the past.
-template <class Acc>
-bool RenewCentre(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
+template <class Acc, class In>
+bool RenewCentre(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const Acc* mass = s.cumulative + (sub_chunk.rows - 1) * strides.m_stride;
@@ -120,16 +120,16 @@ bool RenewCentre(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
 }
 
 // Whether no key has been seen yet.
-template <class Acc>
-bool IsEmpty(const CausalGradient<Acc>& gradient) {
+template <class Acc, class In>
+bool IsEmpty(const CausalGradient<Acc, In>& gradient) {
   for (int64_t m = 0; m < gradient.strides.m; ++m)
     if (gradient.s.anchor[m] != -kInf<Acc>) return false;
   return true;
 }
 
 // Whether key j of the chunk exceeds an anchor by more than kCutBits.
-template <class Acc>
-bool Exceeds(const CausalGradient<Acc>& gradient, int64_t j) {
+template <class Acc, class In>
+bool Exceeds(const CausalGradient<Acc, In>& gradient, int64_t j) {
   const auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   IntVec<Acc> any = {};
@@ -141,8 +141,8 @@ bool Exceeds(const CausalGradient<Acc>& gradient, int64_t j) {
 }
 
 // Raises the anchors to all keys of a steep sub-chunk; true if one changed.
-template <class Acc>
-bool RaiseToSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
+template <class Acc, class In>
+bool RaiseToSubChunk(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   RaisedAnchors(strides, s.anchor, s.key_log_features + sub_chunk.chunk_begin * strides.m_stride,
@@ -158,8 +158,8 @@ bool RaiseToSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chun
 }
 
 // Raises the anchors to the key of row `row` of the chunk.
-template <class Acc>
-void RaiseForwardState(CausalGradient<Acc>& gradient, int64_t row) {
+template <class Acc, class In>
+void RaiseForwardState(CausalGradient<Acc, In>& gradient, int64_t row) {
   auto& s = gradient.s;
   const Acc* b = s.key_log_features + row * gradient.strides.m_stride;
   for (int64_t m = 0; m < gradient.strides.m; ++m) {
@@ -170,8 +170,8 @@ void RaiseForwardState(CausalGradient<Acc>& gradient, int64_t row) {
 }
 
 // Gradients of a row that sees no key.
-template <class Acc>
-void ZeroRows(CausalGradient<Acc>& gradient, int64_t row) {
+template <class Acc, class In>
+void ZeroRows(CausalGradient<Acc, In>& gradient, int64_t row) {
   auto& s = gradient.s;
   const auto& params = gradient.params;
   const Dims& dims = gradient.dims;
@@ -188,9 +188,9 @@ void ZeroRows(CausalGradient<Acc>& gradient, int64_t row) {
 }
 
 // g = y sum^T + tril(y v^T) p.
-template <class Acc>
-void FeatureGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
-  using Gradient = CausalGradient<Acc>;
+template <class Acc, class In>
+void FeatureGradient(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk) {
+  using Gradient = CausalGradient<Acc, In>;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const int64_t n = sub_chunk.rows;
@@ -198,17 +198,21 @@ void FeatureGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chun
                           s.transposed);
   LowerProduct(s.y, strides.e_pad, s.transposed, Gradient::C, strides.e_pad, n, 0, s.grad_scores,
                Gradient::kPairStride);
+  const Left<In> y = gradient.AsLeft(s.y, n, strides.e_pad, strides.e_pad);
+  const In* sum = gradient.AsPanels(s.sum_panels, strides.e_pad);
+  const int64_t depth = Operands<Acc, In>::Depth(strides.e_pad);
   for (int64_t m = 0; m < strides.m_pad; m += kPanel) {
     const int64_t cols = strides.m_pad - m < kPanel ? strides.m_pad - m : kPanel;
-    CausalProduct(s.y, strides.e_pad, s.sum_panels + m * strides.e_pad, kPanel, strides.e_pad,
-                  s.grad_scores, Gradient::kPairStride, s.key_features + m, strides.m_stride,
-                  s.g + m, strides.m_stride, n, cols);
+    CausalProduct(y.data, y.row_stride, sum + m * depth, kPanel, depth, s.grad_scores,
+                  Gradient::kPairStride, s.key_features + m, strides.m_stride, s.g + m,
+                  strides.m_stride, n, cols);
   }
 }
 
 // g = da, summed into the feature bias's gradient; keeps shift, inverse and delta of each row.
-template <class Acc>
-void CausalLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+template <class Acc, class In>
+void CausalLogitGradient(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk,
+                         int64_t i) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   Acc* shift = gradient.OfHead(gradient.shift, i, sub_chunk.row);
@@ -233,14 +237,15 @@ void CausalLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_
 }
 
 // Queries of head i of the group, already loaded: g = da.
-template <class Acc>
-void ForwardLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+template <class Acc, class In>
+void ForwardLogitGradient(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk,
+                          int64_t i) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
-  const QueryHead<Acc> head = gradient.Head(i);
+  const QueryHead<Acc, In> head = gradient.Head(i);
   const int64_t n = sub_chunk.rows;
   SetBias(s.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
-  const Left<Acc> q = {s.queries.q, strides.d_pad, 1};
+  const Left<In> q = gradient.AsLeft(s.queries.q, n, strides.d_pad, strides.d_pad);
   ComputeQueryFeatures<false>(gradient.map, q, n, head.projection, strides,
                               static_cast<const Acc*>(nullptr), s.query_slope, s.queries,
                               &gradient.prefetcher);
@@ -253,13 +258,12 @@ void ForwardLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub
 }
 
 // Queries of head i of the group: dq and the query projection's gradient.
-template <class Acc>
-void ForwardQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+template <class Acc, class In>
+void ForwardQueries(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
   auto& s = gradient.s;
   const auto& params = gradient.params;
   const auto& map = gradient.map;
   const Strides& strides = gradient.strides;
-  const QueryHead<Acc> head = gradient.Head(i);
   const int64_t n = sub_chunk.rows;
   gradient.LoadQueries(sub_chunk, i);
   if (sub_chunk.steep) {
@@ -268,25 +272,26 @@ void ForwardQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
     ForwardLogitGradient(gradient, sub_chunk, i);
   }
   ChainSlope(map, n, strides, s.query_slope, s.g);
-  MatMul<false>(s.g, strides.m_stride, 1, head.projection.rows.data, strides.d_pad, strides.m, s.dq,
-                strides.d_pad, n, strides.d_pad);
+  gradient.LogitProducts(s.g, n, gradient.Head(i).projection, s.queries.q, s.dq,
+                         gradient.partial.query_projection + i * strides.m * strides.d_pad);
   StoreRows<Acc>({params.grad_queries.query, params.dtype, gradient.dims.heads,
                   gradient.FirstHead() + i, strides.d},
                  sub_chunk.row, n, s.dq, strides.d_pad);
-  MatMul<true>(s.g, 1, strides.m_stride, s.queries.q, strides.d_pad, n,
-               gradient.partial.query_projection + i * strides.m * strides.d_pad, strides.d_pad,
-               strides.m, strides.d_pad);
 }
 
 // Adds the keys of the sub-chunk to the forward state; true if an anchor changed.
-template <class Acc>
-bool UpdateForwardState(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk) {
+template <class Acc, class In>
+bool UpdateForwardState(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
+  const Left<In> v = gradient.AsLeftTransposed(gradient.Values(sub_chunk), sub_chunk.rows,
+                                               strides.e_pad, strides.e_pad);
+  const Right<In> p =
+      gradient.AsRight(s.key_features, sub_chunk.rows, strides.m_pad, strides.m_stride);
   for (int64_t m = 0; m < strides.m_pad; m += kPanel) {
     const int64_t cols = strides.m_pad - m < kPanel ? strides.m_pad - m : kPanel;
-    MatMul<true>(gradient.Values(sub_chunk), 1, strides.e_pad, s.key_features + m, strides.m_stride,
-                 sub_chunk.rows, s.sum_panels + m * strides.e_pad, kPanel, strides.e_pad, cols);
+    Product<true>(v, Right<In>{p.data + m, p.stride}, sub_chunk.rows,
+                  s.sum_panels + m * strides.e_pad, kPanel, strides.e_pad, cols);
   }
   bool rescaled = false;
   const Acc* mass = s.cumulative + (sub_chunk.rows - 1) * strides.m_stride;
@@ -302,9 +307,9 @@ bool UpdateForwardState(CausalGradient<Acc>& gradient, const GradSubChunk& sub_c
 }
 
 // False if there is no memory.
-template <class Acc>
-bool ForwardScan(CausalGradient<Acc>& gradient) {
-  constexpr int64_t C = CausalGradient<Acc>::C;
+template <class Acc, class In>
+bool ForwardScan(CausalGradient<Acc, In>& gradient) {
+  constexpr int64_t C = CausalGradient<Acc, In>::C;
   auto& s = gradient.s;
   const WorkRange& range = gradient.range;
   StartForwardState(gradient);

@@ -79,9 +79,10 @@ struct GradSubChunk {
   bool steep;                // as in CausalSubChunk
 };
 
-template <class Acc>
+template <class Acc, class In>
 struct CausalGradient {
   using Scratch = CausalGradScratch<Acc>;
+  using Operand = Operands<Acc, In>;
   static constexpr int64_t C = Scratch::C, kPairStride = Scratch::kPairStride;
 
   CausalGradient(const CausalGradParams& params, const Acc* query_projection,
@@ -92,9 +93,12 @@ struct CausalGradient {
         strides(MakeStrides<Acc>(params.dims)),
         map(params),
         query_projection(query_projection),
-        key_projection(PackedProjection<Acc>::At(
-            key_projection + KeyHeadIndex(params.keys.projection_heads, range.head) *
-                                 PackedProjection<Acc>::Size(strides),
+        key_projection(Operands<Acc, In>::Projection(
+            params.attributes,
+            CausalProjection<Acc, In>::OperandsAt(
+                key_projection + KeyHeadIndex(params.keys.projection_heads, range.head) *
+                                     PackedProjection<Acc>::Size(strides),
+                strides),
             strides)),
         range(range),
         partial(partial),
@@ -103,7 +107,13 @@ struct CausalGradient {
 
   // Sets the scratch memory, and the partial results to 0; false if there is no memory.
   bool Start() {
-    if (!arena.Allocate([&] { s.SetPointers(arena, map, strides); })) return false;
+    const bool allocated = arena.Allocate([&] {
+      s.SetPointers(arena, map, strides);
+      const int64_t width = strides.m_stride + strides.d_pad + strides.e_pad;
+      left = TakeOperand<Acc, In>(arena, C * width);
+      right = TakeOperand<Acc, In>(arena, C * width + strides.m_panels * kPanel * strides.e_pad);
+    });
+    if (!allocated) return false;
     const int64_t rows = range.end - range.begin;
     shift = row_values.Append(2 * rows * GroupSize(dims));
     delta = deltas.Append(rows * GroupSize(dims));
@@ -120,8 +130,64 @@ struct CausalGradient {
   T* OfHead(T* values, int64_t i, int64_t row) const {
     return values + i * (range.end - range.begin) + row - range.begin;
   }
-  QueryHead<Acc> Head(int64_t i) const {
+  QueryHead<Acc, In> Head(int64_t i) const {
+    return {params, params.queries,
+            CausalProjection<Acc, In>::OperandsAt(query_projection, strides), strides,
+            FirstHead() + i};
+  }
+  QueryHead<Acc> SteepHead(int64_t i) const {
     return {params, params.queries, query_projection, strides, FirstHead() + i};
+  }
+
+  // Operands of products, x [n][width], each until the next one of its side.
+  Left<In> AsLeft(const Acc* x, int64_t n, int64_t width, int64_t stride) {
+    return Operand::MakeLeft(x, n, width, stride, left);
+  }
+  Left<In> AsLeftTransposed(const Acc* x, int64_t n, int64_t width, int64_t stride) {
+    return Operand::MakeLeftTransposed(x, n, width, stride, left);
+  }
+  Right<In> AsRight(const Acc* x, int64_t n, int64_t width, int64_t stride) {
+    return Operand::MakeRight(x, n, width, stride, right);
+  }
+  // Panels [m_panels][width][kPanel] as right operand.
+  const In* AsPanels(const Acc* panels, int64_t width) {
+    if constexpr (std::is_same_v<In, Acc>) {
+      return panels;
+    } else {
+      for (int64_t p = 0; p < strides.m_panels; ++p)
+        Operand::MakeRight(panels + p * width * kPanel, width, kPanel, kPanel,
+                           right + p * Operand::Depth(width) * kPanel);
+      return right;
+    }
+  }
+  // f^T of n queries as right operand, [Depth(m)][C].
+  const In* TransposeQueryFeatures(int64_t n) {
+    if constexpr (std::is_same_v<In, Acc>) {
+      TransposeRows(s.queries.f, strides.m_stride, n, strides.m_pad, s.f_transposed);
+      return s.f_transposed;
+    } else {
+      const Left<In> f = Operand::MakeLeft(s.queries.f, n, strides.m_pad, strides.m_stride, right);
+      In* to = reinterpret_cast<In*>(s.f_transposed);
+      Transpose(f.data, f.row_stride, RoundUp(n, 4), Operand::Depth(strides.m_pad), to, C);
+      return to;
+    }
+  }
+  // x = log-features of n rows, without biases.
+  void LogFeaturesOf(const Acc* rows, int64_t n, const ProjectionOperands<Acc, In>& projection,
+                     Acc* x, Acc* slope) {
+    const Left<In> operand = AsLeft(rows, n, strides.d_pad, strides.d_pad);
+    MatMulPanels(operand.data, operand.row_stride, n, projection.panels, Operand::Depth(strides.d),
+                 strides, x, &prefetcher, projection.feature_scale);
+    ApplyMap(map, n, strides.m_pad, strides.m_stride, x, slope);
+  }
+  // to = g w for gradients g [n][m_stride] of logits, and sum [m][d_pad] += g^T rows.
+  void LogitProducts(const Acc* g, int64_t n, const ProjectionOperands<Acc, In>& projection,
+                     const Acc* rows, Acc* to, Acc* sum) {
+    const int64_t d_pad = strides.d_pad, stride = strides.m_stride;
+    Product<false>(AsLeft(g, n, strides.m_pad, stride), projection.rows, strides.m, to, d_pad, n,
+                   d_pad, static_cast<void*>(nullptr), projection.row_scale);
+    Product<true>(AsLeftTransposed(g, n, strides.m_pad, stride), AsRight(rows, n, d_pad, d_pad), n,
+                  sum, d_pad, strides.m, d_pad);
   }
   const Acc* Values(const GradSubChunk& sub_chunk) const {
     return s.keys.v + sub_chunk.chunk_begin * strides.e_pad;
@@ -147,8 +213,7 @@ struct CausalGradient {
   void LoadKeys(int64_t row, int64_t n) {
     s.keys.Load(params, params.keys, map, strides, range, row, n, &prefetcher);
     SubtractCentre(strides, n, s.centre, s.keys.v);
-    LogFeatures(map, s.keys.k, n, key_projection.panels, strides, s.key_log_features, s.key_slope,
-                &prefetcher);
+    LogFeaturesOf(s.keys.k, n, key_projection, s.key_log_features, s.key_slope);
     for (int64_t j = 0; j < n; ++j) {
       const int64_t first = j * strides.m_stride;
       for (int64_t m = first; m < first + strides.m_pad; m += kLanes<Acc>)
@@ -203,13 +268,14 @@ struct CausalGradient {
   const Strides strides;
   const Map<Acc> map;
   const Acc* query_projection;  // [projection_heads][PackedProjection::Size]
-  const PackedProjection<Acc> key_projection;
+  const ProjectionOperands<Acc, In> key_projection;
   const WorkRange range;
   const CausalGradPartial<Acc> partial;
   const KeyGradientRows<Acc> key_rows;
   const LoadedState<Acc> initial;
   Arena arena;
   Scratch s;
+  In *left, *right;  // copies of operands
   Prefetcher prefetcher;
   GrowingArray<GradSubChunk> sub_chunks;
   GrowingArray<Acc> anchors;  // [sets][m_pad], a new set only when an anchor changed

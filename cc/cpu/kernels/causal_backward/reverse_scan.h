@@ -6,8 +6,8 @@
 PERFORMER_ISA_BEGIN
 
 // The gradient of the final state as reverse state, relative to the last anchors.
-template <class Acc>
-void StartReverseState(CausalGradient<Acc>& gradient) {
+template <class Acc, class In>
+void StartReverseState(CausalGradient<Acc, In>& gradient) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const LoadedState<Acc> grad(gradient.params.grad_state, gradient.dims, gradient.range.sequence,
@@ -28,8 +28,8 @@ void StartReverseState(CausalGradient<Acc>& gradient) {
 }
 
 // Makes the reverse state relative to other, earlier anchors [m_pad].
-template <class Acc>
-void RescaleReverseState(CausalGradient<Acc>& gradient, const Acc* anchors) {
+template <class Acc, class In>
+void RescaleReverseState(CausalGradient<Acc, In>& gradient, const Acc* anchors) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   for (int64_t m = 0; m < strides.m; ++m) {
@@ -44,8 +44,8 @@ void RescaleReverseState(CausalGradient<Acc>& gradient, const Acc* anchors) {
 }
 
 // Makes the reverse state that of values that are less an earlier centre.
-template <class Acc>
-void MoveCentre(CausalGradient<Acc>& gradient, int64_t centre) {
+template <class Acc, class In>
+void MoveCentre(CausalGradient<Acc, In>& gradient, int64_t centre) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   if (gradient.centre_in_force == centre || strides.e_pad == 0) return;
@@ -58,8 +58,8 @@ void MoveCentre(CausalGradient<Acc>& gradient, int64_t centre) {
 }
 
 // y = 0 in rows that see no key.
-template <class Acc>
-void ZeroRowsWithoutKeys(CausalGradient<Acc>& gradient, int64_t n, const Acc* inverse) {
+template <class Acc, class In>
+void ZeroRowsWithoutKeys(CausalGradient<Acc, In>& gradient, int64_t n, const Acc* inverse) {
   const int64_t width = gradient.strides.e_pad;
   for (int64_t r = 0; r < n; ++r)
     if (inverse[r] == 0)
@@ -67,13 +67,12 @@ void ZeroRowsWithoutKeys(CausalGradient<Acc>& gradient, int64_t n, const Acc* in
 }
 
 // f of the queries of one head, normalised; y is 0 in rows that see no key.
-template <class Acc>
-void NormalisedQueryFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>& head, int64_t n,
-                             const Acc* shift, const Acc* inverse) {
+template <class Acc, class In>
+void NormalisedQueryFeatures(CausalGradient<Acc, In>& gradient, const QueryHead<Acc, In>& head,
+                             int64_t n, const Acc* shift, const Acc* inverse) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
-  LogFeatures<Acc>(gradient.map, s.queries.q, n, head.projection.panels, strides, s.queries.f,
-                   nullptr, &gradient.prefetcher);
+  gradient.LogFeaturesOf(s.queries.q, n, head.projection, s.queries.f, nullptr);
   SetBias(s.anchor, 1.0, head.feature_bias, strides, s.queries.bias);
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>) {
@@ -86,14 +85,13 @@ void NormalisedQueryFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>
 
 // Pairs of a key and a query of the sub-chunk: adds triu(v dout^T - delta) f to the keys' gradient,
 // and triu(p f^T) dout to dv.
-template <class Acc>
-void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const double* delta) {
-  using Gradient = CausalGradient<Acc>;
+template <class Acc, class In>
+void AddPairGradients(CausalGradient<Acc, In>& gradient, int64_t n, const double* delta) {
+  using Gradient = CausalGradient<Acc, In>;
   constexpr int64_t C = Gradient::C, kPairStride = Gradient::kPairStride;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   Gradient::TransposeRows(s.y, strides.e_pad, n, strides.e_pad, s.transposed);
-  Gradient::TransposeRows(s.queries.f, strides.m_stride, n, strides.m_pad, s.f_transposed);
   for (int64_t r = 0; r < n; ++r) s.padded_delta[r] = static_cast<Acc>(delta[r]);
   for (int64_t r = n; r < C; ++r) s.padded_delta[r] = 0;
   UpperProduct(s.keys.v, strides.e_pad, s.transposed, C, strides.e_pad, n, s.grad_scores,
@@ -103,8 +101,9 @@ void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const double* de
       Acc* pair = s.grad_scores + r * kPairStride + c;
       Store(pair, Load(pair) - Load(s.padded_delta + c));
     }
-  UpperProduct(s.key_features, strides.m_stride, s.f_transposed, C, strides.m, n, s.scores,
-               kPairStride);
+  const Left<In> p = gradient.AsLeft(s.key_features, n, strides.m_pad, strides.m_stride);
+  UpperProduct(p.data, p.row_stride, gradient.TransposeQueryFeatures(n), C,
+               Operands<Acc, In>::Depth(strides.m), n, s.scores, kPairStride);
   AddReverseCausalProduct(s.grad_scores, kPairStride, s.queries.f, strides.m_stride,
                           s.grad_key_logits, strides.m_stride, n, strides.m_pad);
   AddReverseCausalProduct(s.scores, kPairStride, s.y, strides.e_pad, s.dv, strides.e_pad, n,
@@ -112,8 +111,8 @@ void AddPairGradients(CausalGradient<Acc>& gradient, int64_t n, const double* de
 }
 
 // The queries of head i of the group: adds to the keys' gradient and dv, then to the reverse state.
-template <class Acc>
-void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+template <class Acc, class In>
+void ReverseQueries(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const int64_t n = sub_chunk.rows;
@@ -122,7 +121,7 @@ void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
   const double* delta = gradient.OfHead(gradient.delta, i, sub_chunk.row);
   gradient.LoadQueries(sub_chunk, i);
   if (sub_chunk.steep) {
-    SteepLogFeatures(gradient, gradient.Head(i), n, static_cast<Acc*>(nullptr));
+    SteepLogFeatures(gradient, gradient.SteepHead(i), n, static_cast<Acc*>(nullptr));
     ZeroRowsWithoutKeys(gradient, n, inverse);
     AddSteepPairGradients(gradient, n, shift, inverse, delta);
     SteepStateWeights(gradient, n, shift, inverse);
@@ -130,13 +129,15 @@ void ReverseQueries(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk
     NormalisedQueryFeatures(gradient, gradient.Head(i), n, shift, inverse);
     AddPairGradients(gradient, n, delta);
   }
-  MatMul<true>(s.queries.f, 1, strides.m_stride, s.y, strides.e_pad, n, s.reverse_sum,
-               strides.e_pad, strides.m, strides.e_pad);
+  Product<true>(gradient.AsLeftTransposed(s.queries.f, n, strides.m_pad, strides.m_stride),
+                gradient.AsRight(s.y, n, strides.e_pad, strides.e_pad), n, s.reverse_sum,
+                strides.e_pad, strides.m, strides.e_pad);
   for (int64_t r = 0; r < n; ++r)
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
       Store(s.reverse_mass + m,
             Load(s.reverse_mass + m) +
-                static_cast<Acc>(delta[r]) * Load(s.queries.f + r * strides.m_stride + m));
+                static_cast<Acc>(delta[r]) *
+                    Operands<Acc, In>::Rounded(Load(s.queries.f + r * strides.m_stride + m)));
 }
 
 template <class Acc>
@@ -148,8 +149,8 @@ void RowSums(int64_t n, const Strides& strides, const Acc* rows, Acc* row_sum) {
   }
 }
 
-template <class Acc>
-void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
+template <class Acc, class In>
+void ReverseSubChunk(CausalGradient<Acc, In>& gradient, const GradSubChunk& given) {
   auto& s = gradient.s;
   const auto& map = gradient.map;
   const Strides& strides = gradient.strides;
@@ -168,8 +169,9 @@ void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
   gradient.ComputeKeyFeatures(sub_chunk);
   TransposeToPanels(s.reverse_sum, strides.m, strides.e_pad, strides.e_pad, s.reverse_panels);
   for (int64_t m = 0; m < strides.m_pad; ++m) s.reverse_mass_before[m] = s.reverse_mass[m];
-  MatMul<false>(s.key_features, strides.m_stride, 1, s.reverse_sum, strides.e_pad, strides.m, s.dv,
-                strides.e_pad, n, strides.e_pad);
+  Product<false>(gradient.AsLeft(s.key_features, n, strides.m_pad, strides.m_stride),
+                 gradient.AsRight(s.reverse_sum, strides.m, strides.e_pad, strides.e_pad),
+                 strides.m, s.dv, strides.e_pad, n, strides.e_pad);
   MatMulPanels(s.keys.v, strides.e_pad, n, s.reverse_panels, strides.e_pad, strides,
                s.grad_key_logits, &gradient.prefetcher);
   const auto key_logit_gradient = [&] {
@@ -189,17 +191,15 @@ void ReverseSubChunk(CausalGradient<Acc>& gradient, const GradSubChunk& given) {
     key_logit_gradient();
   }
   ChainSlope(map, n, strides, s.key_slope, s.grad_key_logits);
-  MatMul<false>(s.grad_key_logits, strides.m_stride, 1, gradient.key_projection.rows, strides.d_pad,
-                strides.m, s.dk, strides.d_pad, n, strides.d_pad);
+  gradient.LogitProducts(s.grad_key_logits, n, gradient.key_projection, s.keys.k, s.dk,
+                         gradient.partial.key_projection);
   StoreKeyGradients(gradient.key_rows, map, strides, s.keys, s.row_sum, sub_chunk.row, n, s.dk,
                     s.dv);
-  MatMul<true>(s.grad_key_logits, 1, strides.m_stride, s.keys.k, strides.d_pad, n,
-               gradient.partial.key_projection, strides.d_pad, strides.m, strides.d_pad);
 }
 
 // The reverse state before the first row: the gradient of the initial state.
-template <class Acc>
-void StoreInitialGradient(CausalGradient<Acc>& gradient) {
+template <class Acc, class In>
+void StoreInitialGradient(CausalGradient<Acc, In>& gradient) {
   const auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   for (int64_t m = 0; m < strides.m; ++m) {
@@ -214,8 +214,8 @@ void StoreInitialGradient(CausalGradient<Acc>& gradient) {
   }
 }
 
-template <class Acc>
-void ReverseScan(CausalGradient<Acc>& gradient) {
+template <class Acc, class In>
+void ReverseScan(CausalGradient<Acc, In>& gradient) {
   gradient.prefetcher = Prefetcher(true);
   StartReverseState(gradient);
   gradient.centre_in_force = gradient.last_centre;

@@ -57,8 +57,8 @@ struct HighestSum {
 };
 
 // a of n queries, in f.
-template <class Acc>
-void SteepLogFeatures(CausalGradient<Acc>& gradient, const QueryHead<Acc>& head, int64_t n,
+template <class Acc, class In>
+void SteepLogFeatures(CausalGradient<Acc, In>& gradient, const QueryHead<Acc>& head, int64_t n,
                       Acc* slope) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
@@ -84,9 +84,10 @@ PERFORMER_INLINE double DotInDouble(const Acc* a, const Acc* b, int64_t n) {
 }
 
 // g = da of row r, from g = dout sum^T; what is kept of the row. values: of the sub-chunk.
-template <class Acc>
-void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, const Acc* values, int64_t r,
-                      Acc* feature_bias, Acc* shift_of_row, Acc* inverse_of_row, double* delta) {
+template <class Acc, class In>
+void SteepRowGradient(CausalGradient<Acc, In>& gradient, const Acc* keys, const Acc* values,
+                      int64_t r, Acc* feature_bias, Acc* shift_of_row, Acc* inverse_of_row,
+                      double* delta) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const Acc* a = s.queries.f + r * strides.m_stride;
@@ -94,7 +95,7 @@ void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, const Acc*
   Vec<Acc> highest = Splat(-kInf<Acc>);
   for (int64_t m = 0; m < strides.m_pad; m += kLanes<Acc>)
     highest = Max(Load(a + m) + AnchorsWithPadding(s.anchor + m), highest);
-  Acc shift = ReduceMax<Acc>(highest), of_key[CausalGradient<Acc>::C];
+  Acc shift = ReduceMax<Acc>(highest), of_key[CausalGradient<Acc, In>::C];
   int64_t first_key = -1;  // the one that weighs most, -1: the state
   for (int64_t j = 0; j <= r; ++j) {
     const HighestSum<Acc> sum(a, keys + j * strides.m_stride, strides);
@@ -107,8 +108,8 @@ void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, const Acc*
   };
   const double reference = first_key < 0 ? 0 : pair_of(first_key);
   const Acc less = static_cast<Acc>(reference);
-  int64_t live[CausalGradient<Acc>::C], count = 0;
-  Acc pair[CausalGradient<Acc>::C];  // dout . v_j of the live ones, less the reference
+  int64_t live[CausalGradient<Acc, In>::C], count = 0;
+  Acc pair[CausalGradient<Acc, In>::C];  // dout . v_j of the live ones, less the reference
   for (int64_t j = 0; j <= r; ++j)
     if (!(of_key[j] < shift + kLeastExponent<Acc>)) {
       pair[count] = static_cast<Acc>(pair_of(j) - reference);
@@ -145,12 +146,13 @@ void SteepRowGradient(CausalGradient<Acc>& gradient, const Acc* keys, const Acc*
 
 // Queries of head i of the group, already loaded: g = da, summed into the feature bias's gradient;
 // keeps shift, inverse and delta of each row.
-template <class Acc>
-void SteepLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_chunk, int64_t i) {
+template <class Acc, class In>
+void SteepLogitGradient(CausalGradient<Acc, In>& gradient, const GradSubChunk& sub_chunk,
+                        int64_t i) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   const int64_t n = sub_chunk.rows;
-  SteepLogFeatures(gradient, gradient.Head(i), n, s.query_slope);
+  SteepLogFeatures(gradient, gradient.SteepHead(i), n, s.query_slope);
   MatMulPanels(s.y, strides.e_pad, n, s.sum_panels, strides.e_pad, strides, s.g,
                &gradient.prefetcher);
   Acc* shift = gradient.OfHead(gradient.shift, i, sub_chunk.row);
@@ -164,10 +166,10 @@ void SteepLogitGradient(CausalGradient<Acc>& gradient, const GradSubChunk& sub_c
 }
 
 // Pairs of a key and a query of the sub-chunk, whose a is in f: adds to db and to dv.
-template <class Acc>
-void AddSteepPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* shift,
+template <class Acc, class In>
+void AddSteepPairGradients(CausalGradient<Acc, In>& gradient, int64_t n, const Acc* shift,
                            const Acc* inverse, const double* delta) {
-  constexpr int64_t kPairStride = CausalGradient<Acc>::kPairStride;
+  constexpr int64_t kPairStride = CausalGradient<Acc, In>::kPairStride;
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
   for (int64_t j = 0; j < n; ++j) {
@@ -194,8 +196,8 @@ void AddSteepPairGradients(CausalGradient<Acc>& gradient, int64_t n, const Acc* 
 }
 
 // a in f becomes w, normalised: the weights of the state before the sub-chunk.
-template <class Acc>
-void SteepStateWeights(CausalGradient<Acc>& gradient, int64_t n, const Acc* shift,
+template <class Acc, class In>
+void SteepStateWeights(CausalGradient<Acc, In>& gradient, int64_t n, const Acc* shift,
                        const Acc* inverse) {
   auto& s = gradient.s;
   const Strides& strides = gradient.strides;
