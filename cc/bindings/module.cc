@@ -134,7 +134,8 @@ PYBIND11_MODULE(_core, module) {
              "name; returns a dict of its outputs.\n\n"
              "threads: at most 1024. Other keyword arguments are the attributes of the operator: "
              "feature_map, scale, feature_epsilon, packed, key_norm, exact_window, causal, "
-             "query_norm. scale and feature_epsilon are rounded to float32, as the attributes of "
+             "query_norm, projection_gradient. scale and feature_epsilon are rounded to float32, "
+             "as the attributes of "
              "the TensorFlow ops are.\n"
              "Raises ValueError for a wrong argument, TypeError for an unknown one, and "
              "MemoryError.");

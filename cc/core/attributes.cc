@@ -12,6 +12,7 @@ double Attributes::ResolvedScale(int64_t key_dim) const {
 }
 
 bool HasAttribute(Op op, const std::string& name) {
+  if (name == "projection_gradient") return IsGrad(op);
   if (name == "exact_window" || name == "causal" || name == "query_norm") return IsNearFar(op);
   if (name == "feature_map" || name == "feature_epsilon") return !IsNearFar(op);
   return HasKeys(op) || name != "key_norm";

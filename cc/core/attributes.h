@@ -27,6 +27,8 @@ struct Attributes {
   // whether the log-features of queries have the norm -scale |q|^2 / 2.
   int64_t exact_window = 64;
   bool causal = false, query_norm = true;
+  // Of gradients: whether those of the projections are asked for. Without, they are 0 on the CPU.
+  bool projection_gradient = true;
 
   // The scale in force for key dimension `key_dim` > 0.
   double ResolvedScale(int64_t key_dim) const;
@@ -44,10 +46,12 @@ void VisitAttributes(MaybeConstAttributes& attributes, const Visit& visit) {
   visit("exact_window", attributes.exact_window);
   visit("causal", attributes.causal);
   visit("query_norm", attributes.query_norm);
+  visit("projection_gradient", attributes.projection_gradient);
 }
 
 // Whether a TensorFlow op has the attribute: key_norm is one of those that take keys; near-and-far
-// attention has three of its own, and no choice of the feature map.
+// attention has three of its own, and no choice of the feature map; projection_gradient is one of
+// gradients.
 bool HasAttribute(Op op, const std::string& name);
 
 // The largest exact_window, which keeps the scores of a row in memory.

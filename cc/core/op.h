@@ -24,6 +24,9 @@ inline constexpr std::array kAllOps = {PERFORMER_FOR_EACH_OP(PERFORMER_OP)};
 // Whether an operator has keys as inputs; the others read a state.
 constexpr bool HasKeys(Op op) { return op != Op::kRead && op != Op::kReadGrad; }
 
+// Whether an operator is the gradient of another one.
+constexpr bool IsGrad(Op op) { return op >= Op::kSummarizeGrad; }
+
 // Whether an operator attends to near keys exactly and to far keys by features.
 constexpr bool IsNearFar(Op op) { return op == Op::kNearFar || op == Op::kNearFarGrad; }
 

@@ -163,18 +163,19 @@ query_norm: whether |q|^2 / 2 is subtracted.
 
     << Define<Op::kSummarizeGrad>(
            "Gradient of Performer>Summarize for each of its inputs, summed over broadcast "
-           "dimensions.")
+           "dimensions; that of the projection is 0 on the CPU without projection_gradient.")
 
     << Define<Op::kReadGrad>(
-           "Gradient of Performer>Read for each of its inputs, summed over broadcast dimensions.")
+           "Gradient of Performer>Read for each of its inputs, summed over broadcast dimensions; "
+           "that of the projection is 0 on the CPU without projection_gradient.")
 
     << Define<Op::kCausalGrad>(
            "Gradient of Performer>Causal for each of its inputs, summed over broadcast "
-           "dimensions.")
+           "dimensions; those of the projections are 0 on the CPU without projection_gradient.")
 
     << Define<Op::kNearFarGrad>(
            "Gradient of Performer>NearFar for each of its inputs, summed over broadcast "
-           "dimensions.");
+           "dimensions; those of the projections are 0 on the CPU without projection_gradient.");
 
 }  // namespace
 }  // namespace performer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from performer import reference
+from performer import Performer, reference
 from performer.ops import gradients
 from support.inputs import Case, cotangents, forms, make
 from support.operator_calls import FORWARD, call, composed, definition, needs_library
@@ -251,3 +251,53 @@ def test_float32_errors_of_long_sequences_are_at_most_twice_those_of_the_composi
     results = (attend(operator, x, incoming, causal) for operator in (call, composed))
     exact = attend(call, x, incoming, causal, "float64")
     assert_errors_at_most_twice_theirs(*results, exact)
+
+
+@pytest.mark.parametrize("op", FORWARD)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_projections_that_no_tape_watches_cost_nothing_and_change_no_bit_of_the_others(op, graph):
+    x = make(dataclasses.replace(SMALL, rows=70, features=8), "float32", seed=4)
+    x.update(log_mass=x["initial_log_mass"], mean=x["initial_mean"])
+    x = {name: tf.constant(value) for name, value in x.items()}
+    attributes = WINDOW if op == "NearFar" else {}
+    names = [name for name in gradients._FORMS[op][1] if name in x]
+
+    def found(sources):
+        with tf.GradientTape() as tape:
+            tape.watch([x[name] for name in sources])
+            out = call(op, x, **attributes)
+            total = tf.add_n([tf.reduce_sum(tf.sin(y)) for y in tf.nest.flatten(out)])
+        return tape.gradient(total, {name: x[name] for name in sources})
+
+    others = [name for name in names if "projection" not in name]
+    asked, not_asked = (
+        tf.function(found).get_concrete_function(sources) if graph else None
+        for sources in (names, others)
+    )
+    if graph:
+        for function, wanted in ((asked, True), (not_asked, False)):
+            made = [o for o in function.graph.get_operations() if o.type == f"Performer>{op}Grad"]
+            assert [o.get_attr("projection_gradient") for o in made] == [wanted]
+    whole = asked() if graph else found(names)
+    part = not_asked() if graph else found(others)
+    for name in others:
+        np.testing.assert_array_equal(part[name], whole[name], err_msg=name)
+    assert all(np.any(whole[name]) for name in names if "projection" in name)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+def test_a_layer_asks_for_no_gradient_of_its_draw(causal):
+    layer = Performer(2, 8, supports=16, seed=1)
+    x = tf.random.stateless_normal([1, 9, 16], [1, 2])
+    layer(x, x)
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, x, use_causal_mask=causal) ** 2)
+        return tape.gradient(loss, layer.trainable_variables)
+
+    made = [o for o in step.get_concrete_function().graph.get_operations() if "Grad" in o.type]
+    asked = [o.get_attr("projection_gradient") for o in made if o.type.startswith("Performer>")]
+    assert asked
+    assert not any(asked)

@@ -71,6 +71,7 @@ def test_every_attribute_but_the_type_has_its_default(op):
         "U": tf.float32.as_datatype_enum,
     }
     wanted |= {"key_norm": True, "exact_window": 64, "causal": False, "query_norm": True}
+    wanted |= {"projection_gradient": True} if op.endswith("Grad") else {}
     wanted = known_attributes(op, wanted)
     assert values == wanted
     types = {tf.as_dtype(t).name for t in attributes["T"].allowed_values.list.type}

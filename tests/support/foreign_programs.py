@@ -19,6 +19,7 @@ ATTRIBUTES = {
     "exact_window": "64 : i64",
     "causal": "false",
     "query_norm": "true",
+    "projection_gradient": "true",
 }
 _MLIR = {
     "float32": "f32",

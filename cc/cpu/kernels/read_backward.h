@@ -109,9 +109,10 @@ bool ReadGrad(const ReadGradParams& params, const Acc* projection, WorkRange ran
     Product<true>(Operand::MakeLeftTransposed(s.queries.f, n, m_pad, m_stride, s.f_left_transposed),
                   Operand::MakeRight(s.y, n, e_pad, e_pad, s.y_right), n, partial.mean, e_pad,
                   strides.m, e_pad);
-    Product<true>(Operand::MakeLeftTransposed(s.g, n, m_pad, m_stride, s.g_left_transposed),
-                  Operand::MakeRight(s.queries.q, n, d_pad, d_pad, s.q_right), n,
-                  partial.projection, d_pad, strides.m, d_pad);
+    if (params.attributes.projection_gradient)
+      Product<true>(Operand::MakeLeftTransposed(s.g, n, m_pad, m_stride, s.g_left_transposed),
+                    Operand::MakeRight(s.queries.q, n, d_pad, d_pad, s.q_right), n,
+                    partial.projection, d_pad, strides.m, d_pad);
   }
   return true;
 }

@@ -121,9 +121,10 @@ bool SummarizeGrad(const SummarizeGradParams& params, const Acc* projection, Wor
     Product<false>(Operand::MakeLeft(s.g, n, m_pad, m_stride, s.g_left), weights.rows, strides.m,
                    s.dk, d_pad, n, d_pad, static_cast<void*>(nullptr), weights.row_scale);
     StoreKeyGradients(to, map, strides, s.keys, s.row_sum, row, n, s.dk, s.dv);
-    Product<true>(Operand::MakeLeftTransposed(s.g, n, m_pad, m_stride, s.g_left_transposed),
-                  Operand::MakeRight(s.keys.k, n, d_pad, d_pad, s.k_right), n, partial_projection,
-                  d_pad, strides.m, d_pad);
+    if (params.attributes.projection_gradient)
+      Product<true>(Operand::MakeLeftTransposed(s.g, n, m_pad, m_stride, s.g_left_transposed),
+                    Operand::MakeRight(s.keys.k, n, d_pad, d_pad, s.k_right), n, partial_projection,
+                    d_pad, strides.m, d_pad);
   }
   return true;
 }

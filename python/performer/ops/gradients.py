@@ -92,6 +92,15 @@ def _dense(gradients, like):
     ]
 
 
+def _asks_for_projections(op, inputs) -> bool:
+    """Whether the tape watches a projection: a layer's draw is not trained, for example.
+
+    Without a tape (`tf.gradients`, the gradient of a function from outside) that is not known.
+    """
+    skipped = getattr(op, "skip_input_indices", None) or ()
+    return any("projection" in name and i not in skipped for i, name in enumerate(inputs))
+
+
 def _first_order(form: str):
     """Gradient function of `Performer>{form}`: its Grad operator."""
     _, inputs, outputs, attributes = _FORMS[form]
@@ -103,8 +112,13 @@ def _first_order(form: str):
             zip((f"grad_{name}" for name in outputs), _dense(incoming, op.outputs), strict=True)
         )
         grad_op = getattr(loader.ops(), function_name(f"{form}Grad"))
-        gradients = grad_op(**arguments, **_attributes(op, attributes))
-        return [*gradients, *[None] * len(_constants(form))]
+        asked = _asks_for_projections(op, inputs)
+        gradients = grad_op(**arguments, **_attributes(op, attributes), projection_gradient=asked)
+        found = [
+            x if asked or "projection" not in name else None
+            for name, x in zip(inputs, gradients, strict=True)
+        ]
+        return [*found, *[None] * len(_constants(form))]
 
     return gradient
 

@@ -180,12 +180,14 @@ struct CausalGradient {
                  strides, x, &prefetcher, projection.feature_scale);
     ApplyMap(map, n, strides.m_pad, strides.m_stride, x, slope);
   }
-  // to = g w for gradients g [n][m_stride] of logits, and sum [m][d_pad] += g^T rows.
+  // to = g w for gradients g [n][m_stride] of logits, and sum [m][d_pad] += g^T rows, the
+  // gradient of the projection.
   void LogitProducts(const Acc* g, int64_t n, const ProjectionOperands<Acc, In>& projection,
                      const Acc* rows, Acc* to, Acc* sum) {
     const int64_t d_pad = strides.d_pad, stride = strides.m_stride;
     Product<false>(AsLeft(g, n, strides.m_pad, stride), projection.rows, strides.m, to, d_pad, n,
                    d_pad, static_cast<void*>(nullptr), projection.row_scale);
+    if (!params.attributes.projection_gradient) return;
     Product<true>(AsLeftTransposed(g, n, strides.m_pad, stride), AsRight(rows, n, d_pad, d_pad), n,
                   sum, d_pad, strides.m, d_pad);
   }

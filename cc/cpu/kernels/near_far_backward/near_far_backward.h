@@ -55,8 +55,9 @@ void KeyGradientsOfBlock(NearFarGradient<Acc>& gradient, int64_t block,
       MatMul<true>(s.p, strides.m_stride, 1, reverse->sum, e_pad, strides.m, dv, e_pad, n, e_pad);
       MatMul<true>(s.db, strides.m_stride, 1, gradient.key_projection.rows.data, d_pad, strides.m,
                    dk, d_pad, n, d_pad);
-      MatMul<true>(s.db, 1, strides.m_stride, s.keys.k, d_pad, n, gradient.partial.key_projection,
-                   d_pad, strides.m, d_pad);
+      if (gradient.params.attributes.projection_gradient)
+        MatMul<true>(s.db, 1, strides.m_stride, s.keys.k, d_pad, n, gradient.partial.key_projection,
+                     d_pad, strides.m, d_pad);
     }
     StoreKeyGradients(gradient.key_rows, map, strides, s.keys, s.row_sum, row, n, dk, dv);
     for (int64_t j = 0; j < n; ++j)

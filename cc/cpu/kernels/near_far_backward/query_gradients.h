@@ -149,9 +149,10 @@ void QueryGradientsOfHead(NearFarGradient<Acc>& gradient, int64_t block,
     StoreQueryGradient(gradient, context, rows, head, i, far_sum);
     AddNearKeyGradients(gradient, context, rows);
     if (!context.has_far) return;
-    MatMul<true>(gradient.g + s.near_columns, 1, s.stride, s.q, strides.d_pad, rows.n,
-                 gradient.partial.query_projection + i * strides.m * strides.d_pad, strides.d_pad,
-                 strides.m, strides.d_pad);
+    if (gradient.params.attributes.projection_gradient)
+      MatMul<true>(gradient.g + s.near_columns, 1, s.stride, s.q, strides.d_pad, rows.n,
+                   gradient.partial.query_projection + i * strides.m * strides.d_pad, strides.d_pad,
+                   strides.m, strides.d_pad);
     if (reverse) AddToReverseState(gradient, rows, gradient.chunk_delta, *reverse);
   });
 }
