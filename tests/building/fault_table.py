@@ -754,9 +754,9 @@ CUDA = [
             "other_mass / sum * mean[i]) +",
         ),
         (
-            "a split begins with the state after it",
-            "if (!before || split + 1 < first + count)",
-            "if (!before || split + 2 < first + count)",
+            "the first split begins with the state of its own keys",
+            "if (p.before) {",
+            "if (p.before && split > first) {",
         ),
     ),
     *_faults(
