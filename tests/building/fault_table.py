@@ -174,6 +174,16 @@ PYTHON = [
             "*nothing, *second[count:]]",
             "*nothing, *map(tf.zeros_like, second[count:])]",
         ),
+        (
+            "the gradient of a projection is left out where it is asked for",
+            'any("projection" in name and i not in skipped',
+            'all("projection" in name and i not in skipped',
+        ),
+        (
+            "the gradient of a projection is computed where nobody asks for it",
+            "i not in skipped",
+            "i != skipped",
+        ),
     ),
     *_faults(
         "python/performer/ops/vectorize.py",
@@ -627,6 +637,34 @@ CPU = [
             "the norm of keys gives no gradient",
             "const Acc norm = map.key_norm ? map.scale * row_sum[j] : Acc(0);",
             "const Acc norm = map.key_norm ? Acc(0) : Acc(0);",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/causal/operands.h",
+        CALLS,
+        (
+            "features that have seen no key weigh something",
+            "Store(seen_ + m, seen ? one : zero);",
+            "Store(seen_ + m, one);",
+        ),
+        (
+            "means are sums",
+            "const Vec<float> x = Load(row(m) + e) * first,",
+            "const Vec<float> x = Load(row(m) + e),",
+        ),
+    ),
+    *_faults(
+        "cc/cpu/kernels/causal_backward/gradient.h",
+        GRADIENTS,
+        (
+            "products with panels of pairs read the state of the first panel",
+            "right + p * Operand::Depth(width) * kPanel);",
+            "right);",
+        ),
+        (
+            "the last rows of f^T in pairs are those of another sub-chunk",
+            "Transpose(f.data, f.row_stride, RoundUp(n, 4), ",
+            "Transpose(f.data, f.row_stride, n / 4 * 4, ",
         ),
     ),
     *_faults(

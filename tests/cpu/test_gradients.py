@@ -19,6 +19,14 @@ def test_gradients_are_those_of_the_reference(causal, name, dtype, isa):
     check_gradients(partial(run, isa=isa), cases(causal)[name], causal, dtype)
 
 
+@isas
+@forms
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_several_panels_of_features_are_those_of_the_reference(causal, dtype, isa):
+    case = Case(batch=1, rows=150, heads=2, features=201, value_dim=24)
+    check_gradients(partial(run, isa=isa), case, causal, dtype)
+
+
 SMALL = replace(CASES["an initial state for each, 500 rows"], rows=60, heads=6)
 
 
