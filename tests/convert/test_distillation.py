@@ -147,6 +147,18 @@ def test_later_stages_bring_the_outputs_closer_and_change_what_they_say(uninterr
     assert any("last/lora_kernel_b" in path for path in changed)
 
 
+def test_a_stage_that_does_not_help_leaves_the_model_as_it_was():
+    teacher = two_layers()
+    student = student_of(teacher)
+    steps = {**SHORT, "steps": 3, "learning_rate": 1e3, "end_to_end": 3}
+    report = convert.distill(student, teacher, sharp(), **steps, lora_rank=2, lora_steps=3)
+    assert report.outputs["layers"] <= report.outputs["as it was"]
+    assert report.outputs["layers"] == report.outputs["end to end"] == report.outputs["lora"]
+    again = student_of(teacher)
+    convert.distill(again, teacher, sharp(), **{**SHORT, "steps": 3, "learning_rate": 1e3})
+    np.testing.assert_array_equal(student(sharp()[:2]), again(sharp()[:2]))
+
+
 def test_without_lora_only_features_change_be_it_for_arrays_or_a_dataset():
     x, students = sharp(), []
     for data in (x, tf.data.Dataset.from_tensor_slices(x).batch(4)):

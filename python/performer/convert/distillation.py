@@ -57,6 +57,9 @@ def distill(
     3. `lora_steps` steps of features and low-rank updates (Keras's `enable_lora`) of the other
        dense layers of the student, with the same loss.
 
+    After the second and third, weights go back to what they were before unless the outputs have
+    come closer on held-out batches.
+
     Nothing but learned features, `far_bias="learned"` and LoRA's factors changes. The first stage
     is the method of Hedgehog, https://arxiv.org/abs/2402.04347, and of attention transfer in
     LoLCATs, https://arxiv.org/abs/2410.10254, with outputs in the place of weights; the third is
@@ -143,15 +146,26 @@ def distill(
     features = [w for layer, _ in layers for w in _weights(layer)]
     outputs["layers"] = ends.error()
     if counts["end_to_end"]:
-        rate = learning_rate / 5
-        ends.train("end to end", features, rate, counts["end_to_end"], progress, verbose)
-        outputs["end to end"] = ends.error()
+        outputs["end to end"] = ends.train(
+            "end to end",
+            features,
+            rate=learning_rate / 5,
+            steps=counts["end_to_end"],
+            before=outputs["layers"],
+            progress=progress,
+            verbose=verbose,
+        )
     if counts["lora_steps"]:
         factors = _enable_lora(student, lora_rank, settings["seed"])
-        weights = [*features, *factors]
-        rate = learning_rate / 30
-        ends.train("lora", weights, rate, counts["lora_steps"], progress, verbose)
-        outputs["lora"] = ends.error()
+        outputs["lora"] = ends.train(
+            "lora",
+            [*features, *factors],
+            rate=learning_rate / 30,
+            steps=counts["lora_steps"],
+            before=list(outputs.values())[-1],
+            progress=progress,
+            verbose=verbose,
+        )
     return Report(reports, outputs)
 
 
@@ -379,11 +393,17 @@ class _Ends:
         mean = float(np.mean(losses))
         return mean**0.5 if self._loss is _distance else mean
 
-    def train(self, stage, weights, rate, steps, progress, verbose):
-        """Trains weights of the student."""
-        if progress.result(stage, weights) is not None:
-            return
+    def train(self, stage, weights, rate, steps, before, progress, verbose):
+        """Trains weights of the student, or leaves them if that does not make `error` less.
+
+        Returns:
+            The error, which was `before`.
+        """
+        known = progress.result(stage, weights)
+        if known is not None:
+            return known["error"]
         progress.begin(stage, weights)
+        begun = [w.numpy() for w in weights]
         optimizer = _adam(weights, rate, steps)
         batches = None
 
@@ -404,7 +424,13 @@ class _Ends:
 
         bar = _bar(stage, steps, verbose)
         progress.train(stage, step, steps, [*weights, *optimizer.variables], bar)
-        progress.finish(stage, weights, {})
+        after = self.error()
+        if not after < before:  # NaN neither
+            for weight, value in zip(weights, begun, strict=True):
+                weight.assign(value)
+            after = before
+        progress.finish(stage, weights, {"error": after})
+        return after
 
 
 def _enable_lora(model, rank, seed):
