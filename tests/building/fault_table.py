@@ -644,8 +644,14 @@ CPU = [
         CALLS,
         (
             "features that have seen no key weigh something",
-            "Store(seen_ + m, seen ? one : zero);",
-            "Store(seen_ + m, one);",
+            "Store(share_ + m, mass / least);",
+            "Store(share_ + m, least / least);",
+        ),
+        (
+            "masses below 1 make weights overflow",
+            "return mass > 1 ? 1 / mass : Acc(1);",
+            "return mass == 0 ? Acc(1) : 1 / mass;",
+            "tests/cpu/test_steep_keys.py",
         ),
         (
             "means are sums",

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from performer.features.tolerances import tolerances
 from support.compare import assert_close
 from support.core_calls import backward, expected, expected_gradients, forward, isas, run
-from support.inputs import Case, cotangents
+from support.inputs import Case, cotangents, make
 from support.steep_keys import KINDS, steep
 
 CASE = Case(batch=1, rows=110, heads=4, groups=2, features=70, bias="1GS", std=0.5, state=1)
@@ -44,6 +45,19 @@ def test_float32_is_as_good_as_its_log_features(isa, kind):
     exact = backward(*wide, True, partial(run, isa=isa))
     for name, actual in backward(x, incoming, True, partial(run, isa=isa)).items():
         assert_close(actual, exact[name], rms=5e-4, what=name)
+
+
+@isas
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rise", [20, 45, 69, 87, 95, 150])
+def test_a_chunk_whose_first_key_outweighs_the_past_is_right(isa, rise, dtype):
+    """A rise in nats: what all before weighs is next to nothing, no number of float32, or 0."""
+    x = make(replace(CASE, rows=150), dtype)
+    x["key_bias"][..., 48:] += rise  # chunks have 48 rows
+    x["key_bias"][..., 60] += 25
+    for name, exact in expected(x, True).items():
+        actual = forward(x, True, partial(run, isa=isa))[name]
+        assert_close(actual, exact, rms=tolerances(dtype, causal=True).rms, what=name)
 
 
 PEAKS = """

@@ -6,7 +6,8 @@
 // the state. Other sub-chunks are those of Acc.
 //
 // Not rounded are masses, and the scores, the weights of single keys. Queries read means, sum / mass,
-// which a constant value leaves as it is; key features for the scores are over the mass, too.
+// which a constant value leaves as it is; key features for the scores are over the mass, too. (In the
+// place of a mass below 1 stands 1: no weight becomes larger than it would be with Acc.)
 #pragma once
 #include "cpu/kernels/causal/sub_chunks.h"
 #include "cpu/memory/packed_operands.h"
@@ -69,10 +70,10 @@ struct CausalProjection<float, Pair> {
 };
 #endif
 
-// 1 / mass; 1 where there is none.
+// 1 / mass, at most 1. Masses are less only where the first key of a sub-chunk outweighs them.
 template <class Acc>
 PERFORMER_INLINE Acc OverMass(Acc mass) {
-  return mass == 0 ? Acc(1) : 1 / mass;
+  return mass > 1 ? 1 / mass : Acc(1);
 }
 
 // The state before a sub-chunk as its queries read it. With Acc it is that of the sub-chunk.
@@ -94,19 +95,17 @@ template <>
 struct StateOperands<float, Pair> {
   void SetPointers(Arena& arena, const Strides& strides) {
     log_mass_ = arena.Take<float>(strides.m_pad);
-    seen_ = arena.Take<float>(strides.m_pad);
+    share_ = arena.Take<float>(strides.m_pad);
     mean_ = TakeOperand<float, Pair>(arena, (strides.m + 1) * strides.e_pad);
     log_weight = log_mass_;
-    weight = seen_;
+    weight = share_;
     values = {mean_, strides.e_pad};
   }
   void Set(const CausalSubChunk<float>& sub_chunk, const Strides& strides) {
-    const Vec<float> one = Splat(1.0f), zero = {};
     for (int64_t m = 0; m < strides.m_pad; m += kLanes<float>) {
-      const Vec<float> mass = Load(sub_chunk.mass + m);
-      const IntVec<float> seen = mass > zero;
-      Store(log_mass_ + m, Load(sub_chunk.anchor + m) + Log2(seen ? mass : one));
-      Store(seen_ + m, seen ? one : zero);
+      const Vec<float> mass = Load(sub_chunk.mass + m), least = Max(mass, Splat(1.0f));
+      Store(log_mass_ + m, Load(sub_chunk.anchor + m) + Log2(least));
+      Store(share_ + m, mass / least);
     }
     const auto row = [&](int64_t m) { return sub_chunk.sum + m * strides.e_pad; };
     for (int64_t m = 0; m < strides.m; m += 2) {
@@ -126,7 +125,7 @@ struct StateOperands<float, Pair> {
   Right<Pair> values;
 
  private:
-  float *log_mass_, *seen_;
+  float *log_mass_, *share_;
   Pair* mean_;
 };
 #endif
