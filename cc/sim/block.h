@@ -64,6 +64,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned> priorities;  // indices of warps, the highest priority first
+  Order order = Order::kRandom;
   unsigned ready_count = 0, live = 0;
   unsigned arrived = 0, generation = 0;  // at the barrier
   const char* barrier_site = nullptr;

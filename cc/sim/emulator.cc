@@ -136,18 +136,24 @@ void ShuffleOrder(std::vector<T>& list, uint64_t* random) {
   for (size_t i = list.size(); i > 1; --i) std::swap(list[i - 1], list[Random(random) % i]);
 }
 
+// A number below `count`, from the upper half of x. (A division would take longer than a switch.)
+unsigned Below(unsigned count, uint64_t x) {
+  return static_cast<unsigned>((x >> 32 & 0xffff) * count >> 16);
+}
+
 // Takes the fiber that runs next from those that are ready; there is one.
 Fiber* TakeNext(Block& block, Order order) {
   const bool random = order == Order::kRandom || order == Order::kFair;
   const uint64_t x = random ? Random(&block.random) : 0;
   if (order == Order::kRandom && x % 1024 == 0) ShuffleOrder(block.priorities, &block.random);
-  size_t p = order == Order::kFair ? (x >> 16) % block.priorities.size() : 0;
-  while (block.warps[block.priorities[p]].ready_count == 0) p = (p + 1) % block.priorities.size();
+  const unsigned warps = static_cast<unsigned>(block.priorities.size());
+  unsigned p = order == Order::kFair ? Below(warps, x << 16) : 0;
+  while (block.warps[block.priorities[p]].ready_count == 0) p = p + 1 == warps ? 0 : p + 1;
   Warp& warp = block.warps[block.priorities[p]];
   const unsigned last = warp.ready_count - 1;
   const unsigned chosen = order == Order::kForward   ? 0
                           : order == Order::kReverse ? last
-                                                     : (x >> 24) % warp.ready_count;
+                                                     : Below(warp.ready_count, x);
   Fiber* fiber = warp.ready[chosen];
   if (order == Order::kForward) {
     std::copy(warp.ready + 1, warp.ready + warp.ready_count, warp.ready);
@@ -166,7 +172,7 @@ void Suspend(const char* where) {
   fiber.waits_at = where;
   // A deadlock, or another thread's error, ends the block.
   if (block.ready_count == 0 || !block.error.empty()) return ResumeScheduler(false);
-  Fiber& next = *TakeNext(block, TheOptions().order);
+  Fiber& next = *TakeNext(block, block.order);
   if (&next != &fiber) ResumeFiber(block, fiber.context, next);
 }
 
@@ -208,7 +214,7 @@ void RunBlock(Block& block) {
   const unsigned count = block.block_dim.x * block.block_dim.y * block.block_dim.z;
   if (count == 0 || count > 1024 || count % 32 != 0)
     throw Error("a block must have a multiple of 32 threads, at most 1024");
-  const Order order = TheOptions().order;
+  const Order order = block.order = TheOptions().order;
   g_block = &block;
   ++TheCounters().blocks;
   CreateFibers(block, count);
@@ -229,7 +235,7 @@ void PerformCopy(const Copy& copy, void* instruction) {
 }
 
 // Where the lanes of `mask` wait for each other.
-Rendezvous& FindRendezvous(Warp& warp, uint32_t mask) {
+inline Rendezvous& FindRendezvous(Warp& warp, uint32_t mask) {
   for (Rendezvous& known : warp.rendezvous)
     if (known.mask == mask) return known;
   if (warp.rendezvous.empty()) warp.rendezvous.reserve(16);  // references stay valid
@@ -343,8 +349,9 @@ void Collective(uint32_t mask, const char* name, void* slot, void (*apply)(void*
     if (apply != nullptr) apply(rendezvous.slots, mask);
     rendezvous.arrived = 0;
     ++rendezvous.generation;
+    Fiber* const lanes = &fiber - lane;
     for (unsigned other = 0; other < 32; ++other)
-      if (mask >> other & 1) MakeReady(block, &block.fibers[fiber.index - lane + other]);
+      if (mask >> other & 1) MakeReady(block, lanes + other);
   }
   Suspend(name);
 }
@@ -385,15 +392,26 @@ void CopyAsyncCommit() {
 }
 
 void CopyAsyncWait(int groups_left, const char* file, int line) {
-  const std::string site = std::string(file) + ":" + std::to_string(line);
   Fiber& fiber = *g_block->current;
-  if (fiber.index == 0) Sites().insert(site);
-  if (TheOptions().skip == site) return;
+  if (fiber.index == 0 || !TheOptions().skip.empty()) {
+    const std::string site = std::string(file) + ":" + std::to_string(line);
+    if (fiber.index == 0) Sites().insert(site);
+    if (TheOptions().skip == site) return;
+  }
   void* const instruction = __builtin_return_address(0);
   while (fiber.groups.size() > static_cast<size_t>(groups_left)) {
     for (const Copy& copy : fiber.groups.front()) PerformCopy(copy, instruction);
     fiber.groups.erase(fiber.groups.begin());
   }
+}
+
+Graph*& TheGraph() {
+  static Graph* graph = nullptr;
+  return graph;
+}
+void Enqueue(const std::function<void()>& launch) {
+  if (TheGraph() != nullptr) return TheGraph()->push_back(launch);
+  launch();
 }
 
 void Launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& body) {

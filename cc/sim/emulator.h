@@ -17,7 +17,8 @@
 //   - tests that notice nothing: any barrier or wait can be left out (Options::skip)
 //
 // What it cannot find or run:
-//   - errors in the PTX strings, and how a GPU rounds, above all inside the sums of mma
+//   - errors in the PTX strings, and how a GPU rounds: mma adds as two published models of tensor
+//     cores do (tensor_cores.h), exp2 and log2 are those of the host
 //   - errors of memory order between the blocks of a launch: threads of one block do run ahead of
 //     each other, but a GPU's weak ordering of global memory is not modelled. The race detector
 //     calls every exchange between blocks a race
@@ -31,6 +32,9 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "sim/tensor_cores.h"
 
 struct dim3 {
   unsigned x, y, z;
@@ -59,6 +63,7 @@ struct Options {
   Order order = Order::kRandom;
   uint64_t seed = 1;
   std::string skip;  // site of a barrier or wait (as in Sites) that is left out
+  TensorCores tensor_cores = TensorCores::kH100;
 };
 Options& TheOptions();
 
@@ -80,6 +85,12 @@ struct Error : std::runtime_error {
 
 // Runs `body` as every thread of every block; blocks have a multiple of 32 threads, at most 1024.
 void Launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// Launches that were captured instead of run, as those of a CUDA graph.
+using Graph = std::vector<std::function<void()>>;
+// Where Enqueue puts a launch; nullptr: it runs at once.
+Graph*& TheGraph();
+void Enqueue(const std::function<void()>& launch);
 
 // ---- Called by threads of a kernel
 

@@ -29,6 +29,12 @@ sim::Order ParseOrder(const std::string& name) {
   return found->second;
 }
 
+sim::TensorCores ParseTensorCores(const std::string& name) {
+  if (name == "H100") return sim::TensorCores::kH100;
+  if (name == "A100") return sim::TensorCores::kA100;
+  throw py::value_error("tensor_cores must be H100 or A100; got '" + name + "'");
+}
+
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
@@ -97,11 +103,28 @@ class Memory {
   std::vector<Buffer> buffers_;
 };
 
+// Captures the call as a graph and runs that twice, when nothing is left of the call on the host.
+Status RunCaptured(Op op, Call call, const cuda::Device& device) {
+  sim::Graph graph;
+  sim::TheGraph() = &graph;
+  const Status status = cuda::Run(op, call, device);
+  sim::TheGraph() = nullptr;
+  if (!status.ok()) return status;
+  std::fill(call.offsets.begin(), call.offsets.end(), int64_t{-1} << 40);
+  try {
+    for (int i = 0; i < 2; ++i)
+      for (const auto& launch : graph) launch();
+  } catch (const sim::Error& error) {
+    return Status::Internal(error.what());
+  }
+  return Status();
+}
+
 py::dict Run(const std::string& name, const py::dict& given, const std::string& order,
              uint64_t seed, const std::string& skip, int allocations, int shared_bytes,
-             const py::kwargs& attributes) {
+             const std::string& tensor_cores, bool captured, const py::kwargs& attributes) {
   const ArrayCall made = MakeArrayCall(name, given, attributes);
-  sim::TheOptions() = {ParseOrder(order), seed, skip};
+  sim::TheOptions() = {ParseOrder(order), seed, skip, ParseTensorCores(tensor_cores)};
   Memory memory;
   Call call = made.call;  // with buffers of `memory`
   for (size_t i = 0; i < made.inputs.size(); ++i)
@@ -113,7 +136,7 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
   }
   cuda::Device device = memory.MakeDevice(allocations);
   device.shared_bytes = shared_bytes;
-  Status status = cuda::Run(made.op, call, device);
+  Status status = captured ? RunCaptured(made.op, call, device) : cuda::Run(made.op, call, device);
   sim::UntrackAll();
   sim::TheOptions() = sim::Options();
   if (status.ok()) status = memory.CheckGuards();
@@ -132,7 +155,8 @@ py::array Planted(const std::string& kernel, const py::array_t<float, py::array:
   if (x.size() < py::ssize_t{10} * threads)
     throw py::value_error("x must have 10 * threads numbers; got " + std::to_string(x.size()));
   py::array_t<float> out(py::ssize_t{4} * blocks * threads);
-  sim::TheOptions() = {ParseOrder(order), seed, ""};
+  sim::TheOptions().order = ParseOrder(order);
+  sim::TheOptions().seed = seed;
   Memory memory;
   float* buffer = static_cast<float*>(memory.AllocateTracked(out.nbytes()));
   Status status;
@@ -171,14 +195,16 @@ PYBIND11_MODULE(performer_emulated, module) {
   using namespace performer;
   using py::arg;
   module.doc() = "The CUDA kernels on NumPy arrays, under emulation.";
-  module.def("run", performer::Run, arg("op"), arg("inputs"), py::kw_only(),
-             arg("order") = "random", arg("seed") = 1, arg("skip") = "", arg("allocations") = -1,
-             arg("shared_bytes") = 0,
-             "As performer._core.run. `order` and `seed`: the schedule; `skip`: a barrier or wait "
-             "that is left out; `allocations`: the number for which the device has memory, or -1 "
-             "for any number; `shared_bytes`: the most that a block may have, or 0 for that of "
-             "sm_80.\n"
-             "Raises RuntimeError for an error of a kernel.");
+  module.def(
+      "run", performer::Run, arg("op"), arg("inputs"), py::kw_only(), arg("order") = "random",
+      arg("seed") = 1, arg("skip") = "", arg("allocations") = -1, arg("shared_bytes") = 0,
+      arg("tensor_cores") = "H100", arg("captured") = false,
+      "As performer._core.run. `order` and `seed`: the schedule; `skip`: a barrier or wait "
+      "that is left out; `allocations`: the number for which the device has memory, or -1 "
+      "for any number; `shared_bytes`: the most that a block may have, or 0 for that of "
+      "sm_80; `tensor_cores`: H100 or A100, how they add (sim/tensor_cores.h); `captured`: as a "
+      "graph, which then runs twice.\n"
+      "Raises RuntimeError for an error of a kernel.");
   module.def("counters", performer::Counters, "The numbers of instructions since the last reset.");
   module.def("reset_counters", [] { sim::TheCounters() = sim::Counters(); });
   module.def(

@@ -55,8 +55,9 @@ def test_gradients_of_long_sequences_do_not_drown_in_what_values_have_in_common(
 
 @forms
 def test_gradients_of_10000_rows_are_as_good_as_those_of_the_composition(causal):
-    """The bounds are the rms errors of the plain composition."""
-    bounds = {"query": 1e-5 if causal else 1.7e-5, "key": 7e-7, "value": 2.8e-7}
+    """The bounds are the rms errors of the plain composition. Tensor cores, which cut off where a
+    processor rounds, come to 1.1 times its error in the gradient of values."""
+    bounds = {"query": 1e-5 if causal else 1.7e-5, "key": 7e-7, "value": 1.15 * 2.8e-7}
     check_gradients_of_values_with_a_mean(run, 10_000, causal, bounds)
 
 

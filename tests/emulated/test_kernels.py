@@ -1,6 +1,7 @@
 """The CUDA kernels, emulated, against the reference: every type, layout and option."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from support.emulated_calls import (
     parameters,
     run,
 )
-from support.inputs import cotangents, forms, make
-from support.promises import check_batch_row_alone, check_results
+from support.inputs import Case, cotangents, forms, make
+from support.promises import check_batch_row_alone, check_gradients, check_results
 
 
 @pytest.mark.parametrize(("causal", "name", "dtype"), parameters())
@@ -47,6 +48,31 @@ def test_results_are_the_same_bits_under_every_schedule(causal, name, dtype):
     for other in results[1:]:
         for output, x in results[0].items():
             assert_same_bits(other[output], x, what=output)
+
+
+@forms
+@dtypes
+@pytest.mark.parametrize(
+    "name", ["narrow, 128 features, entry std 3", "wide, two blocks of features"]
+)
+def test_the_tensor_cores_of_an_a100_keep_the_promises_too(causal, name, dtype):
+    """They add in two steps, with a bit less; all other tests have those of an H100."""
+    on_an_a100 = partial(run, tensor_cores="A100")
+    check_results(on_an_a100, GPU_CASES[name], causal, dtype)
+    check_gradients(on_an_a100, GPU_CASES[name], causal, dtype)
+
+
+@pytest.mark.parametrize("tensor_cores", ["H100", "A100"])
+def test_float32_means_of_long_splits_do_not_drift(tensor_cores):
+    """Tensor cores cut off toward zero, which would pull a mean of values of one sign down by 6e-6
+    here, and the more, the longer a split is."""
+    case = Case(batch=1, rows=16384, heads=1, groups=1, dim=16, value_dim=16, features=16, std=0.5)
+    x = make(case)
+    x["value"] = 1 + np.abs(x["value"])
+    got = run("Summarize", x, tensor_cores=tensor_cores)["mean"]
+    exact = expected(x, False)["mean"]
+    assert abs(np.mean(got / exact - 1)) < 1e-6
+    assert_close(got, exact, relative=6e-5)
 
 
 @forms

@@ -9,12 +9,12 @@ with AddressSanitizer and UndefinedBehaviorSanitizer on a read out of bounds.
 import numpy as np
 import pytest
 
-from support.cases import NARROW, TOKENS
+from support.cases import CASES, NARROW, TOKENS
 from support.compare import assert_same_bits
-from support.core_calls import backward
+from support.core_calls import backward, forward
 from support.emulated_calls import all_cases, dtypes, emulated, run
 from support.emulated_kernels import CALLS, call, inputs
-from support.inputs import GPU_OPS, cotangents, forms, make
+from support.inputs import GPU_OPS, Case, cotangents, forms, make
 
 
 def assert_kept(run_once):
@@ -39,6 +39,20 @@ def test_kernels_keep_to_their_memory(op, name):
 def test_kernels_of_small_blocks_keep_to_their_memory(op, name):
     x, small = inputs(name, op), emulated.small_shared_bytes
     assert_kept(lambda **schedule: call(name, op, x, shared_bytes=small, **schedule))
+
+
+OF_700 = Case(batch=1, rows=700, heads=1, groups=1, offsets=tuple(range(701)))  # one row each
+
+
+@pytest.mark.parametrize("case", [CASES["packed, with empty sequences"], OF_700], ids=["3", "700"])
+@pytest.mark.parametrize("op", GPU_OPS)
+def test_a_captured_call_of_packed_sequences_needs_nothing_of_the_host(op, case):
+    """A graph runs when its call has returned, and its offsets are gone."""
+    x = {**make(case, "bfloat16"), **cotangents(case, "bfloat16")}
+    if op not in ("Summarize", "Causal"):
+        x.update(forward(x, op.startswith("Causal"), run, **case.options))
+    for name, result in run(op, x, captured=True, **case.options).items():
+        assert_same_bits(result, run(op, x, **case.options)[name], what=name)
 
 
 @forms

@@ -1,6 +1,7 @@
 // The Python module performer_probes, for tests/gpu: it runs the wrappers of cuda/device/ptx.h one
 // at a time.
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include "bindings/calls.h"
 #include "gpu/probes.h"
@@ -29,6 +30,20 @@ PYBIND11_MODULE(performer_probes, module) {
   module.doc() = "The wrappers of PTX, on a GPU or emulated, on numbers in host memory.";
   module.attr("EMULATED") = performer::probes::kEmulated;
   module.def("names", performer::probes::Names, "The names that `run` knows.");
+  module.def(
+      "set_tensor_cores",
+      [](const std::string& name) {
+        performer::bindings::ThrowIfError(performer::probes::SetTensorCores(name));
+      },
+      "Whose tensor cores the emulator has: H100 or A100. Raises ValueError for another name.");
+  module.def(
+      "ceilings",
+      [] {
+        std::map<std::string, double> rates;
+        performer::bindings::ThrowIfError(performer::probes::Ceilings(&rates));
+        return rates;
+      },
+      "The rates that single instructions reach on this GPU, by what they are and their unit.");
   module.def("run", performer::Run, pybind11::arg("name"), pybind11::arg("x"),
              "Runs a probe: uint32 [warps, 32, 12] to uint32 [warps, 32, 4].\n"
              "Raises ValueError for a wrong argument, RuntimeError with CUDA's text.");

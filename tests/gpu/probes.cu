@@ -89,12 +89,23 @@ Status Launch(Kernel kernel, int64_t warps, const uint32_t* in, std::vector<uint
 const bool kEmulated = false;
 #else
 const bool kEmulated = true;
+Status Ceilings(std::map<std::string, double>*) { return Status(); }
 #endif
 
 std::vector<std::string> Names() {
   std::vector<std::string> names;
   for (const auto& entry : Kernels()) names.push_back(entry.first);
   return names;
+}
+
+Status SetTensorCores(const std::string& name) {
+  if (name != "H100" && name != "A100")
+    return Status::InvalidArgument("tensor cores must be H100 or A100; got '" + name + "'");
+#if !defined(__CUDACC__)
+  sim::TheOptions().tensor_cores =
+      name == "H100" ? sim::TensorCores::kH100 : sim::TensorCores::kA100;
+#endif
+  return Status();
 }
 
 Status Run(const std::string& name, int64_t warps, const uint32_t* in, std::vector<uint32_t>* out) {

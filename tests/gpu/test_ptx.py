@@ -108,6 +108,14 @@ PRODUCTS = [
 products = pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
 
 
+@pytest.fixture(params=["H100", "A100"] if probes.EMULATED else ["H100"])
+def tensor_cores(request):
+    """Both that the emulator has; a GPU has its own."""
+    probes.set_tensor_cores(request.param)
+    yield request.param
+    probes.set_tensor_cores("H100")
+
+
 @products
 def test_products_of_small_integers_are_exact(product):
     rng = np.random.default_rng(0)
@@ -130,19 +138,53 @@ def test_products_have_the_accuracy_of_float32(product):
     assert np.max(np.abs(product(a, b, d) - exact) / size) < (product.depth + 1) * 2.0**-23
 
 
+@pytest.mark.skipif(not probes.EMULATED, reason="a GPU does what it does")
+@pytest.mark.parametrize("sign", [1, -1])
+@products
+def test_the_emulated_tensor_cores_cut_off_what_they_are_known_to(product, tensor_cores, sign):
+    """An accumulator of 1 or -1, and products that are small beside it."""
+    kept, steps = {"H100": (25, 1), "A100": (24, 2)}[tensor_cores]  # bits below 1
+    in_a_step = product.depth // steps
+    a = np.zeros((1, 16, product.depth), np.float32)
+    b = np.zeros((1, product.depth, 8), np.float32)
+    d = np.full((1, 16, 8), sign, np.float32)
+    b[0] = 2.0**-11
+    last, ulp = 2.0 ** (11 - kept), 2.0**-23
+    a[0, 0] = sign * 2.0**-12  # each product an ulp of the accumulator
+    a[0, 1] = sign * 1.5 * last  # each 1.5 of the last bit that is kept
+    a[0, 2] = sign * 0.5 * last
+    a[0, 3, 0] = sign * last  # kept, and lost when the sum becomes float32
+    result = product(a, b, d)[0, :, 0] * sign
+    assert result[0] == 1 + product.depth * ulp
+    assert result[1] == 1 + steps * (in_a_step >> (kept - 23)) * ulp
+    assert result[2] == 1
+    assert result[3] == 1
+
+
 # The kernels rely on these three: bits of past rows must not depend on later ones, which meet them
 # as products with a zero; masked keys begin as -inf; a NaN must show.
 @products
-def test_products_with_zero_change_no_bit_of_a_sum(product):
+@pytest.mark.parametrize("swapped", [False, True], ids=["zeros in a", "zeros in b"])
+def test_products_with_zero_change_no_bit_of_a_sum(product, swapped, tensor_cores):
+    """Sums so small that the exponents of the factors would push them out: a zero's exponent field
+    is that of the smallest numbers, so that with the largest factor it stands for about 2."""
     rng = np.random.default_rng(2)
-    a = product.random(rng, (50, 16, product.depth))
-    b = product.random(rng, (50, product.depth, 8))
-    d = rng.normal(size=(50, 16, 8)).astype(np.float32)
-    a[..., product.depth // 2 :] = 0
-    small, large = b.copy(), b.copy()
-    small[:, product.depth // 2 :] = 0
-    large[:, product.depth // 2 :] = 6e4 if product.dtype == np.float16 else 2.0**100
-    assert np.array_equal(words(product(a, small, d)), words(product(a, large, d)))
+    half = product.depth // 2
+    largest, small = (2.0**15, 2.0**-12) if product.dtype == np.float16 else (2.0**127, 2.0**-30)
+    a = (product.random(rng, (50, 16, product.depth)) * small).astype(product.dtype)
+    b = (product.random(rng, (50, product.depth, 8)) * small).astype(product.dtype)
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    d = (rng.normal(size=(50, 16, 8)) * small**2).astype(np.float32)
+    zeros, others = (b.transpose(0, 2, 1), a) if swapped else (a, b.transpose(0, 2, 1))
+    zeros[..., half:] = 0
+    results = []
+    for factor in (0, largest, -largest):
+        others[..., half:] = factor
+        results.append(words(product(a, b, d)))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+    zeros[:] = 0
+    assert np.array_equal(words(product(a, b, d)), words(d))
 
 
 @products

@@ -176,13 +176,18 @@ PERFORMER_DEVICE Tf32Parts Split(uint32_t bits) {
   return {high, ToTf32(x - AsFloat(high))};
 }
 
-// c += a b, 8 of the summed index, as three products of tf32 parts, the small ones first.
+// c += a b, 8 of the summed index, as three products of tf32 parts, the small ones first. They are
+// summed apart: tensor cores cut off what an accumulator cannot hold, always toward zero, so that a
+// long sum would drift away from float32's. The addition rounds to nearest (arXiv:2203.03341).
 PERFORMER_DEVICE void MmaTf32Parts(float (&c)[4], const uint32_t (&high)[4],
                                    const uint32_t (&low)[4], uint32_t b0, uint32_t b1) {
   const Tf32Parts x = Split(b0), y = Split(b1);
-  MmaTf32M16N8K8(c, low, x.high, y.high);
-  MmaTf32M16N8K8(c, high, x.low, y.low);
-  MmaTf32M16N8K8(c, high, x.high, y.high);
+  float sum[4] = {};
+  MmaTf32M16N8K8(sum, low, x.high, y.high);
+  MmaTf32M16N8K8(sum, high, x.low, y.low);
+  MmaTf32M16N8K8(sum, high, x.high, y.high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
 
 // Two accumulators side by side += A B.

@@ -14,6 +14,7 @@
 #define PERFORMER_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #else
 #include "sim/cuda.h"
+#include "sim/tensor_cores.h"
 #define PERFORMER_DEVICE inline
 #define PERFORMER_SHARED_MEMORY(name) unsigned char* const name = ::performer::sim::SharedMemory()
 #endif
@@ -198,19 +199,19 @@ struct MmaSlot {
   const uint32_t* a;
   uint32_t b[2];
 };
-// d += a b for one warp, once the operands are gathered.
+// d += a b for one warp, once the operands are gathered. `min_exponent`: of the operands' type.
 template <int K>
-PERFORMER_SIM_REGISTERS inline void MmaSum(void** slots, const float (&a)[16][K],
+PERFORMER_SIM_REGISTERS inline void MmaSum(void** slots, int min_exponent, const float (&a)[16][K],
                                            const float (&b)[K][8]) {
   ++sim::TheCounters().mma;
-  for (int row = 0; row < 16; ++row) {
-    float sum[8] = {};
-    for (int k = 0; k < K; ++k)
-      for (int column = 0; column < 8; ++column) sum[column] += a[row][k] * b[k][column];
-    for (int column = 0; column < 8; ++column)
-      static_cast<MmaSlot*>(slots[row % 8 * 4 + column / 2])->d[row / 8 * 2 + column % 2] +=
-          sum[column];
-  }
+  float d[16][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = static_cast<MmaSlot*>(slots[lane])->d[i];
+  sim::AddProducts(sim::TheOptions().tensor_cores, K, min_exponent, a[0], b[0], d[0]);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      static_cast<MmaSlot*>(slots[lane])->d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 // m16n8k16: a_i row g + 8 (i/2 % 2), column 2t + i%2 + 8 (i/4); b_i row 2t + i%2 + 8 (i/2), column
 // g; d_i row g + 8 (i/2), column 2t + i%2.
@@ -224,7 +225,7 @@ PERFORMER_SIM_REGISTERS inline void ApplyMma16(void** slots, uint32_t) {
       Unpack16<T>(&a[g + 8 * (i % 2)][2 * t + 8 * (i / 2)], 1, slot->a[i]);
     for (int i = 0; i < 2; ++i) Unpack16<T>(&b[2 * t + 8 * i][g], 8, slot->b[i]);
   }
-  MmaSum<16>(slots, a, b);
+  MmaSum<16>(slots, std::is_same_v<T, Half> ? -14 : -126, a, b);
 }
 // m16n8k8 of tf32: a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 (t, g), b1 (t +
 // 4, g); d as above.
@@ -237,7 +238,7 @@ PERFORMER_SIM_REGISTERS inline void ApplyMmaTf32(void** slots, uint32_t) {
       a[g + 8 * (i % 2)][t + 4 * (i / 2)] = AsFloat(slot->a[i] & ~0x1fffu);
     for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = AsFloat(slot->b[i] & ~0x1fffu);
   }
-  MmaSum<8>(slots, a, b);
+  MmaSum<8>(slots, -126, a, b);
 }
 template <class T>
 inline void MmaM16N8K16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {

@@ -1,12 +1,19 @@
 // What the host does with the device: workspace, copies and launches, with errors as a Status. The
 // same code drives a GPU (nvcc) and the emulator.
 #pragma once
-#include <cstring>
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#if defined(__CUDACC__)
+#include <map>
+#include <mutex>
+#include <utility>
+#endif
+
 #include "cuda/device/kernel_params.cuh"
 #include "cuda/errors.h"
+#include "cuda/kernels/store_numbers.cuh"
 #include "cuda/run.h"
 
 namespace performer {
@@ -27,6 +34,32 @@ inline Status OutOfMemory(int64_t bytes, const char* purpose) {
 inline Status TakeError(cudaError_t error, const char* what) {
   if (error != cudaSuccess) (void)cudaGetLastError();
   return ToStatus(error, what);
+}
+
+// (Defined to measure what the other way costs: tests/gpu/run.py.)
+#if defined(PERFORMER_DEFAULT_CARVEOUT)
+inline constexpr int kCarveout = cudaSharedmemCarveoutDefault;
+#else
+inline constexpr int kCarveout = cudaSharedmemCarveoutMaxShared;
+#endif
+
+// What a kernel with dynamic shared memory needs, once for each device: the permission to use more
+// than 48 KiB, and a multiprocessor whose memory is shared memory as far as possible, so that it
+// holds as many blocks as fit.
+inline Status PrepareKernel(const void* entry, int shared_bytes, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> prepared;  // bytes by device and kernel
+  int device = 0;
+  PERFORMER_RETURN_IF_ERROR(TakeError(cudaGetDevice(&device), name));
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& bytes = prepared[{device, entry}];
+  if (bytes >= shared_bytes) return Status();
+  for (const auto& [attribute, value] :
+       {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        std::pair(cudaFuncAttributePreferredSharedMemoryCarveout, kCarveout)})
+    PERFORMER_RETURN_IF_ERROR(TakeError(cudaFuncSetAttribute(entry, attribute, value), name));
+  bytes = shared_bytes;
+  return Status();
 }
 #endif
 
@@ -72,21 +105,21 @@ class Launcher {
     return Status();
   }
 
-  // Copies numbers of the host to workspace. `from` may be freed afterwards.
+  // Copies numbers of the host to workspace. `from` may be freed afterwards, also while a graph is
+  // captured.
   Status Upload(const std::vector<int64_t>& from, const int64_t** to) const {
     int64_t* copy = nullptr;
     PERFORMER_RETURN_IF_ERROR(Allocate(static_cast<int64_t>(from.size()), "offsets", &copy));
     *to = copy;
-    if (from.empty()) return Status();
-#if defined(__CUDACC__)
-    // A copy from pageable memory returns only when the numbers have been read.
-    return TakeError(cudaMemcpyAsync(copy, from.data(), from.size() * sizeof(int64_t),
-                                     cudaMemcpyHostToDevice, Stream()),
-                     "copying offsets");
-#else
-    std::memcpy(copy, from.data(), from.size() * sizeof(int64_t));
+    constexpr size_t kMost = StoreNumbersParams::kMaxCount;
+    for (size_t first = 0; first < from.size(); first += kMost) {
+      StoreNumbersParams p = {
+          copy + first, static_cast<int>(std::min(kMost, from.size() - first)), {}};
+      std::copy_n(from.data() + first, p.count, p.numbers);
+      PERFORMER_RETURN_IF_ERROR(
+          Launch("storing offsets", StoreNumbersKernel, {1}, static_cast<int>(kMost), 0, p));
+    }
     return Status();
-#endif
   }
 
   // Enqueues a kernel; nothing where the grid is empty. `name` is for messages.
@@ -99,16 +132,14 @@ class Launcher {
                       static_cast<unsigned>(grid.z));
 #if defined(__CUDACC__)
     const void* entry = reinterpret_cast<const void*>(kernel);
-    if (shared_bytes > 48 * 1024)  // more than that needs an opt-in
-      PERFORMER_RETURN_IF_ERROR(TakeError(
-          cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-          name));
+    if (shared_bytes > 0) PERFORMER_RETURN_IF_ERROR(PrepareKernel(entry, shared_bytes, name));
     void* arguments[] = {const_cast<Params*>(&params)};
     return TakeError(
         cudaLaunchKernel(entry, blocks, dim3(threads), arguments, shared_bytes, Stream()), name);
 #else
     try {
-      sim::Launch(blocks, dim3(threads), shared_bytes, [&] { kernel(params); });
+      sim::Enqueue(
+          [=] { sim::Launch(blocks, dim3(threads), shared_bytes, [&] { kernel(params); }); });
     } catch (const sim::Error& error) {
       return Status::Internal(std::string("emulator: ") + name + ": " + error.what());
     }
