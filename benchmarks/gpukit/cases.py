@@ -79,6 +79,11 @@ class GpuCase:
         return 2.0 * tensors * self.batch * self.heads * self.length * self.dim
 
 
+def headline() -> list[GpuCase]:
+    """The cases that have a goal."""
+    return [GpuCase(causal, part, HEADLINE) for causal, part in GOALS]
+
+
 def plan(lengths=LENGTHS, settings=SETTINGS) -> list[GpuCase]:
     """All cases, the most telling first, for a run that may be cut short.
 

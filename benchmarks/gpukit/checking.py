@@ -12,12 +12,15 @@ BOUNDS = {
     "flash": {cases.FORWARD: 1e-2, cases.BACKWARD: 2e-2},
     "composition": {cases.FORWARD: 5e-2, cases.BACKWARD: 2e-1},
 }
+# What is off by more, up to this multiple of the bound, is timed and marked: it is a matter of
+# rounding, and its time tells as much. Beyond it something is broken.
+SLIGHTLY = 4
 LAST = 64  # rows of exact attention that are compared: the last ones, against all keys
-LONGEST = 4096  # rows of a gradient in float64
+LONGEST = 4096  # rows of a gradient of exact attention in float64
 
 
 def error(impl: str, case, x: dict, results) -> float | None:
-    """The largest relative rms error of the results; None if the case is too long to be checked.
+    """The largest relative rms error of the results; None where exact attention is too long.
 
     Args:
         impl: a key of `IMPLEMENTATIONS`.
@@ -26,7 +29,7 @@ def error(impl: str, case, x: dict, results) -> float | None:
         results: out, or the gradients of query, key and value; [B, L, H, D].
     """
     linear = IMPLEMENTATIONS[impl].linear
-    if case.part == cases.BACKWARD and case.length > LONGEST:
+    if not linear and case.part == cases.BACKWARD and case.length > LONGEST:
         return None
     q, k, v, g = (x[n][0, :, 0].double()[None, None] for n in (*INPUTS, "grad_out"))
     w = x["projection"].double()

@@ -2,7 +2,8 @@
 
 A run is a dict, the content of gpu.json: `machine` (facts), `rates` (product in TFLOP/s, copy in
 GB/s) and `records`. Each record has the fields of its case, `implementation`, and either the times
-(`median`, `minimum`, `repeats`, `graph`) and `error`, or `left_out`, the reason.
+(`median`, `minimum`, `repeats`, `graph`) and `error`, or `left_out`, the reason. `off`: the error
+is above its bound. A run of the headline also has `kernels` (gpukit/kernels.py) and `ceilings`.
 """
 
 from __future__ import annotations
@@ -67,11 +68,33 @@ def table(run: dict) -> tables.Table:
                 f"{copied / run['rates']['copy']:.2f}",
                 f"{times['flash'] / ours:.2f}" if times["flash"] else "",
             ]
-        shown = ["" if t is None else f"{t:.3f}" if t < 10 else f"{t:.1f}" for t in times.values()]
+        shown = [_shown(records.get(impl, {})) for impl in IMPLEMENTATIONS]
         rows.append(
             (case.mode, str(case.features), str(case.dim), str(case.length), *shown, *rates)
         )
     return tables.Table("", COLUMNS, rows)
+
+
+def _shown(record: dict) -> str:
+    """A median; (off) where the result is."""
+    if "median" not in record:
+        return ""
+    time = record["median"]
+    return (f"{time:.3f}" if time < 10 else f"{time:.1f}") + (" (off)" if record.get("off") else "")
+
+
+def kernel_table(run: dict) -> tables.Table:
+    """The times of the kernels, a row each."""
+    cells = [
+        (
+            row["case"],
+            row["kernel"],
+            f"{row['launches']:g}" if "launches" in row else "",
+            f"{row['microseconds']:.1f}" if "microseconds" in row else "",
+        )
+        for row in run["kernels"]
+    ]
+    return tables.Table("", ("", "kernel", "launches", "microseconds"), cells)
 
 
 def conclusions(run: dict) -> list[str]:
@@ -97,6 +120,15 @@ def conclusions(run: dict) -> list[str]:
             longest = max(times["performer"])
             where = f"beyond L = {longest}" if math.isinf(at) else f"from L = {at:.0f}"
             lines.append(f"{mode}, D = {dim}, M = {features}: faster than flash attention {where}")
+    for record in run["records"]:
+        if record.get("off") and "median" in record:
+            label = IMPLEMENTATIONS[record["implementation"]].label
+            case = case_of(record)
+            lines.append(
+                f"{label} is off: {case.mode}, L = {case.length}, D = {case.dim},"
+                f" M = {case.features}: error {record['error']:.1e}"
+            )
+    lines += [f"{name}: {rate:.4g}" for name, rate in run.get("ceilings", {}).items()]
     left = [record for record in run["records"] if "left_out" in record]
     for reason in dict.fromkeys(record["left_out"] for record in left):
         count = sum(record["left_out"] == reason for record in left)
@@ -107,7 +139,10 @@ def conclusions(run: dict) -> list[str]:
 def markdown(run: dict) -> str:
     """Machine, table and conclusions as Markdown."""
     notes = "\n".join(f"- {line}" for line in conclusions(run))
-    return "\n\n".join([machine(run), render.markdown_table(table(run)), notes]) + "\n"
+    parts = [machine(run), render.markdown_table(table(run)), notes]
+    if run.get("kernels"):
+        parts.append(render.markdown_table(kernel_table(run)))
+    return "\n\n".join(parts) + "\n"
 
 
 def machine(run: dict) -> str:
@@ -125,13 +160,13 @@ def show(run: dict) -> None:
     render.show([table(run)], [machine(run), *conclusions(run)], Console())
 
 
-def write(run: dict, folder: Path) -> list[Path]:
-    """Writes gpu.json, gpu.md and, where matplotlib is there and something was timed, gpu.png."""
+def write(run: dict, folder: Path, name: str = "gpu") -> list[Path]:
+    """Writes NAME.json, NAME.md and, where matplotlib is there and there are times, NAME.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(run, indent=1) + "\n")
-    (folder / "gpu.md").write_text(markdown(run))
-    plot = draw(run, folder / "gpu.png")
-    return [folder / "gpu.json", folder / "gpu.md", *([plot] if plot else [])]
+    (folder / f"{name}.json").write_text(json.dumps(run, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(markdown(run))
+    plot = draw(run, folder / f"{name}.png")
+    return [folder / f"{name}.json", folder / f"{name}.md", *([plot] if plot else [])]
 
 
 def draw(run: dict, path: Path) -> Path | None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ sys.path += FOLDERS
 import run as kit  # noqa: E402
 
 import gpu as benchmark  # noqa: E402
-from gpukit import cases, report  # noqa: E402
+from gpukit import cases, kernels, report  # noqa: E402
 from gpukit.implementations import IMPLEMENTATIONS, compose  # noqa: E402
 
 for _folder in FOLDERS:
@@ -160,14 +161,153 @@ def test_wrong_arguments_of_the_kit_are_named(capsys):
 
 
 def test_the_kit_plans_every_tool_and_keeps_to_its_time(tmp_path):
-    tools = [c.arguments[2] for c in kit.commands("sanitize", "90", tmp_path, 400)]
+    def planned(step, left):
+        return kit.STEPS[step]("90", tmp_path, left)
+
+    tools = [c.arguments[2] for c in planned("sanitize", 400).commands]
     assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    (benchmark_command,) = kit.commands("benchmark", "90", tmp_path, 100)
-    at = benchmark_command.arguments.index("--seconds")
-    assert benchmark_command.arguments[at + 1] == "85"
-    configure = kit.commands("build", "90", tmp_path, 400)[0]
+    (table,) = planned("table", 100).commands
+    assert table.arguments[table.arguments.index("--seconds") + 1] == "100"
+    configure = planned("build", 400).commands[0]
     assert "-DCMAKE_CUDA_ARCHITECTURES=90-real" in configure.arguments
-    assert max(c.seconds for c in kit.commands("tests", "90", tmp_path, 400)) <= 400
+    assert "-DCMAKE_CUDA_FLAGS=-lineinfo" in configure.arguments
+    for step in kit.STEPS:
+        assert all(c.seconds <= 400 for c in planned(step, 400).commands)
+
+
+def test_each_test_of_kernels_is_in_one_process_of_the_kit():
+    """By the type in its name."""
+    names = ["test_a[float32-causal]", "test_b[bfloat16-x]", "test_c[float16]", "test_d"]
+    for name in names:
+        taken = [t for t, chosen in kit.TYPES.items() if eval(_as_python(chosen), {"name": name})]
+        assert len(taken) == 1, name
+
+
+def _as_python(chosen: str) -> str:
+    """pytest's -k as an expression of `name`."""
+    return " ".join(
+        word if word in ("and", "not", "or") else f"('{word}' in name)" for word in chosen.split()
+    )
+
+
+# What stands for every program of the rehearsal: it notes how it was called. One process of the
+# tests meets an error that stays, and the table has a wrong result.
+PROGRAM = """#!/bin/sh
+echo "$(basename "$0") $*" >>"{calls}"
+case "$*" in
+  *compute_cap*) echo 9.0 ;;
+  *clocks.sm*) echo "timestamp, clocks"; sleep 60 & wait ;;
+  *"float16 and not"*) exit 86 ;;
+  *--headline* | *--once*) ;;
+  *gpu.py*) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def rehearsal(tmp_path, monkeypatch):
+    """The folder and the calls of a kit whose programs, the driver's included, are replaced."""
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    for name in ("nvidia-smi", "cmake", "ninja", "compute-sanitizer", "ncu", "python"):
+        (programs / name).write_text(PROGRAM.format(calls=calls))
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(kit.sys, "executable", str(programs / "python"))
+    monkeypatch.setattr(kit, "NEEDED", ())
+    monkeypatch.setattr(kit, "BUILDS", tmp_path / "builds")
+    return tmp_path / "out", calls
+
+
+def test_the_kit_rehearsed_runs_its_steps_in_order_and_packs_what_they_found(rehearsal, capsys):
+    output, calls = rehearsal
+    assert kit.main(["--output", str(output)]) == 2
+    summary = json.loads((output / "summary.json").read_text())
+    assert list(summary) == list(kit.STEPS)
+    failed = {step for step, outcome in summary.items() if kit.is_failure(outcome)}
+    assert failed == {"tests", "table"}
+    assert "tests-float16: ended at an error of the GPU that stays" in summary["tests"]
+    assert "table: exit status 1" in summary["table"]
+    asked = calls.read_text()
+    order = ["--build", "test_ptx.py", "--headline", "test_kernels.py", "--tool memcheck"]
+    order += ["--seconds 240", "ncu --csv", "--name splits-of-512", "PERFORMER_SPLIT_ROWS=2048"]
+    places = [asked.index(word) for word in order]
+    assert places == sorted(places)
+    with tarfile.open(output / kit.ARCHIVE) as packed:
+        names = {Path(name).name for name in packed.getnames()}
+    assert {"summary.json", "clocks.csv", "ptx.log", "racecheck.log", "headline.log"} <= names
+    assert "timestamp" in (output / "clocks.csv").read_text()
+    assert "2 failed" in capsys.readouterr().out
+
+
+def test_a_build_that_fails_ends_the_kit(rehearsal, monkeypatch):
+    output, calls = rehearsal
+    (calls.parent / "bin" / "cmake").write_text("#!/bin/sh\nexit 2\n")
+    assert kit.main(["--output", str(output)]) == 1
+    summary = json.loads((output / "summary.json").read_text())
+    assert list(summary) == ["build"]
+    assert "configure-default: exit status 2" in summary["build"]
+
+
+def test_tests_end_at_the_first_error_of_the_gpu_that_stays(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        """
+import sys, types
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_right():
+    pass
+
+
+def test_wrong():
+    cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=broken)
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda, zeros=broken)
+    assert False
+
+
+def test_after():
+    pass
+"""
+    )
+    options = ["-p", "conftest", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--rootdir", str(tmp_path), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "gpu")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == kit.STICKY, found.stdout + found.stderr
+    assert "1 failed, 1 passed" in found.stdout
+    assert "an illegal memory access" in found.stdout
+
+
+def test_results_slightly_off_are_timed_and_marked(tmp_path):
+    run = measured()
+    record = run["records"][0]
+    record.update(error=5e-3, off=True)
+    text = report.write(run, tmp_path)[1].read_text()
+    assert f"{record['median']:.3f} (off)" in text
+    assert "Performer is off: bidirectional, forward, L = 16384" in text
+    assert "error 5.0e-03" in text
+
+
+def test_the_headline_reports_kernels_and_ceilings(tmp_path):
+    class Event:
+        key = "void performer::cuda::ReadKernel<performer::BFloat16, 64>(performer::cuda::P<x>)"
+        count, self_device_time_total = 20, 5000.0
+
+    run = {**measured(), "ceilings": {"ex2, T/s": 4.25}}
+    run["kernels"] = [{"case": "a case", **row} for row in kernels.rows([Event()], 10)]
+    text = report.write(run, tmp_path, "headline")[1].read_text()
+    assert "| a case | ReadKernel<BFloat16, 64> | 2 | 500.0 |" in text
+    assert "ex2, T/s: 4.25" in text
+    assert cases.headline() == cases.plan()[:4]
 
 
 def test_the_kit_reports_failures_and_stops_what_hangs(tmp_path):
