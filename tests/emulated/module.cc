@@ -110,7 +110,7 @@ Status RunCaptured(Op op, Call call, const cuda::Device& device) {
   const Status status = cuda::Run(op, call, device);
   sim::TheGraph() = nullptr;
   if (!status.ok()) return status;
-  std::fill(call.offsets.begin(), call.offsets.end(), int64_t{-1} << 40);
+  std::fill(call.offsets.begin(), call.offsets.end(), -(int64_t{1} << 40));
   try {
     for (int i = 0; i < 2; ++i)
       for (const auto& launch : graph) launch();
