@@ -494,9 +494,9 @@ def _attend_near(query, shard, call, initial, return_state, window):
     index, size = mesh.index(), mesh.sequence
     del return_state
     _check_blocks(shard, window, 2 * window, False)
-    parts = shard.split([window, length - 2 * window, window])
-    halos = [x for block in (parts[0], parts[2]) for x, _ in _rows(block)]
-    _, received = shard.exchange([part.summarize() for part in parts], halos)
+    first, inner, last = shard.split([window, length - 2 * window, window])
+    halos = [x for block in (first, last) for x, _ in _rows(block)]
+    _, received = shard.exchange([x.summarize() for x in (first, inner, last)], halos)
     far = list(_given(initial))
     for j, (parts, _) in enumerate(received):
         if j != index:
