@@ -59,6 +59,13 @@ def test_what_is_exchanged_does_not_depend_on_the_length(few):
     assert short == long
 
 
+def test_no_gradient_of_a_slice_grows_with_the_length(few):
+    (short, long), (causal_short, causal_long) = few["slices"]
+    assert short == long
+    # But for those of key and value where nobody asks for the keys, which are zeros.
+    assert causal_short[:-2] == causal_long[:-2]
+
+
 @pytest.mark.parametrize("call", REFUSALS)
 def test_wrong_calls_are_refused_by_name(few, call):
     kind, words = REFUSALS[call]

@@ -186,8 +186,8 @@ def compare_layers(mesh, names=None):
     return result
 
 
-def traffic(mesh, length, **options):
-    """Payloads of the collectives of a call and its gradient, for sequences of one length."""
+def graph_of_gradient(mesh, length, **options):
+    """The graph of a call and its gradient, for sequences of one length."""
     spec = [tf.TensorSpec([B, length, n, d]) for n, d in ((H, D), (G, D), (G, E))]
     w = performer.orthogonal_projection(M, D, seed=1)
 
@@ -198,7 +198,22 @@ def traffic(mesh, length, **options):
             out = parallel.favor_attention(*x, w, mesh=mesh, **options)
         return tape.gradient(out, x)[1]
 
-    return payloads(graph_of(mesh.strategy, call, *spec).graph)
+    return graph_of(mesh.strategy, call, *spec).graph
+
+
+def traffic(mesh, length, **options):
+    """Payloads of the collectives of a call and its gradient."""
+    return payloads(graph_of_gradient(mesh, length, **options))
+
+
+def slice_gradients(mesh, length, **options):
+    """Sizes of the tensors that the gradients of slices fill in a call's gradient.
+
+    A slice of a part costs a pass over the whole part there, and as many numbers of memory.
+    """
+    operators = graph_of_gradient(mesh, length, **options).get_operations()
+    found = [op.outputs[0].shape for op in operators if op.type == "StridedSliceGrad"]
+    return sorted(shape.num_elements() for shape in found)
 
 
 def refusals(mesh):
@@ -266,6 +281,10 @@ def main():
             "uneven": compare_functions(uneven, ["causal"]),
             "layers": compare_layers(mesh, ["decoder, window, delayed keys"]),
             "traffic": [traffic(mesh, n, causal=True) for n in (8192, 2**20)],
+            "slices": [
+                [slice_gradients(mesh, n, exact_window=64, causal=causal) for n in (1024, 8192)]
+                for causal in (False, True)
+            ],
             "refusals": refusals(mesh),
         }
     else:

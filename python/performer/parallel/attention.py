@@ -511,8 +511,8 @@ def _attend_near(query, shard, call, initial, return_state, window):
         tf.concat([part[i] for part in rows], axis) for i, axis in enumerate((1, 1, 2))
     )
     # Rows stand for the queries of the blocks beside, whose output is not used.
-    skipped = window if index > 0 else 0
-    padding = [[0, 0], [skipped, window if index < size - 1 else 0], [0, 0], [0, 0]]
+    before_rows, after_rows = window if index > 0 else 0, window if index < size - 1 else 0
+    padding = [[0, 0], [before_rows, after_rows], [0, 0], [0, 0]]
     out = ops.favor_attention(
         tf.pad(query, padding),
         key,
@@ -524,4 +524,5 @@ def _attend_near(query, shard, call, initial, return_state, window):
         exact_window=window,
     )
     state = _join([*_given(initial), *(x for parts, _ in received for x in parts)])
-    return out[:, skipped : skipped + length], state
+    _, out, _ = tf.split(out, [before_rows, length, after_rows], 1)
+    return out, state
