@@ -1,4 +1,5 @@
-// Internal to the emulator: the fibers of one block, and the interface of the race detector.
+// Internal to the emulator: the fibers of one block, and the interfaces of the race detector and of
+// the counter of traffic.
 #pragma once
 #include <vector>
 
@@ -91,6 +92,11 @@ void RaceLaunchEnds();  // orders everything
 void RaceRelease(unsigned object);
 void RaceAcquire(unsigned object);
 void RaceAccess(const void* at, size_t bytes, bool write, void* instruction);
+
+// Traffic (traffic.cc, or no_race.cc).
+void TrafficLaunchBegins(const char* name);
+void TrafficBlockBegins();
+void TrafficAccess(const void* at, size_t bytes, bool write);
 
 }  // namespace sim
 }  // namespace performer

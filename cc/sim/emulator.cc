@@ -296,6 +296,10 @@ std::set<std::string>& Sites() {
   static std::set<std::string> sites;
   return sites;
 }
+std::map<std::string, Traffic>& TheTraffic() {
+  static std::map<std::string, Traffic> traffic;
+  return traffic;
+}
 Races& TheRaces() {
   static Races races;
   return races;
@@ -377,6 +381,8 @@ void CopyAsync(void* to, const void* from, int bytes, int valid) {
   ++TheCounters().copies;
   void* const instruction = __builtin_return_address(0);
   RaceAccess(to, bytes, true, instruction);  // it may be written from here on
+  TrafficAccess(to, bytes, true);
+  TrafficAccess(from, valid, false);
   const Copy copy = {to, from, bytes, valid};
   if (TheOptions().order == Order::kRandom && Random(&g_block->random) % 4 == 0) {
     PerformCopy(copy, instruction);
@@ -414,7 +420,9 @@ void Enqueue(const std::function<void()>& launch) {
   launch();
 }
 
-void Launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& body) {
+void Launch(const char* name, dim3 grid, dim3 block_dim, size_t shared_bytes,
+            const std::function<void()>& body) {
+  TrafficLaunchBegins(name);
   uint64_t random = TheOptions().seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
   const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
   for (const uint64_t i : BlockOrder(count, TheOptions().order, &random)) {
@@ -430,6 +438,7 @@ void Launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<
     block->shared = shared.data();
     block->shared_bytes = shared.bytes();
     RaceBlockBegins(*block);
+    TrafficBlockBegins();
     RunBlock(*block);
     RaceBlockEnds();
     if (!block->error.empty()) throw Error(block->error);

@@ -14,6 +14,7 @@
 //     -fsanitize=thread for its instrumentation)
 //   - accesses out of bounds and undefined behaviour (with the compiler's own sanitizers)
 //   - bank conflicts of ldmatrix, numbers of instructions (Counters)
+//   - how much memory each kernel moves (Traffic; with the same instrumentation as races)
 //   - tests that notice nothing: any barrier or wait can be left out (Options::skip)
 //
 // What it cannot find or run:
@@ -29,6 +30,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -84,7 +86,9 @@ struct Error : std::runtime_error {
 };
 
 // Runs `body` as every thread of every block; blocks have a multiple of 32 threads, at most 1024.
-void Launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// `name` is that of the kernel for Traffic.
+void Launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+            const std::function<void()>& body);
 
 // Launches that were captured instead of run, as those of a CUDA graph.
 using Graph = std::vector<std::function<void()>>;
@@ -129,6 +133,25 @@ Races& TheRaces();
 void ResetRaces();
 // Whether this build has the detector.
 bool DetectsRaces();
+
+// ---- The memory that kernels move, in builds with the race detector (traffic.cc)
+
+// Bytes moved by the launches of one name. Global memory is counted in sectors of 32 bytes, the
+// smallest that a GPU moves, of buffers named to CountTraffic; loads, stores and cp.async alike.
+struct Traffic {
+  // Each sector once for a launch that reads, or writes, any byte of it: what comes from memory and
+  // goes there if the caches keep everything for as long as the launch takes.
+  uint64_t read = 0, written = 0;
+  // Each sector once for each block that does: what the blocks ask of the L2 cache if the L1 cache
+  // keeps everything for as long as the block takes.
+  uint64_t block_read = 0, block_written = 0;
+  // Shared memory: what each thread loads and stores, ldmatrix and cp.async included. A number that
+  // a warp reads for all of its lanes at once counts 32 times.
+  uint64_t shared_read = 0, shared_written = 0;
+};
+std::map<std::string, Traffic>& TheTraffic();  // since it was last cleared
+void CountTraffic(const void* begin, size_t bytes);
+void CountNoTraffic();  // forgets the buffers
 
 }  // namespace sim
 }  // namespace performer

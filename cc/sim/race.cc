@@ -2,7 +2,8 @@
 //
 // Kernels are compiled with -fsanitize=thread: the compiler then calls __tsan_readN and
 // __tsan_writeN at every access. The program is linked without that option, and the functions below
-// stand in for the library. This file and the emulator are not instrumented.
+// stand in for the library. They also count traffic (traffic.cc). This file and the emulator are not
+// instrumented.
 //
 // Every thread has a vector clock: for each thread, the last of its epochs whose accesses this
 // thread knows of. Inside a launch only __syncthreads and __syncwarp pass this knowledge on, and
@@ -248,30 +249,31 @@ bool DetectsRaces() { return true; }
 }  // namespace sim
 }  // namespace performer
 
+namespace {
+
+void Access(const void* at, size_t bytes, bool write, void* instruction) {
+  performer::sim::TrafficAccess(at, bytes, write);
+  performer::sim::RaceAccess(at, bytes, write, instruction);
+}
+
+}  // namespace
+
 extern "C" {
-#define PERFORMER_SIM_HOOK(N)                                             \
-  void __tsan_read##N(void* p) {                                          \
-    performer::sim::RaceAccess(p, N, false, __builtin_return_address(0)); \
-  }                                                                       \
-  void __tsan_write##N(void* p) {                                         \
-    performer::sim::RaceAccess(p, N, true, __builtin_return_address(0));  \
-  }                                                                       \
-  void __tsan_unaligned_read##N(void* p) {                                \
-    performer::sim::RaceAccess(p, N, false, __builtin_return_address(0)); \
-  }                                                                       \
-  void __tsan_unaligned_write##N(void* p) {                               \
-    performer::sim::RaceAccess(p, N, true, __builtin_return_address(0));  \
-  }
+#define PERFORMER_SIM_HOOK(N)                                                                  \
+  void __tsan_read##N(void* p) { Access(p, N, false, __builtin_return_address(0)); }           \
+  void __tsan_write##N(void* p) { Access(p, N, true, __builtin_return_address(0)); }           \
+  void __tsan_unaligned_read##N(void* p) { Access(p, N, false, __builtin_return_address(0)); } \
+  void __tsan_unaligned_write##N(void* p) { Access(p, N, true, __builtin_return_address(0)); }
 PERFORMER_SIM_HOOK(1)
 PERFORMER_SIM_HOOK(2)
 PERFORMER_SIM_HOOK(4)
 PERFORMER_SIM_HOOK(8)
 PERFORMER_SIM_HOOK(16)
 void __tsan_read_range(void* p, unsigned long n) {
-  performer::sim::RaceAccess(p, n, false, __builtin_return_address(0));
+  Access(p, n, false, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, unsigned long n) {
-  performer::sim::RaceAccess(p, n, true, __builtin_return_address(0));
+  Access(p, n, true, __builtin_return_address(0));
 }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests the CUDA kernels without a GPU (cc/sim): all tests of tests/emulated against the reference,
-# the mutation suite and one call of every kernel under the race detector, and the same calls under
-# AddressSanitizer and UndefinedBehaviorSanitizer. Needs the environment of `make build`.
+# the mutation suite, the memory that kernels move and one call of every kernel under the race
+# detector, and the same calls under AddressSanitizer and UndefinedBehaviorSanitizer. Needs the
+# environment of `make build`.
 #
 #   tests/building/emulate.sh                 everything
 #   tests/building/emulate.sh ARGUMENTS...    only the plain build, pytest with these arguments
@@ -33,7 +34,7 @@ if (($# > 0)); then
   tests build/emulated "$@"
 fi
 
-races() { tests build/races tests/emulated/test_{emulator,memory,mutations}.py; }
+races() { tests build/races tests/emulated/test_{emulator,memory,mutations,traffic}.py; }
 sanitizers() {
   LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so.6)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -56,8 +56,12 @@ class Memory {
     buffers_.push_back(
         {std::unique_ptr<unsigned char, FreeDeleter>(static_cast<unsigned char*>(block)), bytes});
     std::memset(block, kFill, bytes + 2 * kGuard);
-    return static_cast<unsigned char*>(block) + kGuard;
+    unsigned char* const buffer = static_cast<unsigned char*>(block) + kGuard;
+    sim::CountTraffic(buffer, bytes);
+    return buffer;
   }
+
+  ~Memory() { sim::CountNoTraffic(); }
 
   // A buffer that kernels write: the race detector watches it.
   void* AllocateTracked(size_t bytes) {
@@ -158,10 +162,11 @@ py::array Planted(const std::string& kernel, const py::array_t<float, py::array:
   sim::TheOptions().order = ParseOrder(order);
   sim::TheOptions().seed = seed;
   Memory memory;
+  const float* given = static_cast<const float*>(memory.Copy(x.data(), x.nbytes()));
   float* buffer = static_cast<float*>(memory.AllocateTracked(out.nbytes()));
   Status status;
   try {
-    if (!planted::Run(kernel, bug, blocks, threads, x.data(), buffer))
+    if (!planted::Run(kernel, bug, blocks, threads, given, buffer))
       status = Status::InvalidArgument("no planted kernel is called '" + kernel + "'");
   } catch (const sim::Error& error) {
     status = Status::Internal(error.what());
@@ -188,6 +193,21 @@ py::dict Counters() {
   return result;
 }
 
+py::dict TrafficByLaunch() {
+  py::dict result;
+  for (const auto& [name, traffic] : sim::TheTraffic()) {
+    py::dict of;
+    of["read"] = traffic.read;
+    of["written"] = traffic.written;
+    of["block_read"] = traffic.block_read;
+    of["block_written"] = traffic.block_written;
+    of["shared_read"] = traffic.shared_read;
+    of["shared_written"] = traffic.shared_written;
+    result[name.c_str()] = of;
+  }
+  return result;
+}
+
 }  // namespace
 }  // namespace performer
 
@@ -206,7 +226,14 @@ PYBIND11_MODULE(performer_emulated, module) {
       "graph, which then runs twice.\n"
       "Raises RuntimeError for an error of a kernel.");
   module.def("counters", performer::Counters, "The numbers of instructions since the last reset.");
-  module.def("reset_counters", [] { sim::TheCounters() = sim::Counters(); });
+  module.def(
+      "traffic", performer::TrafficByLaunch,
+      "The bytes that launches moved since the last reset, by the name that messages have for "
+      "them: see sim/emulator.h. Empty in a build without the race detector.");
+  module.def("reset_counters", [] {
+    sim::TheCounters() = sim::Counters();
+    sim::TheTraffic().clear();
+  });
   module.def(
       "sites", [] { return sim::Sites(); },
       "The barriers and waits reached since the last reset, as \"file:line\".");

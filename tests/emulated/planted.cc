@@ -32,7 +32,8 @@ bool Run(const std::string& name, bool bug, unsigned blocks, unsigned threads, c
   const auto found = kernels.find(name);
   if (found == kernels.end()) return false;
   const Params params = {x, out, bug};
-  sim::Launch(dim3(blocks), dim3(threads), size_t{16} * threads, [&] { found->second(params); });
+  sim::Launch(found->first.c_str(), dim3(blocks), dim3(threads), size_t{16} * threads,
+              [&] { found->second(params); });
   return true;
 }
 

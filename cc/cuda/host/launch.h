@@ -139,7 +139,7 @@ class Launcher {
 #else
     try {
       sim::Enqueue(
-          [=] { sim::Launch(blocks, dim3(threads), shared_bytes, [&] { kernel(params); }); });
+          [=] { sim::Launch(name, blocks, dim3(threads), shared_bytes, [&] { kernel(params); }); });
     } catch (const sim::Error& error) {
       return Status::Internal(std::string("emulator: ") + name + ": " + error.what());
     }
