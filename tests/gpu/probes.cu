@@ -73,7 +73,7 @@ Status Launch(Kernel kernel, int64_t warps, const uint32_t* in, std::vector<uint
   std::memcpy(aligned, in, static_cast<size_t>(warps) * 32 * kIn * 4);
   const Params params = {aligned, out->data()};
   try {
-    sim::Launch(dim3(static_cast<unsigned>(warps)), dim3(32), kSharedBytes,
+    sim::Launch("probe", dim3(static_cast<unsigned>(warps)), dim3(32), kSharedBytes,
                 [&] { kernel(params); });
   } catch (const sim::Error& error) {
     return Status::Internal(error.what());
