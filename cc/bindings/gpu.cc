@@ -82,7 +82,8 @@ void DefineGpu(py::module_& module) {
       py::kw_only(), arg("stream"),
       "Enqueues one operator on a stream of the current GPU; returns without waiting.\n\n"
       "inputs: by name (address, shape, dtype), contiguous, in the memory of the GPU; \"offsets\" "
-      "in that of the host. make_output(shape, dtype) gives (object, address) for each output; "
+      "and \"start\" in that of the host. make_output(shape, dtype) gives (object, address) for "
+      "each output; "
       "the objects are returned by name. allocate(bytes) gives the address of workspace, aligned "
       "to 16, that lives until the stream has passed the call, or 0. stream: the address of a "
       "CUstream, or 0 for the default stream. Other keyword arguments are the attributes, as in "

@@ -9,7 +9,7 @@
 
 // Those that have GPU kernels.
 #define PERFORMER_FOR_EACH_GPU_OP(X) \
-  X(Summarize) X(Read) X(Causal) X(SummarizeGrad) X(ReadGrad) X(CausalGrad)
+  X(Summarize) X(Read) X(Causal) X(NearFar) X(SummarizeGrad) X(ReadGrad) X(CausalGrad)
 
 namespace performer {
 
@@ -30,6 +30,6 @@ constexpr bool IsGrad(Op op) { return op >= Op::kSummarizeGrad; }
 // Whether an operator attends to near keys exactly and to far keys by features.
 constexpr bool IsNearFar(Op op) { return op == Op::kNearFar || op == Op::kNearFarGrad; }
 
-constexpr bool HasGpuKernel(Op op) { return !IsNearFar(op); }
+constexpr bool HasGpuKernel(Op op) { return op != Op::kNearFarGrad; }
 
 }  // namespace performer

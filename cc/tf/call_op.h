@@ -45,7 +45,8 @@ inline int ReplacedInput(Op op, const Call& call, const char* output) {
 //                                         one is
 //   static absl::Status Check(Op, const Call&)  called before the outputs are allocated
 //   static absl::Status Run(tensorflow::OpKernelContext*, Op, const Call&)
-// The input "offsets" must lie in host memory, and all other tensors in that of the device.
+// The inputs "offsets" and "start" must lie in host memory, and all other tensors in that of the
+// device.
 template <Op op, class Device>
 class CallOp : public tensorflow::OpKernel {
  public:

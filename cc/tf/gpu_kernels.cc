@@ -37,12 +37,17 @@ struct GpuDevice {
   }
 };
 
-#define PERFORMER_REGISTER_TYPE(op, type)                     \
-  REGISTER_KERNEL_BUILDER(Name("Performer>" #op)              \
-                              .Device(tensorflow::DEVICE_GPU) \
-                              .TypeConstraint<type>("T")      \
-                              .TypeConstraint<float>("U")     \
-                              .HostMemory("offsets"),         \
+// The last of an operator's inputs in host memory; offsets are in that of all. (An input may be named
+// twice.)
+constexpr const char* LastHostInput(Op op) { return IsNearFar(op) ? "start" : "offsets"; }
+
+#define PERFORMER_REGISTER_TYPE(op, type)                            \
+  REGISTER_KERNEL_BUILDER(Name("Performer>" #op)                     \
+                              .Device(tensorflow::DEVICE_GPU)        \
+                              .TypeConstraint<type>("T")             \
+                              .TypeConstraint<float>("U")            \
+                              .HostMemory("offsets")                 \
+                              .HostMemory(LastHostInput(Op::k##op)), \
                           CallOp<Op::k##op, GpuDevice>);
 #define PERFORMER_REGISTER(op)                      \
   PERFORMER_REGISTER_TYPE(op, float)                \

@@ -1,7 +1,7 @@
 """Near-and-far attention of the compiled core: results, gradients, what changes no bit."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -10,110 +10,25 @@ from performer import reference
 from performer.features.tolerances import tolerances
 from support.compare import assert_close, assert_finite, assert_same_bits
 from support.core_calls import isas, run
-from support.inputs import DTYPES, Case, cotangents, forms, make
-
-OUTPUTS = ("out", "log_weight", "log_mass", "mean")
-INPUTS = ("query", "key", "value", "query_projection", "key_projection", "feature_bias")
-INPUTS += ("key_bias", "initial_log_mass", "initial_mean")
-ONE_HEAD = Case(batch=1, heads=1, groups=1)
-# (case, position of the first key row, attributes)
-CASES = {
-    "five blocks": (Case(rows=40), 0, {"exact_window": 8}),
-    "a window of one row": (replace(ONE_HEAD, rows=9), 0, {"exact_window": 1}),
-    "one block that is not full": (Case(rows=5, bias="B1S"), 3, {"exact_window": 16}),
-    "the last block is full": (Case(rows=45, state=1), 3, {"exact_window": 8}),
-    "grouped heads, projections for each, a state for each, holes": (
-        Case(
-            rows=61,
-            heads=6,
-            query_projections=6,
-            key_projections=2,
-            feature_biases=6,
-            bias="BGS",
-            masked="holes",
-            state=2,
-        ),
-        9,
-        {"exact_window": 8},
-    ),
-    "projections for each group, no norms": (
-        Case(
-            rows=50, heads=4, query_projections=2, key_projections=2, feature_biases=2, bias="1G1"
-        ),
-        0,
-        {"exact_window": 8, "query_norm": False, "key_norm": False, "scale": 0.3},
-    ),
-    "packed, with empty sequences": (
-        Case(
-            batch=1,
-            rows=131,
-            heads=4,
-            offsets=(0, 0, 40, 40, 41, 73, 131, 131),
-            state=7,
-            bias="11S",
-            masked="holes",
-        ),
-        0,
-        {"exact_window": 8},
-    ),
-    "blocks of 64, entry std 2": (
-        replace(ONE_HEAD, rows=210, dim=64, value_dim=64, features=72, bias="B1S", std=2.0),
-        7,
-        {"exact_window": 64},
-    ),
-    "blocks of 128, chunks of queries": (
-        Case(batch=1, rows=330, groups=1, dim=72, value_dim=24, features=20, state=1),
-        70,
-        {"exact_window": 128},
-    ),
-    "a window beyond the sequence": (
-        Case(rows=100, bias="B1S", masked="left", state=2),
-        990,
-        {"exact_window": 1000},
-    ),
-    "many blocks": (replace(ONE_HEAD, rows=95, bias="B1S"), 1, {"exact_window": 3}),
-    "all keys of a batch row masked": (
-        Case(rows=40, bias="B1S", masked="row"),
-        0,
-        {"exact_window": 8},
-    ),
-    "no rows": (Case(rows=0, state=2), 0, {"exact_window": 8}),
-    "no value dim": (Case(rows=40, value_dim=0), 0, {"exact_window": 8}),
-}
-# Causal calls with more keys than queries.
-STREAMED = {
-    "a token": (Case(rows=23, queries=1, batch=3, state=3, bias="B1S"), 5, {"exact_window": 8}),
-    "queries of a part of a block": (Case(rows=43, queries=13), 2, {"exact_window": 8}),
-    "a token alone": (Case(rows=1, queries=1), 0, {"exact_window": 8}),
-    "a token that ends a block": (
-        Case(rows=16, queries=1, bias="BGS", masked="holes", state=1),
-        0,
-        {"exact_window": 8},
-    ),
-    "a token, rows that are read in place": (
-        Case(
-            rows=128,
-            queries=1,
-            heads=4,
-            query_projections=4,
-            feature_biases=2,
-            bias="B1S",
-            masked="left",
-            dim=64,
-            value_dim=64,
-            features=24,
-            state=2,
-        ),
-        69,
-        {"exact_window": 64, "query_norm": False, "scale": 0.1},
-    ),
-    "keys without queries": (Case(rows=43, queries=0, state=1), 2, {"exact_window": 8}),
-}
-NARROW = (
-    "grouped heads, projections for each, a state for each, holes",
-    "blocks of 64, entry std 2",
-    "a token, rows that are read in place",
+from support.inputs import Case, forms, make
+from support.near_far import (
+    CASES,
+    INPUTS,
+    NARROW,
+    ONE_HEAD,
+    OPTIONS,
+    OUTPUTS,
+    PLAIN,
+    STREAMED,
+    arguments,
+    check_nan_in_key,
+    check_results,
+    check_state_without_keys,
+    check_stream,
+    given,
+    plain,
 )
+
 PARAMETERS = [
     (causal, name, dtype)
     for causal in (False, True)
@@ -123,40 +38,9 @@ PARAMETERS = [
 cases = pytest.mark.parametrize(("causal", "name", "dtype"), PARAMETERS)
 
 
-def given(name, causal, dtype="float32"):
-    """Inputs, incoming gradients, and options of a case."""
-    case, start, attributes = {**CASES, **STREAMED}[name]
-    x = {**make(case, dtype), "start": np.array(start, np.int64)}
-    incoming = cotangents(case, dtype)
-    rows = x["query"].shape[:3]
-    wide = x["key_bias"].dtype
-    incoming["grad_log_weight"] = np.random.default_rng(7).normal(size=rows).astype(wide)
-    return x, incoming, {**case.options, **attributes, "causal": causal}
-
-
 def gradients(x, results, incoming, **options):
     grads = run("NearFarGrad", {**x, **results, **incoming}, **options)
     return {name.removeprefix("grad_"): grad for name, grad in grads.items()}
-
-
-def arguments(x, dtype, options):
-    """Of the reference: float64, with projections that are rounded once."""
-    options = dict(options)
-    packed = options.pop("packed")
-    y = {name: x[name] for name in INPUTS[:7]}
-    for name in ("query_projection", "key_projection"):
-        y[name] = y[name].astype(DTYPES[dtype])
-    y = {name: a.astype(np.float64) for name, a in y.items()}
-    state = [x[name].astype(np.float64) for name in INPUTS[7:]]
-    offsets = x["offsets"] if packed else None
-    return {**y, **options, "offsets": offsets, "initial_state": state, "start": int(x["start"])}
-
-
-@cache
-def wanted(name, causal, dtype):
-    x, _, options = given(name, causal, dtype)
-    out, log_weight, state = reference.near_far_attention(**arguments(x, dtype, options))
-    return dict(zip(OUTPUTS, (out, log_weight, *state), strict=True))
 
 
 @cache
@@ -174,12 +58,7 @@ def wanted_gradients(name, causal, dtype):
 @isas
 @cases
 def test_results_are_those_of_the_reference(causal, name, dtype, isa):
-    x, _, options = given(name, causal, dtype)
-    bound = tolerances(dtype, causal=causal)
-    results = run("NearFar", x, isa=isa, **options)
-    for output, exact in wanted(name, causal, dtype).items():
-        worst = bound.worst if output == "out" else None
-        assert_close(results[output], exact, rms=bound.rms, worst=worst, what=output)
+    check_results(partial(run, isa=isa), name, causal, dtype)
 
 
 @isas
@@ -231,19 +110,6 @@ def test_a_window_that_holds_all_keys_is_exact_attention(causal, isa):
     assert_close(out, weights / weights.sum(-1, keepdims=True) @ v, relative=1e-12)
 
 
-PLAIN = Case(batch=1, rows=135, heads=4, groups=2, dim=16, bias="1GS")
-OPTIONS = {"exact_window": 16, "causal": True}
-
-
-def plain(dtype="float32", case=PLAIN, start=5):
-    x, incoming = make(case, dtype), cotangents(case, dtype)
-    x["start"] = np.array(start, np.int64)
-    rows = x["query"].shape[:3]
-    incoming["grad_log_weight"] = np.random.default_rng(7).normal(size=rows)
-    incoming["grad_log_weight"] = incoming["grad_log_weight"].astype(x["key_bias"].dtype)
-    return x, incoming
-
-
 @isas
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("t", [1, 10, 11, 27, 64, 70, 134])
@@ -266,13 +132,7 @@ def test_what_comes_at_t_and_after_changes_no_earlier_bit(isa, t, poison):
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.parametrize("row", [0, 40, 134])
 def test_nan_in_a_key_shows_in_exactly_the_rows_that_see_it(isa, causal, name, row):
-    x, _ = plain()
-    x[name][0, row, 0] = np.nan
-    results = run("NearFar", x, isa=isa, **{**OPTIONS, "causal": causal})
-    seen = np.arange(PLAIN.rows) >= (row if causal else 0)
-    broken = np.isnan(results["out"][0]).any(-1)
-    assert np.array_equal(broken[:, :2].all(-1), seen)
-    assert not broken[:, 2:].any()
+    check_nan_in_key(partial(run, isa=isa), causal, name, row)
 
 
 @isas
@@ -364,24 +224,7 @@ def test_the_bits_depend_on_neither_threads_nor_company(isa, causal):
 
 @isas
 def test_a_stream_with_the_rows_of_the_last_blocks_is_the_full_pass(isa):
-    x, _ = plain("float64")
-    options = {**OPTIONS, "isa": isa}
-    full = run("NearFar", x, **options)
-    w, start, done = OPTIONS["exact_window"], int(x["start"]), 0
-    state = {"log_mass": x["initial_log_mass"], "mean": x["initial_mean"]}
-    for end in (1, 2, 26, *range(27, 46), 80, 135):  # tokens of a whole block among them
-        kept = max(((start + done) // w - 1) * w - start, 0)  # rows of the last two blocks
-        part = {**x, "start": np.array(start + kept, np.int64)}
-        part["query"] = x["query"][:, done:end]
-        part |= {name: x[name][:, kept:end] for name in ("key", "value")}
-        part["key_bias"] = x["key_bias"][..., kept:end]
-        part |= {f"initial_{name}": a for name, a in state.items()}
-        results = run("NearFar", part, **options)
-        for output in ("out", "log_weight"):
-            assert_close(results[output], full[output][:, done:end], relative=1e-12, what=output)
-        state, done = {name: results[name] for name in state}, end
-    for name, a in state.items():
-        assert_close(a, full[name], relative=1e-12, what=name)
+    check_stream(partial(run, isa=isa), "float64", 1e-12)
 
 
 @isas
@@ -410,18 +253,7 @@ def test_a_stream_does_not_drift(isa):
 @forms
 @pytest.mark.parametrize("rows", [0, 1, 31, 200])
 def test_a_state_to_which_no_key_is_added_keeps_its_bits(isa, causal, rows):
-    case = Case(rows=rows, bias="111", state=2)
-    x = make(case)
-    x["key_bias"][:] = -np.inf
-    x["key"][:], x["value"][:] = np.nan, np.nan
-    x["initial_log_mass"][0, 0, 0], x["initial_mean"][0, 0, 0] = -np.inf, 0
-    results = run("NearFar", x, exact_window=16, causal=causal, isa=isa)
-    if causal and rows < 32:  # no block is far from the next row
-        x["key_bias"][:] = 0
-        x["key"][:], x["value"][:] = 1, 2
-        results = run("NearFar", x, exact_window=16, causal=True, isa=isa)
-    for name in ("log_mass", "mean"):
-        assert_same_bits(results[name], x[f"initial_{name}"], what=name)
+    check_state_without_keys(partial(run, isa=isa), causal, rows)
 
 
 @isas

@@ -13,7 +13,7 @@ from support.cases import CASES, NARROW, TOKENS
 from support.compare import assert_same_bits
 from support.core_calls import backward, forward
 from support.emulated_calls import all_cases, dtypes, emulated, run
-from support.emulated_kernels import CALLS, call, inputs
+from support.emulated_kernels import EVERY_CALL, call, inputs
 from support.inputs import GPU_OPS, Case, cotangents, forms, make
 
 
@@ -27,9 +27,8 @@ def assert_kept(run_once):
         assert_same_bits(result, results[name], what=f"{name}, another schedule")
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("op", GPU_OPS)
-def test_kernels_keep_to_their_memory(op, name):
+@pytest.mark.parametrize(("name", "op"), EVERY_CALL)
+def test_kernels_keep_to_their_memory(name, op):
     x = inputs(name, op)
     assert_kept(lambda **schedule: call(name, op, x, **schedule))
 
@@ -48,12 +47,12 @@ FEW = CASES["packed, with empty sequences"]
 
 @pytest.mark.parametrize(
     ("op", "case"),
-    [*(pytest.param(op, FEW, id=op) for op in GPU_OPS), ("Summarize", OF_700)],
+    [*(pytest.param(op, FEW, id=op) for op in (*GPU_OPS, "NearFar")), ("Summarize", OF_700)],
 )
 def test_a_captured_call_of_packed_sequences_needs_nothing_of_the_host(op, case):
     """A graph runs when its call has returned, and its offsets are gone."""
     x = {**make(case, "bfloat16"), **cotangents(case, "bfloat16")}
-    if op not in ("Summarize", "Causal"):
+    if op not in ("Summarize", "Causal", "NearFar"):
         x.update(forward(x, op.startswith("Causal"), run, **case.options))
     for name, result in run(op, x, captured=True, **case.options).items():
         assert_same_bits(result, run(op, x, **case.options)[name], what=name)

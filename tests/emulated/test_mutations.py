@@ -9,8 +9,7 @@ import pytest
 
 from support.compare import assert_same_bits
 from support.emulated_calls import emulated, needs_race_detector
-from support.emulated_kernels import CALLS, call, inputs
-from support.inputs import GPU_OPS
+from support.emulated_kernels import EVERY_CALL, call, inputs
 
 SOURCES = Path(__file__).parents[2] / "cc" / "cuda"
 MARK = re.compile(r"__syncthreads\(\)|__syncwarp\(\)|CpAsyncWait<")
@@ -30,16 +29,15 @@ def written_sites():
 def reached():
     """By site: its name for the emulator, and the calls that pass it, the short ones first."""
     passed = {}
-    for name in CALLS:
-        for op in GPU_OPS:
-            x = inputs(name, op)
-            emulated.reset_sites()
-            emulated.reset_counters()
-            results = call(name, op, x)
-            work = emulated.counters()["mma"]
-            for site in emulated.sites():
-                at = site.rpartition("cc/cuda/")[2]
-                passed.setdefault(at, []).append((work, (site, name, op, x, results)))
+    for name, op in EVERY_CALL:
+        x = inputs(name, op)
+        emulated.reset_sites()
+        emulated.reset_counters()
+        results = call(name, op, x)
+        work = emulated.counters()["mma"]
+        for site in emulated.sites():
+            at = site.rpartition("cc/cuda/")[2]
+            passed.setdefault(at, []).append((work, (site, name, op, x, results)))
     return {
         site: [arguments for _, arguments in sorted(calls, key=lambda entry: entry[0])]
         for site, calls in passed.items()

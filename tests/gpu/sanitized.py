@@ -2,7 +2,7 @@
 
 from performer.bench.implementations import torch_kernels
 from support.cases import GPU_CASES
-from support.gpu_calls import DTYPES, has_small_blocks, to_torch
+from support.gpu_calls import DTYPES, ON_THE_HOST, has_small_blocks, to_torch
 from support.inputs import cotangents, make
 
 NAMES = (
@@ -24,7 +24,9 @@ def main() -> None:
             continue
         for dtype in DTYPES:
             arrays = {**make(case, dtype), **cotangents(case, dtype)}
-            x = {n: to_torch(a, offsets=n == "offsets") for n, a in arrays.items()}
+            x = {n: to_torch(a, on_the_host=n in ON_THE_HOST) for n, a in arrays.items()}
+            for causal in (False, True):
+                torch_kernels.run("NearFar", x, **case.options, exact_window=40, causal=causal)
             for ops in (
                 ("Summarize", "Read", "ReadGrad", "SummarizeGrad"),
                 ("Causal", "CausalGrad"),

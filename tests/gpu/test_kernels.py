@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from performer.features.tolerances import tolerances
+from support import near_far
 from support.cases import GPU_CASES, cases
 from support.causality import POISONS, check_jumps, check_past, check_prefix_alone, jumps
 from support.compare import assert_close, assert_same_bits
@@ -33,6 +34,36 @@ def test_results_are_those_of_the_reference(causal, name, dtype):
 @dtypes
 def test_gradients_are_those_of_the_reference(causal, name, dtype):
     check_gradients(run, all_cases(causal)[name], causal, dtype)
+
+
+@pytest.mark.parametrize(("causal", "name", "dtype"), near_far.gpu_parameters())
+def test_results_with_a_window_are_those_of_the_reference(causal, name, dtype):
+    near_far.check_results(run, name, causal, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("window", [16, 64, 100])
+@pytest.mark.parametrize("t", [11, 64, 70])
+def test_with_a_window_too_the_future_changes_no_bit_of_the_past(dtype, t, window):
+    near_far.check_past(run, dtype, t, window)
+
+
+@forms
+@dtypes
+def test_with_a_window_masks_company_and_other_sequences_change_no_bit(causal, dtype):
+    for masked in ("holes", "left", "row"):
+        near_far.check_masked(run, causal, masked, dtype)
+    near_far.check_company(run, causal, dtype)
+    near_far.check_packed_alone(run, causal, dtype)
+    near_far.check_rows_that_see_nothing(run, causal, dtype)
+
+
+@forms
+@dtypes
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("row", [0, 40, 134])
+def test_with_a_window_nan_shows_in_exactly_the_rows_that_see_it(causal, name, row, dtype):
+    near_far.check_nan_in_key(run, causal, name, row, dtype)
 
 
 SIZES = ["narrow, 256 features", "wide, two blocks of features", "packed, with empty sequences"]

@@ -1,5 +1,5 @@
 """One small call of every kernel in every form that has code of its own: several tiles and chunks,
-splits, grouped heads, both widths, 16-bit and float32."""
+splits, grouped heads, windows, both widths, 16-bit and float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from support.cases import ELU, ONE_HEAD, RELU, SUB_CHUNKS, TILES
 from support.core_calls import forward
 from support.emulated_calls import SPLIT, run
-from support.inputs import cotangents, make
+from support.inputs import GPU_OPS, cotangents, make
 
 SPLITS = replace(ONE_HEAD, rows=SPLIT + 36, value_dim=8, bias="11S")
 NARROW, WIDE = TILES["narrow, 256 features"], TILES["wide, two blocks of features"]
@@ -25,6 +25,31 @@ CALLS = {
     "sub-chunks": (SUB_CHUNKS, "bfloat16"),
     "splits": (SPLITS, "bfloat16"),
 }
+# Of NearFar: (case, type, attributes).
+_BLOCKS = {"exact_window": 64}
+NEAR_FAR_CALLS = {
+    "near far": (replace(SPLITS, rows=2 * SPLIT + 60), "bfloat16", {**_BLOCKS, "causal": True}),
+    "near far, both sides": (replace(SPLITS, rows=2 * SPLIT + 60), "bfloat16", _BLOCKS),
+    "near far half, wide": (
+        replace(WIDE, rows=150, features=72),
+        "float16",
+        {"exact_window": 40, "causal": True},
+    ),
+    "near far float32": (
+        replace(NARROW, rows=180, features=72, bias="11S", masked="holes"),
+        "float32",
+        {"exact_window": 40, "causal": True},
+    ),
+    "near far float32, wide, both sides": (
+        replace(WIDE, rows=150, features=72),
+        "float32",
+        {"exact_window": 40},
+    ),
+}
+EVERY_CALL = [
+    *((name, op) for op in GPU_OPS for name in CALLS),
+    *((name, "NearFar") for name in NEAR_FAR_CALLS),
+]
 
 
 @cache
@@ -35,13 +60,14 @@ def _results(name: str, causal: bool) -> dict:
 
 def inputs(name: str, op: str) -> dict:
     """Everything that the operator takes in the call of that name."""
-    case, dtype = CALLS[name]
+    case, dtype, *_ = {**CALLS, **NEAR_FAR_CALLS}[name]
     x = make(case, dtype)
-    if op in ("Summarize", "Causal"):
+    if op in ("Summarize", "Causal", "NearFar"):
         return x
     return {**x, **_results(name, op.startswith("Causal")), **cotangents(case, dtype)}
 
 
 def call(name: str, op: str, x: dict, **options) -> dict:
     """The call of that name, with inputs `x`."""
-    return run(op, x, **CALLS[name][0].options, **options)
+    case, _, *attributes = {**CALLS, **NEAR_FAR_CALLS}[name]
+    return run(op, x, **case.options, **dict(*attributes), **options)

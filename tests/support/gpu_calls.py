@@ -27,15 +27,18 @@ if os.environ.get("PERFORMER_REQUIRE_GPU") and why_not():
 needs_gpu = pytest.mark.skipif(bool(why_not()), reason=why_not() or "there is a GPU")
 
 
-def to_torch(x: np.ndarray, *, offsets: bool = False):
-    """A tensor on the GPU (offsets stay on the CPU), bfloat16 included."""
+ON_THE_HOST = ("offsets", "start")
+
+
+def to_torch(x: np.ndarray, *, on_the_host: bool = False):
+    """A tensor on the GPU, or on the CPU, bfloat16 included."""
     import torch
 
     if x.dtype == ml_dtypes.bfloat16:
         tensor = torch.from_numpy(np.ascontiguousarray(x).view(np.int16)).view(torch.bfloat16)
     else:
         tensor = torch.from_numpy(np.ascontiguousarray(x))
-    return tensor if offsets else tensor.cuda()
+    return tensor if on_the_host else tensor.cuda()
 
 
 def to_numpy(tensor) -> np.ndarray:
@@ -60,7 +63,9 @@ def run(op: str, x: dict, **options) -> dict[str, np.ndarray]:
 
     Skips the test where this GPU has no room for heads of this width.
     """
-    inputs = {name: to_torch(x[name], offsets=name == "offsets") for name in signature_names(op)}
+    inputs = {
+        name: to_torch(x[name], on_the_host=name in ON_THE_HOST) for name in signature_names(op)
+    }
     try:
         results = torch_kernels.run(op, inputs, poison=True, **options)
     except RuntimeError as error:

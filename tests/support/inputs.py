@@ -11,7 +11,7 @@ import pytest
 
 FORWARD = ("Summarize", "Read", "Causal", "NearFar")
 OPS = (*FORWARD, *(f"{op}Grad" for op in FORWARD))
-GPU_OPS = tuple(op for op in OPS if not op.startswith("NearFar"))
+GPU_OPS = tuple(op for op in OPS if not op.startswith("NearFar"))  # whose cases they share
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),

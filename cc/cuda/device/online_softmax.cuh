@@ -54,7 +54,12 @@ struct Softmax {
     lane = Opaque(lane);
     float x[kRowTiles][8][4];
     Logits(rows, columns, bias, map, lane, x);
-    const float unit = map.unit();
+    Accumulate(x, values, map.unit(), lane);
+  }
+
+  // The step from logits x on, which become weights.
+  PERFORMER_DEVICE void Accumulate(float (&x)[kRowTiles][8][4], const T* values, float unit,
+                                   int lane) {
     bool grew = false;
     float factor[kRowTiles][2];
 #pragma unroll
@@ -116,6 +121,25 @@ struct Softmax {
     return *total == 0.f ? 0.f : 1.f / *total;
   }
 
+  // x += rows columns^T.
+  template <class Rows>
+  PERFORMER_DEVICE static void AddProducts(Rows rows, const T* columns, int lane,
+                                           float (&x)[kRowTiles][8][4]) {
+#pragma unroll
+    for (int s = 0; s < W / 16; ++s) {
+      uint32_t a[kRowTiles][kFragment<T>];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) rows(a[m], m, s);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        uint32_t b[kFragment<T>];
+        LoadB<T, W>(b, columns, n * 16, s * 16, lane);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) Mma<T>(x[m][2 * n], x[m][2 * n + 1], a[m], b);
+      }
+    }
+  }
+
  private:
   template <class Rows>
   PERFORMER_DEVICE static void Logits(Rows rows, const T* columns, const float* bias,
@@ -130,19 +154,7 @@ struct Softmax {
       for (int m = 0; m < kRowTiles; ++m)
         x[m][n][0] = x[m][n][2] = b0, x[m][n][1] = x[m][n][3] = b1;
     }
-#pragma unroll
-    for (int s = 0; s < W / 16; ++s) {
-      uint32_t a[kRowTiles][kFragment<T>];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) rows(a[m], m, s);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        uint32_t b[kFragment<T>];
-        LoadB<T, W>(b, columns, n * 16, s * 16, lane);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) Mma<T>(x[m][2 * n], x[m][2 * n + 1], a[m], b);
-      }
-    }
+    AddProducts(rows, columns, lane, x);
     if (linear) return;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) MapLogits(x[m], map, bias, t);

@@ -62,6 +62,28 @@ PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int tid) {
     CpAsync16(tile + At<T, W>(first_row + n * kStride, column), source + n * kStride * W, true);
 }
 
+// visit(row, |row|^2), by one thread for each row of a tile that CopyRows has filled. A thread reads
+// only the numbers that it copied itself, so no barrier is needed before.
+template <class T, int W, int kRows, int kThreads, class Visit>
+PERFORMER_DEVICE void VisitSquaredNorms(const T* tile, int tid, Visit visit) {
+  constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  tid = Opaque(tid);
+#pragma unroll 2
+  for (int row = tid / kChunks; row < kRows; row += kStride) {
+    const T* chunk = tile + At<T, W>(row, tid % kChunks * kChunk<T>);
+    float norm = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; i += 2) {
+      const float2 x = LoadPair(chunk + i);
+      norm += x.x * x.x + x.y * x.y;
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kChunks; lanes *= 2)
+      norm += __shfl_xor_sync(kAllLanes, norm, lanes);
+    if (tid % kChunks == 0) visit(row, norm);
+  }
+}
+
 // The pointers of a block. They are kept in shared memory, because registers are short and they are
 // used once a tile. Rows start at the block's first row.
 template <class T>
@@ -114,6 +136,9 @@ struct KeyStream {
     __syncthreads();  // the pointers are visible
   }
 
+  // Whether the block has a tile.
+  PERFORMER_DEVICE bool exists(int tile) const { return tile * kRows < pointers->rows; }
+
   PERFORMER_DEVICE void LoadKeyBias(int tile, int tid) {
     const int row = tile * kRows + tid;
     if (tid < kRows)
@@ -135,28 +160,12 @@ struct KeyStream {
     CopyRows<T, W, kRows, kThreads>(to, from, tile * kRows, rows, tid,
                                     [&](int row) { return mask[row] != -kInfinity; });
   }
-  // A thread reads only the keys that it copied itself, so no barrier is needed before.
   PERFORMER_DEVICE void ComputeBias(int buffer, const T* keys, int tid) const {
-    constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
-    tid = Opaque(tid);
     const float norm_factor = 0.5f * map_.root;
-#pragma unroll 2
-    for (int row = tid / kChunks; row < kRows; row += kStride) {
-      const T* chunk = keys + At<T, W>(row, tid % kChunks * kChunk<T>);
-      float norm = 0;
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; i += 2) {
-        const float2 x = LoadPair(chunk + i);
-        norm += x.x * x.x + x.y * x.y;
-      }
-#pragma unroll
-      for (int lanes = 1; lanes < kChunks; lanes *= 2)
-        norm += __shfl_xor_sync(kAllLanes, norm, lanes);
-      if (tid % kChunks == 0) {
-        const float given = key_bias[buffer * kRows + row] * map_.inverse_root;
-        bias[buffer * kRows + row] = map_.key_norm ? given - norm_factor * norm : given;
-      }
-    }
+    VisitSquaredNorms<T, W, kRows, kThreads>(keys, tid, [&](int row, float norm) {
+      const float given = key_bias[buffer * kRows + row] * map_.inverse_root;
+      bias[buffer * kRows + row] = map_.key_norm ? given - norm_factor * norm : given;
+    });
   }
 
  private:

@@ -54,11 +54,13 @@ struct Context {
   bool packed() const { return offsets != nullptr; }
 
   // Divides the sequences, of `rows` each if they are not packed, into tiles of `unit` rows.
-  Status Divide(int64_t rows, int64_t unit, Division* division) const {
+  // `multiple`: see WorkTiles.
+  Status Divide(int64_t rows, int64_t unit, Division* division, int64_t multiple = 1) const {
     WorkTiles& tiles = division->tiles;
     tiles.sequences = dims.sequences;
     tiles.rows = rows;
     tiles.unit = unit;
+    tiles.multiple = multiple;
     if (!packed()) {
       division->max_count = WorkTileCount(tiles, 0);
       division->count = dims.sequences * division->max_count;

@@ -40,6 +40,7 @@ struct WorkTiles {
   int64_t sequences = 0;             // N
   int64_t rows = 0;                  // of each sequence, if they are not packed
   int64_t unit = kSplits;            // rows of a tile
+  int64_t multiple = 1;              // of which the rows of a split are one
   const int64_t* offsets = nullptr;  // [N + 1] of packed sequences, else nullptr; device memory
   const int64_t* first = nullptr;    // [N + 1] first tile of each sequence; given with offsets
 };
@@ -55,7 +56,7 @@ struct WorkTile {
 
 // Rows of a tile in a sequence of `rows`.
 PERFORMER_HOST_DEVICE inline int64_t WorkTileRows(const WorkTiles& tiles, int64_t rows) {
-  return tiles.unit == kSplits ? SplitRows(rows) : tiles.unit;
+  return tiles.unit == kSplits ? RoundUp(SplitRows(rows), tiles.multiple) : tiles.unit;
 }
 
 // The tile with this number, counted over all sequences.

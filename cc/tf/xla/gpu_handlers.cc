@@ -10,9 +10,14 @@ struct CUstream_st;
 namespace performer {
 namespace {
 
-// TakeOffsets (core/params.h) where the offsets lie on the GPU. The host needs them to divide the
-// work, so such a call waits for the stream.
+// TakeOffsets (core/params.h) where offsets and start lie on the GPU. The host needs them to divide
+// the work, so such a call waits for the stream.
 Status FetchOffsets(Op op, CUstream_st* stream, Call* call) {
+  if (IsNearFar(op)) {
+    const void* const start = call->inputs[OffsetsIndex(op) + 1];  // which follows the offsets
+    PERFORMER_RETURN_IF_ERROR(cuda::CopyToHost(start, sizeof(int64_t), stream, &call->start));
+    PERFORMER_RETURN_IF_ERROR(ValidateStart(call->start, call->attributes.packed));
+  }
   if (!call->attributes.packed) return Status();
   call->offsets.resize(call->dims.sequences + 1);
   PERFORMER_RETURN_IF_ERROR(cuda::CopyToHost(call->inputs[OffsetsIndex(op)],
@@ -50,7 +55,7 @@ XLA_FFI_Error* Handler(XLA_FFI_CallFrame* frame) {
 }
 
 // The handlers are not registered as fit for command buffers (CUDA graphs), which cannot hold the
-// wait for the offsets of packed sequences.
+// wait for the offsets of packed sequences, nor that for the start of near-and-far attention.
 [[maybe_unused]] const bool registered = [] {
 #define PERFORMER_REGISTER(op) RegisterHandler(Op::k##op, "CUDA", Handler<Op::k##op>);
   PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)

@@ -93,10 +93,4 @@ def _compiled(operator: str, inputs: dict):
     if is_composed():
         return None
     function = getattr(loader.ops(), f"performer_{operator}", None)
-    if function is None or not gpus.cards():
-        return function
-    rows = next(inputs[name] for name in ("query", "key", "value") if name in inputs)
-    last = [inputs[name].shape[-1] for name in ("query", "key", "value", "mean") if name in inputs]
-    heads = [inputs[name].shape[2] for name in ("query", "key") if name in inputs]
-    call = gpus.Call(operator, rows.dtype, tuple(last), tuple(heads))
-    return function if gpus.takes(call, rows.device) else None
+    return function if function is None or gpus.takes_inputs(operator, inputs) else None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 # Operators that have no kernel for GPUs.
-_CPU_ONLY = ("near_far", "append_rows")
+_CPU_ONLY = ("near_far_grad", "append_rows")
 _AS_GOOD = ("append_rows",)  # those that TensorFlow does as well: not worth a warning
 _TYPES = (tf.float32, tf.bfloat16, tf.float16)
 _MAX_WIDTH, _WIDTH_OF_SMALL_BLOCKS, _MAX_HEADS = 128, 64, 65535  # D and E; H and G
@@ -144,6 +144,16 @@ def takes(call: Call, device: str) -> bool:
                 _warn(card, reason)
             return False
     return True
+
+
+def takes_inputs(operator: str, inputs: dict) -> bool:
+    """`takes` of a call with these tensors by input name."""
+    if not cards():
+        return True
+    rows = next(inputs[name] for name in ("query", "key", "value") if name in inputs)
+    last = [inputs[name].shape[-1] for name in ("query", "key", "value", "mean") if name in inputs]
+    heads = [inputs[name].shape[2] for name in ("query", "key") if name in inputs]
+    return takes(Call(operator, rows.dtype, tuple(last), tuple(heads)), rows.device)
 
 
 @functools.cache

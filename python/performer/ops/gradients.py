@@ -13,6 +13,7 @@ import re
 import tensorflow as tf
 
 from performer import composition, loader
+from performer.ops import gpus
 from performer.shapes import dims
 
 _SHARED = ("feature_map", "scale", "feature_epsilon", "packed")
@@ -101,17 +102,42 @@ def _asks_for_projections(op, inputs) -> bool:
     return any("projection" in name and i not in skipped for i, name in enumerate(inputs))
 
 
+def _composed(form, primary, constants, incoming, options):
+    """Gradients of the inputs `primary`, by the plain composition."""
+    composition, inputs, _, _ = _FORMS[form]
+    with tf.GradientTape() as tape:
+        tape.watch(primary)
+        results = composition(
+            **dict(zip(inputs, primary, strict=True)),
+            **dict(zip(_constants(form), constants, strict=True)),
+            **options,
+        )
+    return tape.gradient(results, primary, incoming, unconnected_gradients="zero")
+
+
 def _first_order(form: str):
-    """Gradient function of `Performer>{form}`: its Grad operator."""
+    """Gradient function of `Performer>{form}`: its Grad operator, where that has a kernel."""
     _, inputs, outputs, attributes = _FORMS[form]
+    grad_name = function_name(f"{form}Grad")
 
     def gradient(op, *incoming):
         arguments = dict(zip((*inputs, *_constants(form)), op.inputs, strict=True))
+        if not gpus.takes_inputs(grad_name.removeprefix("performer_"), arguments):
+            # Tensors of their own: of one that is given twice, a tape knows the sum.
+            given, count = [tf.identity(x) for x in op.inputs], len(inputs)
+            found = _composed(
+                form,
+                given[:count],
+                given[count:],
+                _dense(incoming, op.outputs),
+                _attributes(op, attributes),
+            )
+            return [*found, *[None] * len(_constants(form))]
         arguments.update(zip(outputs, op.outputs, strict=True))
         arguments.update(
             zip((f"grad_{name}" for name in outputs), _dense(incoming, op.outputs), strict=True)
         )
-        grad_op = getattr(loader.ops(), function_name(f"{form}Grad"))
+        grad_op = getattr(loader.ops(), grad_name)
         asked = _asks_for_projections(op, inputs)
         gradients = grad_op(**arguments, **_attributes(op, attributes), projection_gradient=asked)
         found = [
@@ -125,7 +151,7 @@ def _first_order(form: str):
 
 def _second_order(form: str):
     """Gradient function of `Performer>{form}Grad`, by differentiating the composition twice."""
-    composition, inputs, outputs, attributes = _FORMS[form]
+    _, inputs, outputs, attributes = _FORMS[form]
 
     def gradient(op, *incoming):
         # Tensors of their own: of one that is given twice, a tape knows the sum of both gradients.
@@ -137,14 +163,7 @@ def _second_order(form: str):
         options = _attributes(op, attributes)
         with tf.GradientTape() as outer:
             outer.watch([*primary, *cotangents])
-            with tf.GradientTape() as inner:
-                inner.watch(primary)
-                results = composition(
-                    **dict(zip(inputs, primary, strict=True)),
-                    **dict(zip(names, constants, strict=True)),
-                    **options,
-                )
-            first = inner.gradient(results, primary, cotangents, unconnected_gradients="zero")
+            first = _composed(form, primary, constants, cotangents, options)
         second = outer.gradient(
             first, [*primary, *cotangents], _dense(incoming, first), unconnected_gradients="zero"
         )

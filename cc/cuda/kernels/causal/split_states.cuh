@@ -76,8 +76,11 @@ __global__ void __launch_bounds__(128, 2) SplitStatesKernel(SplitStatesParams<T>
            static_cast<int>(p.features_pad - first_feature),
            static_cast<int>(p.features - first_feature)};
   }
-  SummarizeRows<T, W>(p, [&](const auto& state, int tile) {
-    StoreCheckpoint<T, W>(state, *to, p.map, tile, threadIdx.x);
+  using Traits = SummarizeTraits<T, W>;
+  KeyStream<T, W, Traits::kThreads> stream(p.keys, p.map, GetWorkTile(p.work, blockIdx.x),
+                                           blockIdx.y, shared + Traits::kStream, threadIdx.x);
+  SummarizeRows<T, W>(p, stream, [&](const auto& state, int tile) {
+    if (stream.exists(tile + 1)) StoreCheckpoint<T, W>(state, *to, p.map, tile + 1, threadIdx.x);
   });
 }
 

@@ -65,9 +65,11 @@ PERFORMER_DEVICE void StoreState(const Softmax<T, W, kRowTiles>& state, const Su
     }
 }
 
-// before_tile(state, tile) is called before each tile of keys but the first.
-template <class T, int W, class BeforeTile>
-PERFORMER_DEVICE void SummarizeRows(const SummarizeParams<T>& p, BeforeTile before_tile) {
+// The keys of `stream`, a KeyStream or what walks its rows in another order. after_tile(state, tile)
+// is called after each tile.
+template <class T, int W, class Stream, class AfterTile>
+PERFORMER_DEVICE void SummarizeRows(const SummarizeParams<T>& p, Stream& stream,
+                                    AfterTile after_tile) {
   using Traits = SummarizeTraits<T, W>;
   constexpr int kThreads = Traits::kThreads, kRowTiles = Traits::kRowTiles;
   PERFORMER_SHARED_MEMORY(shared);
@@ -75,11 +77,8 @@ PERFORMER_DEVICE void SummarizeRows(const SummarizeParams<T>& p, BeforeTile befo
   T* const keys = reinterpret_cast<T*>(shared + Traits::kKeys);      // [2] tiles
   T* const values = reinterpret_cast<T*>(shared + Traits::kValues);  // [2] tiles
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
   const int64_t head = blockIdx.y;
   const int first_feature = blockIdx.z * Traits::kFeatures;
-  KeyStream<T, W, kThreads> stream(p.keys, p.map, work, head, shared + Traits::kStream, tid);
-  const auto exists = [&](int tile) { return tile * kTile < stream.pointers->rows; };
 
   const T* w = p.projection.At(p.projection.heads == 1 ? 0 : head, p.features_pad, W) +
                static_cast<int64_t>(first_feature) * W;
@@ -114,27 +113,31 @@ PERFORMER_DEVICE void SummarizeRows(const SummarizeParams<T>& p, BeforeTile befo
   stream.Issue(0, 0, keys, values, tid);
   stream.LoadKeyBias(1, tid);
 #pragma unroll 1
-  for (int tile = 0; exists(tile); ++tile) {
+  for (int tile = 0; stream.exists(tile); ++tile) {
     const int buffer = tile & 1, other = buffer ^ 1;
     T* const tile_keys = keys + buffer * kTile * W;
     CpAsyncWait<0>();
     stream.ComputeBias(buffer, tile_keys, tid);
     stream.StoreKeyBias(other, tid);
     __syncthreads();  // the tile is complete, and nobody reads the other buffer any more
-    if (exists(tile + 1)) {
+    if (stream.exists(tile + 1)) {
       stream.Issue(tile + 1, other, keys + other * kTile * W, values + other * kTile * W, tid);
       stream.LoadKeyBias(tile + 2, tid);
     }
     state.Step(rows, tile_keys, values + buffer * kTile * W, stream.bias + buffer * kTile, p.map,
                lane);
-    if (exists(tile + 1)) before_tile(state, tile + 1);
+    after_tile(state, tile);
   }
   StoreState<T, W>(state, p, head, first_feature, warp, lane);
 }
 
 template <class T, int W>
 __global__ void __launch_bounds__(128, 2) SummarizeKernel(SummarizeParams<T> p) {
-  SummarizeRows<T, W>(p, [](const auto&...) {});
+  using Traits = SummarizeTraits<T, W>;
+  PERFORMER_SHARED_MEMORY(shared);
+  KeyStream<T, W, Traits::kThreads> stream(p.keys, p.map, GetWorkTile(p.work, blockIdx.x),
+                                           blockIdx.y, shared + Traits::kStream, threadIdx.x);
+  SummarizeRows<T, W>(p, stream, [](const auto&...) {});
 }
 
 }  // namespace cuda

@@ -30,9 +30,9 @@ def run(op: str, inputs: dict, *, poison: bool = False, **options) -> dict:
     """Enqueues an operator on the current stream of the tensors' device.
 
     Args:
-        op: "Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad" or "CausalGrad".
-        inputs: tensors by input name, at least those of the operator; `offsets`, int64 on the CPU,
-            may be left out unless `packed`.
+        op: "Summarize", "Read", "Causal", "NearFar", "SummarizeGrad", "ReadGrad" or "CausalGrad".
+        inputs: tensors by input name, at least those of the operator; `offsets` and `start`, int64
+            on the CPU, may be left out, `offsets` unless `packed`.
         poison: fill outputs and workspace with NaN first, so that nothing unwritten can pass.
         **options: attributes of the operator.
 
@@ -46,17 +46,19 @@ def run(op: str, inputs: dict, *, poison: bool = False, **options) -> dict:
     """
     import torch
 
-    given = {"offsets": torch.zeros(1, dtype=torch.int64), **inputs}
+    nothing = torch.zeros(1, dtype=torch.int64)
+    given = {"offsets": nothing, "start": nothing[0], **inputs}
     names = [name for name, *_ in _core.signature(op)["inputs"]]
     tensors = {name: given[name].detach().contiguous() for name in names}
     if op.startswith("Read"):
         options.pop("key_norm", None)
     device = tensors[names[0]].device
     for name, tensor in tensors.items():
-        wanted = torch.device("cpu") if name == "offsets" else device
+        on_the_host = name in ("offsets", "start")
+        wanted = torch.device("cpu") if on_the_host else device
         if tensor.device != wanted or device.type != "cuda":
             raise ValueError(
-                f"{name} must lie on {'the CPU' if name == 'offsets' else 'the GPU of the others'};"
+                f"{name} must lie on {'the CPU' if on_the_host else 'the GPU of the others'};"
                 f" got {tensor.device}"
             )
     workspace = []  # given back when the call is enqueued: torch reuses memory in stream order
