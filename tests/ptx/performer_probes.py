@@ -4,10 +4,11 @@ the PTX of the file that PERFORMER_PROBES_PTX names."""
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-import interpreter
 import numpy as np
+import performer_ptx
 
 EMULATED = True
 # By a part of the kernel's mangled name.
@@ -26,8 +27,11 @@ PROBES = {
     "HalfToFloat": "HalfToFloatProbe",
     "ToTf32": "ToTf32Probe",
 }
-_kernels = interpreter.parse(Path(os.environ["PERFORMER_PROBES_PTX"]))
+LANES, OUT, SHARED_BYTES = 32, 4, 1024
+_text = Path(os.environ["PERFORMER_PROBES_PTX"]).read_text()
+_kernels = re.findall(r"\.entry (\w+)\(", _text)
 _cores = "H100"
+performer_ptx.load(_text)
 
 
 def set_tensor_cores(name: str) -> None:
@@ -43,5 +47,14 @@ def names() -> list[str]:
 
 def run(name: str, x: np.ndarray) -> np.ndarray:
     """uint32 [warps, 32, 12] to uint32 [warps, 32, 4]."""
-    (code,) = (code for kernel, code in _kernels.items() if PROBES[name] in kernel)
-    return interpreter.Machine(x, 4, _cores).run(code).reshape(len(x), interpreter.LANES, 4)
+    (kernel,) = (kernel for kernel in _kernels if PROBES[name] in kernel)
+    words = performer_ptx.launch(
+        kernel,
+        x,
+        len(x) * LANES * OUT,
+        blocks=len(x),
+        shared_bytes=SHARED_BYTES,
+        order="forward",
+        tensor_cores=_cores,
+    )
+    return words.reshape(len(x), LANES, OUT)
