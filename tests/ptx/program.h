@@ -82,7 +82,7 @@ struct Kernel {
 using Program = std::map<std::string, Kernel>;
 Program ParseProgram(const std::string& text);
 
-// ---- For the table of instructions (instructions.cc)
+// ---- For the table of instructions (instructions/)
 
 // Makes the operands of one instruction out of their texts.
 class Operands {

@@ -40,7 +40,7 @@ def test_results_are_those_of_the_reference(causal, name, dtype):
     check_results(run, all_cases(causal)[name], causal, dtype)
 
 
-# Gradients of a float32 case with several splits take half a minute.
+# Those of several splits in bfloat16 alone: in float32 they take long.
 GRADIENTS = [
     "two causal chunks and 31 rows, entry std 3",
     "packed, with empty sequences",
@@ -59,7 +59,10 @@ def test_gradients_are_those_of_the_reference(causal, name, dtype):
     check_gradients(run, all_cases(causal)[name], causal, dtype)
 
 
-@pytest.mark.parametrize(("causal", "name", "dtype"), near_far.gpu_parameters(SPLIT))
+@pytest.mark.parametrize(
+    ("causal", "name", "dtype"),
+    [p for p in near_far.gpu_parameters(SPLIT) if p[2] == "bfloat16" or "splits" not in p[1]],
+)
 def test_near_and_far_results_are_those_of_the_reference(causal, name, dtype):
     near_far.check_results(run, name, causal, dtype, SPLIT)
 
