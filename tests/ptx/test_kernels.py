@@ -18,9 +18,11 @@ from support.promises import check_gradients, check_results
 from support.ptx_calls import SPLIT, changed, kernels, name_of, run
 from support.steep_keys import KINDS, check_steep_keys
 
-DTYPES = ["float32", "bfloat16", "float16"]
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 GPU_CASES = {**cases.TILES, **cases.split_cases(SPLIT)}
+# Kernels of half differ from those of bfloat16 in what these reach.
+HALF = ["narrow, 128 features, entry std 3", "wide, two blocks of features"]
 
 
 def all_cases(causal):
@@ -28,7 +30,9 @@ def all_cases(causal):
 
 
 def case_dtypes(name):
-    return DTYPES if name in GPU_CASES or name in cases.NARROW else ["bfloat16"]
+    """bfloat16 in every case; float32 where it has code of its own."""
+    wide = ["float32"] if name in GPU_CASES or name in cases.NARROW else []
+    return ["bfloat16", *wide, *(["float16"] if name in HALF else [])]
 
 
 def parameters(leave_out=()):
@@ -40,47 +44,52 @@ def test_results_are_those_of_the_reference(causal, name, dtype):
     check_results(run, all_cases(causal)[name], causal, dtype)
 
 
-# Those of several splits in bfloat16 alone: in float32 they take long.
-GRADIENTS = [
-    "two causal chunks and 31 rows, entry std 3",
-    "packed, with empty sequences",
-    "packed, one state for all, relu",
-    "relu without epsilon",
-    *cases.TILES,
-]
+GRADIENTS = {
+    "bfloat16": [
+        "two causal chunks and 31 rows, entry std 3",
+        "packed, with empty sequences",
+        "packed, one state for all, relu",
+        "relu without epsilon",
+        "two splits, the first one ends in masked keys",
+        *cases.TILES,
+    ],
+    "float32": [*HALF, "keys wider than values", "520 features"],
+    "float16": HALF,
+}
 
 
 @pytest.mark.parametrize(
-    ("causal", "name", "dtype"),
-    [p for p in parameters() if p[1] in GRADIENTS]
-    + [(c, name, "bfloat16") for c in (False, True) for name in cases.split_cases(SPLIT)],
+    ("causal", "name", "dtype"), [p for p in parameters() if p[1] in GRADIENTS[p[2]]]
 )
 def test_gradients_are_those_of_the_reference(causal, name, dtype):
     check_gradients(run, all_cases(causal)[name], causal, dtype)
 
 
+NEAR_FAR = ["blocks of 64, entry std 2", "wide, 200 features"]
+
+
 @pytest.mark.parametrize(
     ("causal", "name", "dtype"),
-    [p for p in near_far.gpu_parameters(SPLIT) if p[2] == "bfloat16" or "splits" not in p[1]],
+    [p for p in near_far.gpu_parameters(SPLIT) if p[2] == "bfloat16" or p[1] in NEAR_FAR],
 )
 def test_near_and_far_results_are_those_of_the_reference(causal, name, dtype):
     near_far.check_results(run, name, causal, dtype, SPLIT)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, "bfloat16") for kind in KINDS] + [("bias rises now and then", "float32")],
+)
 def test_keys_of_which_each_outweighs_all_before_it(kind, dtype):
     check_steep_keys(run, kind, dtype)
 
 
-CAUSAL = Case(batch=1, rows=135, heads=4, groups=2, features=40, bias="1GS")
+CAUSAL = Case(batch=1, rows=135, heads=2, groups=2, features=40, bias="1GS")
 
 
 @dtypes
 def test_what_comes_at_t_and_after_changes_no_earlier_bit(dtype):
-    check_past(
-        run, make(CAUSAL, dtype), dtype, product((40, 100), ("noise", "NaN", "inf", "growing"))
-    )
+    check_past(run, make(CAUSAL, dtype), dtype, product((70,), ("noise", "NaN", "inf", "growing")))
 
 
 @dtypes
@@ -90,7 +99,7 @@ def test_a_nan_in_a_key_shows_from_its_row_on_in_its_group(dtype, name):
 
 
 @forms
-@dtypes
+@both_dtypes
 def test_results_are_the_same_bits_in_every_order(causal, dtype):
     case = cases.TILES["narrow, 128 features, entry std 3"]
     x, incoming = make(case, dtype), cotangents(case, dtype)
@@ -104,14 +113,14 @@ def test_results_are_the_same_bits_in_every_order(causal, dtype):
 
 
 @forms
-@dtypes
+@both_dtypes
 def test_blocks_of_a_gpu_with_less_shared_memory(causal, dtype):
     small = partial(run, shared_bytes=emulated_calls.emulated.small_shared_bytes)
     check_gradients(small, cases.TILES["narrow, 256 features"], causal, dtype)
 
 
 @forms
-@dtypes
+@both_dtypes
 def test_the_tensor_cores_of_an_a100(causal, dtype):
     case = cases.TILES["narrow, 128 features, entry std 3"]
     check_results(partial(run, tensor_cores="A100"), case, causal, dtype)
