@@ -3,7 +3,10 @@
 It has the functions of minilm.py, in the place of which sentence_encoder.py may use it.
 """
 
+import ast
 import pydoc_data.topics
+import sysconfig
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -19,9 +22,25 @@ PACKAGES = ()
 
 def pieces(words):
     """Texts of so many words, in an order of no meaning, and the numbers of their topics."""
+    return _cut([pydoc_data.topics.topics[name] for name in TOPICS], words)
+
+
+def docstrings(words):
+    """Such texts from the docstrings of Python's own modules."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    parts = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for file in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
+        if file.parent.name not in ("site-packages", "test", "pydoc_data"):
+            tree = ast.parse(file.read_bytes())
+            texts = [ast.get_docstring(x) for x in ast.walk(tree) if isinstance(x, parts)]
+            found.append(" ".join(filter(None, texts)))
+    return _cut([text for text in found if len(text.split()) > words // 2], words)[0]
+
+
+def _cut(texts, words):
+    """Pieces of so many words, in an order of no meaning, and which texts they are of."""
     found = []
-    for number, name in enumerate(TOPICS):
-        text = pydoc_data.topics.topics[name].split()
+    for number, text in enumerate(text.split() for text in texts):
         cut = range(0, max(len(text) - words, 1), words)
         found += [(" ".join(text[i : i + words]), number) for i in cut]
     order = np.random.default_rng(0).permutation(len(found))

@@ -44,7 +44,7 @@ def distill(
 ) -> Report:
     """Trains the learned features of a model to do what the exact attention of another one does.
 
-    In three stages, of which the first is always done:
+    In three stages, each of which is left out with 0 steps:
 
     1. Layer by layer. The teacher is called on all data, and the queries, keys and values of its
        attention layers are written to files. Each layer of the student is calibrated on them (see
