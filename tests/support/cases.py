@@ -146,6 +146,21 @@ TILES = {
         rows=40, dim=20, value_dim=67, features=33, bias="BGS", masked="holes"
     ),
     "520 features": replace(ONE_HEAD, rows=40, value_dim=16, features=520, state=1),
+    "two heads a group, a projection for each, several tiles": Case(
+        batch=1,
+        rows=200,
+        heads=4,
+        groups=2,
+        dim=24,
+        value_dim=20,
+        features=70,
+        query_projections=4,
+        key_projections=2,
+        feature_biases=4,
+        bias="BGS",
+        masked="holes",
+        state=1,
+    ),
     "three heads a group, 300 features": Case(
         batch=1, rows=70, heads=3, groups=1, dim=64, value_dim=64, features=300, bias="11S"
     ),

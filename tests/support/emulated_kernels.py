@@ -21,7 +21,10 @@ CALLS = {
     "wide float32": (replace(WIDE, features=80), "float32"),
     "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
     "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
-    "grouped heads": (replace(NARROW, rows=70, heads=2, features=40), "bfloat16"),
+    "grouped heads": (
+        replace(NARROW, rows=70, heads=2, features=40, query_projections=2),
+        "bfloat16",
+    ),
     "sub-chunks": (SUB_CHUNKS, "bfloat16"),
     "splits": (SPLITS, "bfloat16"),
 }

@@ -22,17 +22,23 @@ class KeptSums {
   // Adds x (of kColumns tokens) times tokens, as SumTokens does.
   template <class T, int kColumns>
   PERFORMER_DEVICE void Add(const BackwardTile<1, kColumns>& x, const T* tokens, int lane) {
-    lane = Opaque(lane);
     uint32_t a[kColumns / 16][kFragment<T>];
 #pragma unroll
     for (int s = 0; s < kColumns / 16; ++s) PackA<T>(a[s], x[0][2 * s], x[0][2 * s + 1]);
+    Add<T>(a, tokens, lane);
+  }
+  // The same of x as operands.
+  template <class T, int kStrides>
+  PERFORMER_DEVICE void Add(const uint32_t (&a)[kStrides][kFragment<T>], const T* tokens,
+                            int lane) {
+    lane = Opaque(lane);
 #pragma unroll
     for (int n = 0; n < W / 8; n += 2) {
       float c0[4], c1[4];
       Get(n, c0);
       Get(n + 1, c1);
 #pragma unroll
-      for (int s = 0; s < kColumns / 16; ++s) {
+      for (int s = 0; s < kStrides; ++s) {
         uint32_t b[kFragment<T>];
         LoadBTrans<T, W>(b, tokens, s * 16, n * 8, lane);
         Mma<T>(c0, c1, a[s], b);

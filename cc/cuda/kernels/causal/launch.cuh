@@ -13,7 +13,7 @@ namespace cuda {
 // before splits, operands, and the outputs before they are rounded.
 template <class T>
 struct CausalPass {
-  Division splits;
+  Division splits, tiles;
   CausalParams<T> params;
 };
 
@@ -21,10 +21,10 @@ struct CausalPass {
 // before; checkpoints; and the final states.
 template <class T, int W>
 Status LaunchStates(const Context& context, const performer::CausalParams& call,
-                    const Division& tiles, CausalPass<T>* pass) {
+                    CausalPass<T>* pass) {
   using Layout = SplitStatesLayout<T, W>;
   const Launcher& launcher = context.launcher;
-  const Division& splits = pass->splits;
+  const Division &splits = pass->splits, &tiles = pass->tiles;
   CausalParams<T>& params = pass->params;
   MergeParams merge = MakeMergeParams(context, splits);
   SplitStatesParams<T> p;
@@ -63,10 +63,10 @@ Status CausalForward(const Context& context, const performer::CausalParams& call
   using Layout = CausalLayout<T, W>;
   const Dims& dims = context.dims;
   CausalParams<T>& p = pass->params;
-  Division tiles;
+  const Division& tiles = pass->tiles;
   PERFORMER_RETURN_IF_ERROR(context.Divide(dims.keys, kSplits, &pass->splits));
-  PERFORMER_RETURN_IF_ERROR(context.Divide(dims.keys, kTile, &tiles));
-  PERFORMER_RETURN_IF_ERROR((LaunchStates<T, W>(context, call, tiles, pass)));
+  PERFORMER_RETURN_IF_ERROR(context.Divide(dims.keys, kTile, &pass->tiles));
+  PERFORMER_RETURN_IF_ERROR((LaunchStates<T, W>(context, call, pass)));
   PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context, call.queries.projection,
                                                   call.queries.projection_heads, &p.projection)));
   PERFORMER_RETURN_IF_ERROR((PackOperands<T, W>(context, call.keys.projection,

@@ -6,9 +6,9 @@
 // where exp(x - lse) = exp(x - row_max) 2^-log_sum, and values are less an origin in float32
 // (causal_backward/value_origin.cuh).
 //
-// The rows of all large products are features, 16 of a warp. A block walks the chunks of its split.
-// If there are more features than a block holds, it takes one feature block after the other
-// (backward/common.cuh).
+// In the dq kernel the rows of all large products are features, 16 of a warp. A block walks the
+// chunks of its split. If there are more features than a block holds, it takes one feature block
+// after the other (backward/common.cuh).
 //
 // Within a chunk the log-features of a feature are kept relative to its anchor, the running
 // reference maximum: the larger of log_mass before the chunk and b of the first key. So
@@ -32,14 +32,14 @@ template <class T>
 struct CausalGradientParams : CausalRowsParams<T> {
   RowsOf<const T> grad_out;  // [B L, H, E]
   RowStatistics statistics;  // [B L, H], of CausalStatisticsKernel
-  // [splits, 2, G, W] in float32, else nullptr: of the first chunk of a split and of the others.
+  // [splits, 2, G, W] in float32, else nullptr: of the first tile of a split and of the others.
   const float* origin = nullptr;
 };
 
-// The origin [W] of the values of a split's first chunk, or of its other chunks; nullptr in 16 bits.
+// The origin [W] of the values of a split's first tile, or of its other tiles; nullptr in 16 bits.
 template <class T, int W>
-PERFORMER_DEVICE const float* OriginOfChunk(const float* origin, int64_t split, int64_t groups,
-                                            int64_t group, bool other) {
+PERFORMER_DEVICE const float* OriginOfTile(const float* origin, int64_t split, int64_t groups,
+                                           int64_t group, bool other) {
   return kIs16Bit<T> ? nullptr : origin + ((split * 2 + other) * groups + group) * W;
 }
 
@@ -212,19 +212,6 @@ struct WarpFeatures {
     }
   }
 
-  PERFORMER_DEVICE float Factor(float from, float to) const {  // exp(from - to), 0 of nothing
-    return from == -kInfinity ? 0.f : Exp2((from - to) * unit);
-  }
-  // log_mass after a sub-chunk's keys, given the sum of their kb.
-  PERFORMER_DEVICE void AddKeys(float (&log_mass)[2], const float (&anchor)[2],
-                                const float (&sum)[2]) const {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float mass = Factor(log_mass[e], anchor[e]) + sum[e];
-      log_mass[e] = mass == 0.f ? -kInfinity : ZeroIfNone(anchor[e]) + Log2(mass) / unit;
-    }
-  }
-
   // x = f of kColumns queries from i0 on, and 0 outside the sub-chunk. base: anchor plus feature
   // bias. row_max, log_sum: [kRows], see kKeepsLogSum.
   template <int kColumns, class Rows>
@@ -377,12 +364,6 @@ struct CausalBackwardBlock {
     }
   }
 };
-
-// log_mass before a chunk is kept for the reverse scan in [slots, G, M]. This is the slot of a
-// split's first chunk; each chunk of each split has one.
-PERFORMER_HOST_DEVICE inline int64_t ChunkSlot(int64_t split, int64_t tensor_row, int rows) {
-  return tensor_row / rows + split;
-}
 
 }  // namespace cuda
 }  // namespace performer

@@ -21,7 +21,6 @@ struct CausalDqParams : CausalGradientParams<T> {
   float* corrected_delta = nullptr;        // [B L, H], of CausalDeltaKernel
   RowsOf<T> grad_query;                    // [B L, H, D]
   float* sum_query = nullptr;  // [B L, H, W], if a block cannot hold all features, else nullptr
-  float* chunk_log_mass = nullptr;     // [chunks, G, M] in natural logarithms, see ChunkSlot
   float* part_feature_bias = nullptr;  // [splits, H, M]
   float* part_projection = nullptr;    // [splits, H, M, D]
 };
@@ -34,13 +33,12 @@ struct CausalDqPointers {
   T* grad_query;                 // [rows, H, D]
   float* sum_query;              // [rows, H, W], or nullptr
   float* corrected_delta;        // [rows, H], nullptr except in CausalDeltaKernel
-  float* chunk_log_mass;         // [chunks, G, M], nullptr if another block stores it
   const T* projection;           // [M_pad, W]
   const uint32_t* key_operands;  // [M_pad / 16, W / 16, 32, kFragment]
   const float* feature_bias;     // [M]
   const float *log_mass, *mean;  // [M], [M, E]: the state before the split
   RowStatistics statistics;      // [rows, H]
-  // [W], or nullptr in 16 bits: of the values of the first chunk, and of the others.
+  // [W], or nullptr in 16 bits: of the values of the first tile, and of the others.
   const float *first_origin, *origin;
 };
 
@@ -101,9 +99,6 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
         p.grad_query.Row(row0, head),
         p.sum_query == nullptr ? nullptr : p.sum_query + at * W,
         kDelta ? p.corrected_delta + at : nullptr,
-        !kDelta && head % each == 0
-            ? p.chunk_log_mass + (ChunkSlot(blockIdx.x, row0, C) * p.groups + group) * features()
-            : nullptr,
         p.projection.At(QueryHeadIndex(p.projection.heads, head, heads(), group), p.features_pad,
                         W),
         p.key_operands + p.key_head_step * group * (W * L::kSize / 4),
@@ -111,8 +106,8 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
         p.before_log_mass + state * features(),
         p.before_mean + state * features() * p.keys.value.width,
         StatisticsFrom<T>(p.statistics, at),
-        OriginOfChunk<T, W>(p.origin, blockIdx.x, p.groups, group, false),
-        OriginOfChunk<T, W>(p.origin, blockIdx.x, p.groups, group, true)};
+        OriginOfTile<T, W>(p.origin, blockIdx.x, p.groups, group, false),
+        OriginOfTile<T, W>(p.origin, blockIdx.x, p.groups, group, true)};
   }
 
   // The state before the split's first row; feature_bias in units of root.
@@ -141,7 +136,7 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
     }
   }
 
-  // After the first chunk: sums become those of values that are less the other origin.
+  // After the first tile: sums become those of values that are less the other origin.
   PERFORMER_DEVICE void MoveOrigin(State& state, int tid) const {
     const int t = tid % 4;
 #pragma unroll
@@ -172,24 +167,10 @@ struct CausalDqBlock : CausalBackwardBlock<T, W, CausalDqParams<T>, CausalDqLayo
     stream.ComputeBias(0, tile(L::kKey), tid);
     if constexpr (!kIs16Bit<T>)
       SubtractOrigin<T, W, C, kThreads>(
-          tile(L::kValue), chunk == 0 ? pointers()->first_origin : pointers()->origin, tid);
+          tile(L::kValue), chunk < kTile / C ? pointers()->first_origin : pointers()->origin, tid);
     MakeRanged<T, W, C, kThreads>(ranged(L::kValue), tile(L::kValue), tid);
     MakeRanged<T, W, C, kThreads>(ranged(L::kGradOut), tile(L::kGradOut), tid);
     MakeRanged<T, W, C, kThreads>(ranged(L::kRangedQuery), tile(L::kQuery), tid);
-  }
-
-  // log_mass before the chunk, for the reverse scan.
-  PERFORMER_DEVICE void StoreChunkLogMass(const State& state, int chunk, int first_feature,
-                                          const Position& at) const {
-    if (pointers()->chunk_log_mass != nullptr && at.lane % 4 == 0)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int feature = first_feature + at.feature0 + at.lane / 4 + 8 * e;
-        if (feature < features())
-          pointers()->chunk_log_mass[chunk * p.groups * features() + feature] =
-              state.mass[e] == 0.f ? -kInfinity
-                                   : state.anchor[e] * p.map.root + logf(state.mass[e]);
-      }
   }
 
   // The next sub-chunk: the state becomes relative to its anchors; kb, and key_sum, the sum of it.
@@ -402,12 +383,11 @@ PERFORMER_DEVICE void CausalDq(const CausalDqParams<T>& p) {
       block.LoadChunk(stream, chunk, rows, tid);
       __syncthreads();  // [1] the chunk is complete
       if constexpr (!kIs16Bit<T>)
-        if (chunk == 1) block.MoveOrigin(state, tid);
+        if (chunk == kTile / C) block.MoveOrigin(state, tid);
       const typename Block::Position at(tid);
       StorePairGradients<T, W, L::kPairColumns>(
           block.ranged(L::kPairs), pair_rest, block.ranged(L::kGradOut), block.ranged(L::kValue),
           block.floats(L::kDelta), at.row0, at.part * L::kPairColumns, at.lane);
-      block.StoreChunkLogMass(state, chunk, first_feature, at);
       __syncthreads();  // [2] dA is visible
 #pragma unroll 1
       for (SubChunk sub_chunk = {0, 0}; sub_chunk.end < C;) {

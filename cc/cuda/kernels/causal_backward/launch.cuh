@@ -3,9 +3,12 @@
 //   origins          of values, in float32                                value_origin.cuh
 //   statistics       row_max, log_sum and delta of each row               row_statistics.cuh
 //   dq               in 16 bits delta, corrected; then the gradient of
-//                    queries, and log_mass before each chunk              dq.cuh
-//   reverse states   of each split, then merged from the last split on    reverse_state.cuh
-//   dkv              the gradients of keys, values and the initial state  dkv.cuh
+//                    queries                                              dq.cuh
+//   reverse states   of each split, with checkpoints; then merged from
+//                    the last split to the first, before which is the
+//                    gradient of the initial state                        reverse_states.cuh
+//   dkv              the gradients of keys and values                     dkv.cuh
+//   key projection   its gradient, where it is asked for                  key_projection.cuh
 //   key_bias         where one bias is common to all keys                 common_bias.cuh
 #pragma once
 #include "cuda/kernels/backward/gradients.h"
@@ -13,7 +16,8 @@
 #include "cuda/kernels/causal_backward/common_bias.cuh"
 #include "cuda/kernels/causal_backward/dkv.cuh"
 #include "cuda/kernels/causal_backward/dq.cuh"
-#include "cuda/kernels/causal_backward/reverse_state.cuh"
+#include "cuda/kernels/causal_backward/key_projection.cuh"
+#include "cuda/kernels/causal_backward/reverse_states.cuh"
 #include "cuda/kernels/causal_backward/row_statistics.cuh"
 #include "cuda/kernels/causal_backward/value_origin.cuh"
 
@@ -34,7 +38,7 @@ class CausalGradLauncher {
     PERFORMER_RETURN_IF_ERROR(StatisticsOfRows());
     PERFORMER_RETURN_IF_ERROR(Dq());
     PERFORMER_RETURN_IF_ERROR(ReverseStates());
-    PERFORMER_RETURN_IF_ERROR(Dkv());
+    PERFORMER_RETURN_IF_ERROR(KeyGradients());
     PERFORMER_RETURN_IF_ERROR(SumInitialGradients());
     return KeyBias();
   }
@@ -102,7 +106,7 @@ class CausalGradLauncher {
     p.initial_count = call_.initial.count;
     PERFORMER_RETURN_IF_ERROR(Allocate(pass_.splits.count * 2 * dims_.groups * W, &p.origin));
     common_.origin = p.origin;
-    return launcher_.Launch("origins of values", CausalOriginKernel<kChunkRows<T>>,
+    return launcher_.Launch("origins of values", CausalOriginKernel<kTile>,
                             {pass_.splits.count, dims_.groups}, W, 0, p);
   }
 
@@ -128,17 +132,13 @@ class CausalGradLauncher {
   Status Dq() {
     const Division& splits = pass_.splits;
     const int64_t heads = dims_.heads, features = dims_.features;
-    const int64_t rows = dims_.batch * dims_.queries, parts = splits.count * heads * features;
+    const int64_t parts = splits.count * heads * features;
     CausalDqParams<T> p;
     static_cast<CausalGradientParams<T>&>(p) = common_;
     p.projection = pass_.params.projection;
     p.key_operands = pass_.params.key_operands;
     p.key_head_step = pass_.params.key_head_step;
     p.grad_query = MakeRows<T>(call_.grad_queries.query, heads, dims_.key_dim);
-    PERFORMER_RETURN_IF_ERROR(Allocate(
-        ChunkSlot(splits.count, rows + kChunkRows<T>, kChunkRows<T>) * dims_.groups * features,
-        &chunk_log_mass_));
-    p.chunk_log_mass = chunk_log_mass_;
     PERFORMER_RETURN_IF_ERROR(Allocate(parts, &p.part_feature_bias));
     PERFORMER_RETURN_IF_ERROR(Allocate(parts * dims_.key_dim, &p.part_projection));
     if constexpr (kHasRanged<T>) {  // some operands in two types: 8 warps do not fit everywhere
@@ -173,83 +173,101 @@ class CausalGradLauncher {
   }
 
   Status ReverseStates() {
-    MergeReverseStatesParams p;
-    if (pass_.splits.max_count > 1)
-      PERFORMER_RETURN_IF_ERROR(ReverseStatesOfSplits(&p.part_mean, &p.part_mass));
+    using Layout = ReverseStatesLayout<T, W>;
+    const int64_t groups = dims_.groups, features = dims_.features, pad = context_.features_pad;
+    const int64_t splits = pass_.splits.count, tiles = pass_.tiles.count;
+    ReverseStatesParams<T> p;
+    static_cast<CausalGradientParams<T>&>(p) = common_;
+    p.projection = pass_.params.projection;
+    p.tiles = pass_.tiles.tiles;
+    p.feature_blocks = CeilDiv(features, Layout::kFeatures);
+    p.tile_log_mass = pass_.params.checkpoints.log_mass;
+    p.log_mass = log_mass_;
+    PERFORMER_RETURN_IF_ERROR(
+        Allocate(tiles * groups * kReverseParts<T> * pad * W, &p.checkpoints.sum));
+    PERFORMER_RETURN_IF_ERROR(Allocate(tiles * groups * 3 * pad, &p.checkpoints.numbers));
+    PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * features, &p.part_mass));
+    PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * features * dims_.value_dim, &p.part_mean));
+    reverse_ = p.checkpoints;
+    PERFORMER_RETURN_IF_ERROR(launcher_.Launch("reverse states", ReverseStatesKernel<T, W>,
+                                               {splits * p.feature_blocks, groups},
+                                               Layout::kThreads, Layout::kBytes, p));
+    return MergeReverseStates(p.part_mean, p.part_mass);
+  }
+
+  Status MergeReverseStates(const float* part_mean, const float* part_mass) {
     const int64_t states = pass_.splits.count * dims_.groups * dims_.features;
-    PERFORMER_RETURN_IF_ERROR(Allocate(states, &after_mass_));
-    PERFORMER_RETURN_IF_ERROR(Allocate(states * dims_.value_dim, &after_mean_));
+    MergeReverseStatesParams p;
+    PERFORMER_RETURN_IF_ERROR(Allocate(states * W, &p.after_mean));
+    PERFORMER_RETURN_IF_ERROR(Allocate(states, &p.after_mass));
+    PERFORMER_RETURN_IF_ERROR(Allocate(states, &p.first_after_mass));
     p.splits = pass_.splits.tiles;
-    p.heads = dims_.heads;
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.width = static_cast<int>(dims_.value_dim);
+    p.part_mean = part_mean;
+    p.part_mass = part_mass;
     p.before_log_mass = common_.before_log_mass;
+    p.before_each = common_.before_each;
     p.log_mass = log_mass_;
     p.mean = mean_;
     p.grad_log_mass = static_cast<const float*>(call_.grad_state.log_mass);
     p.grad_mean = static_cast<const float*>(call_.grad_state.mean);
-    p.origin = common_.origin;
-    p.origin_width = W;
-    p.after_mean = after_mean_;
-    p.after_mass = after_mass_;
+    p.initial_log_mass = static_cast<const float*>(call_.initial.log_mass);
+    p.initial_mean = static_cast<const float*>(call_.initial.mean);
+    p.initial_count = call_.initial.count;
     p.grad_initial_log_mass = grad_initial_log_mass_;
     p.grad_initial_mean = grad_initial_mean_;
+    p.origin = common_.origin;
+    p.padded_width = W;
+    after_ = p;
     return launcher_.Launch("merge reverse states", MergeReverseStatesKernel,
                             {CeilDiv(state_size() * 32, kElementwiseThreads)}, kElementwiseThreads,
                             0, p);
   }
 
-  Status ReverseStatesOfSplits(const float** part_mean, const float** part_mass) const {
-    using Layout = ReverseStateLayout<T, W>;
-    const int64_t parts = pass_.splits.count * dims_.heads * dims_.features;
-    ReverseStateParams<T> p;
-    static_cast<CausalGradientParams<T>&>(p) = common_;
-    p.projection = pass_.params.projection;
-    PERFORMER_RETURN_IF_ERROR(Allocate(parts, &p.part_mass));
-    PERFORMER_RETURN_IF_ERROR(Allocate(parts * dims_.value_dim, &p.part_mean));
-    *part_mean = p.part_mean;
-    *part_mass = p.part_mass;
-    const Grid grid = {pass_.splits.count, dims_.heads, CeilDiv(dims_.features, Layout::kFeatures)};
-    return launcher_.Launch("reverse states", ReverseStateKernel<T, W>, grid, Layout::kThreads,
-                            Layout::kBytes, p);
-  }
-
-  Status Dkv() {
-    const Division& splits = pass_.splits;
-    const int64_t groups = dims_.groups, features = dims_.features;
+  Status KeyGradients() {
+    using Layout = CausalDkvLayout<T, W>;
     CausalDkvParams<T> p;
     static_cast<CausalGradientParams<T>&>(p) = common_;
+    p.work = pass_.tiles.tiles;
+    p.splits = pass_.splits.tiles;
     PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context_, call_.keys.projection,
                                                     call_.keys.projection_heads, &p.projection)));
     PERFORMER_RETURN_IF_ERROR((PackOperands<T, W>(
         context_, call_.queries.projection, call_.queries.projection_heads, &p.query_operands)));
     p.query_projections = call_.queries.projection_heads;
-    p.log_mass = log_mass_;
-    p.chunk_log_mass = chunk_log_mass_;
-    p.after_mean = after_mean_;
-    p.after_mass = after_mass_;
-    p.grad_key = MakeRows<T>(call_.grad_keys.key, groups, dims_.key_dim);
-    p.grad_value = MakeRows<T>(call_.grad_keys.value, groups, dims_.value_dim);
+    p.reverse = reverse_;
+    p.after_mean = after_.after_mean;
+    p.after_mass = after_.after_mass;
+    p.first_after_mass = after_.first_after_mass;
+    p.grad_key = MakeRows<T>(call_.grad_keys.key, dims_.groups, dims_.key_dim);
+    p.grad_value = MakeRows<T>(call_.grad_keys.value, dims_.groups, dims_.value_dim);
     PERFORMER_RETURN_IF_ERROR(
         AllocateBias(context_, call_.keys, call_.grad_keys.bias, &grad_bias_));
     p.grad_bias = grad_bias_;
     p.bias_rows = dims_.keys;
-    for (float** to : {&p.sum_key, &p.sum_value})
-      PERFORMER_RETURN_IF_ERROR(Allocate(dims_.batch * dims_.keys * groups * W, to));
-    PERFORMER_RETURN_IF_ERROR(
-        Allocate(splits.count * groups * features * dims_.key_dim, &p.part_projection));
-    p.grad_initial_log_mass = grad_initial_log_mass_;
-    p.grad_initial_mean = grad_initial_mean_;
-    constexpr int kFeaturesOf4Warps = CausalBackwardLayout<T, W, 4>::kFeatures;
-    const auto launch = [&](auto warps) {
-      using Layout = CausalDkvLayout<T, W, decltype(warps)::value>;
-      return launcher_.Launch("causal key gradient", CausalDkvKernel<T, W, decltype(warps)::value>,
-                              {splits.count, groups}, Layout::kThreads, Layout::kBytes, p);
-    };
-    PERFORMER_RETURN_IF_ERROR((WithWarps<W, kMaxWarps>(context_, kFeaturesOf4Warps, launch)));
-    return SumHeads(context_, splits.count, groups, call_.keys.projection_heads,
-                    features * dims_.key_dim, p.part_projection, call_.grad_keys.projection);
+    PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal key gradient", CausalDkvKernel<T, W>,
+                                               {pass_.tiles.count, dims_.groups}, Layout::kThreads,
+                                               Layout::kBytes, p));
+    return KeyProjection(p);
+  }
+
+  // 0 where it is not asked for.
+  Status KeyProjection(CausalDkvParams<T> p) const {
+    using Layout = CausalKeyProjectionLayout<T, W>;
+    const int64_t groups = dims_.groups, size = dims_.features * dims_.key_dim;
+    int64_t splits = 0;
+    if (call_.attributes.projection_gradient) {
+      splits = pass_.splits.count;
+      p.feature_blocks = CeilDiv(dims_.features, Layout::kFeatures);
+      PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * size, &p.part_projection));
+      PERFORMER_RETURN_IF_ERROR(launcher_.Launch(
+          "causal key projection gradient", CausalKeyProjectionKernel<T, W>,
+          {splits * p.feature_blocks, groups}, Layout::kThreads, Layout::kBytes, p));
+    }
+    return SumHeads(context_, splits, groups, call_.keys.projection_heads, size, p.part_projection,
+                    call_.grad_keys.projection);
   }
 
   Status KeyBias() const {
@@ -283,10 +301,9 @@ class CausalGradLauncher {
   float* mean_ = nullptr;                   // [N, G, M, E]
   float* grad_initial_log_mass_ = nullptr;  // [N, G, M]
   float* grad_initial_mean_ = nullptr;      // [N, G, M, E]
-  float* chunk_log_mass_ = nullptr;         // [chunks, G, M], see ChunkSlot
-  float* after_mean_ = nullptr;             // [splits, G, M, E]: reverse states
-  float* after_mass_ = nullptr;             // [splits, G, M]
-  float* grad_bias_ = nullptr;              // [B, G, S] or nullptr
+  ReverseCheckpoints<T> reverse_;
+  MergeReverseStatesParams after_;  // the reverse state after each split
+  float* grad_bias_ = nullptr;      // [B, G, S] or nullptr
 };
 
 template <class T>

@@ -4,7 +4,7 @@
 //   row_max, log_sum     as in causal/layout.cuh, log_sum if kKeepsLogSum
 //   delta                grad_out . out
 //
-// In float32 outputs are less the origin of the values of the row's chunk (causal_backward/
+// In float32 outputs are less the origin of the values of the row's tile (causal_backward/
 // value_origin.cuh).
 #pragma once
 #include "cuda/kernels/causal_backward/common.cuh"
@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(256) CausalStatisticsKernel(CausalStatisticsPa
     const T* grad_out = p.grad_out.Row(work.first_row + row, head);
     const float* origin = nullptr;
     if constexpr (!kIs16Bit<T>)
-      origin = OriginOfChunk<T, W>(p.origin, blockIdx.x, p.groups, group,
-                                   row - work.begin >= kChunkRows<T>);
+      origin = OriginOfTile<T, W>(p.origin, blockIdx.x, p.groups, group, row - work.begin >= kTile);
     float delta = 0;
 #pragma unroll
     for (int i = 0; i < W / 32; ++i) {

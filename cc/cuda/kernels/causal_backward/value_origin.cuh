@@ -1,9 +1,9 @@
 // The origins of values in the causal gradient in float32 (backward/value_origin.cuh). As no later
 // key may change an earlier row, they come from the past of the rows that they serve:
 //
-//   first chunk of a sequence      the average of the initial means, 0 if there are none
-//   its other chunks, first split  the same, or the average output of the first chunk's rows
-//   a later split                  the average output of the last chunk's rows before it
+//   first tile of a sequence       the average of the initial means, 0 if there are none
+//   its other tiles, first split   the same, or the average output of the first tile's rows
+//   a later split                  the average output of the last tile's rows before it
 #pragma once
 #include "cuda/kernels/causal_backward/common.cuh"
 
