@@ -86,16 +86,15 @@ def test_the_gradients_of_masked_keys_are_zero(causal, dtype):
 
 
 @dtypes
-def test_the_gradient_of_the_projection_of_keys_is_zero_where_it_is_not_asked_for(dtype):
+def test_gradients_of_projections_are_zero_where_they_are_not_asked_for(dtype):
     case = GPU_CASES["narrow, 128 features, entry std 3"]
     x, incoming = make(case, dtype), cotangents(case, dtype)
     x.update(forward(x, True, run))
     whole = run("CausalGrad", {**x, **incoming})
     part = run("CausalGrad", {**x, **incoming}, projection_gradient=False)
-    assert not part.pop("grad_key_projection").any()
-    assert whole.pop("grad_key_projection").any()
-    whole.pop("grad_query_projection")
-    part.pop("grad_query_projection")
+    for name in ("grad_query_projection", "grad_key_projection", "grad_feature_bias"):
+        assert not part.pop(name).any(), name
+        assert whole.pop(name).any(), name
     for name, grad in whole.items():
         assert_same_bits(part[name], grad, what=name)
 

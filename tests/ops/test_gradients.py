@@ -269,13 +269,14 @@ def test_projections_that_no_tape_watches_cost_nothing_and_change_no_bit_of_the_
             total = tf.add_n([tf.reduce_sum(tf.sin(y)) for y in tf.nest.flatten(out)])
         return tape.gradient(total, {name: x[name] for name in sources})
 
-    others = [name for name in names if "projection" not in name]
-    asked, not_asked = (
+    others = [name for name in names if "projection" not in name and name != "feature_bias"]
+    asked, not_asked, of_bias = (
         tf.function(found).get_concrete_function(sources) if graph else None
-        for sources in (names, others)
+        for sources in (names, others, [name for name in names if "projection" not in name])
     )
     if graph:
-        for function, wanted in ((asked, True), (not_asked, False)):
+        biased = "feature_bias" in names
+        for function, wanted in ((asked, True), (not_asked, False), (of_bias, biased)):
             made = [o for o in function.graph.get_operations() if o.type == f"Performer>{op}Grad"]
             assert [o.get_attr("projection_gradient") for o in made] == [wanted]
     whole = asked() if graph else found(names)

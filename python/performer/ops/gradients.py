@@ -93,13 +93,18 @@ def _dense(gradients, like):
     ]
 
 
+def _of_projections(name: str) -> bool:
+    """Whether the gradient of an input belongs to those that `projection_gradient` asks for."""
+    return "projection" in name or name == "feature_bias"
+
+
 def _asks_for_projections(op, inputs) -> bool:
-    """Whether the tape watches a projection: a layer's draw is not trained, for example.
+    """Whether the tape watches a projection or its bias: a layer's draw is not trained, for example.
 
     Without a tape (`tf.gradients`, the gradient of a function from outside) that is not known.
     """
     skipped = getattr(op, "skip_input_indices", None) or ()
-    return any("projection" in name and i not in skipped for i, name in enumerate(inputs))
+    return any(_of_projections(name) and i not in skipped for i, name in enumerate(inputs))
 
 
 def _composed(form, primary, constants, incoming, options):
@@ -141,7 +146,7 @@ def _first_order(form: str):
         asked = _asks_for_projections(op, inputs)
         gradients = grad_op(**arguments, **_attributes(op, attributes), projection_gradient=asked)
         found = [
-            x if asked or "projection" not in name else None
+            x if asked or not _of_projections(name) else None
             for name, x in zip(inputs, gradients, strict=True)
         ]
         return [*found, *[None] * len(_constants(form))]

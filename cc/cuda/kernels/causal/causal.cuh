@@ -35,33 +35,6 @@
 namespace performer {
 namespace cuda {
 
-// By one thread.
-template <class T, int W>
-PERFORMER_DEVICE CausalPointers<T> MakeCausalPointers(const CausalParams<T>& p,
-                                                      const WorkTile& work) {
-  const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
-  const int64_t row = work.first_row + work.begin, pad = p.features_pad;
-  const int64_t split_rows = WorkTileRows(p.splits, work.rows), split = work.begin / split_rows;
-  const int64_t before = (p.before_each         ? FirstWorkTile(p.splits, work.sequence) + split
-                          : p.before_count == 1 ? 0
-                                                : work.sequence) *
-                             p.groups +
-                         group;
-  const bool any_before = p.before_count > 0 || split > 0;
-  const bool any_after = work.begin % split_rows != 0;
-  const int64_t checkpoint = static_cast<int64_t>(blockIdx.x) * p.groups + group;
-  return {p.query.Row(row, head),
-          p.out.Row(row, head),
-          p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), pad, W),
-          p.key_operands + p.key_head_step * group * (W * static_cast<int>(sizeof(T)) / 4),
-          p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
-          any_before ? p.before_operand + before * pad * W : nullptr,
-          any_before ? p.before_log_mass + before * p.features : nullptr,
-          any_after ? p.checkpoints.mean + checkpoint * pad * W : nullptr,
-          any_after ? p.checkpoints.log_mass + checkpoint * pad : nullptr,
-          row * heads + head};
-}
-
 template <class T, int W>
 __global__ void __launch_bounds__(128, 2) CausalKernel(CausalParams<T> p) {
   using Block = CausalBlock<T, W>;
@@ -74,7 +47,7 @@ __global__ void __launch_bounds__(128, 2) CausalKernel(CausalParams<T> p) {
   const Block block = {{p, shared}};
   int* const cuts = reinterpret_cast<int*>(shared + L::kCuts);
   const WorkTile work = GetWorkTile(p.work, blockIdx.x);
-  if (tid == 0) *block.pointers() = MakeCausalPointers<T, W>(p, work);
+  if (tid == 0) *block.pointers() = MakeCausalPointers<T, W>(p, work, blockIdx.x, p.out);
   for (int column = tid; column < W; column += kThreads)
     reinterpret_cast<int*>(shared + L::kPoison)[column] = INT32_MAX;
   KeyStream<T, W, kThreads> stream(p.keys, p.map, work, blockIdx.y / (p.query.heads / p.groups),
@@ -154,7 +127,7 @@ __global__ void __launch_bounds__(128, 2) CausalKernel(CausalParams<T> p) {
   T* const values = block.tile(L::kKey);
   block.ZeroNonFinite(values, tid);
   __syncthreads();  // values and poison are visible
-  block.Write(sums, values, row0, rows, lane);
+  block.Write(sums, values, p.out, row0, rows, lane);
 }
 
 }  // namespace cuda

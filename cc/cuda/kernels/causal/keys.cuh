@@ -1,5 +1,6 @@
-// What the causal kernel (causal/causal.cuh) does for the keys of its tile: their features relative
-// to anchors, and the state before the tile relative to the same.
+// What the kernels of causal tiles (causal/causal.cuh, causal_backward/query_gradient.cuh) do for the
+// keys of their tile: their features relative to anchors, and the state before the tile relative to
+// the same.
 #pragma once
 #include "cuda/kernels/causal/layout.cuh"
 
@@ -7,14 +8,15 @@ namespace performer {
 namespace cuda {
 
 // What one block does. The members are the same for all of its threads.
-template <class T, int W>
+template <class T, int W, class Layout>
 struct CausalKeys {
-  using L = CausalLayout<T, W>;
+  using L = Layout;
+  using Weight = typename L::Weight;
   static constexpr int kKeyTiles = kTile / 8, kColumns = W / 8;
   // Whether operands of the next feature block are held in registers.
   static constexpr bool kHolds = kIs16Bit<T> && W == 64;
 
-  const CausalParams<T>& p;
+  const CausalTileParams<T>& p;
   unsigned char* shared;
 
   using KeyLogits = float[kKeyTiles][4];
@@ -147,25 +149,35 @@ struct CausalKeys {
   // The first column after `begin` whose key exceeds an anchor of this warp by too much.
   PERFORMER_DEVICE int Cut(const KeyLogits& x, const Anchors& anchors, int begin, int lane) const {
     const float growth = L::kMaxGrowth * p.map.inverse_root;  // in units of root
-    const float limit[2] = {anchors.anchor[0] + growth, anchors.anchor[1] + growth};
+    float limit[2] = {anchors.anchor[0] + growth, anchors.anchor[1] + growth};
+    if constexpr (L::kCutsNan)  // where the past is NaN, all rows are, and nothing needs a cut
+#pragma unroll
+      for (int e = 0; e < 2; ++e) limit[e] = limit[e] == limit[e] ? limit[e] : kInfinity;
+    const auto exceeds = [&](float y, int e) {
+      return L::kCutsNan ? !(y <= limit[e]) : y > limit[e];
+    };
     bool over = false;
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) over |= x[n][i] > limit[i / 2];
+      for (int i = 0; i < 4; ++i) over |= exceeds(x[n][i], i / 2);
     int cut = kTile;
     if (__any_sync(kAllLanes, over)) {  // rare: where?
+      bool is_nan = false;              // the first key
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = n * 8 + 2 * (lane % 4) + (i & 1);
+          is_nan |= column == begin && x[n][i] != x[n][i];
           // The first key itself sets the anchor.
-          if (column > begin && x[n][i] > limit[i / 2]) cut = min(cut, column);
+          if (column > begin && exceeds(x[n][i], i / 2)) cut = min(cut, column);
         }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2)
         cut = min(cut, __shfl_xor_sync(kAllLanes, cut, lanes));
+      // Then all later rows are NaN, whatever their keys are.
+      if (L::kCutsNan && __any_sync(kAllLanes, is_nan)) cut = kTile;
     }
     return cut;
   }
@@ -176,7 +188,7 @@ struct CausalKeys {
                                      const Features& features, int cut, int warp, int lane) const {
     const int g = lane / 4, t = lane % 4;
     const float unit = p.map.unit();
-    T* const weights = tile(L::kWeights);
+    Weight* const weights = reinterpret_cast<Weight*>(shared + L::kWeights);
 #pragma unroll
     for (int e = 0; e < 2; ++e)
       if (t == 0) {
@@ -185,7 +197,7 @@ struct CausalKeys {
       }
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
-      T* const to = weights + AtPair<T, kTile>(warp * 16 + g, n, t);
+      Weight* const to = weights + AtPair<Weight, kTile>(warp * 16 + g, n, t);
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -198,9 +210,10 @@ struct CausalKeys {
   }
 
   // The warp's 16 rows of the state become shares.x before + shares.y state, `before` being that
-  // before the split.
+  // before the split. With kHasOrigin both are less `origin` [W] first, unless it is nullptr.
   PERFORMER_DEVICE void ScaleState(T* state, const float2 (&shares)[2], bool with_before,
-                                   int first_feature, int warp, int lane) const {
+                                   int first_feature, int warp, int lane,
+                                   const float* origin = nullptr) const {
     constexpr int kChunks = W / kChunk<T>, kRowsAtOnce = 32 / kChunks;
     static_assert(kChunks <= 32 && 16 % kRowsAtOnce == 0);
     float2* const all = reinterpret_cast<float2*>(shared + L::kShares) + warp * 16;
@@ -210,6 +223,9 @@ struct CausalKeys {
     const T* before = with_before ? pointers()->before_mean : nullptr;
     const bool any = before != nullptr;
     if (any) before += static_cast<int64_t>(first_feature + warp * 16 + first_row) * W + column;
+    uint4 less = {};  // of these columns
+    if constexpr (L::kHasOrigin)
+      if (origin != nullptr) less = *reinterpret_cast<const uint4*>(origin + column);
     constexpr int kAtOnce = 4;  // loads in flight
 #pragma unroll 1
     for (int n = 0; n < 16 / kRowsAtOnce; n += kAtOnce) {
@@ -224,18 +240,29 @@ struct CausalKeys {
         const float2 share = all[row];
         uint4* const to = reinterpret_cast<uint4*>(state + At<T, W>(warp * 16 + row, column));
         const uint4 mine = *to;
-        *to = {Combine(share, other[i].x, mine.x), Combine(share, other[i].y, mine.y),
-               Combine(share, other[i].z, mine.z), Combine(share, other[i].w, mine.w)};
+        const auto combine = [&](uint32_t before, uint32_t after, uint32_t less) {
+          return Combine(share, before, after, less, with_before);
+        };
+        *to = {combine(other[i].x, mine.x, less.x), combine(other[i].y, mine.y, less.y),
+               combine(other[i].z, mine.z, less.z), combine(other[i].w, mine.w, less.w)};
       }
     }
   }
 
-  // share.x before + share.y after of the numbers in a register. Nothing times a share of 0 counts,
-  // unless it is not a number.
-  PERFORMER_DEVICE static uint32_t Combine(float2 share, uint32_t before, uint32_t after) {
-    if constexpr (kIs16Bit<T>)
-      return Pack<T>(share.x * Low<T>(before) + share.y * Low<T>(after),
-                     share.x * High<T>(before) + share.y * High<T>(after));
+  // share.x before + share.y after of the numbers in a register, as Weight. They are T if is_first,
+  // else after is Weight; and they are `less` (bits of a float) if kHasOrigin. Nothing times a share
+  // of 0 counts, unless it is not a number.
+  PERFORMER_DEVICE static uint32_t Combine(float2 share, uint32_t before, uint32_t after,
+                                           uint32_t less, bool is_first) {
+    if constexpr (kIs16Bit<T>) {
+      float2 y = {Low<T>(after), High<T>(after)};
+      if constexpr (!std::is_same_v<T, Weight>)
+        if (!is_first) y = {Low<Weight>(after), High<Weight>(after)};
+      return Pack<Weight>(share.x * Low<T>(before) + share.y * y.x,
+                          share.x * High<T>(before) + share.y * y.y);
+    } else if constexpr (L::kHasOrigin)
+      return AsBits(share.x * (AsFloat(before) - AsFloat(less)) +
+                    share.y * (AsFloat(after) - AsFloat(less)));
     else
       return AsBits(share.x * AsFloat(before) + share.y * AsFloat(after));
   }

@@ -9,12 +9,12 @@
 namespace performer {
 namespace cuda {
 
-// The forward pass as it has been launched. The gradient reads from it what it needs again: states
-// before splits, operands, and the outputs before they are rounded.
+// What all kernels of causal tiles start from, in the forward pass and in the gradient: states before
+// splits and tiles, and operands.
 template <class T>
 struct CausalPass {
   Division splits, tiles;
-  CausalParams<T> params;
+  CausalTileParams<T> params;
 };
 
 // The states that splits begin with, which are the initial states or these merged with the splits
@@ -25,7 +25,7 @@ Status LaunchStates(const Context& context, const performer::CausalParams& call,
   using Layout = SplitStatesLayout<T, W>;
   const Launcher& launcher = context.launcher;
   const Division &splits = pass->splits, &tiles = pass->tiles;
-  CausalParams<T>& params = pass->params;
+  CausalTileParams<T>& params = pass->params;
   MergeParams merge = MakeMergeParams(context, splits);
   SplitStatesParams<T> p;
   PERFORMER_RETURN_IF_ERROR((FillSplitStates<T, W>(context, call.keys, splits, &p, &merge)));
@@ -55,45 +55,43 @@ Status LaunchStates(const Context& context, const performer::CausalParams& call,
                     before * context.dims.groups, context.dims.value_dim, &params.before_operand);
 }
 
-// The causal kernel and what goes before it. keep: the outputs stay in workspace before they are
-// rounded (params.float_out and what its rows are relative to), and call.out is not written.
+// What goes before the kernels of tiles.
 template <class T, int W>
-Status CausalForward(const Context& context, const performer::CausalParams& call, bool keep,
+Status PrepareCausal(const Context& context, const performer::CausalParams& call,
                      CausalPass<T>* pass) {
-  using Layout = CausalLayout<T, W>;
-  const Dims& dims = context.dims;
-  CausalParams<T>& p = pass->params;
-  const Division& tiles = pass->tiles;
-  PERFORMER_RETURN_IF_ERROR(context.Divide(dims.keys, kSplits, &pass->splits));
-  PERFORMER_RETURN_IF_ERROR(context.Divide(dims.keys, kTile, &pass->tiles));
+  CausalTileParams<T>& p = pass->params;
+  PERFORMER_RETURN_IF_ERROR(context.Divide(context.dims.keys, kSplits, &pass->splits));
+  PERFORMER_RETURN_IF_ERROR(context.Divide(context.dims.keys, kTile, &pass->tiles));
   PERFORMER_RETURN_IF_ERROR((LaunchStates<T, W>(context, call, pass)));
   PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context, call.queries.projection,
                                                   call.queries.projection_heads, &p.projection)));
   PERFORMER_RETURN_IF_ERROR((PackOperands<T, W>(context, call.keys.projection,
                                                 call.keys.projection_heads, &p.key_operands)));
-  context.FillQueries(call.queries, tiles, &p);
+  context.FillQueries(call.queries, pass->tiles, &p);
   context.FillKeys(call.keys, &p.keys);
   p.splits = pass->splits.tiles;
   p.key_head_step = call.keys.projection_heads == 1 ? 0 : context.features_pad;
-  p.out = MakeRows<T>(call.out, dims.heads, dims.value_dim);
-  if (keep) {
-    const int64_t rows = dims.batch * dims.queries * dims.heads;
-    PERFORMER_RETURN_IF_ERROR(
-        context.launcher.Allocate(rows * W, "unrounded outputs", &p.float_out));
-    for (float** to : {&p.row_max, &p.log_sum})
-      PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(rows, "unrounded outputs", to));
-  }
-  return context.launcher.Launch("causal", CausalKernel<T, W>, {tiles.count, dims.heads},
-                                 Layout::kThreads, Layout::kBytes, p);
+  return Status();
+}
+
+template <class T, int W>
+Status Causal(const Context& context, const performer::CausalParams& call) {
+  using Layout = CausalLayout<T, W>;
+  CausalPass<T> pass;
+  PERFORMER_RETURN_IF_ERROR((PrepareCausal<T, W>(context, call, &pass)));
+  CausalParams<T> p;
+  static_cast<CausalTileParams<T>&>(p) = pass.params;
+  p.out = MakeRows<T>(call.out, context.dims.heads, context.dims.value_dim);
+  return context.launcher.Launch("causal", CausalKernel<T, W>,
+                                 {pass.tiles.count, context.dims.heads}, Layout::kThreads,
+                                 Layout::kBytes, p);
 }
 
 template <class T>
 Status RunCausal(const performer::CausalParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims, [&](auto width) {
-    CausalPass<T> pass;
-    return CausalForward<T, decltype(width)::value>(context, call, false, &pass);
-  });
+  return WithWidth(call.dims,
+                   [&](auto width) { return Causal<T, decltype(width)::value>(context, call); });
 }
 
 }  // namespace cuda

@@ -26,27 +26,28 @@ struct CausalRowsParams : QueryParams<T> {
   int64_t before_count = 0;  // 0: none, 1 or N
 };
 
+// Of a kernel whose blocks have a tile of kTile rows each.
 template <class T>
-struct CausalParams : CausalRowsParams<T> {
+struct CausalTileParams : CausalRowsParams<T> {
   Projection<T> projection;                // of queries
   const uint32_t* key_operands = nullptr;  // projections of keys, see PackOperandsKernel
   int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
   WorkTiles splits;                        // work: the tiles of kTile rows
   const T* before_operand = nullptr;       // before_mean as an operand, [.., G, M_pad, W]
   Checkpoints<T> checkpoints;
-  RowsOf<T> out;  // [B L, H, E]
-  // Instead of out, or nullptr: the outputs before they are rounded [B L, H, W]; what a row's
-  // features are relative to, in units of root, -inf where it sees no key [B L, H]; and log2 of the
-  // sum relative to it [B L, H].
-  float *float_out = nullptr, *row_max = nullptr, *log_sum = nullptr;
 };
 
-// The pointers of a block of the causal kernel, in shared memory as KeyPointers. Rows start at the
-// tile's first row, and heads at the block's.
+template <class T>
+struct CausalParams : CausalTileParams<T> {
+  RowsOf<T> out;  // [B L, H, E]
+};
+
+// The pointers of such a block, in shared memory as KeyPointers. Rows start at the tile's first row,
+// and heads at the block's.
 template <class T>
 struct CausalPointers {
   const T* query;                // [rows, H, D]
-  T* out;                        // [rows, H, E]
+  T* result;                     // [rows, H, E or D]: the output, or the gradient of queries
   const T* projection;           // [M_pad, W]: of queries
   const uint32_t* operands;      // of the key projection
   const float* feature_bias;     // [M]
@@ -54,11 +55,43 @@ struct CausalPointers {
   const float* before_log_mass;  // [M]
   const T* mean;                 // [M_pad, W]: the checkpoint, nullptr if it is empty
   const float* log_mass;         // [M_pad]
-  int64_t line;                  // of row 0 in [B L, H]
 };
+
+// By one thread. `number`: of the tile. `result`: what the kernel stores of each query row.
+template <class T, int W>
+PERFORMER_DEVICE CausalPointers<T> MakeCausalPointers(const CausalTileParams<T>& p,
+                                                      const WorkTile& work, int64_t number,
+                                                      const RowsOf<T>& result) {
+  const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
+  const int64_t row = work.first_row + work.begin, pad = p.features_pad;
+  const int64_t split_rows = WorkTileRows(p.splits, work.rows), split = work.begin / split_rows;
+  const int64_t before = (p.before_each         ? FirstWorkTile(p.splits, work.sequence) + split
+                          : p.before_count == 1 ? 0
+                                                : work.sequence) *
+                             p.groups +
+                         group;
+  const bool any_before = p.before_count > 0 || split > 0;
+  const bool any_after = work.begin % split_rows != 0;
+  const int64_t checkpoint = number * p.groups + group;
+  return {p.query.Row(row, head),
+          result.Row(row, head),
+          p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), pad, W),
+          p.key_operands + p.key_head_step * group * (W * static_cast<int>(sizeof(T)) / 4),
+          p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
+          any_before ? p.before_operand + before * pad * W : nullptr,
+          any_before ? p.before_log_mass + before * p.features : nullptr,
+          any_after ? p.checkpoints.mean + checkpoint * pad * W : nullptr,
+          any_after ? p.checkpoints.log_mass + checkpoint * pad : nullptr};
+}
 
 template <class T, int W>
 struct CausalLayout {
+  using Weight = T;  // of kb, and of the state relative to anchors
+  // Whether a key that is NaN begins a sub-chunk. Here it need not: products of keys come before the
+  // causal mask, which selects.
+  static constexpr bool kCutsNan = false;
+  // Whether values are less an origin.
+  static constexpr bool kHasOrigin = false;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kFeatures = 16 * kWarps;  // of a feature block: 16 of each warp
   static_assert(kTile == 16 * kWarps && kFeatures == kFeatureUnit, "a warp has 16 queries");

@@ -6,8 +6,8 @@ namespace performer {
 namespace cuda {
 
 template <class T, int W>
-struct CausalBlock : CausalKeys<T, W> {
-  using Base = CausalKeys<T, W>;
+struct CausalBlock : CausalKeys<T, W, CausalLayout<T, W>> {
+  using Base = CausalKeys<T, W, CausalLayout<T, W>>;
   using L = typename Base::L;
   using Base::kKeyTiles, Base::kColumns;
   using Base::p, Base::shared, Base::floats, Base::pointers, Base::tile;
@@ -100,7 +100,8 @@ struct CausalBlock : CausalKeys<T, W> {
 
   // Applies the causal mask (a selection), adds local v, divides, and writes the warp's rows.
   // values: of the tile, which has `rows` rows.
-  PERFORMER_DEVICE void Write(Sums& sums, const T* values, int row0, int rows, int lane) const {
+  PERFORMER_DEVICE void Write(Sums& sums, const T* values, const RowsOf<T>& out, int row0, int rows,
+                              int lane) const {
     const int g = lane / 4, t = lane % 4;
     const int* poison = reinterpret_cast<const int*>(shared + L::kPoison);
     float inverse[2], den[2];
@@ -144,22 +145,14 @@ struct CausalBlock : CausalKeys<T, W> {
     for (int e = 0; e < 2; ++e) {
       const int row = row0 + g + 8 * e;
       if (row >= rows) continue;
-      const int64_t line = pointers()->line + row * p.query.heads;
-      if (p.float_out != nullptr && t == 0) {
-        p.row_max[line] = den[e] == 0.f ? -kInfinity : sums.row_max[e];
-        p.log_sum[line] = den[e] == 0.f ? 0.f : log2f(den[e]);
-      }
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
         const int column = n * 8 + 2 * t;
         const auto value = [&](int c) {
           return poison[column + c] <= row ? NAN : inverse[e] == 0.f ? 0.f : sums.num[n][2 * e + c];
         };
-        if (p.float_out != nullptr)
-          *reinterpret_cast<float2*>(p.float_out + line * W + column) = float2{value(0), value(1)};
-        else
-          StoreColumns(pointers()->out + static_cast<int64_t>(row) * p.out.stride, column,
-                       p.out.width, p.out.aligned, value(0), value(1));
+        StoreColumns(pointers()->result + static_cast<int64_t>(row) * out.stride, column, out.width,
+                     out.aligned, value(0), value(1));
       }
     }
   }

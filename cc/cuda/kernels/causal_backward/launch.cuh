@@ -1,9 +1,9 @@
 // Launcher of the gradient of Causal. In this order:
-//   forward          the states before splits, outputs not rounded        causal/launch.cuh
+//   states           before splits and tiles, as in the forward pass      causal/launch.cuh
 //   origins          of values, in float32                                value_origin.cuh
-//   statistics       row_max, log_sum and delta of each row               row_statistics.cuh
-//   dq               in 16 bits delta, corrected; then the gradient of
-//                    queries                                              dq.cuh
+//   query gradient   and row_max, log_sum, delta of each row              query_gradient.cuh
+//   projection       the gradients of the query projection and of
+//                    feature_bias, where they are asked for               query_projection.cuh
 //   reverse states   of each split, with checkpoints; then merged from
 //                    the last split to the first, before which is the
 //                    gradient of the initial state                        reverse_states.cuh
@@ -15,10 +15,10 @@
 #include "cuda/kernels/causal/launch.cuh"
 #include "cuda/kernels/causal_backward/common_bias.cuh"
 #include "cuda/kernels/causal_backward/dkv.cuh"
-#include "cuda/kernels/causal_backward/dq.cuh"
 #include "cuda/kernels/causal_backward/key_projection.cuh"
+#include "cuda/kernels/causal_backward/query_gradient.cuh"
+#include "cuda/kernels/causal_backward/query_projection.cuh"
 #include "cuda/kernels/causal_backward/reverse_states.cuh"
-#include "cuda/kernels/causal_backward/row_statistics.cuh"
 #include "cuda/kernels/causal_backward/value_origin.cuh"
 
 namespace performer {
@@ -32,11 +32,11 @@ class CausalGradLauncher {
       : context_(context), dims_(context.dims), launcher_(context.launcher), call_(call) {}
 
   Status Run() {
-    PERFORMER_RETURN_IF_ERROR(Forward());
+    PERFORMER_RETURN_IF_ERROR(States());
     PERFORMER_RETURN_IF_ERROR(AllocateInitialGradients());
     if constexpr (!kIs16Bit<T>) PERFORMER_RETURN_IF_ERROR(Origins());
-    PERFORMER_RETURN_IF_ERROR(StatisticsOfRows());
-    PERFORMER_RETURN_IF_ERROR(Dq());
+    PERFORMER_RETURN_IF_ERROR(QueryGradient());
+    PERFORMER_RETURN_IF_ERROR(QueryProjection());
     PERFORMER_RETURN_IF_ERROR(ReverseStates());
     PERFORMER_RETURN_IF_ERROR(KeyGradients());
     PERFORMER_RETURN_IF_ERROR(SumInitialGradients());
@@ -44,8 +44,6 @@ class CausalGradLauncher {
   }
 
  private:
-  static constexpr int kMaxWarps = kCausalBackwardWarps<W>;
-
   template <class Number>
   Status Allocate(int64_t count, Number** to) const {
     return launcher_.Allocate(count, "gradients", to);
@@ -54,7 +52,7 @@ class CausalGradLauncher {
   // [N, G, M], elements.
   int64_t state_size() const { return dims_.sequences * dims_.groups * dims_.features; }
 
-  Status Forward() {
+  Status States() {
     PERFORMER_RETURN_IF_ERROR(Allocate(state_size(), &log_mass_));
     PERFORMER_RETURN_IF_ERROR(Allocate(state_size() * dims_.value_dim, &mean_));
     performer::CausalParams forward;
@@ -63,7 +61,7 @@ class CausalGradLauncher {
     forward.keys = call_.keys;
     forward.initial = call_.initial;
     forward.state = {log_mass_, mean_};
-    PERFORMER_RETURN_IF_ERROR((CausalForward<T, W>(context_, forward, true, &pass_)));
+    PERFORMER_RETURN_IF_ERROR((PrepareCausal<T, W>(context_, forward, &pass_)));
     static_cast<CausalRowsParams<T>&>(common_) = pass_.params;
     common_.work = pass_.splits.tiles;
     common_.grad_out = MakeRows<const T>(call_.grad_out, dims_.heads, dims_.value_dim);
@@ -94,82 +92,74 @@ class CausalGradLauncher {
 
   Status Origins() {
     CausalOriginParams p;
-    p.work = pass_.splits.tiles;
-    p.heads = dims_.heads;
+    p.splits = pass_.splits.tiles;
+    p.tiles = pass_.tiles.tiles;
     p.groups = dims_.groups;
     p.features = dims_.features;
+    p.features_pad = context_.features_pad;
     p.width = static_cast<int>(dims_.value_dim);
-    p.out = pass_.params.float_out;
-    p.row_max = pass_.params.row_max;
-    p.log_mass = static_cast<const float*>(call_.initial.log_mass);
-    p.mean = static_cast<const float*>(call_.initial.mean);
-    p.initial_count = call_.initial.count;
+    p.before_log_mass = common_.before_log_mass;
+    p.before_mean = common_.before_mean;
+    p.before_each = common_.before_each;
+    p.before_count = common_.before_count;
+    p.checkpoints = pass_.params.checkpoints;
     PERFORMER_RETURN_IF_ERROR(Allocate(pass_.splits.count * 2 * dims_.groups * W, &p.origin));
     common_.origin = p.origin;
-    return launcher_.Launch("origins of values", CausalOriginKernel<kTile>,
+    return launcher_.Launch("origins of values", CausalOriginKernel,
                             {pass_.splits.count, dims_.groups}, W, 0, p);
   }
 
-  Status StatisticsOfRows() {
-    CausalStatisticsParams<T> p;
-    p.work = pass_.splits.tiles;
-    p.out = pass_.params.float_out;
-    p.out_max = pass_.params.row_max;
-    p.out_sum = pass_.params.log_sum;
-    p.groups = dims_.groups;
-    p.unit = context_.map.unit();
-    p.origin = common_.origin;
-    p.grad_out = common_.grad_out;
+  void FillTileGradient(CausalTileGradientParams<T>* p) const {
+    static_cast<CausalTileParams<T>&>(*p) = pass_.params;
+    p->grad_out = common_.grad_out;
+    p->origin = common_.origin;
+  }
+
+  Status QueryGradient() {
+    using Layout = CausalQueryGradientLayout<T, W>;
     const int64_t count = dims_.batch * dims_.queries * dims_.heads;
+    CausalQueryGradientParams<T> p;
+    FillTileGradient(&p);
+    p.grad_query = MakeRows<T>(call_.grad_queries.query, dims_.heads, dims_.key_dim);
+    if constexpr (kHasRanged<T>)
+      PERFORMER_RETURN_IF_ERROR(
+          (PackProjection<Ranged<T>, W>(context_, call_.queries.projection,
+                                        call_.queries.projection_heads, &p.ranged_projection)));
+    else
+      p.ranged_projection = p.projection;
     for (float** to : {&p.row_max, &p.delta, &p.log_sum})
       if (to != &p.log_sum || kKeepsLogSum<T>) PERFORMER_RETURN_IF_ERROR(Allocate(count, to));
     common_.statistics = {p.row_max, p.log_sum, p.delta};
-    return launcher_.Launch("statistics of rows", CausalStatisticsKernel<T, W>,
-                            {pass_.splits.count, dims_.heads, kStatisticsBlocks},
-                            kElementwiseThreads, 0, p);
+    return launcher_.Launch("causal query gradient", CausalQueryGradientKernel<T, W>,
+                            {pass_.tiles.count, dims_.heads}, Layout::kThreads, Layout::kBytes, p);
   }
 
-  Status Dq() {
-    const Division& splits = pass_.splits;
-    const int64_t heads = dims_.heads, features = dims_.features;
-    const int64_t parts = splits.count * heads * features;
-    CausalDqParams<T> p;
-    static_cast<CausalGradientParams<T>&>(p) = common_;
-    p.projection = pass_.params.projection;
-    p.key_operands = pass_.params.key_operands;
-    p.key_head_step = pass_.params.key_head_step;
-    p.grad_query = MakeRows<T>(call_.grad_queries.query, heads, dims_.key_dim);
-    PERFORMER_RETURN_IF_ERROR(Allocate(parts, &p.part_feature_bias));
-    PERFORMER_RETURN_IF_ERROR(Allocate(parts * dims_.key_dim, &p.part_projection));
-    if constexpr (kHasRanged<T>) {  // some operands in two types: 8 warps do not fit everywhere
-      PERFORMER_RETURN_IF_ERROR((WithWarps<W, kMaxWarps>(
-          context_, 0, [&](auto warps) { return LaunchDq<decltype(warps)::value>(p); })));
-    } else {
-      static_assert(W > 64 || CausalDqLayout<T, W, kMaxWarps>::kBytes <= kSmallSharedBytes);
-      PERFORMER_RETURN_IF_ERROR(LaunchDq<kMaxWarps>(p));
+  Status QueryProjection() {
+    const QueryGradients& to = call_.grad_queries;
+    const int64_t heads = dims_.heads, features = dims_.features, splits = pass_.splits.count;
+    if (!call_.attributes.projection_gradient) {
+      // Sums of no terms.
+      PERFORMER_RETURN_IF_ERROR(Sum(context_, 1, 0,
+                                    call_.queries.projection_heads * features * dims_.key_dim,
+                                    nullptr, to.projection));
+      return Sum(context_, 1, 0, call_.queries.feature_bias_heads * features, nullptr,
+                 to.feature_bias);
     }
-    PERFORMER_RETURN_IF_ERROR(SumHeads(context_, splits.count, heads,
-                                       call_.queries.projection_heads, features * dims_.key_dim,
-                                       p.part_projection, call_.grad_queries.projection));
-    return SumHeads(context_, splits.count, heads, call_.queries.feature_bias_heads, features,
-                    p.part_feature_bias, call_.grad_queries.feature_bias);
-  }
-
-  template <int kWarps>
-  Status LaunchDq(CausalDqParams<T> p) {
-    using Layout = CausalDqLayout<T, W, kWarps>;
-    const int64_t count = dims_.batch * dims_.queries * dims_.heads;
-    const Grid grid = {pass_.splits.count, dims_.heads};
-    if (dims_.features > Layout::kFeatures)
-      PERFORMER_RETURN_IF_ERROR(Allocate(count * W, &p.sum_query));
-    if constexpr (kIs16Bit<T>) {
-      PERFORMER_RETURN_IF_ERROR(Allocate(count, &p.corrected_delta));
-      PERFORMER_RETURN_IF_ERROR(launcher_.Launch("causal delta", CausalDeltaKernel<T, W, kWarps>,
-                                                 grid, Layout::kThreads, Layout::kBytes, p));
-      p.statistics.delta = common_.statistics.delta = p.corrected_delta;
-    }
-    return launcher_.Launch("causal query gradient", CausalDqKernel<T, W, kWarps>, grid,
-                            Layout::kThreads, Layout::kBytes, p);
+    using Layout = CausalQueryProjectionLayout<T, W>;
+    CausalQueryProjectionParams<T> p;
+    FillTileGradient(&p);
+    p.statistics = common_.statistics;
+    PERFORMER_RETURN_IF_ERROR(Allocate(splits * heads * features, &p.part_feature_bias));
+    PERFORMER_RETURN_IF_ERROR(
+        Allocate(splits * heads * features * dims_.key_dim, &p.part_projection));
+    PERFORMER_RETURN_IF_ERROR(
+        launcher_.Launch("causal query projection gradient", CausalQueryProjectionKernel<T, W>,
+                         {splits, heads, CeilDiv(features, Layout::kFeatures)}, Layout::kThreads,
+                         Layout::kBytes, p));
+    PERFORMER_RETURN_IF_ERROR(SumHeads(context_, splits, heads, call_.queries.projection_heads,
+                                       features * dims_.key_dim, p.part_projection, to.projection));
+    return SumHeads(context_, splits, heads, call_.queries.feature_bias_heads, features,
+                    p.part_feature_bias, to.feature_bias);
   }
 
   Status ReverseStates() {

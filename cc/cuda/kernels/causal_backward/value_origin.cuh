@@ -1,9 +1,11 @@
 // The origins of values in the causal gradient in float32 (backward/value_origin.cuh). As no later
-// key may change an earlier row, they come from the past of the rows that they serve:
+// key may change an earlier row, they come from the past of the rows that they serve, averaged over
+// features that have seen a key:
 //
-//   first tile of a sequence       the average of the initial means, 0 if there are none
-//   its other tiles, first split   the same, or the average output of the first tile's rows
-//   a later split                  the average output of the last tile's rows before it
+//   a later split                           the means before it
+//   first split, after an initial state     the initial means
+//   first split, its first tile             0
+//   first split, its other tiles            the means of the first tile
 #pragma once
 #include "cuda/kernels/causal_backward/common.cuh"
 
@@ -11,60 +13,62 @@ namespace performer {
 namespace cuda {
 
 struct CausalOriginParams {
-  WorkTiles work;  // the splits
-  int64_t heads = 0, groups = 0, features = 0;
+  WorkTiles splits, tiles;
+  int64_t groups = 0, features = 0, features_pad = 0;
   int width = 0;
-  const float* out = nullptr;                        // [rows, H, W], not rounded
-  const float* row_max = nullptr;                    // [rows, H]: -inf where a row sees no key
-  const float *log_mass = nullptr, *mean = nullptr;  // the initial state [1 or N, G, M(, E)]
-  int64_t initial_count = 0;                         // 1 or N
-  float* origin = nullptr;                           // [splits, 2, G, W]
+  // The states before splits, as in CausalRowsParams.
+  const float *before_log_mass = nullptr, *before_mean = nullptr;
+  bool before_each = false;
+  int64_t before_count = 0;
+  Checkpoints<float> checkpoints;
+  float* origin = nullptr;  // [splits, 2, G, W]
 };
 
-// The average of column `column` of the outputs of rows [begin, end) of the tensor that see a key,
-// over the query heads of a group.
-PERFORMER_DEVICE float AverageOutput(const CausalOriginParams& p, int64_t group, int64_t begin,
-                                     int64_t end, int width, int column) {
-  const int64_t each = p.heads / p.groups;
-  float total = 0, seen = 0;
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t head = group * each; head < (group + 1) * each; ++head) {
-      const int64_t number = row * p.heads + head;
-      if (p.row_max[number] == -kInfinity) continue;
-      total += p.out[number * width + column];
+// The average of column `column` of means, if any feature has seen a key.
+struct AverageMean {
+  float value = 0;
+  bool any = false;
+
+  PERFORMER_DEVICE AverageMean(const float* log_mass, const float* mean, int64_t features,
+                               int64_t row_size, int width, int column) {
+    float sum = 0, seen = 0;
+    for (int64_t feature = 0; feature < features; ++feature) {
+      if (log_mass[feature] == -kInfinity) continue;
       seen += 1;
+      if (column < width) sum += mean[feature * row_size + column];
     }
-  return seen == 0.f ? 0.f : FiniteOrZero(total / seen);
-}
+    any = seen > 0.f;
+    if (any) value = FiniteOrZero(sum / seen);
+  }
+};
 
 // Grid: (splits of all sequences, key/value heads). One thread for each of the W columns.
-template <int kRows>
 static __global__ void __launch_bounds__(128) CausalOriginKernel(CausalOriginParams p) {
   const int column = threadIdx.x, width = static_cast<int>(blockDim.x);
-  const WorkTile work = GetWorkTile(p.work, blockIdx.x);
+  const WorkTile split = GetWorkTile(p.splits, blockIdx.x);
   const int64_t group = blockIdx.y;
-  float first = 0, rest;
-  if (work.index > 0) {
-    const int64_t row = work.first_row + work.begin;
-    first = rest = AverageOutput(p, group, row - kRows, row, width, column);
-  } else {
-    const int64_t state = (p.initial_count == 1 ? 0 : work.sequence) * p.groups + group;
-    float sum = 0, seen = 0;
-    for (int64_t row = state * p.features; row < (state + 1) * p.features; ++row) {
-      if (p.log_mass[row] == -kInfinity) continue;
-      seen += 1;
-      if (column < p.width) sum += p.mean[row * p.width + column];
-    }
-    if (seen > 0.f) {
-      first = rest = FiniteOrZero(sum / seen);
-    } else {
-      const int64_t rows = work.end < kRows ? work.end : kRows;
-      rest = AverageOutput(p, group, work.first_row, work.first_row + rows, width, column);
-    }
+  float first = 0, others = 0;
+  bool any = false;
+  if (p.before_each || p.before_count > 0) {
+    const int64_t row =
+        (p.before_each ? blockIdx.x : (p.before_count == 1 ? 0 : split.sequence)) * p.groups +
+        group;
+    const AverageMean before(p.before_log_mass + row * p.features,
+                             p.before_mean + row * p.features * p.width, p.features, p.width,
+                             p.width, column);
+    first = others = before.value;
+    any = before.any;
+  }
+  if (!any && split.end - split.begin > kTile) {
+    const int64_t tile = FirstWorkTile(p.tiles, split.sequence) + split.begin / kTile + 1;
+    const int64_t row = (tile * p.groups + group) * p.features_pad;
+    others = AverageMean(p.checkpoints.log_mass + row, p.checkpoints.mean + row * width, p.features,
+                         width, width, column)
+                 .value;
   }
   float* to = p.origin + (blockIdx.x * 2 * p.groups + group) * width + column;
   to[0] = first;
-  to[p.groups * width] = rest;
+  to[p.groups * width] = others;
 }
 
 }  // namespace cuda
