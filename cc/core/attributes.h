@@ -28,8 +28,7 @@ struct Attributes {
   int64_t exact_window = 64;
   bool causal = false, query_norm = true;
   // Of gradients: whether those of the projections and of feature_bias are asked for. Without, those
-  // of projections are 0 on the CPU, and on GPUs those that causal attention gives to the query
-  // projection and to feature_bias.
+  // of projections are 0, and on GPUs that which causal attention gives to feature_bias.
   bool projection_gradient = true;
 
   // The scale in force for key dimension `key_dim` > 0.

@@ -163,11 +163,11 @@ query_norm: whether |q|^2 / 2 is subtracted.
 
     << Define<Op::kSummarizeGrad>(
            "Gradient of Performer>Summarize for each of its inputs, summed over broadcast "
-           "dimensions; that of the projection is 0 on the CPU without projection_gradient.")
+           "dimensions; that of the projection is 0 without projection_gradient.")
 
     << Define<Op::kReadGrad>(
            "Gradient of Performer>Read for each of its inputs, summed over broadcast dimensions; "
-           "that of the projection is 0 on the CPU without projection_gradient.")
+           "that of the projection is 0 without projection_gradient.")
 
     << Define<Op::kCausalGrad>(
            "Gradient of Performer>Causal for each of its inputs, summed over broadcast "

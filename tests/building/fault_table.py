@@ -821,4 +821,22 @@ CUDA = [
             "inline constexpr bool kKeepsLogSum = false;",
         ),
     ),
+    *_faults(
+        "cc/cuda/kernels/backward/block_softmax.cuh",
+        EMULATED_GRADIENTS,
+        (
+            "exponentials stay relative to the largest of their warp",
+            "Exp2((own_max_ - base) * unit) * inverse;",
+            "inverse;",
+        ),
+    ),
+    *_faults(
+        "cc/cuda/kernels/backward/dq.cuh",
+        EMULATED_GRADIENTS,
+        (
+            "sums over tokens keep the scale of earlier queries",
+            "gradients.projection[m][n][i] *= scale.now / before;",
+            "gradients.projection[m][n][i] *= 1;",
+        ),
+    ),
 ]

@@ -99,6 +99,22 @@ def test_gradients_of_projections_are_zero_where_they_are_not_asked_for(dtype):
         assert_same_bits(part[name], grad, what=name)
 
 
+@dtypes
+@pytest.mark.parametrize(
+    "name", ["narrow, 256 features", "520 features", "wide, two blocks of features"]
+)
+def test_the_gradient_of_a_projection_is_zero_where_it_is_not_asked_for(dtype, name):
+    case = GPU_CASES[name]
+    x = {**make(case, dtype), **cotangents(case, dtype)}
+    x.update(forward(x, False, run))
+    for op in ("SummarizeGrad", "ReadGrad"):
+        asked, others = run(op, x), run(op, x, projection_gradient=False)
+        for output, grad in asked.items():
+            assert grad.any(), output
+            wanted = np.zeros_like(grad) if "projection" in output else grad
+            assert_same_bits(others[output], wanted, what=output)
+
+
 @forms
 @dtypes
 def test_operands_are_read_without_bank_conflicts(causal, dtype):

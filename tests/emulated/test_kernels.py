@@ -129,7 +129,8 @@ def test_operands_are_read_without_bank_conflicts(causal, dtype):
 
 # mma instructions a token, D = E = 64, M = 256. A product of M x D (or M x E) takes 8. Causal has
 # five of them, two in the states before its tiles, the lower triangle of f kb (5 of 8) and that of
-# local v (1.25 of 2). Its gradient has the states too, 16. The queries' part of it is 53.25: five
+# local v (1.25 of 2). The gradients of Summarize and Read have five each, of which one is for the
+# gradient of the projection. Causal's has the states too, 16. The queries' part of it is 53.25: five
 # products, twice 5 and once 1.25 in triangles, and 2 for sums of rounded operands. The keys' part is
 # 16 for reverse states and 60.5: seven products, of which one has an operand in two parts, twice 5
 # and twice 1.25 in triangles. The gradient of the queries' projection has four products, twice the
@@ -147,11 +148,18 @@ def test_the_tensor_cores_do_no_more_than_counted(dtype):
         with counting() as counters:
             run(op, {**x, **states[op.startswith("Causal")]})
         counts[op] = counters["mma"] / rows
-    forward_counts = {"Summarize": 16, "Read": 16, "Causal": 46.25}
-    assert counts == forward_counts | {"SummarizeGrad": 40, "ReadGrad": 56, "CausalGrad": 247.75}
-    with counting() as counters:
-        run("CausalGrad", {**x, **states[True]}, projection_gradient=False)
-    assert counters["mma"] / rows == 247.75 - 47 - 55
+    assert counts == {
+        "Summarize": 16,
+        "Read": 16,
+        "Causal": 46.25,
+        "SummarizeGrad": 40,
+        "ReadGrad": 40,
+        "CausalGrad": 247.75,
+    }
+    for op, for_projections in (("SummarizeGrad", 8), ("ReadGrad", 8), ("CausalGrad", 47 + 55)):
+        with counting() as counters:
+            run(op, {**x, **states[op == "CausalGrad"]}, projection_gradient=False)
+        assert counters["mma"] / rows == counts[op] - for_projections
 
 
 def test_what_the_kernels_do_not_take_is_refused():

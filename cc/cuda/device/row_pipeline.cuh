@@ -67,9 +67,12 @@ PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int tid) {
 template <class T, int W, int kRows, int kThreads, class Visit>
 PERFORMER_DEVICE void VisitSquaredNorms(const T* tile, int tid, Visit visit) {
   constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  static_assert(kRows % kStride == 0, "lanes exchange sums: all must come here as often");
   tid = Opaque(tid);
+  const int first_row = tid / kChunks;
 #pragma unroll 2
-  for (int row = tid / kChunks; row < kRows; row += kStride) {
+  for (int n = 0; n < kRows / kStride; ++n) {
+    const int row = first_row + n * kStride;
     const T* chunk = tile + At<T, W>(row, tid % kChunks * kChunk<T>);
     float norm = 0;
 #pragma unroll

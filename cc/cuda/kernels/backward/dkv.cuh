@@ -2,7 +2,7 @@
 // (backward/center.cuh):
 //
 //   P[m, j] = exp(b - log_mass)                 dS = P (dmean . v_j - c)
-//   over tokens     dw = root (dS slope) k
+//   over tokens     dw = root (dS slope) k, where it is asked for
 //   over features   dv = P^T dmean              dbias_j = sum_m dS
 //                   dk = root (dS slope)^T w - scale k sum_m dS
 //
@@ -28,10 +28,11 @@ struct DkvParams : KeyReadParams<T> {
   int64_t bias_rows = 0;            // S
   float* sum_key = nullptr;    // [B S, G, W], if a block cannot hold all features, else nullptr
   float* sum_value = nullptr;  // likewise
-  float* part_projection = nullptr;  // [splits, G, M, D]
+  float* part_projection = nullptr;  // [splits, G, M, D], if it is asked for
 };
 
-template <class T, int W, int kWarps>
+// kDw: dw is asked for.
+template <class T, int W, int kWarps, bool kDw = true>
 struct DkvLayout : BackwardLayout<T, W, kWarps> {
   using S = BackwardLayout<T, W, kWarps>;
   static constexpr int kProjection = 0;
@@ -48,7 +49,7 @@ struct DkvLayout : BackwardLayout<T, W, kWarps> {
 };
 
 // What one block does, in phases.
-template <class T, int W, int kWarps>
+template <class T, int W, int kWarps, bool kDw>
 struct DkvBlock {
   using L = DkvLayout<T, W, kWarps>;
   static constexpr int kRowTiles = L::kRowTiles, kThreads = L::kThreads;
@@ -135,7 +136,7 @@ struct DkvBlock {
         }
     StoreSummed<T, kRowTiles>(tile(L::kWeights), x, feature0(tid), j0, lane);
     StoreSummed<T, kRowTiles>(tile(L::kSummed), ds, feature0(tid), j0, lane);
-    if (linear) SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, lane);
+    if (kDw && linear) SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, lane);
   }
 
   // Maps that are not linear: dS *= slope in shared memory, and dw takes it.
@@ -146,7 +147,7 @@ struct DkvBlock {
       LoadSummed<T, kRowTiles>(ds, tile(L::kSummed), feature0(tid), j0, lane);
       ChainSlope<T, W, kRowTiles>(ds, p.map, tile(L::kProjection), feature0(tid), keys, j0, lane);
       StoreSummed<T, kRowTiles>(tile(L::kSummed), ds, feature0(tid), j0, lane);
-      SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, lane);
+      if (kDw) SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, lane);
     }
   }
 
@@ -215,9 +216,9 @@ struct DkvBlock {
   }
 };
 
-template <class T, int W, int kWarps>
+template <class T, int W, int kWarps, bool kDw>
 __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
-  using Block = DkvBlock<T, W, kWarps>;
+  using Block = DkvBlock<T, W, kWarps, kDw>;
   using L = typename Block::L;
   PERFORMER_SHARED_MEMORY(shared);
   float* const key_biases = reinterpret_cast<float*>(shared + L::kKeyBias);
@@ -291,10 +292,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
                               lane);
     }
 
-    StoreSums<W, L::kRowTiles>(
-        p.part_projection + (blockIdx.x * p.groups + head) * features * p.keys.key.width,
-        p.keys.key.width, features, first_feature + Block::feature0(tid), own.sum_projection,
-        p.map.root / scale, tid % 32);
+    if constexpr (kDw)
+      StoreSums<W, L::kRowTiles>(
+          p.part_projection + (blockIdx.x * p.groups + head) * features * p.keys.key.width,
+          p.keys.key.width, features, first_feature + Block::feature0(tid), own.sum_projection,
+          p.map.root / scale, tid % 32);
   }
 }
 

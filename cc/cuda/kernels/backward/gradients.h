@@ -48,6 +48,15 @@ inline Status SumHeads(const Context& context, int64_t parts, int64_t heads, int
   return Sum(context, 1, parts, count * size, from, to);
 }
 
+// The gradient of projections [count, M, D] of partial results [parts, heads, M, D]; zeros where it
+// is not asked for, and `from` is nullptr.
+inline Status SumProjection(const Context& context, int64_t parts, int64_t heads, int64_t count,
+                            const float* from, void* to) {
+  const int64_t size = context.dims.features * context.dims.key_dim;
+  if (from == nullptr) return Sum(context, 1, 0, count * size, nullptr, to);
+  return SumHeads(context, parts, heads, count, size, from, to);
+}
+
 // Sums partial results [splits, H, size] to [N, G, size].
 inline Status SumState(const Context& context, const Division& splits, int64_t size,
                        const float* from, void* to) {

@@ -32,39 +32,59 @@ Status LaunchValueOrigin(const Context& context, const State& state, const float
   return context.launcher.Launch("origins of values", ValueOriginKernel, {matrices}, W, 0, p);
 }
 
-// Statistics and peak of all rows, in workspace.
+// Statistics and peak of all rows, in workspace. `p` has the queries, state and grad_out.
 template <class T, int W>
-Status LaunchRowStatistics(const Context& context, const performer::ReadGradParams& call,
-                           RowStatisticsParams<T>* params) {
+Status LaunchRowStatistics(const Context& context, DqParams<T>* p) {
   using Layout = RowStatisticsLayout<T, W>;
   const Dims& dims = context.dims;
   Division tiles;
   PERFORMER_RETURN_IF_ERROR(context.Divide(dims.queries, Layout::kRows, &tiles));
-  RowStatisticsParams<T>& p = *params;
-  const float* origin = nullptr;
-  PERFORMER_RETURN_IF_ERROR((LaunchValueOrigin<W>(context, call.state, &origin)));
-  PERFORMER_RETURN_IF_ERROR(
-      (FillStateRead<T, W>(context, call.queries, call.state, tiles, &p, origin)));
-  p.grad_out = MakeRows<const T>(call.grad_out, dims.heads, dims.value_dim);
-  for (float** to : {&p.row_max, &p.delta, &p.peak, &p.log_sum})
-    if (to != &p.log_sum || kKeepsLogSum<T>)
+  RowStatisticsParams<T> rows;
+  static_cast<StateReadParams<T>&>(rows) = *p;
+  rows.work = tiles.tiles;
+  rows.grad_out = p->grad_out;
+  for (float** to : {&rows.row_max, &rows.delta, &rows.peak, &rows.log_sum})
+    if (to != &rows.log_sum || kKeepsLogSum<T>)
       PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(dims.batch * dims.queries * dims.heads,
                                                           "statistics of rows", to));
+  p->statistics = {rows.row_max, rows.log_sum, rows.delta};
+  p->peak = rows.peak;
   return context.launcher.Launch("statistics of rows", RowStatisticsKernel<T, W>,
-                                 {tiles.count, dims.heads}, Layout::kThreads, Layout::kBytes, p);
+                                 {tiles.count, dims.heads}, Layout::kThreads, Layout::kBytes, rows);
+}
+
+// Launches the dq kernel. Only blocks of narrow rows can have all features of a usual call.
+template <class T, int W, int kWarps, bool kDw>
+Status LaunchDqKernel(const Context& context, const Division& splits, DqParams<T>* p) {
+  const Dims& dims = context.dims;
+  const auto launch = [&](auto all_features) {
+    constexpr bool kAllFeatures = decltype(all_features)::value;
+    using Layout = DqLayout<T, W, kWarps, kAllFeatures, kDw>;
+    return context.launcher.Launch("query gradient", DqKernel<T, W, kWarps, kAllFeatures, kDw>,
+                                   {splits.count, dims.heads}, Layout::kThreads, Layout::kBytes,
+                                   *p);
+  };
+  constexpr int kFeatures = BackwardLayout<T, W, kWarps>::kFeatures;
+  if constexpr (W == kNarrow)
+    if (dims.features <= kFeatures) return launch(std::true_type());
+  PERFORMER_RETURN_IF_ERROR((LaunchRowStatistics<T, W>(context, p)));
+  if (dims.features > kFeatures)
+    PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(dims.batch * dims.queries * dims.heads * W,
+                                                        "sums of gradients", &p->sum_query));
+  return launch(std::false_type());
 }
 
 // The gradient of queries; the others as partial results.
 template <class T, int W>
 Status LaunchDq(const Context& context, const performer::ReadGradParams& call,
-                const RowStatisticsParams<T>& rows, const Division& splits, DqParams<T>* params) {
+                const Division& splits, DqParams<T>* params) {
   const Dims& dims = context.dims;
   DqParams<T>& p = *params;
-  static_cast<StateReadParams<T>&>(p) = rows;
-  p.work = splits.tiles;
-  p.grad_out = rows.grad_out;
-  p.statistics = {rows.row_max, rows.log_sum, rows.delta};
-  p.peak = rows.peak;
+  const float* origin = nullptr;
+  PERFORMER_RETURN_IF_ERROR((LaunchValueOrigin<W>(context, call.state, &origin)));
+  PERFORMER_RETURN_IF_ERROR(
+      (FillStateRead<T, W>(context, call.queries, call.state, splits, &p, origin)));
+  p.grad_out = MakeRows<const T>(call.grad_out, dims.heads, dims.value_dim);
   p.grad_query = MakeRows<T>(call.grad_queries.query, dims.heads, dims.key_dim);
   const auto allocate = [&](int64_t width, float** to) {
     return context.launcher.Allocate(splits.count * dims.heads * dims.features * width,
@@ -72,14 +92,12 @@ Status LaunchDq(const Context& context, const performer::ReadGradParams& call,
   };
   PERFORMER_RETURN_IF_ERROR(allocate(1, &p.part_log_mass));
   PERFORMER_RETURN_IF_ERROR(allocate(dims.value_dim, &p.part_mean));
-  PERFORMER_RETURN_IF_ERROR(allocate(dims.key_dim, &p.part_projection));
+  const bool dw = call.attributes.projection_gradient;
+  if (dw) PERFORMER_RETURN_IF_ERROR(allocate(dims.key_dim, &p.part_projection));
   const auto launch = [&](auto warps) {
-    using Layout = DqLayout<T, W, decltype(warps)::value>;
-    if (dims.features > Layout::kFeatures)
-      PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(
-          dims.batch * dims.queries * dims.heads * W, "sums of gradients", &p.sum_query));
-    return context.launcher.Launch("query gradient", DqKernel<T, W, decltype(warps)::value>,
-                                   {splits.count, dims.heads}, Layout::kThreads, Layout::kBytes, p);
+    constexpr int kWarps = decltype(warps)::value;
+    return dw ? LaunchDqKernel<T, W, kWarps, true>(context, splits, &p)
+              : LaunchDqKernel<T, W, kWarps, false>(context, splits, &p);
   };
   return WithWarps<W, kBackwardWarps<T, W>>(context, kFeaturesOf4Warps<T, W>, launch);
 }
@@ -88,19 +106,17 @@ template <class T, int W>
 Status ReadGrad(const Context& context, const performer::ReadGradParams& call) {
   const Dims& dims = context.dims;
   const int64_t heads = dims.heads, features = dims.features;
-  RowStatisticsParams<T> rows;
-  PERFORMER_RETURN_IF_ERROR((LaunchRowStatistics<T, W>(context, call, &rows)));
   Division splits;
   PERFORMER_RETURN_IF_ERROR(context.Divide(dims.queries, kSplits, &splits));
   DqParams<T> p;
-  PERFORMER_RETURN_IF_ERROR((LaunchDq<T, W>(context, call, rows, splits, &p)));
+  PERFORMER_RETURN_IF_ERROR((LaunchDq<T, W>(context, call, splits, &p)));
   PERFORMER_RETURN_IF_ERROR(
       SumState(context, splits, features, p.part_log_mass, call.grad_state.log_mass));
   PERFORMER_RETURN_IF_ERROR(
       SumState(context, splits, features * dims.value_dim, p.part_mean, call.grad_state.mean));
-  PERFORMER_RETURN_IF_ERROR(SumHeads(context, splits.count, heads, call.queries.projection_heads,
-                                     features * dims.key_dim, p.part_projection,
-                                     call.grad_queries.projection));
+  PERFORMER_RETURN_IF_ERROR(SumProjection(context, splits.count, heads,
+                                          call.queries.projection_heads, p.part_projection,
+                                          call.grad_queries.projection));
   return SumHeads(context, splits.count, heads, call.queries.feature_bias_heads, features,
                   p.part_log_mass, call.grad_queries.feature_bias);
 }
@@ -157,18 +173,21 @@ Status LaunchDkv(const Context& context, const performer::SummarizeGradParams& c
   p.grad_value = MakeRows<T>(call.grad_keys.value, dims.groups, dims.value_dim);
   PERFORMER_RETURN_IF_ERROR(AllocateBias(context, call.keys, call.grad_keys.bias, &p.grad_bias));
   p.bias_rows = dims.keys;
-  PERFORMER_RETURN_IF_ERROR(
-      context.launcher.Allocate(splits.count * dims.groups * dims.features * dims.key_dim,
-                                "partial gradients", &p.part_projection));
+  const bool dw = call.attributes.projection_gradient;
+  if (dw)
+    PERFORMER_RETURN_IF_ERROR(
+        context.launcher.Allocate(splits.count * dims.groups * dims.features * dims.key_dim,
+                                  "partial gradients", &p.part_projection));
   const auto launch = [&](auto warps) {
-    using Layout = DkvLayout<T, W, decltype(warps)::value>;
+    constexpr int kWarps = decltype(warps)::value;
+    using Layout = DkvLayout<T, W, kWarps>;
     if (dims.features > Layout::kFeatures)
       for (float** to : {&p.sum_key, &p.sum_value})
         PERFORMER_RETURN_IF_ERROR(context.launcher.Allocate(
             dims.batch * dims.keys * dims.groups * W, "sums of gradients", to));
-    return context.launcher.Launch("key gradient", DkvKernel<T, W, decltype(warps)::value>,
-                                   {splits.count, dims.groups}, Layout::kThreads, Layout::kBytes,
-                                   p);
+    return context.launcher.Launch(
+        "key gradient", dw ? DkvKernel<T, W, kWarps, true> : DkvKernel<T, W, kWarps, false>,
+        {splits.count, dims.groups}, Layout::kThreads, Layout::kBytes, p);
   };
   return WithWarps<W, kBackwardWarps<T, W>>(context, kFeaturesOf4Warps<T, W>, launch);
 }
@@ -182,9 +201,9 @@ Status SummarizeGrad(const Context& context, const performer::SummarizeGradParam
   PERFORMER_RETURN_IF_ERROR(context.Divide(dims.keys, kSplits, &splits));
   DkvParams<T> p;
   PERFORMER_RETURN_IF_ERROR((LaunchDkv<T, W>(context, call, centers, splits, &p)));
-  PERFORMER_RETURN_IF_ERROR(SumHeads(context, splits.count, dims.groups, call.keys.projection_heads,
-                                     dims.features * dims.key_dim, p.part_projection,
-                                     call.grad_keys.projection));
+  PERFORMER_RETURN_IF_ERROR(SumProjection(context, splits.count, dims.groups,
+                                          call.keys.projection_heads, p.part_projection,
+                                          call.grad_keys.projection));
   return SumBias(context, call.keys, p.grad_bias, centers.bias_part, call.grad_keys.bias);
 }
 
