@@ -159,6 +159,18 @@ def test_a_stage_that_does_not_help_leaves_the_model_as_it_was():
     np.testing.assert_array_equal(student(sharp()[:2]), again(sharp()[:2]))
 
 
+def test_a_later_stage_alone_begins_with_the_model_as_it_is(tmp_path):
+    teacher, x = two_layers(), sharp()
+    student = student_of(teacher)
+    convert.calibrate(student, x)
+    only = {**SHORT, "steps": 0, "end_to_end": 20, "learning_rate": 0.05}
+    report = convert.distill(student, teacher, x, **only, checkpoint=tmp_path)
+    assert not report.layers
+    assert not list(tmp_path.glob("layer_*"))
+    assert report.outputs["layers"] == report.outputs["as it was"]
+    assert report.outputs["end to end"] < 0.99 * report.outputs["layers"]
+
+
 def test_without_lora_only_features_change_be_it_for_arrays_or_a_dataset():
     x, students = sharp(), []
     for data in (x, tf.data.Dataset.from_tensor_slices(x).batch(4)):

@@ -125,10 +125,15 @@ def test_a_small_encoder_tells_topics_apart():
 def test_a_sentence_encoder_comes_back_to_the_exact_one(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     sizes = {"length": 256, "fitted": 16, "held_out": 24, "supports": 16}
+    sizes["together"] = 8
     table = run("sentence_encoder", source="small_encoder", **sizes, steps=50, verbose=0)
     # The window covers most of so short a text: with it nothing is left to gain.
     assert table["features only"]["distilled"][0] > table["features only"]["converted"][0] + 0.2
     assert table["features and window"]["distilled"][0] > 0.95
+    distilled, together = (
+        table["features only"][x][0] for x in ("distilled", "distilled by embeddings")
+    )
+    assert together > distilled - 0.02  # of other texts than those by which it was judged
 
 
 def test_padding_changes_no_embedding():

@@ -144,7 +144,7 @@ def distill(
             if counts["steps"]
         ]
     features = [w for layer, _ in layers for w in _weights(layer)]
-    outputs["layers"] = ends.error()
+    outputs["layers"] = ends.error() if counts["steps"] else outputs[AS_IT_WAS]
     if counts["end_to_end"]:
         outputs["end to end"] = ends.train(
             "end to end",
