@@ -171,8 +171,8 @@ query_norm: whether |q|^2 / 2 is subtracted.
 
     << Define<Op::kCausalGrad>(
            "Gradient of Performer>Causal for each of its inputs, summed over broadcast "
-           "dimensions; without projection_gradient those of the projections are 0 on the CPU, "
-           "and those of the query projection and feature_bias on GPUs.")
+           "dimensions; without projection_gradient those of the projections are 0, and on GPUs "
+           "that of feature_bias.")
 
     << Define<Op::kNearFarGrad>(
            "Gradient of Performer>NearFar for each of its inputs, summed over broadcast "
