@@ -99,7 +99,7 @@ def _of_projections(name: str) -> bool:
 
 
 def _asks_for_projections(op, inputs) -> bool:
-    """Whether the tape watches a projection or its bias: a layer's draw is not trained, for example.
+    """Whether the tape watches a projection or its bias. A layer's draw is not trained, say.
 
     Without a tape (`tf.gradients`, the gradient of a function from outside) that is not known.
     """
