@@ -176,8 +176,8 @@ PYTHON = [
         ),
         (
             "the gradient of a projection is left out where it is asked for",
-            'any("projection" in name and i not in skipped',
-            'all("projection" in name and i not in skipped',
+            "any(_of_projections(name) and i not in skipped",
+            "all(_of_projections(name) and i not in skipped",
         ),
         (
             "the gradient of a projection is computed where nobody asks for it",
