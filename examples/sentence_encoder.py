@@ -18,7 +18,9 @@ import numpy as np
 import e5
 import minilm
 import small_encoder
+from neighbours import compare
 from performer import convert
+from python_texts import docstrings, documentation
 
 SOURCES = {"e5": e5, "minilm": minilm, "small_encoder": small_encoder}
 KINDS = {
@@ -29,63 +31,40 @@ KINDS = {
 }
 
 
-def neighbours(embeddings, count=5):
-    """The nearest other rows of each row."""
-    return np.argsort(2 * np.eye(len(embeddings)) - embeddings @ embeddings.T)[:, :count]
+def main(source=None, length=512, texts=(32, 48), supports=64, kinds=KINDS, together=0, **options):
+    """Fits to as many texts as the first number says, and measures by as many as the second.
 
-
-def compare(embeddings, original):
-    """Mean cosine of two embeddings of the same texts, and the share of common neighbours."""
-    pairs = zip(neighbours(embeddings), neighbours(original), strict=True)
-    recall = np.mean([len(set(a) & set(b)) / 5 for a, b in pairs])
-    return float(np.mean(np.sum(embeddings * original, 1))), float(recall)
-
-
-def main(
-    source=None,
-    length=512,
-    fitted=32,
-    held_out=48,
-    supports=64,
-    kinds=KINDS,
-    together=0,
-    **options,
-):
-    """Returns {kind: {what was done: (cosine, recall)}} of texts that were held out."""
+    Returns {kind: {what was done: (cosine, recall)}}.
+    """
     keras.utils.set_random_seed(0)
     there = [x for x in SOURCES if all(map(importlib.util.find_spec, SOURCES[x].PACKAGES))]
-    source = SOURCES[source or there[0]]
+    source, words = SOURCES[source or there[0]], length * 2 // 3
     exact, tokens = source.encoder(length), source.tokenizer(length)
-    texts, _ = small_encoder.pieces(length * 2 // 3)
-    sample, texts = tokens(texts[:fitted]), tokens(texts[fitted : fitted + held_out])
-    others = tokens(small_encoder.docstrings(length * 2 // 3)[: 5 * together]) if together else None
-    original, table = exact.predict(texts, 4, verbose=0), {}
-    different = (np.sum(original @ original.T) - len(texts)) / (len(texts) * (len(texts) - 1))
+    sample, held_out = np.split(tokens(documentation(words)[0][: sum(texts)]), [texts[0]])
+    original, table = exact.predict(held_out, 4, verbose=0), {}
+    different = (np.sum(original @ original.T) - texts[1]) / (texts[1] * (texts[1] - 1))
     print(f"original: mean cosine of two different texts {different:.3f}")
-
-    def measure(kind, done, model, start):
-        seconds = time.process_time() - start
-        found = compare(model.predict(texts, 4, verbose=0), original)
-        table.setdefault(kind, {})[done] = found
-        print(f"{kind}, {done}, {seconds:.0f} s: cosine {found[0]:.3f}, recall {found[1]:.2f}")
-
+    steps = {
+        "converted": lambda model: None,
+        "calibrated": lambda model: print(convert.calibrate(model, sample)),
+        "distilled": lambda model: print(convert.distill(model, exact, sample, **options)),
+    }
+    if together:
+        others = tokens(docstrings(words)[: 5 * together])
+        last = {**options, "steps": 0, "end_to_end": together}
+        steps["distilled by embeddings"] = lambda model: print(
+            convert.distill(model, exact, others, **last)
+        )
     for kind in kinds:
-        start = time.process_time()
         sizes = {"supports": supports, "feature_map": "learned", "seed": 1, **KINDS[kind]}
-        linear = convert.replace_attention(exact, **sizes)
-        measure(kind, "converted", linear, start)
-        if kind != "window only":
+        model, table[kind] = convert.replace_attention(exact, **sizes), {}
+        for done in ["converted"] if kind == "window only" else steps:
             start = time.process_time()
-            print(convert.calibrate(linear, sample))
-            measure(kind, "calibrated", linear, start)
-            start = time.process_time()
-            print(convert.distill(linear, exact, sample, **options))
-            measure(kind, "distilled", linear, start)
-        if kind != "window only" and together:
-            start = time.process_time()
-            embedded = {**options, "steps": 0, "end_to_end": together}
-            print(convert.distill(linear, exact, others, **embedded))
-            measure(kind, "distilled by embeddings", linear, start)
+            steps[done](model)
+            seconds = time.process_time() - start
+            found = compare(model.predict(held_out, 4, verbose=0), original)
+            table[kind][done] = found
+            print(f"{kind}, {done}, {seconds:.0f} s: cosine {found[0]:.3f}, recall {found[1]:.2f}")
     return table
 
 

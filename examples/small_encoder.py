@@ -3,48 +3,17 @@
 It has the functions of minilm.py, in the place of which sentence_encoder.py may use it.
 """
 
-import ast
 import pydoc_data.topics
-import sysconfig
-from pathlib import Path
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import layers
 
 from performer import TokenAndPositionEmbedding
+from python_texts import TOPICS, documentation
 
-TOPICS = sorted(pydoc_data.topics.topics)
 WORDS, WIDTH, HEADS = 2000, 64, 4
 PACKAGES = ()
-
-
-def pieces(words):
-    """Texts of so many words, in an order of no meaning, and the numbers of their topics."""
-    return _cut([pydoc_data.topics.topics[name] for name in TOPICS], words)
-
-
-def docstrings(words):
-    """Such texts from the docstrings of Python's own modules."""
-    root, found = Path(sysconfig.get_paths()["stdlib"]), []
-    parts = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    for file in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
-        if file.parent.name not in ("site-packages", "test", "pydoc_data"):
-            tree = ast.parse(file.read_bytes())
-            texts = [ast.get_docstring(x) for x in ast.walk(tree) if isinstance(x, parts)]
-            found.append(" ".join(filter(None, texts)))
-    return _cut([text for text in found if len(text.split()) > words // 2], words)[0]
-
-
-def _cut(texts, words):
-    """Pieces of so many words, in an order of no meaning, and which texts they are of."""
-    found = []
-    for number, text in enumerate(text.split() for text in texts):
-        cut = range(0, max(len(text) - words, 1), words)
-        found += [(" ".join(text[i : i + words]), number) for i in cut]
-    order = np.random.default_rng(0).permutation(len(found))
-    return [found[i][0] for i in order], np.array([found[i][1] for i in order])
 
 
 def tokenizer(length):
@@ -73,14 +42,14 @@ def encoder(length, epochs=8):
         keras.optimizers.Adam(3e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    texts, labels = pieces(length)
+    texts, labels = documentation(length)
     classifier.fit(tokenizer(length)(texts), labels, batch_size=16, epochs=epochs, verbose=2)
     return model
 
 
 def main(length=128):
     """Trains, and returns mean cosines of pieces of the same topic and of different ones."""
-    texts, labels = pieces(length)
+    texts, labels = documentation(length)
     embedded = encoder(length).predict(tokenizer(length)(texts), verbose=0)
     same = labels[:, None] == labels
     cosines = embedded @ embedded.T

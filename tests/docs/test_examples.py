@@ -1,6 +1,7 @@
 """The examples run, are short, and do what they say."""
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -115,8 +116,21 @@ def test_ray_starts_workers_that_train_as_one(monkeypatch):
     assert run("ray_train", **sizes) == pytest.approx((alone[0], alone[-1]), rel=2e-4)
 
 
+def test_python_has_texts_to_try_an_encoder_on():
+    documentation, docstrings = run("python_texts", words=340)
+    assert documentation > 80  # what sentence_encoder.py takes
+    assert docstrings > 300
+
+
+def test_errors_of_embeddings_change_their_neighbours():
+    (cosine, recall), *rest = run("neighbours")
+    assert (cosine, recall) == (pytest.approx(1), 1)
+    assert all(a > b for a, b in itertools.pairwise([recall, *(x for _, x in rest)]))
+
+
 @pytest.mark.slow
-def test_a_small_encoder_tells_topics_apart():
+def test_a_small_encoder_tells_topics_apart(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
     same, other = run("small_encoder", length=64)
     assert same > other + 0.2
 
@@ -124,8 +138,7 @@ def test_a_small_encoder_tells_topics_apart():
 @pytest.mark.slow
 def test_a_sentence_encoder_comes_back_to_the_exact_one(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    sizes = {"length": 256, "fitted": 16, "held_out": 24, "supports": 16}
-    sizes["together"] = 8
+    sizes = {"length": 256, "texts": (16, 24), "supports": 16, "together": 8}
     table = run("sentence_encoder", source="small_encoder", **sizes, steps=50, verbose=0)
     # The window covers most of so short a text: with it nothing is left to gain.
     assert table["features only"]["distilled"][0] > table["features only"]["converted"][0] + 0.2
