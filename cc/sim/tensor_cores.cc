@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 // The emulator spends a good part of its time here, so that rows are added eight columns at a time.
 #if defined(__x86_64__) && !defined(__AVX2__)
@@ -162,6 +163,12 @@ PERFORMER_SIM_INLINE void AddSteps(const Model& model, int min_exponent, const f
 }
 
 }  // namespace
+
+TensorCores ParseTensorCores(const std::string& name) {
+  if (name == "H100") return TensorCores::kH100;
+  if (name == "A100") return TensorCores::kA100;
+  throw std::invalid_argument("tensor_cores must be H100 or A100; got '" + name + "'");
+}
 
 PERFORMER_SIM_VECTORS
 void AddProducts(TensorCores cores, int depth, int min_exponent, const float* a, const float* b,

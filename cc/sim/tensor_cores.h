@@ -4,6 +4,8 @@
 // added; the sum is cut off to float32.
 #pragma once
 
+#include <string>
+
 namespace performer {
 namespace sim {
 
@@ -11,6 +13,9 @@ enum class TensorCores {
   kH100,  // and H200, B200: all products in one step, two bits kept below float32's last one
   kA100,  // and sm_86, sm_89: half of the products in a step, one bit kept
 };
+
+// Those of a name, H100 or A100. Throws std::invalid_argument for another one.
+TensorCores ParseTensorCores(const std::string& name);
 
 // d [16][8] += a [16][depth] b [depth][8], depth 8 or 16. `min_exponent` is that of normal numbers
 // in the type of a and b. A product with a zero counts for nothing, whatever the other factor's

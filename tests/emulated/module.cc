@@ -29,12 +29,6 @@ sim::Order ParseOrder(const std::string& name) {
   return found->second;
 }
 
-sim::TensorCores ParseTensorCores(const std::string& name) {
-  if (name == "H100") return sim::TensorCores::kH100;
-  if (name == "A100") return sim::TensorCores::kA100;
-  throw py::value_error("tensor_cores must be H100 or A100; got '" + name + "'");
-}
-
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
@@ -128,7 +122,7 @@ py::dict Run(const std::string& name, const py::dict& given, const std::string& 
              uint64_t seed, const std::string& skip, int allocations, int shared_bytes,
              const std::string& tensor_cores, bool captured, const py::kwargs& attributes) {
   const ArrayCall made = MakeArrayCall(name, given, attributes);
-  sim::TheOptions() = {ParseOrder(order), seed, skip, ParseTensorCores(tensor_cores)};
+  sim::TheOptions() = {ParseOrder(order), seed, skip, sim::ParseTensorCores(tensor_cores)};
   Memory memory;
   Call call = made.call;  // with buffers of `memory`
   for (size_t i = 0; i < made.inputs.size(); ++i)

@@ -21,12 +21,6 @@ Order ParseOrder(const std::string& name) {
   return found->second;
 }
 
-sim::TensorCores ParseTensorCores(const std::string& name) {
-  if (name == "H100") return sim::TensorCores::kH100;
-  if (name == "A100") return sim::TensorCores::kA100;
-  throw py::value_error("tensor_cores must be H100 or A100; got '" + name + "'");
-}
-
 void Load(const std::string& text) {
   try {
     for (auto& [name, kernel] : ParseProgram(text)) TheRuntime().program[name] = std::move(kernel);
@@ -42,7 +36,7 @@ py::dict RunOperator(const std::string& name, const py::dict& given, const std::
   Runtime& runtime = TheRuntime();
   runtime.max_shared_bytes = shared_bytes;
   runtime.error.clear();
-  TheOptions() = {ParseOrder(order), seed, ParseTensorCores(tensor_cores), fused};
+  TheOptions() = {ParseOrder(order), seed, sim::ParseTensorCores(tensor_cores), fused};
   GlobalMemory memory;
   Call call = made.call;  // with buffers of `memory`
   for (size_t i = 0; i < made.inputs.size(); ++i)
@@ -72,7 +66,7 @@ py::array_t<uint32_t> LaunchOnWords(const std::string& name,
                                     const std::string& tensor_cores) {
   const auto kernel = TheRuntime().program.find(name);
   if (kernel == TheRuntime().program.end()) throw py::value_error("no kernel is called " + name);
-  TheOptions() = {ParseOrder(order), seed, ParseTensorCores(tensor_cores), true};
+  TheOptions() = {ParseOrder(order), seed, sim::ParseTensorCores(tensor_cores), true};
   GlobalMemory memory;
   py::array_t<uint32_t> result(words);
   const size_t bytes = static_cast<size_t>(words) * sizeof(uint32_t);

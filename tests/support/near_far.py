@@ -13,6 +13,7 @@ import numpy as np
 
 from performer import reference
 from performer.features.tolerances import tolerances
+from support import cases
 from support.cases import GPU_SPLIT
 from support.causality import POISONS, poisoned
 from support.compare import assert_close, assert_finite, assert_same_bits
@@ -50,15 +51,7 @@ CASES = {
         {"exact_window": 8, "query_norm": False, "key_norm": False, "scale": 0.3},
     ),
     "packed, with empty sequences": (
-        Case(
-            batch=1,
-            rows=131,
-            heads=4,
-            offsets=(0, 0, 40, 40, 41, 73, 131, 131),
-            state=7,
-            bias="11S",
-            masked="holes",
-        ),
+        replace(cases.CASES["packed, with empty sequences"], key_projections=1, bias="11S"),
         0,
         {"exact_window": 8},
     ),
@@ -151,16 +144,7 @@ def gpu_cases(split: int) -> dict[str, tuple]:
             {"exact_window": 24},
         ),
         "packed, splits of some sequences": (
-            Case(
-                batch=1,
-                rows=2 * split + 152,
-                heads=3,
-                groups=1,
-                value_dim=8,
-                offsets=(0, 3, split + 76, split + 76, 2 * split + 152),
-                state=4,
-                bias="11S",
-            ),
+            cases.split_cases(split)["packed, splits of some sequences"],
             0,
             {"exact_window": 32},
         ),
