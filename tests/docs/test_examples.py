@@ -116,6 +116,7 @@ def test_ray_starts_workers_that_train_as_one(monkeypatch):
     assert run("ray_train", **sizes) == pytest.approx((alone[0], alone[-1]), rel=2e-4)
 
 
+@pytest.mark.slow
 def test_python_has_texts_to_try_an_encoder_on():
     documentation, docstrings = run("python_texts", words=340)
     assert documentation > 80  # what sentence_encoder.py takes

@@ -123,19 +123,34 @@ def test_sizes_beyond_32_bits_are_inferred_right():
     assert out.shape == [2**20, 2**13, 1, 7]
 
 
-def test_results_too_large_for_memory_are_refused_and_the_next_call_is_right():
-    sequences, width = 2**20, 65536  # 2^54 bytes
-    x = {
+@pytest.fixture
+def larger_than_any_memory():
+    sequences, width = 2**20, 65536  # results of 2^54 bytes
+    return {
         "key": np.zeros((sequences, 0, 1, 1), np.float32),
         "value": np.zeros((sequences, 0, 1, width), np.float32),
         "key_projection": np.zeros((1, width, 1), np.float32),
         "key_bias": np.zeros((1, 1, 1), np.float32),
         "offsets": np.zeros(1, np.int64),
     }
+
+
+def test_the_core_refuses_results_too_large_for_memory(larger_than_any_memory):
+    with pytest.raises((MemoryError, ValueError)):  # ValueError: NumPy cannot count the bytes
+        run("Summarize", larger_than_any_memory)
+    assert_next_call_is_right("Summarize")
+
+
+@pytest.mark.slow  # TensorFlow waits for memory, 10 s
+def test_the_operator_refuses_them_too_and_the_next_call_is_right(larger_than_any_memory):
+    x = larger_than_any_memory
     with pytest.raises(tf.errors.ResourceExhaustedError):
         call("Summarize", x)
-    with pytest.raises((MemoryError, ValueError)):  # ValueError: NumPy cannot count the bytes
-        run("Summarize", x)
     assert_next_call_is_right("Summarize")
-    x["key"], x["value"] = x["key"][:0], x["value"][:0]  # no sequence: nothing to hold
+
+
+def test_without_a_sequence_nothing_is_too_large(larger_than_any_memory):
+    x = larger_than_any_memory
+    x["key"], x["value"] = x["key"][:0], x["value"][:0]
+    width = x["value"].shape[-1]
     assert call("Summarize", x)["mean"].shape == [0, 1, width, width]
