@@ -10,8 +10,8 @@ is wrong it is not timed; either way the command returns 1. The most telling cas
 does not fit into the time is listed. The command writes gpu.json, gpu.md and gpu.png. It returns 2
 for a wrong argument, and 3 where nothing can be measured.
 
---headline measures the cases that have a goal, the time of each of their kernels, and what this GPU
-reaches in single instructions. --once only runs those cases once, for a profiler.
+--headline measures the cases that have a goal, with a window too, the time of each kernel,
+and what this GPU reaches in single instructions. --once only runs those cases once, for a profiler.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--lengths", type=int, nargs="+", default=list(cases.LENGTHS), help="multiples of 256"
     )
-    made.add_argument("--headline", action="store_true", help="only the cases that have a goal")
+    made.add_argument("--headline", action="store_true", help="only the cases with a goal")
     made.add_argument("--once", action="store_true", help="those once, without times")
     made.add_argument("--name", help="of the files (default gpu, or headline)")
     return made

@@ -11,6 +11,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SETTINGS = ((64, 256), (64, 128), (128, 256), (128, 128))  # (D, M), the main one first
 BATCH, HEADS = 4, 16
 HEADLINE = 16384
+WINDOW = 64
 FORWARD, BACKWARD = "forward", "backward"
 
 # Milliseconds on an H100 at B = 4, H = 16, L = 16384, D = 64, M = 256 in bfloat16: 60 % of the rate
@@ -33,6 +34,7 @@ class GpuCase:
         length: L.
         dim: D = E.
         features: M.
+        window: rows of the blocks near which keys are exact, or 0.
     """
 
     causal: bool
@@ -42,17 +44,19 @@ class GpuCase:
     features: int = 256
     batch: int = BATCH
     heads: int = HEADS
+    window: int = 0
 
     @property
     def mode(self) -> str:
         """In words."""
-        return f"{'causal' if self.causal else 'bidirectional'}, {self.part}"
+        near = f", window of {self.window}" if self.window else ""
+        return f"{'causal' if self.causal else 'bidirectional'}{near}, {self.part}"
 
     def operations(self) -> float:
         """Floating-point operations of linear attention, counted as on the CPU.
 
-        Forward 8 L M D a head, and 64 L (M + D) if causal; backward 2.5 times that (5 products for
-        2; the gradient of the projection included). What a kernel computes twice does not count.
+        Forward as `performer.bench.cases.Case`; backward 2.5 times (5 products for 2; the gradient
+        of the projection included). What a kernel computes twice does not count.
 
         Example:
 
@@ -60,7 +64,9 @@ class GpuCase:
         131072.0
         """
         forward = Case(
-            self.causal, False, self.length, self.features, self.dim, heads=self.heads
+            *(self.causal, False, self.length, self.features, self.dim),
+            heads=self.heads,
+            window=self.window or None,
         ).operations()
         return self.batch * forward * (1.0 if self.part == FORWARD else 2.5)
 
@@ -80,21 +86,26 @@ class GpuCase:
 
 
 def headline() -> list[GpuCase]:
-    """The cases that have a goal."""
-    return [GpuCase(causal, part, HEADLINE) for causal, part in GOALS]
+    """The cases that have a goal, and the same ones with a window."""
+    return [
+        GpuCase(causal, part, HEADLINE, window=window)
+        for window in (0, WINDOW)
+        for causal, part in GOALS
+    ]
 
 
 def plan(lengths=LENGTHS, settings=SETTINGS) -> list[GpuCase]:
     """All cases, the most telling first, for a run that may be cut short.
 
     The headline length of the main setting, then the other lengths of that setting from short to
-    long, then the other settings.
+    long, then all that with a window, then the other settings.
     """
     kinds = list(itertools.product((FORWARD, BACKWARD), (False, True)))
     ordered = sorted(lengths, key=lambda n: (n != HEADLINE, n))
+    main, *others = settings
     return [
-        GpuCase(causal, part, length, dim, features)
-        for dim, features in settings
+        GpuCase(causal, part, length, dim, features, window=window)
+        for (dim, features), window in ((main, 0), (main, WINDOW), *((s, 0) for s in others))
         for length in ordered
         for part, causal in kinds
     ]

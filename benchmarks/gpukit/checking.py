@@ -35,7 +35,9 @@ def error(impl: str, case, x: dict, results) -> float | None:
     w = x["projection"].double()
 
     def attention(q, k, v):
-        return compose(q, k, v, w, case.causal) if linear else exact(q, k, v, case.causal)
+        if not linear:
+            return exact(q, k, v, case.causal)
+        return compose(q, k, v, w, case.causal, case.window)
 
     if case.part == cases.FORWARD:
         wanted = [attention(q, k, v) if linear else attention(q[..., -LAST:, :], k, v)]

@@ -45,6 +45,7 @@ def by_case(run: dict) -> dict:
             found.items(),
             key=lambda item: (
                 setting.get((item[0].dim, item[0].features), len(setting)),
+                item[0].window,
                 item[0].part == cases.BACKWARD,
                 item[0].causal,
                 item[0].length,

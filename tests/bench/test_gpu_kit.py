@@ -40,17 +40,23 @@ def test_operations_are_those_of_the_page():
         8 * 256 * 64 + 64 * (256 + 64)
     )
     assert cases.GpuCase(False, cases.BACKWARD, 16384).operations() == 2.5 * forward.operations()
+    window = cases.GpuCase(False, cases.FORWARD, 16384, window=64)
+    assert window.operations() == tokens * (8 * 256 * 64 + 12 * 64 * 64)
     assert forward.exact_operations() == 4 * 16 * 4 * 16384**2 * 64
     assert forward.bytes_moved() == tokens * 64 * 4 * 2
     page = (ROOT / "docs" / "gpu.md").read_text()
-    assert f"{forward.operations() / tokens / 1000:.0f}k" in page
+    for case in (forward, window):
+        assert f"{case.operations() / tokens / 1000:.0f}k" in page
 
 
 def test_the_headline_comes_first_and_nothing_twice():
-    plan = cases.plan()
-    assert {(c.causal, c.part) for c in plan[:4]} == set(cases.GOALS)
-    assert all((c.length, c.dim, c.features) == (16384, 64, 256) for c in plan[:4])
-    assert len(plan) == len(set(plan)) == 4 * len(cases.LENGTHS) * len(cases.SETTINGS)
+    plan, kinds = cases.plan(), len(cases.GOALS)
+    assert {(c.causal, c.part) for c in plan[:kinds]} == set(cases.GOALS)
+    assert all((c.length, c.dim, c.features) == (16384, 64, 256) for c in plan[:kinds])
+    # One of the settings with a window, too.
+    assert len(plan) == len(set(plan)) == kinds * len(cases.LENGTHS) * (len(cases.SETTINGS) + 1)
+    assert cases.headline()[:kinds] == plan[:kinds] and set(cases.headline()) <= set(plan)
+    assert {c.window for c in cases.headline()} == {0, cases.WINDOW}
 
 
 def measured():
@@ -67,6 +73,7 @@ def measured():
                 "implementation": impl,
                 "batch": case.batch,
                 "heads": case.heads,
+                "window": case.window,
             }
             if impl == "composition" and case.length == 16384:
                 records.append({**record, "left_out": "composition in torch: out of memory"})
@@ -88,7 +95,7 @@ def test_the_report_says_what_was_measured_and_what_follows(tmp_path):
     assert (
         "bidirectional, forward, D = 64, M = 128: faster than flash attention from L = 1024" in text
     )
-    assert "left out, 8 measurements: composition in torch: out of memory" in text
+    assert "left out, 12 measurements: composition in torch: out of memory" in text
     assert "800 TFLOP/s" in text
     rows = report.table(run).rows
     assert all(len(row) == len(report.COLUMNS) for row in rows)
@@ -106,7 +113,8 @@ def test_an_empty_run_has_a_report_and_no_plot(tmp_path):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_composition_is_the_reference(causal):
+@pytest.mark.parametrize("window", [0, 64])
+def test_the_composition_is_the_reference(causal, window):
     torch = pytest.importorskip("torch")
     from performer import reference
 
@@ -114,8 +122,11 @@ def test_the_composition_is_the_reference(causal):
     query, key, value = (rng.normal(size=(1, 512, 2, 16)) for _ in range(3))
     projection = rng.normal(size=(24, 16))
     heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (query, key, value)]
-    out = compose(*heads_first, torch.from_numpy(projection), causal).transpose(1, 2)
-    wanted, _ = reference.attention(
+    out = compose(*heads_first, torch.from_numpy(projection), causal, window).transpose(1, 2)
+    form, options = reference.attention, {}
+    if window:
+        form, options = reference.near_far_attention, {"exact_window": window}
+    wanted, *_ = form(
         query=query,
         key=key,
         value=value,
@@ -126,6 +137,7 @@ def test_the_composition_is_the_reference(causal):
         causal=causal,
         offsets=None,
         initial_state=None,
+        **options,
     )
     np.testing.assert_allclose(out.numpy(), wanted, rtol=1e-9, atol=1e-9)
 
@@ -307,7 +319,6 @@ def test_the_headline_reports_kernels_and_ceilings(tmp_path):
     text = report.write(run, tmp_path, "headline")[1].read_text()
     assert "| a case | ReadKernel<BFloat16, 64> | 2 | 500.0 |" in text
     assert "ex2, T/s: 4.25" in text
-    assert cases.headline() == cases.plan()[:4]
 
 
 def test_the_kit_reports_failures_and_stops_what_hangs(tmp_path):

@@ -4,7 +4,8 @@
 
     build       the kernels for this GPU, without TensorFlow, in build/gpu
     ptx         every PTX wrapper by itself
-    headline    the four cases with a goal: checked, timed, time of each kernel, measured ceilings
+    headline    the four cases with a goal, and with a window: checked, timed, time of each kernel,
+                measured ceilings
     tests       all kernels against the reference, 50 runs with the same bits
     sanitize    compute-sanitizer: memcheck, racecheck, initcheck, synccheck
     table       benchmarks/gpu.py, all cases
