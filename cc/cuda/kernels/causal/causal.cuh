@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(128, 2) CausalKernel(CausalParams<T> p) {
   CpAsyncCommit();
   CpAsyncWait<0>();
   T* const values = block.tile(L::kKey);
-  block.ZeroNonFinite(values, tid);
+  ZeroNonFinite<T, W, kThreads>(values, reinterpret_cast<int*>(shared + L::kPoison), tid);
   __syncthreads();  // values and poison are visible
   block.Write(sums, values, p.out, row0, rows, lane);
 }

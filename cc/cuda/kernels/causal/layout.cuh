@@ -120,11 +120,6 @@ struct CausalLayout {
   static_assert(kStream % 8 == 0 && kPointers % 8 == 0 && kBytes <= MaxSharedBytes(W, kWarps));
 };
 
-// Neither infinite nor NaN.
-PERFORMER_DEVICE bool IsFinite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
-PERFORMER_DEVICE bool IsFinite(Half x) { return (x.bits & 0x7c00) != 0x7c00; }
-PERFORMER_DEVICE bool IsFinite(float x) { return (AsBits(x) & 0x7f800000u) != 0x7f800000u; }
-
 // An A operand in global memory, as PackOperandsKernel writes it.
 template <class T>
 PERFORMER_DEVICE void LoadOperand(uint32_t (&a)[kFragment<T>], const uint32_t* from, int lane) {

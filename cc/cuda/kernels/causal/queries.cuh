@@ -1,5 +1,6 @@
 // What the causal kernel (causal/causal.cuh) does for the query rows of its tile.
 #pragma once
+#include "cuda/device/poison.cuh"
 #include "cuda/kernels/causal/keys.cuh"
 
 namespace performer {
@@ -154,29 +155,6 @@ struct CausalBlock : CausalKeys<T, W, CausalLayout<T, W>> {
         StoreColumns(pointers()->result + static_cast<int64_t>(row) * out.stride, column, out.width,
                      out.aligned, value(0), value(1));
       }
-    }
-  }
-
-  // Replaces infinities and NaN of v by 0. poison[e] becomes the first row that held one in column
-  // e. Each thread reads the values that it copied itself. The order of atomicMin does not matter.
-  PERFORMER_DEVICE void ZeroNonFinite(T* values, int tid) const {
-    constexpr int kChunks = W / kChunk<T>, kStride = L::kThreads / kChunks;
-    int* poison = reinterpret_cast<int*>(shared + L::kPoison);
-    tid = Opaque(tid);
-    const int column = tid % kChunks * kChunk<T>;
-#pragma unroll 1
-    for (int r = tid / kChunks; r < kTile; r += kStride) {
-      T* x = values + At<T, W>(r, column);
-      bool non_finite = false;
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) non_finite |= !IsFinite(x[i]);
-      if (!non_finite) continue;
-#pragma unroll 1
-      for (int i = 0; i < kChunk<T>; ++i)
-        if (!IsFinite(x[i])) {
-          x[i] = FromFloat<T>(0.f);
-          atomicMin(poison + column + i, r);
-        }
     }
   }
 

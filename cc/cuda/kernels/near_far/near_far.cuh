@@ -17,6 +17,7 @@
 // the first row from which column e is NaN.
 #pragma once
 #include "cuda/device/online_softmax.cuh"
+#include "cuda/device/poison.cuh"
 #include "cuda/device/row_pipeline.cuh"
 #include "cuda/kernels/causal/layout.cuh"
 #include "cuda/kernels/near_far/geometry.cuh"
@@ -338,27 +339,6 @@ struct NearFarBlock {
     }
   }
 
-  // Replaces infinities and NaN among the tile's own values by 0. poison[e] becomes the first row that
-  // held one in column e. Each thread reads the values that it copied itself.
-  PERFORMER_DEVICE void ZeroNonFinite(T* values, int tid) const {
-    tid = Opaque(tid);
-    const int column = tid % kChunks * kChunk<T>;
-#pragma unroll 1
-    for (int row = tid / kChunks; row < kTile; row += kStride) {
-      T* const x = values + At<T, W>(row, column);
-      bool non_finite = false;
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) non_finite |= !IsFinite(x[i]);
-      if (!non_finite) continue;
-#pragma unroll 1
-      for (int i = 0; i < kChunk<T>; ++i)
-        if (!IsFinite(x[i])) {
-          x[i] = FromFloat<T>(0.f);
-          atomicMin(poison() + column + i, row);
-        }
-    }
-  }
-
   // Divides by the sums of rows and writes the rows that are queries.
   PERFORMER_DEVICE void Write(const Softmax<T, W, 1>& softmax, int row0, int lane) const {
     const int g = lane / 4, t = lane % 4;
@@ -438,7 +418,7 @@ __global__ void __launch_bounds__(128, 2) NearFarKernel(NearFarParams<T> p) {
       });
     }
     if (step < far) block.MergeFar(step, tid);
-    if (block.IsOwn(step)) block.ZeroNonFinite(values, tid);
+    if (block.IsOwn(step)) ZeroNonFinite<T, W, L::kThreads>(values, block.poison(), tid);
     block.Store(column, step + 1, tid);
     __syncthreads();  // the tiles of the step are complete; the other buffer is free
     if (L::kStages == 2 && step + 1 < steps) block.Issue(step + 1, tid);
