@@ -217,7 +217,7 @@ FAULTS = {
 
 
 def kernel_in_bfloat16(kernel):
-    return name_of(kernel) if kernel == "MergeKernel" else name_of(kernel, "bfloat16", 64)
+    return name_of(kernel, "bfloat16", *([] if kernel == "MergeKernel" else [64]))
 
 
 def checks(causal):

@@ -136,6 +136,9 @@ TILES = {
         masked="holes",
         std=3.0,
     ),
+    "narrow, five tiles, entry std 3": replace(
+        ONE_HEAD, rows=300, dim=64, value_dim=64, features=128, bias="11S", std=3.0
+    ),
     "wide, two blocks of features": replace(
         ONE_HEAD, rows=70, dim=128, value_dim=128, features=200
     ),

@@ -86,6 +86,25 @@ PERFORMER_DEVICE float2 LoadPair<float>(const float* p) {
   return *reinterpret_cast<const float2*>(p);
 }
 
+// Sets a tile of accumulators to the same row of numbers everywhere, of which `from` points to
+// those of this lane's first two columns, factor times.
+template <int kTiles>
+PERFORMER_DEVICE void SetRows(float (&x)[kTiles][4], const float* from, float factor = 1.f) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const float2 pair = LoadPair(from + n * 8);
+    x[n][0] = x[n][2] = factor * pair.x;
+    x[n][1] = x[n][3] = factor * pair.y;
+  }
+}
+template <int kTiles>
+PERFORMER_DEVICE void SetZero(float (&x)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
+}
+
 // Writes columns `column` (even) and column + 1 of a row in global memory, those below `width`.
 template <class T>
 PERFORMER_DEVICE void StoreColumns(T* row, int column, int width, bool aligned, float x, float y) {

@@ -108,24 +108,25 @@ struct KeyPointers {
 //   Issue(i)             starts the copies of keys and values; LoadKeyBias(i + 1) may follow
 //   CpAsyncWait<0>()
 //   ComputeBias(i)       visible, with the keys and values, at the next barrier
-// buffer is i % 2, or 0 where tiles come one at a time.
-template <class T, int W, int kThreads, int kRows = kTile>
+// buffer is i % 2, or 0 where tiles come one at a time, for which one buffer is enough.
+template <class T, int W, int kThreads, int kRows = kTile, int kBuffers = 2>
 struct KeyStream {
   const KeyParams<T>& p;
   const KeyPointers<T>* pointers;
-  float* key_bias;  // [2][kRows] in shared memory: key_bias as given, -inf past the end
-  float* bias;      // [2][kRows]
+  float* key_bias;  // [kBuffers][kRows] in shared memory: key_bias as given, -inf past the end
+  float* bias;      // [kBuffers][kRows]
   float next = 0;   // of thread tid < kRows: key_bias of key `tid` in the tile loaded last
 
-  static constexpr int kSharedBytes = 4 * kRows * sizeof(float) + sizeof(KeyPointers<T>);
+  static constexpr int kFloats = 2 * kBuffers * kRows;
+  static constexpr int kSharedBytes = kFloats * sizeof(float) + sizeof(KeyPointers<T>);
 
   // Every thread of the block; ends with a barrier.
   PERFORMER_DEVICE KeyStream(const KeyParams<T>& p, const Map& map, const WorkTile& work,
                              int64_t head, unsigned char* shared, int tid)
       : p(p),
-        pointers(reinterpret_cast<KeyPointers<T>*>(shared + 4 * kRows * sizeof(float))),
+        pointers(reinterpret_cast<KeyPointers<T>*>(shared + kFloats * sizeof(float))),
         key_bias(reinterpret_cast<float*>(shared)),
-        bias(key_bias + 2 * kRows),
+        bias(key_bias + kBuffers * kRows),
         map_(map) {
     if (tid == 0) {
       const int64_t batch = p.packed ? 0 : work.sequence;

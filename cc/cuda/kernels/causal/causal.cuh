@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(128, 2) CausalKernel(CausalParams<T> p) {
       {
         typename Block::KeyLogits x;
         float2 shares[2];
-        block.Logits(x, own, stream.bias, first + warp * 16, Opaque(lane));
+        block.Logits(x, own, stream.bias, block.tile(L::kKey), first + warp * 16, Opaque(lane));
         if (begin == 0)
           block.FirstAnchors(anchors, shares, own, x, lane);
         else

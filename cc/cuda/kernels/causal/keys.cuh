@@ -57,7 +57,7 @@ struct CausalKeys {
     float before = -kInfinity, after = -kInfinity, query_bias = -kInfinity;
     if (given) {
       query_bias = pointers()->feature_bias[row] * p.map.inverse_root;
-      if (pointers()->mean != nullptr) after = pointers()->log_mass[row];
+      if (pointers()->log_mass != nullptr) after = pointers()->log_mass[row];
       if (pointers()->before_mean != nullptr)
         before = pointers()->before_log_mass[row] * p.map.inverse_root;
     }
@@ -70,15 +70,15 @@ struct CausalKeys {
     }
   }
 
-  // x = b of the warp's 16 features, from `feature` on, and all keys.
+  // x = b of the warp's 16 features, from `feature` on, and all keys of a tile.
   PERFORMER_DEVICE void Logits(KeyLogits& x, const Features& features, const float* bias,
-                               int feature, int lane) const {
+                               const T* keys, int feature, int lane) const {
     const int t = lane % 4;
     const bool linear = p.map.linear();
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[n][i] = linear ? bias[n * 8 + 2 * t + (i & 1)] : 0.f;
+    if (linear)
+      SetRows(x, bias + 2 * t);
+    else
+      SetZero(x);
 #pragma unroll(kUnroll<T>)
     for (int s = 0; s < W / 16; ++s) {
       uint32_t a[kFragment<T>];
@@ -91,7 +91,7 @@ struct CausalKeys {
 #pragma unroll
       for (int n = 0; n < kKeyTiles / 2; ++n) {
         uint32_t b[kFragment<T>];
-        LoadB<T, W>(b, tile(L::kKey), n * 16, s * 16, lane);
+        LoadB<T, W>(b, keys, n * 16, s * 16, lane);
         Mma<T>(x[2 * n], x[2 * n + 1], a, b);
       }
     }
@@ -202,8 +202,11 @@ struct CausalKeys {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         y[i] = Exp2((x[n][i] - ZeroIfNone(anchors.anchor[i / 2])) * unit);
-        if (cut < kTile && n * 8 + 2 * t + (i & 1) >= cut) y[i] = 0.f;
       }
+      if (cut < kTile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n * 8 + 2 * t + (i & 1) >= cut) y[i] = 0.f;
       StorePair(to, y[0], y[1]);
       StorePair(to + 8 * kTile, y[2], y[3]);
     }

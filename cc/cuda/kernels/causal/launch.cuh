@@ -13,7 +13,7 @@ namespace cuda {
 // splits and tiles, and operands.
 template <class T>
 struct CausalPass {
-  Division splits, tiles;
+  Division splits, tiles, means;
   CausalTileParams<T> params;
 };
 
@@ -29,12 +29,13 @@ Status LaunchStates(const Context& context, const performer::CausalParams& call,
   MergeParams merge = MakeMergeParams(context, splits);
   SplitStatesParams<T> p;
   PERFORMER_RETURN_IF_ERROR((FillSplitStates<T, W>(context, call.keys, splits, &p, &merge)));
-  const int64_t checkpoints = tiles.count * context.dims.groups * context.features_pad;
+  const int64_t each = context.dims.groups * context.features_pad;
   PERFORMER_RETURN_IF_ERROR(
-      launcher.Allocate(checkpoints * W, "states of tiles", &p.checkpoints.mean));
+      launcher.Allocate(pass->means.count * each * W, "states of tiles", &p.checkpoints.mean));
   PERFORMER_RETURN_IF_ERROR(
-      launcher.Allocate(checkpoints, "states of tiles", &p.checkpoints.log_mass));
+      launcher.Allocate(tiles.count * each, "states of tiles", &p.checkpoints.log_mass));
   p.tiles = tiles.tiles;
+  p.means = pass->means.tiles;
   params.checkpoints = p.checkpoints;
   PERFORMER_RETURN_IF_ERROR(launcher.Launch("states of splits", SplitStatesKernel<T, W>,
                                             SplitStatesGrid<T, W>(context, splits),
@@ -42,26 +43,39 @@ Status LaunchStates(const Context& context, const performer::CausalParams& call,
   merge.initial_log_mass = static_cast<const float*>(call.initial.log_mass);
   merge.initial_mean = static_cast<const float*>(call.initial.mean);
   merge.initial_count = call.initial.count;
-  merge.before = true;
   merge.log_mass = static_cast<float*>(call.state.log_mass);
   merge.mean = static_cast<float*>(call.state.mean);
-  PERFORMER_RETURN_IF_ERROR(Merge(context, merge));
   params.before_each = splits.max_count > 1;
   params.before_count = call.initial.count;
   params.before_log_mass = params.before_each ? merge.part_log_mass : merge.initial_log_mass;
-  params.before_mean = params.before_each ? merge.part_mean : merge.initial_mean;
-  const int64_t before = (params.before_each ? splits.count : params.before_count);
-  return Pack<T, W>(context, "states before splits", params.before_mean, params.before_log_mass,
-                    before * context.dims.groups, context.dims.value_dim, &params.before_operand);
+  if (!params.before_each) {
+    PERFORMER_RETURN_IF_ERROR(Merge(context, merge));
+    return Pack<T, W>(context, "states before splits", merge.initial_mean, merge.initial_log_mass,
+                      call.initial.count * context.dims.groups, context.dims.value_dim,
+                      &params.before_operand);
+  }
+  T* operand = nullptr;
+  PERFORMER_RETURN_IF_ERROR(
+      launcher.Allocate(splits.count * context.dims.groups * context.features_pad * W,
+                        "states before splits", &operand));
+  params.before_operand = operand;
+  merge.before = true;
+  merge.operand = operand;
+  merge.features_pad = context.features_pad;
+  merge.operand_width = W;
+  return Merge<T>(context, merge);
 }
 
-// What goes before the kernels of tiles.
+// What goes before the kernels of tiles. rows_of_mean: see CausalTileParams::means.
 template <class T, int W>
 Status PrepareCausal(const Context& context, const performer::CausalParams& call,
-                     CausalPass<T>* pass) {
+                     int64_t rows_of_mean, CausalPass<T>* pass) {
   CausalTileParams<T>& p = pass->params;
   PERFORMER_RETURN_IF_ERROR(context.Divide(context.dims.keys, kSplits, &pass->splits));
   PERFORMER_RETURN_IF_ERROR(context.Divide(context.dims.keys, kTile, &pass->tiles));
+  pass->means = pass->tiles;
+  if (rows_of_mean != kTile)
+    PERFORMER_RETURN_IF_ERROR(context.Divide(context.dims.keys, rows_of_mean, &pass->means));
   PERFORMER_RETURN_IF_ERROR((LaunchStates<T, W>(context, call, pass)));
   PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context, call.queries.projection,
                                                   call.queries.projection_heads, &p.projection)));
@@ -70,6 +84,7 @@ Status PrepareCausal(const Context& context, const performer::CausalParams& call
   context.FillQueries(call.queries, pass->tiles, &p);
   context.FillKeys(call.keys, &p.keys);
   p.splits = pass->splits.tiles;
+  p.means = pass->means.tiles;
   p.key_head_step = call.keys.projection_heads == 1 ? 0 : context.features_pad;
   return Status();
 }
@@ -78,7 +93,7 @@ template <class T, int W>
 Status Causal(const Context& context, const performer::CausalParams& call) {
   using Layout = CausalLayout<T, W>;
   CausalPass<T> pass;
-  PERFORMER_RETURN_IF_ERROR((PrepareCausal<T, W>(context, call, &pass)));
+  PERFORMER_RETURN_IF_ERROR((PrepareCausal<T, W>(context, call, kTile, &pass)));
   CausalParams<T> p;
   static_cast<CausalTileParams<T>&>(p) = pass.params;
   p.out = MakeRows<T>(call.out, context.dims.heads, context.dims.value_dim);

@@ -7,10 +7,11 @@ namespace performer {
 namespace cuda {
 
 // The state before each tile of kTile rows, of the rows of its split alone, as operands. That before
-// the first tile of a split is empty and is not stored.
+// the first tile of a split is empty and is not stored. Means may be stored before each second tile
+// of a split only.
 template <class T>
 struct Checkpoints {
-  T* mean = nullptr;          // [tiles, G, M_pad, W]
+  T* mean = nullptr;          // [tiles of means, G, M_pad, W]
   float* log_mass = nullptr;  // [tiles, G, M_pad] in units of root, -inf past M
 };
 
@@ -18,10 +19,10 @@ struct Checkpoints {
 template <class T>
 struct CausalRowsParams : QueryParams<T> {
   KeyParams<T> keys;
-  // The state before each split [splits, G, M(, E)] if before_each, else before each sequence
-  // [before_count, G, M(, E)].
+  // log_mass of the state before each split [splits, G, M] if before_each, else before each
+  // sequence [before_count, G, M]; and its means as operands, [.., G, M_pad, W].
   const float* before_log_mass = nullptr;
-  const float* before_mean = nullptr;
+  const T* before_operand = nullptr;
   bool before_each = false;
   int64_t before_count = 0;  // 0: none, 1 or N
 };
@@ -33,7 +34,7 @@ struct CausalTileParams : CausalRowsParams<T> {
   const uint32_t* key_operands = nullptr;  // projections of keys, see PackOperandsKernel
   int64_t key_head_step = 0;               // rows between heads' operands: features_pad or 0
   WorkTiles splits;                        // work: the tiles of kTile rows
-  const T* before_operand = nullptr;       // before_mean as an operand, [.., G, M_pad, W]
+  WorkTiles means;                         // rows from one mean of the checkpoints to the next
   Checkpoints<T> checkpoints;
 };
 
@@ -53,8 +54,8 @@ struct CausalPointers {
   const float* feature_bias;     // [M]
   const T* before_mean;          // [M_pad, W]: the state before the split, nullptr if it is empty
   const float* before_log_mass;  // [M]
-  const T* mean;                 // [M_pad, W]: the checkpoint, nullptr if it is empty
-  const float* log_mass;         // [M_pad]
+  const T* mean;                 // [M_pad, W]: of the last checkpoint, nullptr if that is empty
+  const float* log_mass;         // [M_pad]: of the rows of the split before the tile, or nullptr
 };
 
 // By one thread. `number`: of the tile. `result`: what the kernel stores of each query row.
@@ -71,8 +72,10 @@ PERFORMER_DEVICE CausalPointers<T> MakeCausalPointers(const CausalTileParams<T>&
                              p.groups +
                          group;
   const bool any_before = p.before_count > 0 || split > 0;
-  const bool any_after = work.begin % split_rows != 0;
+  const int64_t in_split = work.begin % split_rows;
   const int64_t checkpoint = number * p.groups + group;
+  const int64_t mean =
+      (FirstWorkTile(p.means, work.sequence) + work.begin / p.means.unit) * p.groups + group;
   return {p.query.Row(row, head),
           result.Row(row, head),
           p.projection.At(QueryHeadIndex(p.projection.heads, head, heads, group), pad, W),
@@ -80,8 +83,8 @@ PERFORMER_DEVICE CausalPointers<T> MakeCausalPointers(const CausalTileParams<T>&
           p.feature_bias + QueryHeadIndex(p.feature_bias_heads, head, heads, group) * p.features,
           any_before ? p.before_operand + before * pad * W : nullptr,
           any_before ? p.before_log_mass + before * p.features : nullptr,
-          any_after ? p.checkpoints.mean + checkpoint * pad * W : nullptr,
-          any_after ? p.checkpoints.log_mass + checkpoint * pad : nullptr};
+          in_split >= p.means.unit ? p.checkpoints.mean + mean * pad * W : nullptr,
+          in_split > 0 ? p.checkpoints.log_mass + checkpoint * pad : nullptr};
 }
 
 template <class T, int W>

@@ -72,13 +72,15 @@ struct CausalBlock : CausalKeys<T, W, CausalLayout<T, W>> {
     if (__any_sync(kAllLanes, grew)) sums.Rescale(factor);
     const float* const mass = floats(L::kMass);
 #pragma unroll
-    for (int n = 0; n < kFeatureTiles; ++n)
+    for (int n = 0; n < kFeatureTiles; ++n) {
+      const float2 of_feature = LoadPair(mass + n * 8 + 2 * (lane % 4));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& f = y[n][i];
         f = Exp2((f - ZeroIfNone(sums.row_max[i / 2])) * unit);
-        sums.den[i / 2] += f * mass[n * 8 + 2 * (lane % 4) + (i & 1)];
+        sums.den[i / 2] += f * (i & 1 ? of_feature.y : of_feature.x);
       }
+    }
 #pragma unroll
     for (int s = 0; s < kFeatureTiles / 2; ++s) {
       uint32_t a[kFragment<T>];
@@ -165,10 +167,10 @@ struct CausalBlock : CausalKeys<T, W, CausalLayout<T, W>> {
     const int t = lane % 4;
     const float* const anchor = floats(L::kAnchor);
     const bool linear = p.map.linear();
-#pragma unroll
-    for (int n = 0; n < kFeatureTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[n][i] = linear ? anchor[n * 8 + 2 * t + (i & 1)] : 0.f;
+    if (linear)
+      SetRows(y, anchor + 2 * t);
+    else
+      SetZero(y);
 #pragma unroll
     for (int s = 0; s < W / 16; ++s) {
       uint32_t a[kFragment<T>];

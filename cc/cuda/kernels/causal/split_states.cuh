@@ -11,7 +11,7 @@ namespace cuda {
 
 template <class T>
 struct SplitStatesParams : SummarizeParams<T> {
-  WorkTiles tiles;  // of kTile rows
+  WorkTiles tiles, means;  // of kTile rows; see CausalTileParams
   Checkpoints<T> checkpoints;
 };
 
@@ -19,10 +19,11 @@ struct SplitStatesParams : SummarizeParams<T> {
 // feature on. It is kept there because registers are short.
 template <class T>
 struct CheckpointPointers {
-  T* mean;               // of the split's first tile
-  float* log_mass;       // likewise
-  int64_t rows_of_tile;  // features_pad of all heads
-  int features, given;   // of the block: up to features_pad, up to features
+  T* mean;                // of the split's first tile
+  float* log_mass;        // likewise
+  int64_t rows_of_tile;   // features_pad of all heads
+  int features, given;    // of the block: up to features_pad, up to features
+  int tiles_of_mean = 1;  // means are those before each tile that is a multiple of it
 };
 
 template <class T, int W>
@@ -54,7 +55,8 @@ PERFORMER_DEVICE void StoreCheckpoint(const Softmax<T, W, kRowTiles>& state,
         to.log_mass[row] = any && feature < to.given
                                ? state.row_max[m][e] + log_sum * (kLn2 * map.inverse_root)
                                : -kInfinity;
-      T* const mean = to.mean + row * W + 2 * t;
+      if (tile % to.tiles_of_mean != 0) continue;
+      T* const mean = to.mean + (tile / to.tiles_of_mean * to.rows_of_tile + feature) * W + 2 * t;
 #pragma unroll
       for (int n = 0; n < W / 8; ++n)
         StorePair(mean + n * 8, any ? state.acc[m][n][2 * e] * inverse : 0.f,
@@ -71,10 +73,16 @@ __global__ void __launch_bounds__(128, 2) SplitStatesKernel(SplitStatesParams<T>
     const WorkTile split = GetWorkTile(p.work, blockIdx.x);
     const int64_t tile = FirstWorkTile(p.tiles, split.sequence) + split.begin / kTile;
     const int64_t first_feature = blockIdx.z * SummarizeTraits<T, W>::kFeatures;
-    const int64_t row = (tile * p.groups + blockIdx.y) * p.features_pad + first_feature;
-    *to = {p.checkpoints.mean + row * W, p.checkpoints.log_mass + row, p.groups * p.features_pad,
+    const int64_t mean = FirstWorkTile(p.means, split.sequence) + split.begin / p.means.unit;
+    const auto row = [&](int64_t number) {
+      return (number * p.groups + blockIdx.y) * p.features_pad + first_feature;
+    };
+    *to = {p.checkpoints.mean + row(mean) * W,
+           p.checkpoints.log_mass + row(tile),
+           p.groups * p.features_pad,
            static_cast<int>(p.features_pad - first_feature),
-           static_cast<int>(p.features - first_feature)};
+           static_cast<int>(p.features - first_feature),
+           static_cast<int>(p.means.unit) / kTile};
   }
   using Traits = SummarizeTraits<T, W>;
   KeyStream<T, W, Traits::kThreads> stream(p.keys, p.map, GetWorkTile(p.work, blockIdx.x),

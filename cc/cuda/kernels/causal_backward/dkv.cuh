@@ -11,7 +11,7 @@
 // Grid: (tiles of all sequences, key/value heads). A block walks the features in blocks of 32. A
 // warp owns 16 keys, whose gradients stay in registers, and in the products with queries 16 features
 // and 32 queries. f, dA and what is made of them are computed for each query head of the key/value head
-// in turn; the first one takes R and r, which are those of all.
+// in turn; the first one takes R and r of the checkpoint, which are those of all.
 //
 // f is large where keys of the tile outweigh all before them by far. Where a feature block has an f
 // beyond kCausalCutBits, its pairs are taken one by one (TakePairs), which costs as many
@@ -73,7 +73,7 @@ struct CausalDkvSums {
       if (with_state)
 #pragma unroll
         for (int n = 0; n < W / 16; ++n) {
-          LoadBTrans<R, W>(b, block.reverse(stage, 0), s * 16, n * 16, lane);
+          LoadBTrans<R, W>(b, block.ranged_reverse(stage), s * 16, n * 16, lane);
           Mma<R>(value[2 * n], value[2 * n + 1], kb[s], b);
         }
       if (pairs)
@@ -150,13 +150,15 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1) CausalDkvKernel(CausalDk
   const int tid = threadIdx.x;
   // From a shuffle, so that branches on it are known to be the same for the whole warp.
   const int warp = __shfl_sync(kAllLanes, tid / 32, 0), lane = tid % 32, row0 = warp * 16;
-  const Block block = {p, shared, static_cast<int64_t>(blockIdx.y)};
+  const Block block = {{{p, shared, static_cast<int64_t>(blockIdx.y)}}};
   int* const any_steep = reinterpret_cast<int*>(shared + L::kSteep);
+  // Where registers allow, addresses are kept from one product to the next.
+  const auto fresh = [&] { return kIs16Bit<T> && W == 64 ? lane : Opaque(lane); };
   const WorkTile work = GetWorkTile(p.work, blockIdx.x);
   if (tid == 0)
     *const_cast<CausalDkvPointers<T>*>(block.pointers()) =
         MakeCausalDkvPointers<T, W>(p, work, blockIdx.x, blockIdx.y);
-  KeyStream<T, W, L::kThreads> stream(p.keys, p.map, work, blockIdx.y, shared + L::kStream, tid);
+  typename L::Stream stream(p.keys, p.map, work, blockIdx.y, shared + L::kStream, tid);
   IssueKeys(block, stream, tid);
   const int rows = stream.pointers->rows, features = static_cast<int>(p.features);
   const int each = block.each();
@@ -164,7 +166,8 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1) CausalDkvKernel(CausalDk
 
 #pragma unroll 1
   for (int head = 0; head < each; ++head) {
-    const bool with_state = head == 0;
+    const bool advances = block.advances(), with_rest = head == 0;
+    const bool with_state = with_rest || advances;
     if (head > 0) __syncthreads();  // nobody reads the last queries any more
     block.IssueQueries(head, rows, tid);
     if constexpr (L::kStages == 2) block.IssueFeatures(0, 0, tid);
@@ -176,6 +179,11 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1) CausalDkvKernel(CausalDk
     block.FinishGradOut(tid);
     __syncthreads();  // keys, values and queries are complete
     block.StorePairGradients(row0, lane);
+    if constexpr (L::kAdvances)
+      if (advances) {
+        __syncthreads();  // nobody reads grad_out any more
+        block.IssueNext(head, tid);
+      }
     typename Block::Pairs local = {};
 
 #pragma unroll 1
@@ -186,6 +194,8 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1) CausalDkvKernel(CausalDk
         block.IssueFeatures(first, 0, tid);
       }
       CpAsyncWait<0>();
+      if constexpr (L::kAdvances)
+        if (advances && first == 0) block.FinishNext(warp, tid);
       __syncthreads();  // the feature block is complete; the other one and f are free
       if (L::kStages == 2 && first + L::kFeatures < features)
         block.IssueFeatures(first + L::kFeatures, stage ^ 1, tid);
@@ -194,35 +204,42 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1) CausalDkvKernel(CausalDk
       {
         typename Block::After after;
         // Loads are in flight during products, where there are registers for it.
-        if (W == 64 && with_state) block.LoadAfter(after, first, tid);
-        const bool steep = block.StoreQueryFeatures(first, stage, head, warp, Opaque(lane));
-        if (W > 64 && with_state) block.LoadAfter(after, first, tid);
-        if (with_state) block.AddAfter(after, first, stage, tid);
+        const bool adds = with_rest && !advances;
+        if (W == 64 && adds) block.LoadAfter(after, first, tid);
+        const bool steep = block.StoreQueryFeatures(first, stage, head, warp, fresh());
+        if (W > 64 && adds) block.LoadAfter(after, first, tid);
+        if (adds) block.AddAfter(after, stage, tid);
         const int any = __any_sync(kAllLanes, steep);
         if (lane == 0) any_steep[warp] = any;
       }
+      if constexpr (L::kAdvances)
+        if (advances) {
+          __syncthreads();  // f of the next tile is visible
+          block.Advance(first, with_rest, stage, warp, fresh());
+        }
       __syncthreads();  // f, R and r are visible
       const bool steep = __any_sync(kAllLanes, any_steep[lane % L::kWarps]) != 0;
       typename Block::Features db;
       typename Block::KeyOperand kb;
-      block.WeightGradients(db, with_state, !steep, stage, row0, Opaque(lane));
-      block.TakeKeyWeights(db, kb, stream.bias, stage, row0, Opaque(lane));
+      block.WeightGradients(db, with_state, !steep, stage, row0, fresh());
+      block.TakeKeyWeights(db, kb, stream.bias, stage, row0, fresh());
       if (steep) {
-        block.StoreQueryLogWeights(first, head, warp, Opaque(lane));
+        block.StoreQueryLogWeights(first, head, warp, fresh());
         __syncthreads();  // log-weights are visible
-        block.TakePairs(db, local, stream.bias, stage, row0, Opaque(lane));
+        block.TakePairs(db, local, stream.bias, stage, row0, fresh());
       }
-      sums.TakeFeatures(block, db, kb, local, with_state, !steep, stage, row0, Opaque(lane));
+      sums.TakeFeatures(block, db, kb, local, with_state, !steep, stage, row0, fresh());
     }
-    if constexpr (L::kSharesGradOut) {
-      __syncthreads();  // nobody reads the last feature block any more
+    if (L::kSharesGradOut || advances) {
+      __syncthreads();  // nobody reads the last feature block or the next grad_out any more
       block.IssueGradOut(head, rows, tid);
       CpAsyncWait<0>();
+      block.FinishGradOut(tid);
       __syncthreads();  // grad_out is complete
     }
-    sums.TakePairs(block, local, row0, Opaque(lane));
+    sums.TakePairs(block, local, row0, fresh());
   }
-  sums.Write(block, stream.key_bias, row0, rows, Opaque(lane));
+  sums.Write(block, stream.key_bias, row0, rows, fresh());
 }
 
 }  // namespace cuda

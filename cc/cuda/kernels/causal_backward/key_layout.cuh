@@ -12,10 +12,10 @@ struct CausalDkvParams : CausalGradientParams<T> {  // work: tiles of kTile rows
   Projection<T> projection;                         // of keys
   const uint32_t* query_operands = nullptr;  // projections of queries, see PackOperandsKernel
   int64_t query_projections = 0;             // 1, G or H
-  WorkTiles splits;
+  WorkTiles splits, checkpoint_tiles;        // see ReverseStatesParams
+  const float* tile_log_mass = nullptr;      // [tiles, G, M_pad], see causal/layout.cuh
   ReverseCheckpoints<T> reverse;
-  // The reverse state after each split, see MergeReverseStatesParams.
-  const float *after_mean = nullptr, *after_mass = nullptr, *first_after_mass = nullptr;
+  StatesAfterSplits after;
   RowsOf<T> grad_key;          // [B S, G, D]
   RowsOf<T> grad_value;        // [B S, G, E]
   float* grad_bias = nullptr;  // [B, G, S] or nullptr
@@ -25,18 +25,33 @@ struct CausalDkvParams : CausalGradientParams<T> {  // work: tiles of kTile rows
   float* part_projection = nullptr;  // [splits, G, M, D]
 };
 
+// What a block has of each feature.
+enum KeyNumber {
+  kMass,           // r of the checkpoint, and then of the state after the tile
+  kReference,      // the log_mass that R and r of the checkpoint are relative to, see there
+  kFactor,         // of R of the checkpoint
+  kAfterMass,      // r after the split
+  kAfterLogMass,   // log_mass there
+  kAfterFactor,    // of R there
+  kBeforeLogMass,  // before the split
+  kTileLogMass,    // of the rows of the split up to the tile's end
+  kKeyNumbers
+};
+
 // The pointers of a block, in shared memory as KeyPointers. Rows start at the tile's first row.
 template <class T>
 struct CausalDkvPointers {
-  const T *query, *grad_out;             // [rows, H, D or E], from the group's first head on
-  RowStatistics statistics;              // [rows, H], likewise
-  T *grad_key, *grad_value;              // [rows, G, D or E], at the block's head
-  float* grad_bias;                      // [rows], or nullptr
-  const T* projection;                   // [M_pad, W]
-  const Ranged<T>* reverse;              // [kReverseParts, M_pad, W]: R after the tile
-  const float* numbers;                  // [3, M_pad], see ReverseCheckpoints
-  const float *after_mean, *after_mass;  // [M, W], [M]: after the split
-  const float* origin;                   // [W], or nullptr in 16 bits
+  const T *query, *grad_out;        // [rows, H, D or E], from the group's first head on
+  RowStatistics statistics;         // [rows, H], likewise
+  T *grad_key, *grad_value;         // [rows, G, D or E], at the block's head
+  float* grad_bias;                 // [rows], or nullptr
+  const T* projection;              // [M_pad, W]
+  const ReverseNumber<T>* reverse;  // [M_pad, W]: R of the next checkpoint
+  const ReverseNumber<T>* after;    // [M_pad, W]: R after the split
+  // [M_pad] each, of a KeyNumber; the last one is nullptr unless the block advances.
+  const float* numbers[kKeyNumbers];
+  const float* origin;  // [W], or nullptr in 16 bits
+  int next_rows;        // rows of the next tile if the checkpoint is that after it, else 0
 };
 
 template <class T, int W>
@@ -48,7 +63,7 @@ struct CausalKeyLayout {
   static_assert(kFeatureUnit % kFeatures == 0);
   // Of feature blocks: the next one is copied while one is worked on.
   static constexpr int kStages = kIs16Bit<T> && W == 64 ? 2 : 1;
-  static constexpr int kParts = kReverseParts<T>;
+  static constexpr bool kAdvances = kCheckpointTiles<T, W> > 1;
   // float32 has room for grad_out only where the feature blocks are: it is there before and after
   // them.
   static constexpr bool kSharesGradOut = !kIs16Bit<T>;
@@ -63,21 +78,38 @@ struct CausalKeyLayout {
   static constexpr int kPairs = kValue + kTileBytes;  // dA [key][query]
   // Of a feature block: f [kFeatures][kTile], or log-weights float [kTile][kFeatures]
   static constexpr int kQueryFeatures = kPairs + kPairBytes;
-  // [kStages] of the projection [kFeatures][W], then R [kParts][kFeatures][W]
-  static constexpr int kStageBytes = (1 + kParts) * kFeatureBytes;
+  // [kStages] of the projection, then R, [kFeatures][W] each
+  static constexpr int kStageBytes = 2 * kFeatureBytes;
   static constexpr int kStage = kQueryFeatures + kFeatures * kTile * 4;
-  static constexpr int kRangedProjection = kStage + kStages * kStageBytes;
+  // R in bfloat16 [kFeatures][W], in 16 bits
+  static constexpr int kRangedReverse = kStage + kStages * kStageBytes;
+  static constexpr int kRangedProjection = kRangedReverse + (kIs16Bit<T> ? kFeatureBytes : 0);
   static constexpr int kGradOut =
       kSharesGradOut ? kStage : kRangedProjection + (kHasRanged<T> ? kFeatureBytes : 0);
   static_assert(!kSharesGradOut || kStages * kStageBytes >= kTileBytes);
-  // float [kStages][3][kFeatures]
+  // float [kStages][kKeyNumbers][kFeatures]
   static constexpr int kNumbers = kSharesGradOut ? kRangedProjection : kGradOut + kTileBytes;
-  static constexpr int kRowMax = kNumbers + kStages * 3 * kFeatures * 4;  // float [kTile] each
+  // Factors of R, float [kFeatures], and of the rows of values, float [kTile]; in 16 bits
+  static constexpr int kReverseFactor = kNumbers + kStages * kKeyNumbers * kFeatures * 4;
+  static constexpr int kValueFactor = kReverseFactor + (kIs16Bit<T> ? kFeatures * 4 : 0);
+  // With kAdvances: queries of the next tile [kTile][W], whose grad_out takes the place of that of
+  // the tile while features are walked; what R of the state is relative to, float [kFeatures]; sums
+  // of f and of f delta, float [2][2][kFeatures]; the largest of grad_out, float [kWarps];
+  // statistics.
+  static constexpr int kNextQuery = kValueFactor + (kIs16Bit<T> ? kTile * 4 : 0);
+  static constexpr int kStateReference = kNextQuery + kTileBytes;
+  static constexpr int kNextSums = kStateReference + kFeatures * 4;
+  static constexpr int kLargest = kNextSums + 4 * kFeatures * 4;
+  static constexpr int kNextRowMax = kLargest + kWarps * 4;  // float [kTile] each
+  static constexpr int kNextDelta = kNextRowMax + kTile * 4;
+  // float [kTile] each
+  static constexpr int kRowMax = kAdvances ? kNextDelta + kTile * 4 : kNextQuery;
   static constexpr int kDelta = kRowMax + kTile * 4;
   static constexpr int kLogSum = kDelta + kTile * 4;
   static constexpr int kSteep = kLogSum + (kKeepsLogSum<T> ? kTile * 4 : 0);  // int [kWarps]
   static constexpr int kStream = kSteep + kWarps * 4;
-  static constexpr int kPointers = kStream + KeyStream<T, W, kThreads>::kSharedBytes;
+  using Stream = KeyStream<T, W, kThreads, kTile, 1>;
+  static constexpr int kPointers = kStream + Stream::kSharedBytes;
   static constexpr int kBytes = kPointers + static_cast<int>(sizeof(CausalDkvPointers<T>));
   static_assert(kStream % 8 == 0 && kPointers % 8 == 0 && kBytes <= MaxSharedBytes(W, kWarps));
 };
@@ -92,7 +124,14 @@ PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParam
   const int64_t split_rows = WorkTileRows(p.splits, work.rows);
   const int64_t split = FirstWorkTile(p.splits, work.sequence) + work.begin / split_rows;
   const bool first_of_split = work.begin % split_rows == 0;
-  const int64_t at = number * groups + group, after = (split * groups + group) * p.features;
+  const int64_t checkpoint =
+      FirstWorkTile(p.checkpoint_tiles, work.sequence) + work.begin / p.checkpoint_tiles.unit;
+  const int64_t at = checkpoint * groups + group, after = split * groups + group;
+  const float* const of_checkpoint = p.reverse.numbers + at * kReverseNumbers * pad;
+  const float* const of_split = p.after.numbers + after * kAfterNumbers * pad;
+  // Whether the checkpoint lies one tile further.
+  const int64_t split_end = min((work.begin / split_rows + 1) * split_rows, work.rows);
+  const bool advances = work.end < split_end && work.end % p.checkpoint_tiles.unit != 0;
   const int64_t batch = p.keys.packed ? 0 : work.sequence;
   const int64_t bias =
       (batch * groups + group) * p.bias_rows + (p.keys.packed ? work.first_row : 0) + work.begin;
@@ -103,11 +142,14 @@ PERFORMER_DEVICE CausalDkvPointers<T> MakeCausalDkvPointers(const CausalDkvParam
           p.grad_value.Row(row0, group),
           p.grad_bias == nullptr ? nullptr : p.grad_bias + bias,
           p.projection.At(p.projection.heads == 1 ? 0 : group, pad, W),
-          p.reverse.sum + at * kReverseParts<T> * pad * W,
-          p.reverse.numbers + at * 3 * pad,
-          p.after_mean + after * W,
-          (first_of_split ? p.first_after_mass : p.after_mass) + after,
-          OriginOfTile<T, W>(p.origin, split, groups, group, !first_of_split)};
+          p.reverse.sum + at * pad * W,
+          static_cast<const ReverseNumber<T>*>(p.after.sum) + after * pad * W,
+          {of_checkpoint, of_checkpoint + pad, of_checkpoint + 2 * pad,
+           of_split + (first_of_split ? pad : 0), of_split + 2 * pad, of_split + 4 * pad,
+           of_split + 3 * pad,
+           advances ? p.tile_log_mass + ((number + 1) * groups + group) * pad : nullptr},
+          OriginOfTile<T, W>(p.origin, split, groups, group, !first_of_split),
+          advances ? static_cast<int>(min(work.rows - work.end, int64_t{kTile})) : 0};
 }
 
 }  // namespace cuda

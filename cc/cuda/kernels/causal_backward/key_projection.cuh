@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(128, 1) CausalKeyProjectionKernel(CausalDkvPar
   PERFORMER_SHARED_MEMORY(shared);
   const int tid = threadIdx.x;
   const int warp = __shfl_sync(kAllLanes, tid / 32, 0), lane = tid % 32, row0 = warp * 16;
-  const Block block = {p, shared, static_cast<int64_t>(blockIdx.y)};
+  const Block block = {{{p, shared, static_cast<int64_t>(blockIdx.y)}}};
   R* const key_features = block.ranged(L::kKeyFeatures);
   int* const any_steep = reinterpret_cast<int*>(shared + L::kSteep);
   const int64_t split_number = blockIdx.x / p.feature_blocks;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(128, 1) CausalKeyProjectionKernel(CausalDkvPar
     if (tid == 0)  // nobody reads pointers any more; the stream begins with a barrier
       *const_cast<CausalDkvPointers<T>*>(block.pointers()) =
           MakeCausalDkvPointers<T, W>(p, work, number, blockIdx.y);
-    KeyStream<T, W, L::kThreads> stream(p.keys, p.map, work, blockIdx.y, shared + L::kStream, tid);
+    typename L::Stream stream(p.keys, p.map, work, blockIdx.y, shared + L::kStream, tid);
     IssueKeys(block, stream, tid);
     block.IssueQueries(head, stream.pointers->rows, tid);
     CpAsyncWait<0>();
@@ -60,21 +60,31 @@ __global__ void __launch_bounds__(128, 1) CausalKeyProjectionKernel(CausalDkvPar
     MakeRanged<T, W, kTile, L::kThreads>(block.ranged(L::kRangedKey), block.tile(L::kKey), tid);
     __syncthreads();  // keys, values and queries are complete
     block.StorePairGradients(row0, lane);
-    if constexpr (L::kSharesGradOut) __syncthreads();  // nobody reads grad_out any more
+    const bool advances = block.advances(), with_rest = head == 0;
+    if (L::kSharesGradOut || advances) __syncthreads();  // nobody reads grad_out any more
     block.IssueFeatures(first, 0, tid);
     typename Block::After after;
-    if (head == 0) block.LoadAfter(after, first, tid);
+    if (with_rest && !advances) block.LoadAfter(after, first, tid);
+    if constexpr (L::kAdvances)
+      if (advances) block.IssueNext(head, tid);
     CpAsyncWait<0>();
+    if constexpr (L::kAdvances)
+      if (advances) block.FinishNext(warp, tid);
     __syncthreads();  // the features are complete
     const int any = __any_sync(kAllLanes, block.StoreQueryFeatures(first, 0, head, warp, lane));
     if (lane == 0) any_steep[warp] = any;
-    if (head == 0) block.AddAfter(after, first, 0, tid);
+    if (with_rest && !advances) block.AddAfter(after, 0, tid);
+    if constexpr (L::kAdvances)
+      if (advances) {
+        __syncthreads();  // f of the next tile is visible
+        block.Advance(first, with_rest, 0, warp, lane);
+      }
     __syncthreads();  // f, R and r are visible
     const bool steep = __any_sync(kAllLanes, any_steep[lane % L::kWarps]) != 0;
     typename Block::Features db;
     {
       typename Block::KeyOperand kb;
-      block.WeightGradients(db, head == 0, !steep, 0, row0, Opaque(lane));
+      block.WeightGradients(db, with_rest || advances, !steep, 0, row0, Opaque(lane));
       block.TakeKeyWeights(db, kb, stream.bias, 0, row0, Opaque(lane));
     }
     if (steep) {

@@ -61,7 +61,8 @@ class CausalGradLauncher {
     forward.keys = call_.keys;
     forward.initial = call_.initial;
     forward.state = {log_mass_, mean_};
-    PERFORMER_RETURN_IF_ERROR((PrepareCausal<T, W>(context_, forward, &pass_)));
+    PERFORMER_RETURN_IF_ERROR(
+        (PrepareCausal<T, W>(context_, forward, kTile * kCheckpointTiles<T, W>, &pass_)));
     static_cast<CausalRowsParams<T>&>(common_) = pass_.params;
     common_.work = pass_.splits.tiles;
     common_.grad_out = MakeRows<const T>(call_.grad_out, dims_.heads, dims_.value_dim);
@@ -97,9 +98,8 @@ class CausalGradLauncher {
     p.groups = dims_.groups;
     p.features = dims_.features;
     p.features_pad = context_.features_pad;
-    p.width = static_cast<int>(dims_.value_dim);
     p.before_log_mass = common_.before_log_mass;
-    p.before_mean = common_.before_mean;
+    p.before_operand = common_.before_operand;
     p.before_each = common_.before_each;
     p.before_count = common_.before_count;
     p.checkpoints = pass_.params.checkpoints;
@@ -165,17 +165,17 @@ class CausalGradLauncher {
   Status ReverseStates() {
     using Layout = ReverseStatesLayout<T, W>;
     const int64_t groups = dims_.groups, features = dims_.features, pad = context_.features_pad;
-    const int64_t splits = pass_.splits.count, tiles = pass_.tiles.count;
+    const int64_t splits = pass_.splits.count, checkpoints = pass_.means.count * groups * pad;
     ReverseStatesParams<T> p;
     static_cast<CausalGradientParams<T>&>(p) = common_;
     p.projection = pass_.params.projection;
     p.tiles = pass_.tiles.tiles;
+    p.checkpoint_tiles = pass_.means.tiles;
     p.feature_blocks = CeilDiv(features, Layout::kFeatures);
     p.tile_log_mass = pass_.params.checkpoints.log_mass;
     p.log_mass = log_mass_;
-    PERFORMER_RETURN_IF_ERROR(
-        Allocate(tiles * groups * kReverseParts<T> * pad * W, &p.checkpoints.sum));
-    PERFORMER_RETURN_IF_ERROR(Allocate(tiles * groups * 3 * pad, &p.checkpoints.numbers));
+    PERFORMER_RETURN_IF_ERROR(Allocate(checkpoints * W, &p.checkpoints.sum));
+    PERFORMER_RETURN_IF_ERROR(Allocate(checkpoints * kReverseNumbers, &p.checkpoints.numbers));
     PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * features, &p.part_mass));
     PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * features * dims_.value_dim, &p.part_mean));
     reverse_ = p.checkpoints;
@@ -186,15 +186,19 @@ class CausalGradLauncher {
   }
 
   Status MergeReverseStates(const float* part_mean, const float* part_mass) {
-    const int64_t states = pass_.splits.count * dims_.groups * dims_.features;
+    const int64_t states = pass_.splits.count * dims_.groups * context_.features_pad;
+    const int64_t states_of_sequences = dims_.sequences * dims_.groups * context_.features_pad;
     MergeReverseStatesParams p;
-    PERFORMER_RETURN_IF_ERROR(Allocate(states * W, &p.after_mean));
-    PERFORMER_RETURN_IF_ERROR(Allocate(states, &p.after_mass));
-    PERFORMER_RETURN_IF_ERROR(Allocate(states, &p.first_after_mass));
+    ReverseNumber<T>* after = nullptr;
+    PERFORMER_RETURN_IF_ERROR(Allocate(states * W, &after));
+    PERFORMER_RETURN_IF_ERROR(Allocate(states * kAfterNumbers, &p.after.numbers));
+    p.after.sum = after;
     p.splits = pass_.splits.tiles;
     p.groups = dims_.groups;
     p.features = dims_.features;
+    p.features_pad = context_.features_pad;
     p.width = static_cast<int>(dims_.value_dim);
+    p.inverse_root = context_.map.inverse_root;
     p.part_mean = part_mean;
     p.part_mass = part_mass;
     p.before_log_mass = common_.before_log_mass;
@@ -210,10 +214,10 @@ class CausalGradLauncher {
     p.grad_initial_mean = grad_initial_mean_;
     p.origin = common_.origin;
     p.padded_width = W;
-    after_ = p;
-    return launcher_.Launch("merge reverse states", MergeReverseStatesKernel,
-                            {CeilDiv(state_size() * 32, kElementwiseThreads)}, kElementwiseThreads,
-                            0, p);
+    after_ = p.after;
+    return launcher_.Launch("merge reverse states", MergeReverseStatesKernel<ReverseNumber<T>>,
+                            {CeilDiv(states_of_sequences * 32, kElementwiseThreads)},
+                            kElementwiseThreads, 0, p);
   }
 
   Status KeyGradients() {
@@ -222,15 +226,15 @@ class CausalGradLauncher {
     static_cast<CausalGradientParams<T>&>(p) = common_;
     p.work = pass_.tiles.tiles;
     p.splits = pass_.splits.tiles;
+    p.checkpoint_tiles = pass_.means.tiles;
+    p.tile_log_mass = pass_.params.checkpoints.log_mass;
     PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context_, call_.keys.projection,
                                                     call_.keys.projection_heads, &p.projection)));
     PERFORMER_RETURN_IF_ERROR((PackOperands<T, W>(
         context_, call_.queries.projection, call_.queries.projection_heads, &p.query_operands)));
     p.query_projections = call_.queries.projection_heads;
     p.reverse = reverse_;
-    p.after_mean = after_.after_mean;
-    p.after_mass = after_.after_mass;
-    p.first_after_mass = after_.first_after_mass;
+    p.after = after_;
     p.grad_key = MakeRows<T>(call_.grad_keys.key, dims_.groups, dims_.key_dim);
     p.grad_value = MakeRows<T>(call_.grad_keys.value, dims_.groups, dims_.value_dim);
     PERFORMER_RETURN_IF_ERROR(
@@ -292,8 +296,8 @@ class CausalGradLauncher {
   float* grad_initial_log_mass_ = nullptr;  // [N, G, M]
   float* grad_initial_mean_ = nullptr;      // [N, G, M, E]
   ReverseCheckpoints<T> reverse_;
-  MergeReverseStatesParams after_;  // the reverse state after each split
-  float* grad_bias_ = nullptr;      // [B, G, S] or nullptr
+  StatesAfterSplits after_;
+  float* grad_bias_ = nullptr;  // [B, G, S] or nullptr
 };
 
 template <class T>

@@ -51,9 +51,9 @@ struct CausalQueryGradientLayout : CausalTileGradientLayout<T, W> {
   static constexpr int kWeights = kState + kStageBytes;       // kb [kFeatures][kTile]
   static constexpr int kValue = kWeights - S::kFeatureBytes;  // [kTile][W], before the features
   static constexpr int kAnchor = kWeights + S::kFeatures * kTile * S::kSize;  // float [kFeatures]
-  static constexpr int kMass = kAnchor + S::kFeatures * 4;                    // likewise
-  static constexpr int kShares = kMass + S::kFeatures * 4;                    // float2 [kFeatures]
-  static constexpr int kCuts = kShares + S::kFeatures * 8;                    // int [kWarps]
+  static constexpr int kMass = kAnchor + S::kFeatures * 4;  // float [kMassRows][kFeatures]
+  static constexpr int kShares = kMass + S::kMassRows * S::kFeatures * 4;  // float2 [kFeatures]
+  static constexpr int kCuts = kShares + S::kFeatures * 8;                 // int [kWarps]
   static constexpr int kStream = kCuts + S::kWarps * 4;
   static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads>::kSharedBytes;
   static constexpr int kBytes =
@@ -76,8 +76,8 @@ struct CausalQueryGradientBlock
   // Sums of 16 queries over the features so far, relative to exp(row_max).
   struct Sums {
     float px[kColumns][4], pz[kColumns][4];
-    float sx[2], sz[2];                // this lane's shares
-    float rounded_x[4], rounded_z[4];  // in 16 bits, of operands as rounded; the same in all lanes
+    // This lane's shares; those of operands as they are rounded, in 16 bits.
+    float sx[2], sz[2], rounded_x[2], rounded_z[2];
     float row_max[2], centre[2];
 
     PERFORMER_DEVICE void Init() {
@@ -86,9 +86,10 @@ struct CausalQueryGradientBlock
 #pragma unroll
         for (int i = 0; i < 4; ++i) px[n][i] = pz[n][i] = 0.f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rounded_x[i] = rounded_z[i] = 0.f;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) sx[e] = sz[e] = centre[e] = 0.f, row_max[e] = -kInfinity;
+      for (int e = 0; e < 2; ++e) {
+        sx[e] = sz[e] = rounded_x[e] = rounded_z[e] = centre[e] = 0.f;
+        row_max[e] = -kInfinity;
+      }
     }
 
     PERFORMER_DEVICE void Rescale(const float (&factor)[2]) {
@@ -97,9 +98,10 @@ struct CausalQueryGradientBlock
 #pragma unroll
         for (int i = 0; i < 4; ++i) px[n][i] *= factor[i / 2], pz[n][i] *= factor[i / 2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rounded_x[i] *= factor[i / 2], rounded_z[i] *= factor[i / 2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) sx[e] *= factor[e], sz[e] *= factor[e];
+      for (int e = 0; e < 2; ++e) {
+        sx[e] *= factor[e], sz[e] *= factor[e];
+        rounded_x[e] *= factor[e], rounded_z[e] *= factor[e];
+      }
     }
   };
 
@@ -183,6 +185,9 @@ struct CausalQueryGradientBlock
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float sz = QuadSum(sums.sz[e]), sx = QuadSum(sums.sx[e]);
+      float rounded_x = 0, rounded_z = 0;
+      if constexpr (kIs16Bit<R>)
+        rounded_x = QuadSum(sums.rounded_x[e]), rounded_z = QuadSum(sums.rounded_z[e]);
       const int row = row0 + g + 8 * e;
       if (row >= rows) continue;
       const bool any = sz != 0.f;  // else no key was seen so far
@@ -194,8 +199,8 @@ struct CausalQueryGradientBlock
       }
       if constexpr (kIs16Bit<T>)
         if (any && p.map.linear()) {
-          rest = sums.rounded_x[2 * e] / sums.rounded_z[2 * e];
-          factor = p.map.root / sums.rounded_z[2 * e];
+          rest = rounded_x / rounded_z;
+          factor = p.map.root / rounded_z;
         }
       T* const to = pointers()->result + static_cast<int64_t>(row) * p.grad_query.stride;
 #pragma unroll
@@ -260,13 +265,16 @@ struct CausalQueryGradientBlock
                                            const R* projection, int lane) {
 #pragma unroll
     for (int s = 0; s < kStep / 16; ++s) {
+      lane = Opaque(lane);
       uint32_t of_x[kFragment<R>], of_z[kFragment<R>];
       PackA<R>(of_x, x[2 * s], x[2 * s + 1]);
       PackA<R>(of_z, z[2 * s], z[2 * s + 1]);
       if constexpr (kIs16Bit<R>) {
-        const uint32_t ones = Pack<R>(1.f, 1.f);
-        MmaM16N8K16<R>(sums.rounded_x, of_x, ones, ones);
-        MmaM16N8K16<R>(sums.rounded_z, of_z, ones, ones);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          sums.rounded_x[e] += OperandSum<R>(of_x, e);
+          sums.rounded_z[e] += OperandSum<R>(of_z, e);
+        }
       }
 #pragma unroll
       for (int n = 0; n < kColumns / 2; ++n) {
@@ -294,20 +302,17 @@ __global__ void __launch_bounds__(128, 2)
   if (tid == 0) block.StorePointers(work);
   KeyStream<T, W, kThreads> stream(p.keys, p.map, work, blockIdx.y / (p.query.heads / p.groups),
                                    shared + L::kStream, tid);
-  stream.LoadKeyBias(0, tid);
-  stream.StoreKeyBias(0, tid);
+  block.LoadMasks(stream, tid);
   __syncthreads();  // the mask of the keys is visible
   const int rows = stream.pointers->rows, features = static_cast<int>(p.features_pad);
   block.IssueRows(rows, tid);
-  stream.Issue(0, 0, block.tile(L::kKey), block.tile(L::kValue), tid);
+  block.IssueKeys(stream, tid);
   if constexpr (L::kStages == 2) block.Issue(0, 0, tid);
   typename Block::Features own;
   // The next feature block's are loaded ahead where registers allow.
   if constexpr (Block::kHolds) block.Load(own, warp * 16, lane);
   CpAsyncWait<0>();
-  stream.ComputeBias(0, block.tile(L::kKey), tid);
-  if constexpr (L::kHasOrigin)
-    SubtractOrigin<T, W, kTile, kThreads>(block.tile(L::kValue), block.pointers()->origin, tid);
+  block.FinishKeys(stream, tid);
   block.MakeRowsRanged(tid);
   __syncthreads();  // the rows are complete
   typename Block::Pairs pairs;

@@ -37,12 +37,12 @@ struct CausalQueryProjectionLayout : CausalTileGradientLayout<T, W> {
   static constexpr int kWeights = kValue + S::kTileBytes;  // kb [kFeatures][kTile]
   static constexpr int kGradients = kWeights;              // then da [kTile][kFeatures]
   static constexpr int kAnchor = kWeights + S::kFeatures * kTile * S::kSize;  // float [kFeatures]
-  static constexpr int kMass = kAnchor + S::kFeatures * 4;                    // likewise
-  static constexpr int kShares = kMass + S::kFeatures * 4;                    // float2 [kFeatures]
-  static constexpr int kRowMax = kShares + S::kFeatures * 8;                  // float [kTile]
-  static constexpr int kDelta = kRowMax + kTile * 4;                          // likewise
-  static constexpr int kLogSum = kDelta + kTile * 4;                          // likewise
-  static constexpr int kCuts = kLogSum + (kKeepsLogSum<T> ? kTile * 4 : 0);   // int [kWarps]
+  static constexpr int kMass = kAnchor + S::kFeatures * 4;  // float [kMassRows][kFeatures]
+  static constexpr int kShares = kMass + S::kMassRows * S::kFeatures * 4;    // float2 [kFeatures]
+  static constexpr int kRowMax = kShares + S::kFeatures * 8;                 // float [kTile]
+  static constexpr int kDelta = kRowMax + kTile * 4;                         // likewise
+  static constexpr int kLogSum = kDelta + kTile * 4;                         // likewise
+  static constexpr int kCuts = kLogSum + (kKeepsLogSum<T> ? kTile * 4 : 0);  // int [kWarps]
   static constexpr int kStream = kCuts + S::kWarps * 4;
   static constexpr int kPointers = kStream + KeyStream<T, W, S::kThreads>::kSharedBytes;
   static constexpr int kBytes = kPointers + static_cast<int>(sizeof(Pointers));
@@ -183,12 +183,11 @@ __global__ void __launch_bounds__(128, 2)
           MakeCausalTileGradientPointers<T, W>(p, work, first_tile + i, RowsOf<T>());
     KeyStream<T, W, kThreads> stream(p.keys, p.map, work, blockIdx.y / (p.query.heads / p.groups),
                                      shared + L::kStream, tid);
-    stream.LoadKeyBias(0, tid);
-    stream.StoreKeyBias(0, tid);
+    block.LoadMasks(stream, tid);
     __syncthreads();  // the mask of the keys is visible
     const int rows = stream.pointers->rows;
     block.IssueRows(rows, tid);
-    stream.Issue(0, 0, block.tile(L::kKey), block.tile(L::kValue), tid);
+    block.IssueKeys(stream, tid);
     if (i == 0)
       CopyOperand<T, W, L::kFeatures, kThreads>(
           block.tile(L::kProjection),
@@ -202,9 +201,7 @@ __global__ void __launch_bounds__(128, 2)
     typename Block::Features own;
     block.Load(own, first + warp * 16, lane);
     CpAsyncWait<0>();
-    stream.ComputeBias(0, block.tile(L::kKey), tid);
-    if constexpr (L::kHasOrigin)
-      SubtractOrigin<T, W, kTile, kThreads>(block.tile(L::kValue), block.pointers()->origin, tid);
+    block.FinishKeys(stream, tid);
     block.MakeRowsRanged(tid);
     __syncthreads();  // the rows are complete
     typename Block::Pairs pairs;

@@ -9,28 +9,25 @@
 // row, and that before the first row is the gradient of the initial state. Every factor is <= 1.
 //
 // Reverse states are summed over splits and merged as states are. ReverseStatesKernel walks a split
-// from its last row to its first. It stores a checkpoint after each tile, which has the later rows
-// of the split alone, and what all rows of the split add, relative to the state before it.
-// MergeReverseStatesKernel adds these up from the last split to the first.
+// from its last row to its first. It stores a checkpoint after every kCheckpointTiles tiles, which
+// has the later rows of the split alone, and what all rows of the split add, relative to the state
+// before it. MergeReverseStatesKernel adds these up from the last split to the first.
 #pragma once
 #include "cuda/kernels/causal_backward/common.cuh"
 
 namespace performer {
 namespace cuda {
 
-// How many numbers R is the sum of: in 16 bits one is not accurate enough, as R . v nearly cancels
-// against r.
-template <class T>
-inline constexpr int kReverseParts = kIs16Bit<T> ? 2 : 1;
-
-// The reverse state after each tile of kTile rows, of later rows of the same split.
+// The reverse state after every kCheckpointTiles tiles of a split, of later rows of the split
+// alone.
 template <class T>
 struct ReverseCheckpoints {
-  Ranged<T>* sum = nullptr;  // R [tiles, G, kReverseParts, M_pad, W]
-  // [tiles, G, 3, M_pad]: r; the log_mass that R and r are relative to, in units of root, inf where
-  // no key has been seen; and exp(that - log_mass after the split), 0 where no key has been seen.
+  ReverseNumber<T>* sum = nullptr;  // R [checkpoints, G, M_pad, W], less a factor in 16 bits
+  // [checkpoints, G, kReverseNumbers, M_pad]: r; the log_mass that R and r are relative to, in
+  // units of root, inf where no key has been seen; the factor of R (HalfScale::from_half).
   float* numbers = nullptr;
 };
+inline constexpr int kReverseNumbers = 3;
 
 // log_mass of two states together, in units of root.
 PERFORMER_DEVICE float MergedLogMass(const Map& map, float x, float y) {
@@ -43,7 +40,8 @@ PERFORMER_DEVICE float MergedLogMass(const Map& map, float x, float y) {
 template <class T>
 struct ReverseStatesParams : CausalGradientParams<T> {  // work: the splits
   Projection<T> projection;                             // of queries
-  WorkTiles tiles;                                      // of kTile rows
+  WorkTiles tiles,
+      checkpoint_tiles;  // of kTile rows, and of the rows from a checkpoint to the next
   int64_t feature_blocks = 0;
   const float* tile_log_mass = nullptr;  // [tiles, G, M_pad], see causal/layout.cuh
   const float* log_mass = nullptr;       // [N, G, M]: the final state
@@ -60,8 +58,8 @@ struct ReverseStatesPointers {
   RowStatistics statistics;            // [rows, H], likewise
   const float *before, *after;         // [features]: log_mass before and after the split
   const float* tile_log_mass;          // [tiles, G, M_pad]
-  Ranged<T>* sum;                      // [tiles, G, kReverseParts, M_pad, W]
-  float* numbers;                      // [tiles, G, 3, M_pad]
+  ReverseNumber<T>* sum;               // [checkpoints, G, M_pad, W]
+  float* numbers;                      // [checkpoints, G, kReverseNumbers, M_pad]
   const float *origin, *first_origin;  // [W], or nullptr in 16 bits
   int rows;                            // of the split
   int features, padded;                // from the block's first one on: up to M, up to M_pad
@@ -93,7 +91,7 @@ struct ReverseStatesBlock {
   // The reverse state of a thread's features, relative to exp(log_mass). mass: this lane's share.
   struct State {
     float sum[kRowTiles][W / 8][4] = {}, mass[kRowTiles][2] = {};
-    float log_mass[kRowTiles][2], keep[kRowTiles][2];  // keep: exp(log_mass - that after the split)
+    float log_mass[kRowTiles][2];
   };
 
   PERFORMER_DEVICE T* tile(int offset) const { return reinterpret_cast<T*>(shared + offset); }
@@ -116,7 +114,9 @@ struct ReverseStatesBlock {
     const int64_t tile = FirstWorkTile(p.tiles, work.sequence) + work.begin / kTile;
     const int64_t before =
         (p.before_each ? split : (p.before_count == 1 ? 0 : work.sequence)) * p.groups + group;
-    const int64_t at = tile * p.groups + group, pad = p.features_pad;
+    const int64_t checkpoint =
+        FirstWorkTile(p.checkpoint_tiles, work.sequence) + work.begin / p.checkpoint_tiles.unit;
+    const int64_t at = checkpoint * p.groups + group, pad = p.features_pad;
     *pointers() = {p.query.Row(row0, head),
                    p.grad_out.Row(row0, head),
                    StatisticsFrom<T>(p.statistics, row0 * heads + head),
@@ -124,9 +124,9 @@ struct ReverseStatesBlock {
                    (work.last() ? p.log_mass + (work.sequence * p.groups + group) * features
                                 : p.before_log_mass + ((split + 1) * p.groups + group) * features) +
                        first_feature,
-                   p.tile_log_mass + at * pad + first_feature,
-                   p.checkpoints.sum + (at * kReverseParts<T> * pad + first_feature) * W,
-                   p.checkpoints.numbers + at * 3 * pad + first_feature,
+                   p.tile_log_mass + (tile * p.groups + group) * pad + first_feature,
+                   p.checkpoints.sum + (at * pad + first_feature) * W,
+                   p.checkpoints.numbers + at * kReverseNumbers * pad + first_feature,
                    OriginOfTile<T, W>(p.origin, split, p.groups, group, true),
                    OriginOfTile<T, W>(p.origin, split, p.groups, group, false),
                    static_cast<int>(work.end - work.begin),
@@ -167,7 +167,6 @@ struct ReverseStatesBlock {
         const float log_mass =
             feature < pointers()->features ? pointers()->after[feature] : -kInfinity;
         state.log_mass[m][e] = log_mass * p.map.inverse_root;
-        state.keep[m][e] = log_mass == -kInfinity ? 0.f : 1.f;
       }
   }
 
@@ -187,7 +186,7 @@ struct ReverseStatesBlock {
       }
   }
 
-  // Stores the reverse state as the checkpoint after a tile.
+  // Stores the reverse state as a checkpoint of the split.
   PERFORMER_DEVICE void StoreCheckpoint(const State& state, int number, int tid) const {
     tid = Opaque(tid);
     const ReverseStatesPointers<T>& to = *pointers();
@@ -197,32 +196,32 @@ struct ReverseStatesBlock {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float mass = QuadSum(state.mass[m][e]);
+        HalfScale scale = {1.f, 1.f};
+        if constexpr (kIs16Bit<T>) {
+          float largest = 0;
+#pragma unroll
+          for (int n = 0; n < W / 8; ++n)
+            largest = fmaxf(
+                largest, fmaxf(fabsf(state.sum[m][n][2 * e]), fabsf(state.sum[m][n][2 * e + 1])));
+          scale = ScaleOfHalf(QuadMax(largest));
+        }
         const int feature = Feature(m, e, tid), t = tid % 4;
         if (feature >= to.padded) continue;
         if (t == 0) {
-          float* const numbers = to.numbers + at * 3 * pad + feature;
-          const bool any = state.log_mass[m][e] != -kInfinity;
+          float* const numbers = to.numbers + at * kReverseNumbers * pad + feature;
           numbers[0] = mass;
-          numbers[pad] = any ? state.log_mass[m][e] : kInfinity;
-          numbers[2 * pad] = any ? state.keep[m][e] : 0.f;
+          numbers[pad] = state.log_mass[m][e] == -kInfinity ? kInfinity : state.log_mass[m][e];
+          numbers[2 * pad] = scale.from_half;
         }
-        Ranged<T>* const row = to.sum + (at * kReverseParts<T> * pad + feature) * W + 2 * t;
+        ReverseNumber<T>* const row = to.sum + (at * pad + feature) * W + 2 * t;
 #pragma unroll
-        for (int n = 0; n < W / 8; ++n) {
-          const float x = state.sum[m][n][2 * e], y = state.sum[m][n][2 * e + 1];
-          if constexpr (kIs16Bit<T>) {
-            const uint32_t high = Pack<Ranged<T>>(x, y);
-            *Pair(row + n * 8) = high;
-            *Pair(row + pad * W + n * 8) =
-                Pack<Ranged<T>>(x - Low<Ranged<T>>(high), y - High<Ranged<T>>(high));
-          } else {
-            StorePair(row + n * 8, x, y);
-          }
-        }
+        for (int n = 0; n < W / 8; ++n)
+          StorePair(row + n * 8, scale.to_half * state.sum[m][n][2 * e],
+                    scale.to_half * state.sum[m][n][2 * e + 1]);
       }
   }
 
-  // The reverse state becomes relative to log_mass before a tile.
+  // The reverse state becomes relative to log_mass before another tile.
   PERFORMER_DEVICE void Rescale(State& state, const float (&before)[kRowTiles][2],
                                 const float (&of_tile)[kRowTiles][2]) const {
 #pragma unroll
@@ -233,7 +232,6 @@ struct ReverseStatesBlock {
         const float keep =
             log_mass == -kInfinity ? 0.f : Exp2((log_mass - state.log_mass[m][e]) * p.map.unit());
         state.log_mass[m][e] = log_mass;
-        state.keep[m][e] *= keep;
         state.mass[m][e] *= keep;
 #pragma unroll
         for (int n = 0; n < W / 8; ++n)
@@ -313,6 +311,10 @@ __global__ void __launch_bounds__(128, 1) ReverseStatesKernel(ReverseStatesParam
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     const int number = tiles - 1 - step / each, head = step % each, buffer = step & 1;
+    // Of the tiles between two checkpoints: the first one, and whether this is the last one.
+    constexpr int kTiles = kCheckpointTiles<T, W>;
+    const int first = number / kTiles * kTiles;
+    const bool enters = head == 0 && (number - first == kTiles - 1 || number == tiles - 1);
     float before[kRowTiles][2], of_tile[kRowTiles][2], row_bias[kRowTiles][2];
     {
       const ReverseStatesPointers<T>& from = *block.pointers();
@@ -328,8 +330,8 @@ __global__ void __launch_bounds__(128, 1) ReverseStatesKernel(ReverseStatesParam
           const int feature = Block::Feature(m, e, tid);
           const bool given = feature < from.features;
           before[m][e] = given ? from.before[feature] * p.map.inverse_root : -kInfinity;
-          of_tile[m][e] = given && number > 0
-                              ? from.tile_log_mass[number * p.groups * p.features_pad + feature]
+          of_tile[m][e] = given && first > 0
+                              ? from.tile_log_mass[first * p.groups * p.features_pad + feature]
                               : -kInfinity;
           row_bias[m][e] = given ? feature_bias[feature] * p.map.inverse_root : 0.f;
         }
@@ -343,10 +345,10 @@ __global__ void __launch_bounds__(128, 1) ReverseStatesKernel(ReverseStatesParam
     }
     if (step + 1 < steps)
       block.Issue(tiles - 1 - (step + 1) / each, (step + 1) % each, buffer ^ 1, tid);
-    if (head == 0) {
+    if (enters) {
       if constexpr (!kIs16Bit<T>)
         if (number == 0) block.MoveOrigin(state, tid);
-      block.StoreCheckpoint(state, number, tid);
+      block.StoreCheckpoint(state, number / kTiles, tid);
       block.Rescale(state, before, of_tile);
     }
 #pragma unroll
@@ -372,10 +374,20 @@ __global__ void __launch_bounds__(128, 1) ReverseStatesKernel(ReverseStatesParam
                           tid % 32);
 }
 
+// The reverse state after each split, relative to the state there, with zeros in the padding.
+struct StatesAfterSplits {
+  void* sum = nullptr;  // R [splits, G, M_pad, W] in ReverseNumber<T>, less a factor in 16 bits
+  // [splits, G, kAfterNumbers, M_pad]: r; r with the origin of the split's first tile; log_mass
+  // after the split and before it, in units of root, or -inf; the factor of R.
+  float* numbers = nullptr;
+};
+inline constexpr int kAfterNumbers = 5;
+
 struct MergeReverseStatesParams {
   WorkTiles splits;
-  int64_t groups = 0, features = 0;
+  int64_t groups = 0, features = 0, features_pad = 0;
   int width = 0;
+  float inverse_root = 1;                                      // see Map
   const float* part_mean = nullptr;                            // [splits, G, M, E]
   const float* part_mass = nullptr;                            // [splits, G, M]
   const float* before_log_mass = nullptr;                      // [splits, G, M] if before_each
@@ -388,24 +400,49 @@ struct MergeReverseStatesParams {
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
   const float* origin = nullptr;  // see CausalGradientParams
   int padded_width = 0;           // W
-  // The reverse state after each split, relative to the state there: [splits, G, M, W], [splits, G,
-  // M], and the second one with the origin of the split's first tile.
-  float *after_mean = nullptr, *after_mass = nullptr, *first_after_mass = nullptr;
+  StatesAfterSplits after;
 };
 
-// One warp for each sequence, key/value head and feature.
-static __global__ void __launch_bounds__(256, 4)
-    MergeReverseStatesKernel(MergeReverseStatesParams p) {
+// One warp for each sequence, key/value head and feature, up to features_pad.
+template <class N>
+__global__ void __launch_bounds__(256, 4) MergeReverseStatesKernel(MergeReverseStatesParams p) {
   constexpr int kColumns = 4;  // of a lane: E <= 128
-  const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  const int64_t per_sequence = p.groups * p.features;
-  if (number >= p.splits.sequences * per_sequence) return;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int64_t padded = p.groups * p.features_pad, per_sequence = p.groups * p.features;
+  if (index >= p.splits.sequences * padded) return;
   const int lane = threadIdx.x % 32;
-  const int64_t sequence = number / per_sequence, feature = number % per_sequence;
-  const int64_t group = feature / p.features;
+  const int64_t sequence = index / padded, group = index % padded / p.features_pad;
+  const int64_t feature_of_group = index % p.features_pad;
+  const int64_t feature = group * p.features + feature_of_group;  // of all heads
+  const int64_t number = sequence * per_sequence + feature;
   const int64_t first = FirstWorkTile(p.splits, sequence),
                 count = WorkTileCount(p.splits, sequence);
   const int64_t initial = (p.initial_count == 1 ? 0 : sequence) * per_sequence + feature;
+
+  float sum[kColumns] = {};
+  // Stores the reverse state after a split.
+  const auto store = [&](int64_t split, float mass, float of_first, float after, float before) {
+    HalfScale scale = {1.f, 1.f};
+    if constexpr (kIs16Bit<N>) scale = ScaleOfHalf(WarpMax(Largest(sum)));
+    const int64_t at = split * p.groups + group, pad = p.features_pad;
+    if (lane == 0) {
+      const float numbers[kAfterNumbers] = {mass, of_first, after * p.inverse_root,
+                                            before * p.inverse_root, scale.from_half};
+#pragma unroll
+      for (int i = 0; i < kAfterNumbers; ++i)
+        p.after.numbers[(at * kAfterNumbers + i) * pad + feature_of_group] = numbers[i];
+    }
+    N* const to =
+        static_cast<N*>(p.after.sum) + (at * pad + feature_of_group) * p.padded_width + lane;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      if (lane + 32 * i < p.padded_width) to[32 * i] = FromFloat<N>(scale.to_half * sum[i]);
+  };
+  if (feature_of_group >= p.features) {
+    for (int64_t split = first; split < first + count; ++split)
+      store(split, 0.f, 0.f, -kInfinity, -kInfinity);
+    return;
+  }
 
   // What values are less in the first tile of a split, and in its others.
   const auto origin = [&](int64_t split, bool other, int column) {
@@ -413,7 +450,7 @@ static __global__ void __launch_bounds__(256, 4)
                ? 0.f
                : p.origin[((split * 2 + other) * p.groups + group) * p.padded_width + column];
   };
-  float log_mass = p.log_mass[number], sum[kColumns] = {}, mass = 0;
+  float log_mass = p.log_mass[number], mass = 0;
   if (log_mass != -kInfinity) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -441,12 +478,8 @@ static __global__ void __launch_bounds__(256, 4)
   for (int64_t split = first + count - 1; split >= first; --split) {
     const int64_t row = split * per_sequence + feature;
     const float of_first = mass + moved(split, true, split, false);
-    if (lane == 0) p.after_mass[row] = mass, p.first_after_mass[row] = of_first;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i)
-      if (lane + 32 * i < p.padded_width)
-        p.after_mean[row * p.padded_width + lane + 32 * i] = sum[i];
     const float before = p.before_each ? p.before_log_mass[row] : p.initial_log_mass[initial];
+    store(split, mass, of_first, log_mass, before);
     const float keep = before == -kInfinity ? 0.f : expf(before - log_mass);
     log_mass = before;
     mass = (keep == 0.f ? 0.f : of_first * keep) + p.part_mass[row];

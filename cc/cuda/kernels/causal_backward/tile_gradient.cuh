@@ -6,6 +6,10 @@
 //   x  = grad_out sum^T + dG kb^T        what each feature gives to grad_out . out
 //   z  = mass + tril(1) kb^T             and to what the row's weights sum to
 //
+// In 16 bits, with narrow rows, the masses before every 16 rows are summed once, and the product
+// with tril(1) is that of the 16 rows alone. Where means are stored each second tile, the block of
+// another tile computes kb of the tile before too, and adds its values to the state (Advance).
+//
 // As in the forward pass nothing of a later row changes a bit of an earlier one. But here keys are
 // summed over behind the causal mask, where 0 NaN would reach earlier rows: so a key that is NaN
 // begins a sub-chunk, and x and z of rows outside of the sub-chunk are set to 0.
@@ -26,7 +30,10 @@ template <class T>
 struct CausalTileGradientPointers : CausalPointers<T> {
   const T* grad_out;    // [rows, H, E]
   const float* origin;  // [W], or nullptr in 16 bits
-  int64_t line;         // of row 0 in [B L, H]
+  const float*
+      mean_log_mass;  // [M_pad]: of the checkpoint that has the mean; nullptr if it is empty
+  int64_t line;       // of row 0 in [B L, H]
+  bool advances;      // the checkpoint is that before the tile before
 };
 
 // By one thread. `number`: of the tile.
@@ -37,9 +44,15 @@ PERFORMER_DEVICE CausalTileGradientPointers<T> MakeCausalTileGradientPointers(
   const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
   const int64_t row = work.first_row + work.begin, split_rows = WorkTileRows(p.splits, work.rows);
   const int64_t split = FirstWorkTile(p.splits, work.sequence) + work.begin / split_rows;
-  return {MakeCausalPointers<T, W>(p, work, number, result), p.grad_out.Row(row, head),
+  const bool advances = work.begin % split_rows / kTile % kCheckpointTiles<T, W> != 0;
+  const CausalPointers<T> pointers = MakeCausalPointers<T, W>(p, work, number, result);
+  return {pointers,
+          p.grad_out.Row(row, head),
           OriginOfTile<T, W>(p.origin, split, p.groups, group, work.begin % split_rows > 0),
-          row * heads + head};
+          pointers.mean == nullptr ? nullptr
+                                   : pointers.log_mass - (advances ? p.groups * p.features_pad : 0),
+          row * heads + head,
+          advances};
 }
 
 // What the layouts of these kernels have in common.
@@ -53,6 +66,10 @@ struct CausalTileGradientLayout {
   static constexpr int kFeatures = 16 * kWarps;  // of a feature block: 16 of each warp
   static_assert(kTile == 16 * kWarps && kFeatures == kFeatureUnit, "a warp has 16 queries");
   static constexpr float kMaxGrowth = kCausalCutNats;
+  static constexpr bool kAdvances = kCheckpointTiles<T, W> > 1;
+  // mass of the state before every 16 rows, where registers allow; with one, of that before the
+  // tile.
+  static constexpr int kMassRows = kIs16Bit<T> && W == 64 ? kTile / 16 : 1;
   // Whether the queries of a warp and their grad_out take turns in the same memory.
   static constexpr bool kSharesRows = !kIs16Bit<T> && W == 128;
 
@@ -61,7 +78,10 @@ struct CausalTileGradientLayout {
   static constexpr int kQuery = 0;  // [kTile][W]
   static constexpr int kGradOut = kSharesRows ? kQuery : kTileBytes;
   static constexpr int kKey = kGradOut + kTileBytes;
-  static constexpr int kProjection = kKey + kTileBytes;
+  // With kAdvances: keys and values of the tile before, [kTile][W]
+  static constexpr int kKeyBefore = kKey + kTileBytes;
+  static constexpr int kValueBefore = kKeyBefore + kTileBytes;
+  static constexpr int kProjection = kAdvances ? kValueBefore + kTileBytes : kKeyBefore;
 };
 
 // The members are the same for all threads of a block.
@@ -70,8 +90,9 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
   using Base = CausalKeys<T, W, Layout>;
   using L = Layout;
   using R = typename L::R;
-  using Base::kKeyTiles;
+  using Base::kKeyTiles, Base::kColumns;
   using Base::shared, Base::tile, Base::floats;
+  using typename Base::Anchors, typename Base::KeyLogits;
   // Features whose products are in registers at a time.
   static constexpr int kStep = kIs16Bit<T> && W == 64 ? 32 : 16;
   using Step = float[kStep / 8][4];
@@ -93,6 +114,40 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
   PERFORMER_DEVICE static bool IsHidden(int i, int row0, int begin, int end, int lane) {
     const int row = row0 + lane / 4 + 8 * (i / 2);
     return row < begin || row >= end;
+  }
+
+  // The masks of the tile's keys, and of those of the tile before, to shared memory.
+  template <class Stream>
+  PERFORMER_DEVICE void LoadMasks(Stream& stream, int tid) const {
+    stream.LoadKeyBias(0, tid);
+    stream.StoreKeyBias(0, tid);
+    if constexpr (L::kAdvances)
+      if (pointers()->advances) {
+        stream.LoadKeyBias(-1, tid);
+        stream.StoreKeyBias(1, tid);
+      }
+  }
+  // Starts copying the keys and values of both.
+  template <class Stream>
+  PERFORMER_DEVICE void IssueKeys(const Stream& stream, int tid) const {
+    if constexpr (L::kAdvances)
+      if (pointers()->advances) {
+        stream.Copy(p.keys.key, stream.pointers->key, -1, 1, tile(L::kKeyBefore), tid);
+        stream.Copy(p.keys.value, stream.pointers->value, -1, 1, tile(L::kValueBefore), tid);
+      }
+    stream.Issue(0, 0, tile(L::kKey), tile(L::kValue), tid);
+  }
+  // Once what this thread copied is there.
+  template <class Stream>
+  PERFORMER_DEVICE void FinishKeys(const Stream& stream, int tid) const {
+    stream.ComputeBias(0, tile(L::kKey), tid);
+    if constexpr (L::kHasOrigin)
+      SubtractOrigin<T, W, kTile, L::kThreads>(tile(L::kValue), pointers()->origin, tid);
+    if constexpr (L::kAdvances)
+      if (pointers()->advances) {
+        stream.ComputeBias(1, tile(L::kKeyBefore), tid);
+        MakeRanged<T, W, kTile, L::kThreads>(ranged(L::kValueBefore), tile(L::kValueBefore), tid);
+      }
   }
 
   // Starts copying grad_out and, unless they take turns, the queries of the tile.
@@ -161,13 +216,12 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
   }
 
   // The keys of the sub-chunk that begins at `begin`: kb, the state and anchors to shared memory,
-  // where the next barrier makes them visible.
-  PERFORMER_DEVICE void Keys(typename Base::Anchors& anchors, T* state,
-                             const typename Base::Features& own, const float* bias, int begin,
-                             int first, int warp, int lane) const {
-    typename Base::KeyLogits x;
+  // where the next barrier makes them visible. bias: of the keys, then of those of the tile before.
+  PERFORMER_DEVICE void Keys(Anchors& anchors, T* state, const typename Base::Features& own,
+                             const float* bias, int begin, int first, int warp, int lane) const {
+    KeyLogits x;
     float2 shares[2];
-    Base::Logits(x, own, bias, first + warp * 16, Opaque(lane));
+    Base::Logits(x, own, bias, tile(L::kKey), first + warp * 16, Opaque(lane));
     if (begin == 0)
       Base::FirstAnchors(anchors, shares, own, x, lane);
     else
@@ -175,9 +229,79 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
     const int cut = Base::Cut(x, anchors, begin, lane);
     if (lane == 0) reinterpret_cast<int*>(shared + L::kCuts)[warp] = cut;
     Base::StoreWeights(x, anchors, own, cut, warp, Opaque(lane));
+    if constexpr (L::kMassRows > 1) StoreMasses(anchors, warp, Opaque(lane));
+    if constexpr (L::kAdvances)
+      if (begin == 0 && pointers()->advances) {
+        Advance(state, anchors, shares, own, bias + kTile, first + warp * 16, warp, Opaque(lane));
+        return;
+      }
     Base::ScaleState(state, shares, begin == 0, first, warp, Opaque(lane),
                      L::kHasOrigin && begin == 0 ? pointers()->origin : nullptr);
   }
+  // The masses before every 16 rows but the first: with the tile's own keys before these, as their
+  // kb is rounded.
+  PERFORMER_DEVICE void StoreMasses(const Anchors& anchors, int warp, int lane) const {
+    __syncwarp();  // kb of the warp's features is visible
+    const uint32_t ones = Pack<R>(1.f, 1.f);
+    float sum[4] = {anchors.mass[0], anchors.mass[0], anchors.mass[1], anchors.mass[1]};
+#pragma unroll
+    for (int s = 0; s < L::kMassRows - 1; ++s) {
+      uint32_t a[kFragment<R>];
+      LoadA<R, kTile>(a, ranged(L::kWeights), warp * 16, s * 16, lane);
+      MmaM16N8K16<R>(sum, a, ones, ones);
+      float* const to = floats(L::kMass) + (s + 1) * L::kFeatures + warp * 16 + lane / 4;
+      if (lane % 4 == 0) to[0] = sum[0], to[8] = sum[2];
+    }
+  }
+
+  // The warp's 16 rows of the state, which are those of the checkpoint, become the state before the
+  // tile: with that before the split, and the keys of the tile before. shares: of FirstAnchors.
+  PERFORMER_DEVICE void Advance(T* state, const Anchors& anchors, const float2 (&shares)[2],
+                                const typename Base::Features& own, const float* bias, int feature,
+                                int warp, int lane) const {
+    const int g = lane / 4, t = lane % 4;
+    const float unit = p.map.unit();
+    KeyLogits x;
+    Base::Logits(x, own, bias, tile(L::kKeyBefore), feature, lane);
+    float sum[kColumns][4] = {};
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        x[n][i] = Exp2((x[n][i] - ZeroIfNone(anchors.anchor[i / 2])) * unit);
+#pragma unroll
+    for (int s = 0; s < kTile / 16; ++s) {
+      uint32_t a[kFragment<R>];
+      PackA<R>(a, x[2 * s], x[2 * s + 1]);
+#pragma unroll
+      for (int n = 0; n < kColumns / 2; ++n) {
+        uint32_t b[kFragment<R>];
+        LoadBTrans<R, W>(b, ranged(L::kValueBefore), s * 16, n * 16, lane);
+        Mma<R>(sum[2 * n], sum[2 * n + 1], a, b);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float log_mass = pointers()->mean_log_mass == nullptr
+                                 ? -kInfinity
+                                 : pointers()->mean_log_mass[feature + g + 8 * e];
+      const float share = Exp2((log_mass - ZeroIfNone(anchors.anchor[e])) * unit);
+      const T* const before = pointers()->before_mean;
+      const int64_t row = static_cast<int64_t>(feature + g + 8 * e) * W + 2 * t;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        float2 y = {sum[n][2 * e], sum[n][2 * e + 1]};
+        if (before != nullptr) {
+          const float2 other = LoadPair(before + row + n * 8);
+          y.x += shares[e].x * other.x, y.y += shares[e].x * other.y;
+        }
+        T* const at = state + AtPair<T, W>(warp * 16 + g, n, t) + 8 * e * W;
+        const float2 mean = LoadPair(at);
+        StorePair(reinterpret_cast<R*>(at), y.x + share * mean.x, y.y + share * mean.y);
+      }
+    }
+  }
+
   // Where this sub-chunk ends, after that barrier.
   PERFORMER_DEVICE int End() const {
     const int* const cuts = reinterpret_cast<const int*>(shared + L::kCuts);
@@ -206,10 +330,10 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
                                      int lane) const {
     const int t = lane % 4;
     const bool linear = p.map.linear();
-#pragma unroll
-    for (int n = 0; n < kStep / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[n][i] = linear ? anchor[n * 8 + 2 * t + (i & 1)] : 0.f;
+    if (linear)
+      SetRows(y, anchor + 2 * t);
+    else
+      SetZero(y);
     Product(y, tile(L::kQuery), projection, row0, lane);
     if (!linear) MapLogits(y, p.map, anchor, t);
   }
@@ -217,43 +341,47 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
   // x and z of the features `first` .. of the block.
   PERFORMER_DEVICE void Gains(Step& x, Step& z, const Pairs& pairs, const R* state, int first,
                               int row0, int lane) const {
-    const int g = lane / 4, t = lane % 4;
-    const float* const mass = floats(L::kMass) + first;
-#pragma unroll
-    for (int n = 0; n < kStep / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[n][i] = 0.f;
-        z[n][i] = mass[n * 8 + 2 * t + (i & 1)];
-      }
-    Product(x, ranged(L::kGradOut), state, row0, lane);
     const R* const weights = ranged(L::kWeights) + first * kTile;
+    SetZero(x);
+    Product(x, ranged(L::kGradOut), state, row0, lane);
 #pragma unroll
     for (int s = 0; s < kTile / 16; ++s) {
       if (s * 16 > row0) continue;  // above the triangle
-      // 16 columns of the lower triangle of ones.
-      const bool whole = s * 16 < row0;
-      const float even = whole || 2 * t <= g ? 1.f : 0.f, odd = whole || 2 * t < g ? 1.f : 0.f;
-      const float above = whole ? 1.f : 0.f;
-      uint32_t ones[kFragment<R>];
-      PackA<R>(ones, {even, odd, 1.f, 1.f}, {above, above, even, odd});
 #pragma unroll
       for (int n = 0; n < kStep / 16; ++n) {
         uint32_t b[kFragment<R>];
         LoadB<R, kTile>(b, weights, n * 16, s * 16, lane);
         Mma<R>(x[2 * n], x[2 * n + 1], pairs[s], b);
+      }
+    }
+    lane = Opaque(lane);
+    constexpr bool kMasses = L::kMassRows > 1;
+    const float* const mass = floats(L::kMass) + (kMasses ? row0 / 16 * L::kFeatures : 0) + first;
+    SetRows(z, mass + 2 * (lane % 4));
+#pragma unroll 1
+    for (int s = kMasses ? row0 / 16 : 0; s <= row0 / 16; ++s) {
+      uint32_t ones[kFragment<R>];
+      LowerOnes(ones, s * 16 < row0, lane);
+#pragma unroll
+      for (int n = 0; n < kStep / 16; ++n) {
+        uint32_t b[kFragment<R>];
+        LoadB<R, kTile>(b, weights, n * 16, s * 16, lane);
         Mma<R>(z[2 * n], z[2 * n + 1], ones, b);
       }
     }
+  }
+  // 16 rows and columns of the lower triangle of ones: below its diagonal (all ones), or on it.
+  PERFORMER_DEVICE static void LowerOnes(uint32_t (&ones)[kFragment<R>], bool below, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    const float even = below || 2 * t <= g ? 1.f : 0.f, odd = below || 2 * t < g ? 1.f : 0.f;
+    const float above = below ? 1.f : 0.f;
+    PackA<R>(ones, {even, odd, 1.f, 1.f}, {above, above, even, odd});
   }
 
   // Of maps that are not linear: the slopes at the queries' products, which are computed once more,
   // as registers are short.
   PERFORMER_DEVICE void Slopes(Step& y, const T* projection, int row0, int lane) const {
-#pragma unroll
-    for (int n = 0; n < kStep / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[n][i] = 0.f;
+    SetZero(y);
     Product(y, tile(L::kQuery), projection, row0, lane);
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n)

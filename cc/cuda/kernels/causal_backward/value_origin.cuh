@@ -15,27 +15,26 @@ namespace cuda {
 struct CausalOriginParams {
   WorkTiles splits, tiles;
   int64_t groups = 0, features = 0, features_pad = 0;
-  int width = 0;
   // The states before splits, as in CausalRowsParams.
-  const float *before_log_mass = nullptr, *before_mean = nullptr;
+  const float *before_log_mass = nullptr, *before_operand = nullptr;
   bool before_each = false;
   int64_t before_count = 0;
   Checkpoints<float> checkpoints;
   float* origin = nullptr;  // [splits, 2, G, W]
 };
 
-// The average of column `column` of means, if any feature has seen a key.
+// The average of column `column` of means [features, width], if any feature has seen a key.
 struct AverageMean {
   float value = 0;
   bool any = false;
 
   PERFORMER_DEVICE AverageMean(const float* log_mass, const float* mean, int64_t features,
-                               int64_t row_size, int width, int column) {
+                               int width, int column) {
     float sum = 0, seen = 0;
     for (int64_t feature = 0; feature < features; ++feature) {
       if (log_mass[feature] == -kInfinity) continue;
       seen += 1;
-      if (column < width) sum += mean[feature * row_size + column];
+      sum += mean[feature * width + column];
     }
     any = seen > 0.f;
     if (any) value = FiniteOrZero(sum / seen);
@@ -54,8 +53,8 @@ static __global__ void __launch_bounds__(128) CausalOriginKernel(CausalOriginPar
         (p.before_each ? blockIdx.x : (p.before_count == 1 ? 0 : split.sequence)) * p.groups +
         group;
     const AverageMean before(p.before_log_mass + row * p.features,
-                             p.before_mean + row * p.features * p.width, p.features, p.width,
-                             p.width, column);
+                             p.before_operand + row * p.features_pad * width, p.features, width,
+                             column);
     first = others = before.value;
     any = before.any;
   }
@@ -63,7 +62,7 @@ static __global__ void __launch_bounds__(128) CausalOriginKernel(CausalOriginPar
     const int64_t tile = FirstWorkTile(p.tiles, split.sequence) + split.begin / kTile + 1;
     const int64_t row = (tile * p.groups + group) * p.features_pad;
     others = AverageMean(p.checkpoints.log_mass + row, p.checkpoints.mean + row * width, p.features,
-                         width, width, column)
+                         width, column)
                  .value;
   }
   float* to = p.origin + (blockIdx.x * 2 * p.groups + group) * width + column;

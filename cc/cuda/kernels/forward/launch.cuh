@@ -14,14 +14,16 @@ inline MergeParams MakeMergeParams(const Context& context, const Division& split
   MergeParams params;
   params.splits = splits.tiles;
   params.groups = context.dims.groups;
-  params.features = context.dims.features;
+  params.features = params.features_pad = context.dims.features;
   params.width = static_cast<int>(context.dims.value_dim);
   return params;
 }
 
-inline Status Merge(const Context& context, const MergeParams& params) {
-  const int64_t rows = params.splits.sequences * params.groups * params.features;
-  return context.launcher.Launch("merge", MergeKernel, {CeilDiv(rows * 32, kElementwiseThreads)},
+// T: of the operands, if there are any.
+template <class T = float>
+Status Merge(const Context& context, const MergeParams& params) {
+  const int64_t rows = params.splits.sequences * params.groups * params.features_pad;
+  return context.launcher.Launch("merge", MergeKernel<T>, {CeilDiv(rows * 32, kElementwiseThreads)},
                                  kElementwiseThreads, 0, params);
 }
 

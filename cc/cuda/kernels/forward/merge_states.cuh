@@ -1,7 +1,7 @@
 // Merges the states of splits in their order: to one state for each sequence and, for causal
 // attention, to the state before each split.
 //
-// Grid: one warp for each sequence, key/value head and feature.
+// Grid: one warp for each sequence, key/value head and feature, up to features_pad.
 #pragma once
 #include "cuda/device/kernel_params.cuh"
 
@@ -18,7 +18,12 @@ struct MergeParams {
   const float* initial_log_mass = nullptr;
   const float* initial_mean = nullptr;
   int64_t initial_count = 0;  // 0: there is none, 1: the same for all sequences, or N
-  bool before = false;        // part_log_mass and part_mean become the states before their splits
+  // Where `before`, part_log_mass becomes that before each split, and so do the means: in place, or
+  // as operands [splits, G, M_pad, operand_width], with zeros in the padding.
+  bool before = false;
+  void* operand = nullptr;
+  int64_t features_pad = 0;  // M_pad with operands, else M
+  int operand_width = 0;
   float* log_mass = nullptr;  // the results [N, G, M]
   float* mean = nullptr;      // [N, G, M, E]
 };
@@ -39,14 +44,32 @@ PERFORMER_DEVICE void MergeState(float& log_mass, float (&mean)[kMergeColumns],
   log_mass = reference + logf(sum);
 }
 
-static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
+// T: of the operands.
+template <class T>
+__global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  const int64_t per_sequence = p.groups * p.features;
-  if (number >= p.splits.sequences * per_sequence) return;
+  const int64_t padded = p.groups * p.features_pad, per_sequence = p.groups * p.features;
+  if (number >= p.splits.sequences * padded) return;
   const int lane = threadIdx.x % 32;
-  const int64_t sequence = number / per_sequence, feature = number % per_sequence;
+  const int64_t sequence = number / padded, group = number % padded / p.features_pad;
+  const int64_t feature_of_group = number % p.features_pad;
+  const int64_t feature = group * p.features + feature_of_group;
   const int64_t first = FirstWorkTile(p.splits, sequence),
                 count = WorkTileCount(p.splits, sequence);
+  const auto store_operand = [&](int64_t split, const float (&mean)[kMergeColumns]) {
+    T* const to =
+        static_cast<T*>(p.operand) +
+        ((split * p.groups + group) * p.features_pad + feature_of_group) * p.operand_width;
+#pragma unroll
+    for (int i = 0; i < kMergeColumns; ++i)
+      if (lane + 32 * i < p.operand_width) to[lane + 32 * i] = FromFloat<T>(mean[i]);
+  };
+
+  float log_mass = -kInfinity, mean[kMergeColumns] = {};
+  if (feature_of_group >= p.features) {
+    for (int64_t split = first; split < first + count; ++split) store_operand(split, mean);
+    return;
+  }
 
   const auto load = [&](const float* log_masses, const float* means, int64_t row, float& log_mass,
                         float (&mean)[kMergeColumns]) {
@@ -65,7 +88,6 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
       if (lane + 32 * i < p.width) means[row * p.width + lane + 32 * i] = mean[i];
   };
 
-  float log_mass = -kInfinity, mean[kMergeColumns] = {};
   if (p.initial_count > 0)
     load(p.initial_log_mass, p.initial_mean,
          (p.initial_count == 1 ? 0 : sequence) * per_sequence + feature, log_mass, mean);
@@ -75,7 +97,12 @@ static __global__ void __launch_bounds__(256) MergeKernel(MergeParams p) {
     load(p.part_log_mass, p.part_mean, row, part_log_mass, part);
     if (p.before) {
       __syncwarp();  // lane 0 writes the log_mass that all lanes have read
-      store(p.part_log_mass, p.part_mean, row, log_mass, mean);
+      if (p.operand != nullptr) {
+        if (lane == 0) p.part_log_mass[row] = log_mass;
+        store_operand(split, mean);
+      } else {
+        store(p.part_log_mass, p.part_mean, row, log_mass, mean);
+      }
     }
     MergeState(log_mass, mean, part_log_mass, part);
   }
