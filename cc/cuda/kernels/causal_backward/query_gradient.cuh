@@ -70,7 +70,6 @@ struct CausalQueryGradientBlock
                               CausalQueryGradientPointers<T>>;
   using Base::Base, Base::kColumns, Base::kStep;
   using Base::p, Base::tile, Base::ranged, Base::floats, Base::pointers;
-  using typename Base::Anchors;
   using typename Base::L, typename Base::R, typename Base::Step, typename Base::Pairs;
 
   // Sums of 16 queries over the features so far, relative to exp(row_max).
@@ -333,19 +332,12 @@ __global__ void __launch_bounds__(128, 2)
     const bool last = first + L::kFeatures >= features;
     if (L::kStages == 2 && !last) block.Issue(first + L::kFeatures, buffer ^ 1, tid);
 
-    typename Block::Anchors anchors;
-    int end;
-#pragma unroll 1
-    for (int begin = 0; begin < rows; begin = end) {  // the sub-chunks
-      block.Keys(anchors, block.tile(L::kState + buffer * L::kFeatureBytes), own, stream.bias,
-                 begin, first, warp, lane);
-      __syncthreads();  // kb, the state, anchors and cuts are visible
-      end = block.End();
+    T* const state = block.tile(L::kState + buffer * L::kFeatureBytes);
+    block.WalkSubChunks(state, own, stream.bias, rows, first, warp, lane, [&](int begin, int end) {
       if (Block::kHolds && end >= rows && !last)
         block.Load(own, first + L::kFeatures + warp * 16, lane);
       block.Queries(sums, pairs, buffer, row0, rows, begin, end, lane);
-      if (end < rows) __syncthreads();  // kb and the state may be overwritten
-    }
+    });
   }
   block.Write(sums, row0, rows, lane);
 }

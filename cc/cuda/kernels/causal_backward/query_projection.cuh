@@ -215,16 +215,10 @@ __global__ void __launch_bounds__(128, 2)
     }
 
     typename Block::Step da[Block::kSteps] = {};
-    typename Block::Anchors anchors;
-    int end;
-#pragma unroll 1
-    for (int begin = 0; begin < rows; begin = end) {  // the sub-chunks
-      block.Keys(anchors, block.tile(L::kState), own, stream.bias, begin, first, warp, lane);
-      __syncthreads();  // kb, the state, anchors and cuts are visible
-      end = block.End();
-      block.Queries(da, pairs, row0, rows, begin, end, lane);
-      __syncthreads();  // kb and the state may be overwritten
-    }
+    block.WalkSubChunks(
+        block.tile(L::kState), own, stream.bias, rows, first, warp, lane,
+        [&](int begin, int end) { block.Queries(da, pairs, row0, rows, begin, end, lane); });
+    __syncthreads();  // kb, which the gradients take the place of, is done with
     MakeRanged<T, W, kTile, kThreads>(block.ranged(L::kRangedQuery), block.tile(L::kQuery), tid);
     block.TakeTurns(block.pointers()->query, p.query, row0, rows, lane);
     block.StoreGradients(da, row0, lane);

@@ -302,10 +302,23 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
     }
   }
 
-  // Where this sub-chunk ends, after that barrier.
-  PERFORMER_DEVICE int End() const {
-    const int* const cuts = reinterpret_cast<const int*>(shared + L::kCuts);
-    return min(min(cuts[0], cuts[1]), min(cuts[2], cuts[3]));
+  // Walks the sub-chunks of a tile of `rows` for the features from `first` on: visit(begin, end)
+  // sees their kb, state and anchors. `own` is read before the last of these calls.
+  template <class Visit>
+  PERFORMER_DEVICE void WalkSubChunks(T* state, const typename Base::Features& own,
+                                      const float* bias, int rows, int first, int warp, int lane,
+                                      Visit visit) const {
+    Anchors anchors;
+    int end;
+#pragma unroll 1
+    for (int begin = 0; begin < rows; begin = end) {
+      Keys(anchors, state, own, bias, begin, first, warp, lane);
+      __syncthreads();  // kb, the state, anchors and cuts are visible
+      const int* const cuts = reinterpret_cast<const int*>(shared + L::kCuts);
+      end = min(min(cuts[0], cuts[1]), min(cuts[2], cuts[3]));
+      visit(begin, end);
+      if (end < rows) __syncthreads();  // kb and the state may be overwritten
+    }
   }
 
   // y += the warp's rows of `tokens` x the rows of `columns`.
