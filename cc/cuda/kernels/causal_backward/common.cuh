@@ -22,6 +22,7 @@ namespace cuda {
 // too.
 template <class T, int W>
 inline constexpr int kCheckpointTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
+static_assert(kSplitUnit % (2 * kTile) == 0, "a split begins with a tile that has a checkpoint");
 
 // What all kernels of the causal gradient are given.
 template <class T>
