@@ -46,7 +46,7 @@ py::dict RunOnGpu(const std::string& name, const std::map<std::string, GivenTens
   };
   std::vector<Shape> output_shapes;
   Call call = CheckedCall(op, TakeAttributes(attributes), find, &output_shapes);
-  ThrowIfError(cuda::Supports(op, call.dtype, call.dims));
+  ThrowIfError(cuda::Supports(call.dtype, call.dims));
   const Signature& signature = SignatureOf(op);
   py::dict results;
   for (size_t i = 0; i < signature.outputs.size(); ++i) {

@@ -7,10 +7,6 @@
   X(Summarize)                   \
   X(Read) X(Causal) X(NearFar) X(SummarizeGrad) X(ReadGrad) X(CausalGrad) X(NearFarGrad)
 
-// Those that have GPU kernels.
-#define PERFORMER_FOR_EACH_GPU_OP(X) \
-  X(Summarize) X(Read) X(Causal) X(NearFar) X(SummarizeGrad) X(ReadGrad) X(CausalGrad)
-
 namespace performer {
 
 #define PERFORMER_OP(name) k##name,
@@ -29,7 +25,5 @@ constexpr bool IsGrad(Op op) { return op >= Op::kSummarizeGrad; }
 
 // Whether an operator attends to near keys exactly and to far keys by features.
 constexpr bool IsNearFar(Op op) { return op == Op::kNearFar || op == Op::kNearFarGrad; }
-
-constexpr bool HasGpuKernel(Op op) { return op != Op::kNearFarGrad; }
 
 }  // namespace performer

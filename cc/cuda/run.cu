@@ -16,7 +16,7 @@ Status RunTyped(Op op, const Call& call, const Device& device) {
 #define PERFORMER_CASE(op) \
   case Op::k##op:          \
     return Run##op<T>(Make##op##Params(call), device);
-    PERFORMER_FOR_EACH_GPU_OP(PERFORMER_CASE)
+    PERFORMER_FOR_EACH_OP(PERFORMER_CASE)
 #undef PERFORMER_CASE
     default:
       return Status::Internal("no kernel of this operator");
@@ -25,10 +25,7 @@ Status RunTyped(Op op, const Call& call, const Device& device) {
 
 }  // namespace
 
-Status Supports(Op op, DType dtype, const Dims& dims) {
-  if (!HasGpuKernel(op))
-    return Status::InvalidArgument(std::string(SignatureOf(op).name) +
-                                   " has no CUDA kernels; it runs on the CPU");
+Status Supports(DType dtype, const Dims& dims) {
   if (dtype == DType::kFloat64)
     return Status::InvalidArgument(
         "the CUDA kernels take float32, bfloat16 and half; got float64, which runs on the CPU");
@@ -54,7 +51,7 @@ Status Supports(Op op, DType dtype, const Dims& dims) {
 }
 
 Status Run(Op op, const Call& call, const Device& device) {
-  PERFORMER_RETURN_IF_ERROR(Supports(op, call.dtype, call.dims));
+  PERFORMER_RETURN_IF_ERROR(Supports(call.dtype, call.dims));
   switch (call.dtype) {
     case DType::kBFloat16:
       return RunTyped<BFloat16>(op, call, device);

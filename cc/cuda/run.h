@@ -38,7 +38,7 @@ inline constexpr int64_t kMaxRows = int64_t{1} << 36;
 
 // Whether the kernels take such a call: OK, or InvalidArgument that names the rule and the value.
 // The answer depends only on the arguments; no GPU is needed. Any M is accepted.
-PERFORMER_SHARED Status Supports(Op op, DType dtype, const Dims& dims);
+PERFORMER_SHARED Status Supports(DType dtype, const Dims& dims);
 
 // Enqueues one operator on the current device's stream and returns without waiting for it. The
 // shapes of the call have been accepted by InferShapes, its offsets by CheckOffsets.

@@ -13,8 +13,8 @@ namespace {
 struct GpuDevice {
   static constexpr bool kReplacesState = false;
 
-  static absl::Status Check(Op op, const Call& call) {
-    return ToTensorFlow(cuda::Supports(op, call.dtype, call.dims));
+  static absl::Status Check(Op, const Call& call) {
+    return ToTensorFlow(cuda::Supports(call.dtype, call.dims));
   }
 
   static absl::Status Run(tensorflow::OpKernelContext* context, Op op, const Call& call) {
@@ -55,7 +55,7 @@ constexpr const char* LastHostInput(Op op) { return IsNearFar(op) ? "start" : "o
   PERFORMER_REGISTER_TYPE(op, Eigen::half)
 [[maybe_unused]] const bool registered = [] {
   if (IsRegistered(tensorflow::DEVICE_GPU)) return false;
-  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
   return true;
 }();
 

@@ -176,7 +176,8 @@ query_norm: whether |q|^2 / 2 is subtracted.
 
     << Define<Op::kNearFarGrad>(
            "Gradient of Performer>NearFar for each of its inputs, summed over broadcast "
-           "dimensions; those of the projections are 0 on the CPU without projection_gradient.");
+           "dimensions; without projection_gradient those of the projections are 0, and on GPUs "
+           "that of feature_bias.");
 
 }  // namespace
 }  // namespace performer

@@ -1,14 +1,14 @@
 """Near-and-far attention of the compiled core: results, gradients, what changes no bit."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
 
-from performer import reference
 from performer.features.tolerances import tolerances
-from support.compare import assert_close, assert_finite, assert_same_bits
+from support import near_far
+from support.compare import assert_close, assert_same_bits
 from support.core_calls import isas, run
 from support.inputs import Case, forms, make
 from support.near_far import (
@@ -20,9 +20,14 @@ from support.near_far import (
     OUTPUTS,
     PLAIN,
     STREAMED,
-    arguments,
+    check_gradients,
+    check_gradients_of_rows_that_see_nothing,
+    check_gradients_of_values_with_a_mean,
+    check_masked,
+    check_masked_gradients,
     check_nan_in_key,
     check_results,
+    check_rows_that_see_nothing,
     check_state_without_keys,
     check_stream,
     given,
@@ -39,20 +44,7 @@ cases = pytest.mark.parametrize(("causal", "name", "dtype"), PARAMETERS)
 
 
 def gradients(x, results, incoming, **options):
-    grads = run("NearFarGrad", {**x, **results, **incoming}, **options)
-    return {name.removeprefix("grad_"): grad for name, grad in grads.items()}
-
-
-@cache
-def wanted_gradients(name, causal, dtype):
-    x, incoming, options = given(name, causal, dtype)
-    incoming = {n: a.astype(np.float64) for n, a in incoming.items()}
-    return reference.near_far_attention_gradients(
-        **arguments(x, dtype, options),
-        grad_out=incoming["grad_out"],
-        grad_log_weight=incoming["grad_log_weight"],
-        grad_state=(incoming["grad_log_mass"], incoming["grad_mean"]),
-    )
+    return near_far.gradients(run, x, results, incoming, **options)
 
 
 @isas
@@ -64,13 +56,7 @@ def test_results_are_those_of_the_reference(causal, name, dtype, isa):
 @isas
 @cases
 def test_gradients_are_those_of_the_reference(causal, name, dtype, isa):
-    x, incoming, options = given(name, causal, dtype)
-    results = run("NearFar", x, isa=isa, **options)
-    grads = gradients(x, results, incoming, isa=isa, **options)
-    bound = tolerances(dtype, causal=causal).gradient_rms
-    for argument, exact in wanted_gradients(name, causal, dtype).items():
-        assert grads[argument].dtype == x[argument].dtype, argument
-        assert_close(grads[argument], exact, rms=bound, what=argument)
+    check_gradients(partial(run, isa=isa), name, causal, dtype)
 
 
 @forms
@@ -139,36 +125,15 @@ def test_nan_in_a_key_shows_in_exactly_the_rows_that_see_it(isa, causal, name, r
 @forms
 @pytest.mark.parametrize("masked", ["holes", "left", "row"])
 def test_masked_keys_change_no_bit_and_have_gradient_zero(isa, causal, masked):
-    case = replace(PLAIN, batch=2, bias="BGS", masked=masked)
-    options = {**OPTIONS, "causal": causal, "isa": isa}
-    x, incoming = plain(case=case)
-    results = run("NearFar", x, **options)
-    grads = gradients(x, results, incoming, **options)
-    hidden = np.isneginf(x["key_bias"]).transpose(0, 2, 1)
-    x["key"][hidden], x["value"][hidden] = 3, -7
-    other = run("NearFar", x, **options)
-    for output in OUTPUTS:
-        assert_same_bits(other[output], results[output], what=output)
-    for name, grad in gradients(x, other, incoming, **options).items():
-        assert_same_bits(grad, grads[name], what=name)
-        assert_finite(grad, what=name)
-    for name in ("key", "value"):
-        assert not grads[name][hidden].any(), name
-    assert not grads["key_bias"].transpose(0, 2, 1)[hidden].any()
+    check_masked(partial(run, isa=isa), causal, masked)
+    check_masked_gradients(partial(run, isa=isa), causal, masked)
 
 
 @isas
 @forms
 def test_queries_that_see_nothing_give_and_get_exactly_zero(isa, causal):
-    x, incoming, options = given("all keys of a batch row masked", causal)
-    incoming["grad_log_weight"][-1] = np.nan  # log_weight is -inf there
-    results = run("NearFar", x, isa=isa, **options)
-    assert not results["out"][-1].any()
-    assert np.isneginf(results["log_weight"][-1]).all()
-    for name, grad in gradients(x, results, incoming, isa=isa, **options).items():
-        assert_finite(grad, what=name)
-        if name in ("query", "key", "value", "key_bias"):
-            assert not grad[-1].any(), name
+    check_rows_that_see_nothing(partial(run, isa=isa), causal)
+    check_gradients_of_rows_that_see_nothing(partial(run, isa=isa), causal)
 
 
 @isas
@@ -260,25 +225,7 @@ def test_a_state_to_which_no_key_is_added_keeps_its_bits(isa, causal, rows):
 @forms
 @pytest.mark.parametrize("state", [0, 1])
 def test_gradients_do_not_drown_in_what_values_have_in_common(isa, causal, state):
-    case = Case(batch=1, rows=300, dim=16, value_dim=8, features=32, state=state)
-    x, incoming = plain(case=case, start=0)
-    x["value"] += 1000
-    x["initial_mean"] += 1000 * (x["initial_log_mass"][..., None] > -np.inf)
-    options = {"exact_window": 16, "causal": causal}
-    results = run("NearFar", x, isa=isa, **options)
-    grads = gradients(x, results, incoming, isa=isa, **options)
-    exact, incoming = (
-        {n: a if a.dtype == np.int64 else a.astype("float64") for n, a in given.items()}
-        for given in (x, incoming)
-    )
-    wanted = gradients(exact, run("NearFar", exact, **options), incoming, **options)
-    first = 16 if causal and not state else 0  # there the values of the first block are as they are
-    for name in ("query", "key", "query_projection", "key_projection", "key_bias"):
-        grad, right = grads[name], wanted[name]
-        if name in ("query", "key"):
-            grad, right = grad[:, first:], right[:, first:]
-        error = np.sqrt(np.mean((grad - right) ** 2) / np.mean(right**2))
-        assert error <= 1e-4, f"{name}: {error:.2g}"
+    check_gradients_of_values_with_a_mean(partial(run, isa=isa), causal, state, run)
 
 
 # Far more states of blocks than fit into the workspace of a call with one sequence and head.

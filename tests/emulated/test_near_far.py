@@ -1,4 +1,4 @@
-"""Near-and-far attention by the CUDA kernels, emulated: results, and what changes no bit."""
+"""Near-and-far attention by the CUDA kernels, emulated: results, gradients, what changes no bit."""
 
 from functools import partial
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from performer.features.tolerances import tolerances
-from support import near_far
+from support import core_calls, near_far
 from support.compare import assert_close, assert_same_bits
 from support.emulated_calls import (
+    DTYPES,
     SCHEDULES,
     SPLIT,
     counting,
@@ -16,7 +17,7 @@ from support.emulated_calls import (
     run,
     run_in_small_blocks,
 )
-from support.inputs import Case, forms, make
+from support.inputs import Case, cotangents, forms, make
 
 SIZES = ["splits, blocks of 64", "wide, 200 features", "packed, splits of some sequences"]
 windows = pytest.mark.parametrize("window", [16, 64, 100])
@@ -161,3 +162,115 @@ def test_a_gpu_without_memory_is_an_error(causal):
         else:
             break
     assert needed > 0
+
+
+# In bfloat16 every case, and every type where it has code of its own.
+@pytest.mark.parametrize(
+    ("causal", "name", "dtype"),
+    [
+        (causal, name, dtype)
+        for causal in (False, True)
+        for name in near_far.table(causal, SPLIT)
+        for dtype in (DTYPES if name in SIZES else ["bfloat16"])
+    ],
+)
+def test_gradients_are_those_of_the_reference(causal, name, dtype):
+    near_far.check_gradients(run, name, causal, dtype, SPLIT)
+
+
+@forms
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_narrow_heads_run_in_small_blocks(causal, dtype):
+    near_far.check_gradients(run_in_small_blocks, SIZES[0], causal, dtype, SPLIT)
+
+
+@pytest.mark.parametrize(("causal", "dtype"), [(True, "float32"), (False, "bfloat16")])
+def test_gradients_are_the_same_bits_under_every_schedule(causal, dtype):
+    x, incoming, options = near_far.given(SIZES[2], causal, dtype, SPLIT)
+    results = run("NearFar", x, **options)
+    first, *others = (
+        near_far.gradients(run, x, results, incoming, order=order, seed=seed, **options)
+        for order, seed in SCHEDULES[1::2]
+    )
+    for other in others:
+        for argument, grad in first.items():
+            assert_same_bits(other[argument], grad, what=argument)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "t", "window"),
+    [("bfloat16", 27, 16), ("float16", 70, 64), ("float32", 70, 100)],
+)
+def test_what_comes_at_t_and_after_changes_no_bit_of_earlier_gradients(dtype, t, window):
+    near_far.check_past_of_gradients(run, dtype, t, window)
+
+
+@forms
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masked_keys_change_no_bit_of_gradients_and_have_none(causal, dtype):
+    near_far.check_masked_gradients(run, causal, "holes", dtype, window=64)
+    near_far.check_gradients_of_rows_that_see_nothing(run, causal, dtype)
+
+
+@forms
+@pytest.mark.parametrize("state", [0, 1])
+def test_gradients_do_not_drown_in_what_values_have_in_common(causal, state):
+    near_far.check_gradients_of_values_with_a_mean(run, causal, state, core_calls.run)
+
+
+@forms
+@dtypes
+def test_gradients_of_projections_are_zero_where_they_are_not_asked_for(causal, dtype):
+    x, incoming, options = near_far.given(SIZES[0], causal, dtype, SPLIT)
+    results = run("NearFar", x, **options)
+    whole = near_far.gradients(run, x, results, incoming, **options)
+    part = near_far.gradients(run, x, results, incoming, **options, projection_gradient=False)
+    for name in ("query_projection", "key_projection", "feature_bias"):
+        assert not part.pop(name).any(), name
+        assert whole.pop(name).any(), name
+    for name, grad in whole.items():
+        assert_same_bits(part[name], grad, what=name)
+
+
+@forms
+@pytest.mark.parametrize("name", SIZES[:2])
+def test_operands_of_gradients_are_read_without_bank_conflicts(causal, name):
+    x, incoming, options = near_far.given(name, causal, "bfloat16", SPLIT)
+    results = run("NearFar", x, **options)
+    with counting() as counters:
+        near_far.gradients(run, x, results, incoming, **options)
+    assert counters["ldmatrix"] > 0
+    assert counters["ldmatrix_conflicts"] == 0
+
+
+# Of the gradient, likewise: states as above, and as many products in reverse states. Queries have
+# four of each (and 1/16 of two more, which sum rounded operands). Keys have five of features, as R
+# counts twice, and four of near queries. Gradients of projections have three, those of keys four.
+def test_the_tensor_cores_do_no_more_than_counted_in_the_gradient():
+    rows, blocks = 4 * SPLIT, 4 * SPLIT // 64
+    case = Case(batch=1, rows=rows, heads=1, groups=1, dim=64, value_dim=64, features=256, state=1)
+    x, incoming = make(case, "bfloat16"), cotangents(case, "bfloat16")
+    counts = {}
+    for causal in (False, True):
+        options = {"exact_window": 64, "causal": causal}
+        results = run("NearFar", x, **options)
+        for asked in (False, True):
+            with counting() as counters:
+                near_far.gradients(run, x, results, incoming, projection_gradient=asked, **options)
+            counts[causal, asked] = counters["mma"] / rows
+    last = (blocks - 1) / blocks
+    near = (1.75 * blocks - 1) / blocks  # of the triangle three quarters
+    assert counts[True, False] == 16 * last + 16 + 34 + 8.5 * near + 40 * last + 8 * near
+    assert counts[True, True] == counts[True, False] + 24 + 32 * last
+    near = (3 * blocks - 2) / blocks
+    assert counts[False, False] == 32 + 32 + 34 + 8.5 * near + 40 + 8 * near
+    assert counts[False, True] == counts[False, False] + 24 + 32
+
+
+@forms
+def test_a_gradient_without_memory_is_an_error(causal):
+    x, incoming, options = near_far.given(SIZES[0], causal, "bfloat16", SPLIT)
+    x |= {**run("NearFar", x, **options), **incoming}
+    for allowed in (0, 5, 10, 15):
+        with pytest.raises(MemoryError, match="out of GPU memory"):
+            run("NearFarGrad", x, allocations=allowed, **options)

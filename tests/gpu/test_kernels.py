@@ -41,6 +41,11 @@ def test_results_with_a_window_are_those_of_the_reference(causal, name, dtype):
     near_far.check_results(run, name, causal, dtype)
 
 
+@pytest.mark.parametrize(("causal", "name", "dtype"), near_far.gpu_parameters())
+def test_gradients_with_a_window_are_those_of_the_reference(causal, name, dtype):
+    near_far.check_gradients(run, name, causal, dtype)
+
+
 @dtypes
 @pytest.mark.parametrize("window", [16, 64, 100])
 @pytest.mark.parametrize("t", [11, 64, 70])

@@ -18,7 +18,8 @@ from support.promises import check_gradients, check_results
 from support.ptx_calls import SPLIT, changed, kernels, name_of, run
 from support.steep_keys import KINDS, check_steep_keys
 
-dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+DTYPES = ["float32", "bfloat16", "float16"]
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 GPU_CASES = {**cases.TILES, **cases.split_cases(SPLIT)}
 # Kernels of half differ from those of bfloat16 in what these reach.
@@ -74,6 +75,12 @@ NEAR_FAR = ["blocks of 64, entry std 2", "wide, 200 features"]
 )
 def test_near_and_far_results_are_those_of_the_reference(causal, name, dtype):
     near_far.check_results(run, name, causal, dtype, SPLIT)
+
+
+@forms
+@pytest.mark.parametrize(("name", "dtype"), [(name, t) for name in NEAR_FAR for t in DTYPES])
+def test_near_and_far_gradients_are_those_of_the_reference(causal, name, dtype):
+    near_far.check_gradients(run, name, causal, dtype, SPLIT)
 
 
 @pytest.mark.parametrize(

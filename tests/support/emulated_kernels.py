@@ -28,10 +28,14 @@ CALLS = {
     "sub-chunks": (SUB_CHUNKS, "bfloat16"),
     "splits": (SPLITS, "bfloat16"),
 }
-# Of NearFar: (case, type, attributes).
+# Of NearFar and its gradient: (case, type, attributes).
 _BLOCKS = {"exact_window": 64}
 NEAR_FAR_CALLS = {
-    "near far": (replace(SPLITS, rows=2 * SPLIT + 60), "bfloat16", {**_BLOCKS, "causal": True}),
+    "near far": (
+        replace(SPLITS, rows=2 * SPLIT + 60, heads=2, query_projections=2),
+        "bfloat16",
+        {**_BLOCKS, "causal": True},
+    ),
     "near far, both sides": (replace(SPLITS, rows=2 * SPLIT + 60), "bfloat16", _BLOCKS),
     "near far half, wide": (
         replace(WIDE, rows=150, features=72),
@@ -51,12 +55,14 @@ NEAR_FAR_CALLS = {
 }
 EVERY_CALL = [
     *((name, op) for op in GPU_OPS for name in CALLS),
-    *((name, "NearFar") for name in NEAR_FAR_CALLS),
+    *((name, op) for op in ("NearFar", "NearFarGrad") for name in NEAR_FAR_CALLS),
 ]
 
 
 @cache
 def _results(name: str, causal: bool) -> dict:
+    if name in NEAR_FAR_CALLS:
+        return call(name, "NearFar", inputs(name, "NearFar"))
     case, dtype = CALLS[name]
     return forward(make(case, dtype), causal, run, **case.options)
 

@@ -15,7 +15,7 @@ from performer import reference
 from performer.features.tolerances import tolerances
 from support import cases
 from support.cases import GPU_SPLIT
-from support.causality import POISONS, poisoned
+from support.causality import POISONED, POISONS, poisoned
 from support.compare import assert_close, assert_finite, assert_same_bits
 from support.inputs import DTYPES, Case, cotangents, make
 
@@ -211,6 +211,35 @@ def check_results(run, name, causal, dtype, split=GPU_SPLIT):
         assert_close(results[output], exact, rms=bound.rms, worst=worst, what=output)
 
 
+def gradients(run, x, results, incoming, **options):
+    """Gradients by input name."""
+    grads = run("NearFarGrad", {**x, **results, **incoming}, **options)
+    return {name.removeprefix("grad_"): grad for name, grad in grads.items()}
+
+
+@cache
+def wanted_gradients(name, causal, dtype, split=GPU_SPLIT):
+    """The gradients of a case in float64."""
+    x, incoming, options = given(name, causal, dtype, split)
+    incoming = {n: a.astype(np.float64) for n, a in incoming.items()}
+    return reference.near_far_attention_gradients(
+        **arguments(x, dtype, options),
+        grad_out=incoming["grad_out"],
+        grad_log_weight=incoming["grad_log_weight"],
+        grad_state=(incoming["grad_log_mass"], incoming["grad_mean"]),
+    )
+
+
+def check_gradients(run, name, causal, dtype, split=GPU_SPLIT):
+    """Gradients are those of the reference."""
+    x, incoming, options = given(name, causal, dtype, split)
+    grads = gradients(run, x, run("NearFar", x, **options), incoming, **options)
+    bound = tolerances(dtype, causal=causal).gradient_rms
+    for argument, exact in wanted_gradients(name, causal, dtype, split).items():
+        assert grads[argument].dtype == x[argument].dtype, argument
+        assert_close(grads[argument], exact, rms=bound, what=argument)
+
+
 PLAIN = Case(batch=1, rows=135, heads=4, groups=2, dim=16, bias="1GS")
 OPTIONS = {"exact_window": 16, "causal": True}
 
@@ -239,6 +268,21 @@ def check_past(run, dtype, t, window):
             )
 
 
+def check_past_of_gradients(run, dtype, t, window):
+    """The same of the gradients of earlier queries."""
+    x, incoming = plain(dtype)
+    options = {**OPTIONS, "exact_window": window}
+    before = gradients(run, x, run("NearFar", x, **options), incoming, **options)["query"]
+    for poison in POISONS:
+        whole = {**x, "grad_out": incoming["grad_out"]}
+        changed = poisoned(whole, poison, t, dtype, only=(*POISONED, "grad_out"))
+        later = {**incoming, "grad_out": changed.pop("grad_out")}
+        results = run("NearFar", changed, **options)
+        after = gradients(run, changed, results, later, **options)["query"]
+        assert_finite(before, what="grad_query")
+        assert_same_bits(after[:, :t], before[:, :t], what=f"grad_query, {poison} from {t}")
+
+
 def check_nan_in_key(run, causal, name, row, dtype="float32", window=16):
     """A NaN in a key or value shows in exactly the rows that see it."""
     x, _ = plain(dtype)
@@ -262,6 +306,57 @@ def check_masked(run, causal, masked, dtype="float32", window=16):
     for output in OUTPUTS:
         assert_same_bits(other[output], results[output], what=output)
     assert_finite(results["out"], what="out")
+
+
+def check_masked_gradients(run, causal, masked, dtype="float32", window=16):
+    """Nor does it those of gradients, and their own are 0."""
+    case = replace(PLAIN, batch=2, bias="BGS", masked=masked)
+    x, incoming = plain(dtype, case)
+    options = {**OPTIONS, "causal": causal, "exact_window": window}
+    results = run("NearFar", x, **options)
+    grads = gradients(run, x, results, incoming, **options)
+    hidden = np.isneginf(x["key_bias"]).transpose(0, 2, 1)
+    x["key"][hidden], x["value"][hidden] = 3, -7
+    for name, grad in gradients(run, x, results, incoming, **options).items():
+        assert_same_bits(grad, grads[name], what=name)
+        assert_finite(grad, what=name)
+    for name in ("key", "value"):
+        assert not grads[name].astype(np.float32)[hidden].any(), name
+    assert not grads["key_bias"].transpose(0, 2, 1)[hidden].any()
+
+
+def check_gradients_of_rows_that_see_nothing(run, causal, dtype="float32"):
+    """They are 0, whatever comes in."""
+    x, incoming, options = given("all keys of a batch row masked", causal, dtype)
+    incoming["grad_log_weight"][-1] = np.nan  # log_weight is -inf there
+    results = run("NearFar", x, **options)
+    for name, grad in gradients(run, x, results, incoming, **options).items():
+        assert_finite(grad, what=name)
+        if name in ("query", "key", "value", "key_bias"):
+            assert not grad[-1].astype(np.float32).any(), name
+
+
+def check_gradients_of_values_with_a_mean(run, causal, state, exact_run):
+    """Those in float32 do not drown in what values have in common; `exact_run` takes float64."""
+    case = Case(batch=1, rows=300, dim=16, value_dim=8, features=32, state=state)
+    x, incoming = plain(case=case, start=0)
+    x["value"] += 1000
+    x["initial_mean"] += 1000 * (x["initial_log_mass"][..., None] > -np.inf)
+    options = {"exact_window": 16, "causal": causal}
+    grads = gradients(run, x, run("NearFar", x, **options), incoming, **options)
+    exact, incoming = (
+        {n: a if a.dtype == np.int64 else a.astype("float64") for n, a in given.items()}
+        for given in (x, incoming)
+    )
+    results = exact_run("NearFar", exact, **options)
+    wanted = gradients(exact_run, exact, results, incoming, **options)
+    first = 16 if causal and not state else 0  # there the values of the first block are as they are
+    for name in ("query", "key", "query_projection", "key_projection", "key_bias"):
+        grad, right = grads[name], wanted[name]
+        if name in ("query", "key"):
+            grad, right = grad[:, first:], right[:, first:]
+        error = np.sqrt(np.mean((grad - right) ** 2) / np.mean(right**2))
+        assert error <= 1e-4, f"{name}: {error:.2g}"
 
 
 def check_rows_that_see_nothing(run, causal, dtype="float32"):

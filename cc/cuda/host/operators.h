@@ -12,7 +12,7 @@ namespace cuda {
 #define PERFORMER_DECLARE_RUN(Name) \
   template <class T>                \
   Status Run##Name(const performer::Name##Params& call, const Device& device);
-PERFORMER_FOR_EACH_GPU_OP(PERFORMER_DECLARE_RUN)
+PERFORMER_FOR_EACH_OP(PERFORMER_DECLARE_RUN)
 #undef PERFORMER_DECLARE_RUN
 
 }  // namespace cuda

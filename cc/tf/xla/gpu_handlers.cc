@@ -32,7 +32,7 @@ ffi::Error RunOnGpu(CUstream_st* stream, ffi::ScratchAllocator scratch, ffi::Dic
   const auto run = [&]() -> Status {
     Call call;
     PERFORMER_RETURN_IF_ERROR(MakeCall(op, attributes, arguments, results, &call));
-    PERFORMER_RETURN_IF_ERROR(cuda::Supports(op, call.dtype, call.dims));
+    PERFORMER_RETURN_IF_ERROR(cuda::Supports(call.dtype, call.dims));
     PERFORMER_RETURN_IF_ERROR(FetchOffsets(op, stream, &call));
     // XLA reuses memory in the order of the stream. So the workspace may be freed on return, while
     // the kernels that use it are still queued.
@@ -58,7 +58,7 @@ XLA_FFI_Error* Handler(XLA_FFI_CallFrame* frame) {
 // wait for the offsets of packed sequences, nor that for the start of near-and-far attention.
 [[maybe_unused]] const bool registered = [] {
 #define PERFORMER_REGISTER(op) RegisterHandler(Op::k##op, "CUDA", Handler<Op::k##op>);
-  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER)
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
 #undef PERFORMER_REGISTER
   return true;
 }();

@@ -223,7 +223,7 @@ class AppendRowsXlaOp : public XlaOpKernel {
 [[maybe_unused]] const bool registered = [] {
   if (IsRegistered("XLA_CPU_JIT")) return false;
   PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER)
-  PERFORMER_FOR_EACH_GPU_OP(PERFORMER_REGISTER_ON_GPU)
+  PERFORMER_FOR_EACH_OP(PERFORMER_REGISTER_ON_GPU)
   REGISTER_KERNEL_BUILDER(Name("Performer>AppendRows").Device("XLA_CPU_JIT"), AppendRowsXlaOp);
   REGISTER_KERNEL_BUILDER(Name("Performer>AppendRows").Device("XLA_GPU_JIT"), AppendRowsXlaOp);
   return true;

@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# Operators that have no kernel for GPUs.
-_CPU_ONLY = ("near_far_grad", "append_rows")
-_AS_GOOD = ("append_rows",)  # those that TensorFlow does as well: not worth a warning
+# Operators that have no kernel for GPUs. TensorFlow does as well there: not worth a warning.
+_CPU_ONLY = ("append_rows",)
 _TYPES = (tf.float32, tf.bfloat16, tf.float16)
 _MAX_WIDTH, _WIDTH_OF_SMALL_BLOCKS, _MAX_HEADS = 128, 64, 65535  # D and E; H and G
 _OLDEST = (8, 0)
@@ -95,7 +94,7 @@ def fault(call: Call, card: Card, build: Build) -> str:
         if not any(_runs(target, card.capability) for target in build.targets):
             return f"they were compiled for {', '.join(build.targets)}, {has}"
     if call.operator in _CPU_ONLY:
-        return f"{call.operator} has no kernel for GPUs yet"
+        return f"{call.operator} has no kernel for GPUs"
     if call.dtype not in _TYPES:
         return f"they take {', '.join(t.name for t in _TYPES)}, not {call.dtype.name}"
     widest = max((width for width in call.widths if width is not None), default=0)
@@ -140,7 +139,7 @@ def takes(call: Call, device: str) -> bool:
         found = (found[int(number[1])],)
     for card in found:
         if reason := fault(call, card, build()):
-            if call.operator not in _AS_GOOD:
+            if call.operator not in _CPU_ONLY:
                 _warn(card, reason)
             return False
     return True

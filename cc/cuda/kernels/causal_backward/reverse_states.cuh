@@ -393,10 +393,11 @@ struct MergeReverseStatesParams {
   const float* before_log_mass = nullptr;                      // [splits, G, M] if before_each
   bool before_each = false;                                    // see CausalRowsParams
   const float *log_mass = nullptr, *mean = nullptr;            // final state [N, G, M(, E)]
-  const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // its gradient, likewise
-  // The initial state [initial_count, G, M(, E)], and its gradient [N, G, M(, E)].
+  const float *grad_log_mass = nullptr, *grad_mean = nullptr;  // its gradient, or nullptr
+  // The initial state [initial_count, G, M(, E)], and its gradient [N, G, M(, E)], or nullptr where
+  // that is not asked for.
   const float *initial_log_mass = nullptr, *initial_mean = nullptr;
-  int64_t initial_count = 0;  // 1 or N
+  int64_t initial_count = 0;  // 0: none, 1 or N
   float *grad_initial_log_mass = nullptr, *grad_initial_mean = nullptr;
   const float* origin = nullptr;  // see CausalGradientParams
   int padded_width = 0;           // W
@@ -451,7 +452,7 @@ __global__ void __launch_bounds__(256, 4) MergeReverseStatesKernel(MergeReverseS
                : p.origin[((split * 2 + other) * p.groups + group) * p.padded_width + column];
   };
   float log_mass = p.log_mass[number], mass = 0;
-  if (log_mass != -kInfinity) {
+  if (log_mass != -kInfinity && p.grad_log_mass != nullptr) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int column = lane + 32 * i;
@@ -478,7 +479,9 @@ __global__ void __launch_bounds__(256, 4) MergeReverseStatesKernel(MergeReverseS
   for (int64_t split = first + count - 1; split >= first; --split) {
     const int64_t row = split * per_sequence + feature;
     const float of_first = mass + moved(split, true, split, false);
-    const float before = p.before_each ? p.before_log_mass[row] : p.initial_log_mass[initial];
+    const float before = p.before_each         ? p.before_log_mass[row]
+                         : p.initial_count > 0 ? p.initial_log_mass[initial]
+                                               : -kInfinity;
     store(split, mass, of_first, log_mass, before);
     const float keep = before == -kInfinity ? 0.f : expf(before - log_mass);
     log_mass = before;
@@ -491,6 +494,7 @@ __global__ void __launch_bounds__(256, 4) MergeReverseStatesKernel(MergeReverseS
     if (split > first) mass += moved(split, false, split - 1, true);
   }
   // What is left is the gradient of the initial state.
+  if (p.grad_initial_log_mass == nullptr) return;
   const bool any = log_mass != -kInfinity;
   float dot = 0;
 #pragma unroll

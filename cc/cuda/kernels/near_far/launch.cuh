@@ -66,10 +66,13 @@ Status PackSide(const Context& context, const MergeParams& merge, int64_t splits
                     &side->operand);
 }
 
-// The states of far keys before and behind the blocks, and the final state.
+// The states of far keys before and behind the blocks, and the final state. log_mass_of_all: where
+// it is not nullptr, and there are states behind blocks, it becomes that of all keys of a sequence
+// [N, G, M], without the initial state.
 template <class T, int W>
 Status LaunchFarStates(const Context& context, const performer::NearFarParams& call,
-                       const NearFarDivision& division, NearFarParams<T>* params) {
+                       const NearFarDivision& division, NearFarStepsParams<T>* params,
+                       const float** log_mass_of_all = nullptr) {
   const Launcher& launcher = context.launcher;
   const Dims& dims = context.dims;
   const Division& splits = division.splits;
@@ -106,12 +109,14 @@ Status LaunchFarStates(const Context& context, const performer::NearFarParams& c
   p.mean = after.part_mean;
   PERFORMER_RETURN_IF_ERROR(
       (LaunchBlockStates<T, W>(context, division, true, &p, &params->after.checkpoints)));
-  if (splits.max_count <= 1) return Status();
-  after.before = true;
+  after.before = splits.max_count > 1;
+  if (!after.before && log_mass_of_all == nullptr) return Status();
   PERFORMER_RETURN_IF_ERROR(launcher.Allocate(sums, "states of splits", &after.log_mass));
   PERFORMER_RETURN_IF_ERROR(
       launcher.Allocate(sums * dims.value_dim, "states of splits", &after.mean));
   PERFORMER_RETURN_IF_ERROR(Merge(context, after));
+  if (log_mass_of_all != nullptr) *log_mass_of_all = after.log_mass;
+  if (!after.before) return Status();
   return PackSide<T, W>(context, after, splits.count, 0, &params->after);
 }
 
@@ -125,6 +130,19 @@ Status LaunchNearFar(const Context& context, const NearFarDivision& division,
                                  params);
 }
 
+// What a kernel that walks features and near keys is given of the call, but for the states.
+template <class T, int W>
+Status FillSteps(const Context& context, const performer::NearFarParams& call,
+                 const NearFarDivision& division, NearFarStepsParams<T>* params) {
+  context.FillQueries(call.queries, division.blocks, params);
+  context.FillKeys(call.keys, &params->keys);
+  params->geometry = division.geometry;
+  params->query_norm = call.attributes.query_norm;
+  params->log_features = static_cast<float>(std::log(static_cast<double>(context.dims.features)));
+  return PackProjection<T, W>(context, call.queries.projection, call.queries.projection_heads,
+                              &params->projection);
+}
+
 template <class T, int W>
 Status NearFar(const Context& context, const performer::NearFarParams& call) {
   const Dims& dims = context.dims;
@@ -132,13 +150,7 @@ Status NearFar(const Context& context, const performer::NearFarParams& call) {
   NearFarParams<T> p;
   PERFORMER_RETURN_IF_ERROR(DivideNearFar(context, call, &division));
   PERFORMER_RETURN_IF_ERROR((LaunchFarStates<T, W>(context, call, division, &p)));
-  PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context, call.queries.projection,
-                                                  call.queries.projection_heads, &p.projection)));
-  context.FillQueries(call.queries, division.blocks, &p);
-  context.FillKeys(call.keys, &p.keys);
-  p.geometry = division.geometry;
-  p.query_norm = call.attributes.query_norm;
-  p.log_features = static_cast<float>(std::log(static_cast<double>(dims.features)));
+  PERFORMER_RETURN_IF_ERROR((FillSteps<T, W>(context, call, division, &p)));
   p.out = MakeRows<T>(call.out, dims.heads, dims.value_dim);
   p.log_weight = static_cast<float*>(call.log_weight);
   if (dims.queries == 0) return Status();
