@@ -26,7 +26,9 @@ def main() -> None:
             arrays = {**make(case, dtype), **cotangents(case, dtype)}
             x = {n: to_torch(a, on_the_host=n in ON_THE_HOST) for n, a in arrays.items()}
             for causal in (False, True):
-                torch_kernels.run("NearFar", x, **case.options, exact_window=40, causal=causal)
+                options = {**case.options, "exact_window": 40, "causal": causal}
+                results = torch_kernels.run("NearFar", x, **options)
+                torch_kernels.run("NearFarGrad", {**x, **results}, **options)
             for ops in (
                 ("Summarize", "Read", "ReadGrad", "SummarizeGrad"),
                 ("Causal", "CausalGrad"),

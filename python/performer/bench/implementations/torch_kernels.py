@@ -30,7 +30,7 @@ def run(op: str, inputs: dict, *, poison: bool = False, **options) -> dict:
     """Enqueues an operator on the current stream of the tensors' device.
 
     Args:
-        op: "Summarize", "Read", "Causal", "NearFar", "SummarizeGrad", "ReadGrad" or "CausalGrad".
+        op: "Summarize", "Read", "Causal" or "NearFar", or one of these with "Grad" behind it.
         inputs: tensors by input name, at least those of the operator; `offsets` and `start`, int64
             on the CPU, may be left out, `offsets` unless `packed`.
         poison: fill outputs and workspace with NaN first, so that nothing unwritten can pass.
