@@ -73,7 +73,6 @@ void DefineGpu(py::module_& module) {
 #ifdef PERFORMER_HAVE_CUDA
   using py::arg;
   module.attr("HAS_GPU_KERNELS") = true;
-  module.attr("GPU_MAX_HEAD_WIDTH") = cuda::kMaxHeadWidth;
   module.def("gpus", Gpus,
              "The GPUs of this machine, a dict for each. Raises RuntimeError, with CUDA's own "
              "text, where there is no driver or no device.");

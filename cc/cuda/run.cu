@@ -29,15 +29,18 @@ Status Supports(DType dtype, const Dims& dims) {
   if (dtype == DType::kFloat64)
     return Status::InvalidArgument(
         "the CUDA kernels take float32, bfloat16 and half; got float64, which runs on the CPU");
-  const auto check = [](const char* name, int64_t size, int64_t max) {
+  const auto check = [](const char* name, int64_t size, int64_t max, const char* where) {
     if (size <= max) return Status();
     return Status::InvalidArgument(std::string(name) + " must be at most " + std::to_string(max) +
-                                   " on a GPU; got " + std::to_string(size));
+                                   where + " on a GPU; got " + std::to_string(size));
   };
-  PERFORMER_RETURN_IF_ERROR(check("key dimension D", dims.key_dim, kMaxHeadWidth));
-  PERFORMER_RETURN_IF_ERROR(check("value dimension E", dims.value_dim, kMaxHeadWidth));
-  PERFORMER_RETURN_IF_ERROR(check("number of query heads H", dims.heads, kMaxHeads));
-  PERFORMER_RETURN_IF_ERROR(check("number of key and value heads G", dims.groups, kMaxHeads));
+  const bool wide = dtype != DType::kFloat32;
+  const int64_t widest = wide ? kMaxHeadWidth : kMaxFloat32HeadWidth;
+  const char* const type = wide ? "" : " in float32";
+  PERFORMER_RETURN_IF_ERROR(check("key dimension D", dims.key_dim, widest, type));
+  PERFORMER_RETURN_IF_ERROR(check("value dimension E", dims.value_dim, widest, type));
+  PERFORMER_RETURN_IF_ERROR(check("number of query heads H", dims.heads, kMaxHeads, ""));
+  PERFORMER_RETURN_IF_ERROR(check("number of key and value heads G", dims.groups, kMaxHeads, ""));
   // InferShapes keeps the products of two dimensions within int64.
   const int64_t heads = std::max<int64_t>({dims.heads, dims.groups, 1});
   for (const auto& [name, rows] : {std::pair("number of sequences N", dims.sequences),

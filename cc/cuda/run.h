@@ -27,8 +27,10 @@ struct Device {
   int shared_bytes = 0;
 };
 
-// The largest D and E that the kernels take; the largest H and G, which are a dimension of grids.
-inline constexpr int64_t kMaxHeadWidth = 128;
+// The largest D and E that the kernels take, in 16 bits and in float32, whose tiles are twice as
+// large; the largest H and G, which are a dimension of grids.
+inline constexpr int64_t kMaxHeadWidth = 256;
+inline constexpr int64_t kMaxFloat32HeadWidth = 128;
 inline constexpr int64_t kMaxHeads = 65535;
 
 // The most rows of all heads, B L H and B S G, and the most sequences of all heads, N H. They keep

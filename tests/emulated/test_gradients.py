@@ -12,6 +12,7 @@ from support.emulated_calls import (
     all_cases,
     counting,
     dtypes,
+    each_dtype,
     parameters,
     run,
     run_in_small_blocks,
@@ -32,9 +33,11 @@ def test_entries_of_std_8_keep_the_promise_in_float32_and_twice_it_in_16_bits(ca
     check_gradients(run, SUB_CHUNKS, causal, dtype, times=1 if dtype == "float32" else 2)
 
 
+WIDE = ["wide, two blocks of features", "of 256, two blocks of features"]
+
+
 @forms
-@dtypes
-@pytest.mark.parametrize("name", ["packed, with empty sequences", "wide, two blocks of features"])
+@each_dtype(["packed, with empty sequences", *WIDE])
 def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
     case = all_cases(causal)[name]
     x, incoming = make(case, dtype), cotangents(case, dtype)
@@ -99,10 +102,7 @@ def test_gradients_of_projections_are_zero_where_they_are_not_asked_for(dtype):
         assert_same_bits(part[name], grad, what=name)
 
 
-@dtypes
-@pytest.mark.parametrize(
-    "name", ["narrow, 256 features", "520 features", "wide, two blocks of features"]
-)
+@each_dtype(["narrow, 256 features", "520 features", *WIDE])
 def test_the_gradient_of_a_projection_is_zero_where_it_is_not_asked_for(dtype, name):
     case = GPU_CASES[name]
     x = {**make(case, dtype), **cotangents(case, dtype)}
@@ -116,13 +116,12 @@ def test_the_gradient_of_a_projection_is_zero_where_it_is_not_asked_for(dtype, n
 
 
 @forms
-@dtypes
-def test_operands_are_read_without_bank_conflicts(causal, dtype):
-    for name in ("narrow, 128 features, entry std 3", "wide, two blocks of features"):
-        case = GPU_CASES[name]
-        x, incoming = make(case, dtype), cotangents(case, dtype)
-        forward(x, causal, run)
-        with counting() as counters:
-            backward(x, incoming, causal, run)
-        assert counters["ldmatrix_conflicts"] == 0
-        assert (counters["ldmatrix"] > 0) == (dtype != "float32")
+@each_dtype(["narrow, 128 features, entry std 3", *WIDE])
+def test_operands_are_read_without_bank_conflicts(causal, name, dtype):
+    case = GPU_CASES[name]
+    x, incoming = make(case, dtype), cotangents(case, dtype)
+    forward(x, causal, run)
+    with counting() as counters:
+        backward(x, incoming, causal, run)
+    assert counters["ldmatrix_conflicts"] == 0
+    assert (counters["ldmatrix"] > 0) == (dtype != "float32")

@@ -16,6 +16,7 @@ from support.emulated_calls import (
     all_cases,
     counting,
     dtypes,
+    each_dtype,
     parameters,
     run,
 )
@@ -28,17 +29,16 @@ def test_results_are_those_of_the_reference(causal, name, dtype):
     check_results(run, all_cases(causal)[name], causal, dtype)
 
 
+WIDTHS = ["narrow, 256 features", "wide, two blocks of features", "of 256, two blocks of features"]
 SCHEDULED = [
     "less than a chunk, holes, a projection for each head",
     "packed, with empty sequences",
-    "narrow, 256 features",
-    "wide, two blocks of features",
+    *WIDTHS,
 ]
 
 
 @forms
-@dtypes
-@pytest.mark.parametrize("name", SCHEDULED)
+@each_dtype(SCHEDULED)
 def test_results_are_the_same_bits_under_every_schedule(causal, name, dtype):
     case = all_cases(causal)[name]
     results = [
@@ -51,10 +51,7 @@ def test_results_are_the_same_bits_under_every_schedule(causal, name, dtype):
 
 
 @forms
-@dtypes
-@pytest.mark.parametrize(
-    "name", ["narrow, 128 features, entry std 3", "wide, two blocks of features"]
-)
+@each_dtype(["narrow, 128 features, entry std 3", *WIDTHS[1:]])
 def test_the_tensor_cores_of_an_a100_keep_the_promises_too(causal, name, dtype):
     """They add in two steps, with a bit less; all other tests have those of an H100."""
     on_an_a100 = partial(run, tensor_cores="A100")
@@ -118,13 +115,12 @@ def test_two_calls_with_the_state_between_them_are_one(dtype):
 
 
 @forms
-@dtypes
-def test_operands_are_read_without_bank_conflicts(causal, dtype):
-    for name in ("narrow, 128 features, entry std 3", "wide, two blocks of features"):
-        with counting() as counters:
-            forward(make(GPU_CASES[name], dtype), causal, run, **GPU_CASES[name].options)
-        assert counters["ldmatrix_conflicts"] == 0
-        assert (counters["ldmatrix"] > 0) == (dtype != "float32")
+@each_dtype(["narrow, 128 features, entry std 3", *WIDTHS[1:]])
+def test_operands_are_read_without_bank_conflicts(causal, name, dtype):
+    with counting() as counters:
+        forward(make(GPU_CASES[name], dtype), causal, run, **GPU_CASES[name].options)
+    assert counters["ldmatrix_conflicts"] == 0
+    assert (counters["ldmatrix"] > 0) == (dtype != "float32")
 
 
 # mma instructions a token, D = E = 64, M = 256. A product of M x D (or M x E) takes 8. Causal has
@@ -166,10 +162,11 @@ def test_what_the_kernels_do_not_take_is_refused():
     case = GPU_CASES["narrow, 256 features"]
     with pytest.raises(ValueError, match="float64"):
         run("Causal", make(case, "float64"))
-    wide = {**make(case), "key": np.zeros((1, 130, 1, 129), np.float32)}
-    wide["key_projection"] = np.zeros((1, 256, 129), np.float32)
-    with pytest.raises(ValueError, match=r"key dimension D must be at most 128.*129"):
-        run("Summarize", wide)
+    for dtype, most in (("float32", "128 in float32 on"), ("bfloat16", "256 on")):
+        width = int(most[:3]) + 1
+        wide = make(replace(case, dim=width), dtype)
+        with pytest.raises(ValueError, match=rf"key dimension D must be at most {most}.*{width}"):
+            run("Summarize", wide)
 
 
 @pytest.mark.parametrize("op", ["Summarize", "Read", "Causal"])

@@ -19,7 +19,15 @@ from support.emulated_calls import (
 )
 from support.inputs import Case, cotangents, forms, make
 
-SIZES = ["splits, blocks of 64", "wide, 200 features", "packed, splits of some sequences"]
+SIZES = [
+    "splits, blocks of 64",
+    "wide, 200 features",
+    "packed, splits of some sequences",
+    "of 256, 80 features",
+]
+sizes = pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name in SIZES for dtype in near_far.gpu_dtypes(name, SPLIT)]
+)
 windows = pytest.mark.parametrize("window", [16, 64, 100])
 
 
@@ -29,8 +37,7 @@ def test_results_are_those_of_the_reference(causal, name, dtype):
 
 
 @forms
-@dtypes
-@pytest.mark.parametrize("name", SIZES)
+@sizes
 def test_the_tensor_cores_of_an_a100_keep_the_promises_too(causal, name, dtype):
     near_far.check_results(partial(run, tensor_cores="A100"), name, causal, dtype, SPLIT)
 
@@ -121,8 +128,7 @@ def test_a_window_that_holds_all_keys_is_exact_attention(causal, dtype):
 
 
 @forms
-@dtypes
-@pytest.mark.parametrize("name", ["splits, blocks of 64", "wide, 200 features"])
+@sizes
 def test_operands_are_read_without_bank_conflicts(causal, name, dtype):
     x, _, options = near_far.given(name, causal, dtype, SPLIT)
     with counting() as counters:
@@ -171,7 +177,7 @@ def test_a_gpu_without_memory_is_an_error(causal):
         (causal, name, dtype)
         for causal in (False, True)
         for name in near_far.table(causal, SPLIT)
-        for dtype in (DTYPES if name in SIZES else ["bfloat16"])
+        for dtype in (near_far.gpu_dtypes(name, SPLIT) if name in SIZES else ["bfloat16"])
     ],
 )
 def test_gradients_are_those_of_the_reference(causal, name, dtype):
@@ -233,7 +239,7 @@ def test_gradients_of_projections_are_zero_where_they_are_not_asked_for(causal, 
 
 
 @forms
-@pytest.mark.parametrize("name", SIZES[:2])
+@pytest.mark.parametrize("name", [*SIZES[:2], SIZES[3]])
 def test_operands_of_gradients_are_read_without_bank_conflicts(causal, name):
     x, incoming, options = near_far.given(name, causal, "bfloat16", SPLIT)
     results = run("NearFar", x, **options)

@@ -1,13 +1,14 @@
 """Small calls of every operator on the GPU, for compute-sanitizer: outputs are not looked at."""
 
 from performer.bench.implementations import torch_kernels
-from support.cases import GPU_CASES
-from support.gpu_calls import DTYPES, ON_THE_HOST, has_small_blocks, to_torch
+from support.cases import GPU_CASES, gpu_dtypes
+from support.gpu_calls import ON_THE_HOST, has_small_blocks, to_torch
 from support.inputs import cotangents, make
 
 NAMES = (
     "narrow, 128 features, entry std 3",
     "wide, two blocks of features",
+    "of 256, two blocks of features",
     "values wider than keys, rows that are not aligned",
     "packed, splits of some sequences",
 )
@@ -22,7 +23,7 @@ def main() -> None:
         if max(case.dim, case.value_dim) > 64 and has_small_blocks():
             print(f"sanitized: left out, too wide for this GPU's shared memory: {name}")
             continue
-        for dtype in DTYPES:
+        for dtype in gpu_dtypes(case):
             arrays = {**make(case, dtype), **cotangents(case, dtype)}
             x = {n: to_torch(a, on_the_host=n in ON_THE_HOST) for n, a in arrays.items()}
             for causal in (False, True):

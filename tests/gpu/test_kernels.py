@@ -5,7 +5,7 @@ import pytest
 
 from performer.features.tolerances import tolerances
 from support import near_far
-from support.cases import GPU_CASES, cases
+from support.cases import GPU_CASES, cases, gpu_dtypes, parameters
 from support.causality import POISONS, check_jumps, check_past, check_prefix_alone, jumps
 from support.compare import assert_close, assert_same_bits
 from support.core_calls import backward, expected, forward
@@ -20,18 +20,20 @@ def all_cases(causal):
     return {**cases(causal), **GPU_CASES}
 
 
-PARAMETERS = [(causal, name) for causal in (False, True) for name in all_cases(causal)]
-every_case = pytest.mark.parametrize(("causal", "name"), PARAMETERS)
+def dtypes_of(name):
+    return gpu_dtypes({**all_cases(False), **all_cases(True)}[name])
+
+
+PARAMETERS = parameters(all_cases, dtypes_of)
+every_case = pytest.mark.parametrize(("causal", "name", "dtype"), PARAMETERS)
 
 
 @every_case
-@dtypes
 def test_results_are_those_of_the_reference(causal, name, dtype):
     check_results(run, all_cases(causal)[name], causal, dtype)
 
 
 @every_case
-@dtypes
 def test_gradients_are_those_of_the_reference(causal, name, dtype):
     check_gradients(run, all_cases(causal)[name], causal, dtype)
 
@@ -71,12 +73,15 @@ def test_with_a_window_nan_shows_in_exactly_the_rows_that_see_it(causal, name, r
     near_far.check_nan_in_key(run, causal, name, row, dtype)
 
 
-SIZES = ["narrow, 256 features", "wide, two blocks of features", "packed, with empty sequences"]
+SIZES = [
+    "narrow, 256 features",
+    "wide, two blocks of features",
+    "of 256, two blocks of features",
+    "packed, with empty sequences",
+]
 
 
-@forms
-@dtypes
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("causal", "name", "dtype"), [p for p in PARAMETERS if p[1] in SIZES])
 def test_fifty_runs_give_the_same_bits(causal, name, dtype):
     case = all_cases(causal)[name]
     x, incoming = make(case, dtype), cotangents(case, dtype)

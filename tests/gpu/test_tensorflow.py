@@ -16,7 +16,7 @@ from performer import favor_attention, loader, orthogonal_projection
 from performer.features.tolerances import tolerances
 from performer.layers import Performer
 from support import operator_calls
-from support.cases import GPU_CASES, cases
+from support.cases import GPU_CASES, cases, gpu_dtypes
 from support.compare import assert_close, assert_same_bits
 from support.inputs import cotangents, forms, make
 
@@ -73,6 +73,8 @@ def assert_near(actual, expected, rms, what):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_op_agrees_with_the_cpu(name, dtype, causal):
     case = case_named(name, causal)
+    if dtype not in gpu_dtypes(case):
+        pytest.skip("no kernel takes heads of this width in float32")
     bound = tolerances(dtype, causal=causal)
     x = {**make(case, dtype), **cotangents(case, dtype)}
     ops = ("Causal", "CausalGrad") if causal else ("Summarize", "Read", "ReadGrad", "SummarizeGrad")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 WHEEL = Build(("sm_80", "sm_90", "compute_90"), cuda=12)
 NEWER = Build(("sm_80", "sm_90", "sm_100", "sm_120", "compute_120"), cuda=12)
 CALL = Call("causal", tf.bfloat16, (64, 64), (16, 4))
-CARDS = {  # capability, and whether the wheel's kernels take heads of 64, and of 128
+CARDS = {  # capability, and whether the wheel's kernels take heads of 64, and of 128 and 256
     "Tesla V100": ((7, 0), False, False),
     "Tesla T4": ((7, 5), False, False),
     "A100": ((8, 0), True, True),
@@ -36,16 +36,23 @@ def test_each_card_has_kernels_or_a_reason(name, operator):
     card, call = Card(name, capability, driver=535), CALL._replace(operator=operator)
     for build in (WHEEL, NEWER):
         assert (gpus.fault(call, card, build) == "") == narrow
-        found = gpus.fault(call._replace(widths=(64, 128)), card, build)
-        assert (found == "") == wide
-        assert wide or name in found
+        for width in (128, 256):
+            found = gpus.fault(call._replace(widths=(64, width)), card, build)
+            assert (found == "") == wide
+            assert wide or name in found
 
 
 @pytest.mark.parametrize(
     ("call", "card", "build", "words"),
     [
         ({"dtype": tf.float64}, {}, {}, "they take float32, bfloat16, float16, not float64"),
-        ({"widths": (64, 129)}, {}, {}, "heads of D and E up to 128, not 129"),
+        ({"widths": (64, 257)}, {}, {}, "heads of D and E up to 256, not 257"),
+        (
+            {"widths": (129, 64), "dtype": tf.float32},
+            {},
+            {},
+            "heads of D and E up to 128 in float32, not 129",
+        ),
         ({"heads": (65536, 1)}, {}, {}, "up to 65535 heads, not 65536"),
         ({"operator": "append_rows"}, {}, {}, "append_rows has no kernel for GPUs"),
         ({}, {"driver": 520}, {}, "CUDA 12, which needs driver 525, and this driver is 520"),
@@ -66,7 +73,11 @@ def test_what_is_not_known_stops_no_kernel():
 
 def test_the_rules_are_those_of_the_kernels():
     run = (ROOT / "cc/cuda/run.h").read_text()
-    for name, value in (("kMaxHeadWidth", gpus._MAX_WIDTH), ("kMaxHeads", gpus._MAX_HEADS)):
+    for name, value in (
+        ("kMaxHeadWidth", gpus._MAX_WIDTH),
+        ("kMaxFloat32HeadWidth", gpus._MAX_FLOAT32_WIDTH),
+        ("kMaxHeads", gpus._MAX_HEADS),
+    ):
         assert int(re.search(rf"{name} = (\d+);", run)[1]) == value
     limits = (ROOT / "cc/cuda/host/schedule.h").read_text()
     (narrow,) = re.findall(r"return width <= (\d+) && warps", limits)

@@ -23,7 +23,11 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 GPU_CASES = {**cases.TILES, **cases.split_cases(SPLIT)}
 # Kernels of half differ from those of bfloat16 in what these reach.
-HALF = ["narrow, 128 features, entry std 3", "wide, two blocks of features"]
+HALF = [
+    "narrow, 128 features, entry std 3",
+    "wide, two blocks of features",
+    "of 256, two blocks of features",
+]
 
 
 def all_cases(causal):
@@ -32,8 +36,13 @@ def all_cases(causal):
 
 def case_dtypes(name):
     """bfloat16 in every case; float32 where it has code of its own."""
-    wide = ["float32"] if name in GPU_CASES or name in cases.NARROW else []
-    return ["bfloat16", *wide, *(["float16"] if name in HALF else [])]
+    taken = cases.gpu_dtypes(GPU_CASES[name]) if name in GPU_CASES else DTYPES
+    own_code = [
+        *(["float32"] if name in GPU_CASES or name in cases.NARROW else []),
+        "bfloat16",
+        *(["float16"] if name in HALF else []),
+    ]
+    return [dtype for dtype in own_code if dtype in taken]
 
 
 def parameters(leave_out=()):
@@ -66,7 +75,7 @@ def test_gradients_are_those_of_the_reference(causal, name, dtype):
     check_gradients(run, all_cases(causal)[name], causal, dtype)
 
 
-NEAR_FAR = ["blocks of 64, entry std 2", "wide, 200 features"]
+NEAR_FAR = ["blocks of 64, entry std 2", "wide, 200 features", "of 256, 80 features"]
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,28 @@ TILES = {
     "three heads a group, 300 features": Case(
         batch=1, rows=70, heads=3, groups=1, dim=64, value_dim=64, features=300, bias="11S"
     ),
+    # In 16 bits only: see gpu_dtypes.
+    "of 256, two blocks of features": replace(
+        ONE_HEAD, rows=70, dim=256, value_dim=256, features=72, state=1, bias="11S"
+    ),
+    "keys of 200, two heads a group, a projection for each": Case(
+        batch=1,
+        rows=80,
+        heads=2,
+        groups=1,
+        dim=200,
+        value_dim=24,
+        features=40,
+        query_projections=2,
+        bias="11S",
+        masked="holes",
+    ),
+    "values of 131, rows that are not aligned": Case(
+        rows=40, dim=20, value_dim=131, features=33, bias="BGS", masked="holes"
+    ),
+    "of 256, five tiles, relu": replace(
+        ONE_HEAD, rows=300, dim=256, value_dim=256, features=24, attributes=(RELU,)
+    ),
 }
 # Keys that exceed all earlier ones by more than a chunk can take at once: it is cut into
 # sub-chunks. Entries of this std lie beyond what accuracy is promised for.
@@ -204,6 +226,12 @@ def cases(causal: bool) -> dict[str, Case]:
 def core_dtypes(name: str) -> list[str]:
     """The types in which the compiled core runs a case."""
     return ["float32", "float64", *(["bfloat16", "float16"] if name in NARROW else [])]
+
+
+def gpu_dtypes(case: Case) -> list[str]:
+    """The types in which the GPU kernels take a case."""
+    wide = max(case.dim, case.value_dim) > 128
+    return [*([] if wide else ["float32"]), "bfloat16", "float16"]
 
 
 def parameters(table=cases, dtypes=core_dtypes, leave_out=()) -> list[tuple]:

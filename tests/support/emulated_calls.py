@@ -60,7 +60,15 @@ def all_cases(causal: bool) -> dict[str, Case]:
 
 def case_dtypes(name: str) -> list[str]:
     """Every type where it has code of its own, else one."""
-    return DTYPES if name in GPU_CASES or name in cases.NARROW else ["bfloat16"]
+    if name in GPU_CASES:
+        return cases.gpu_dtypes(GPU_CASES[name])
+    return DTYPES if name in cases.NARROW else ["bfloat16"]
+
+
+def each_dtype(names: list[str]):
+    """Parametrizes a test with (name, dtype): these cases, each in every type that it runs in."""
+    chosen = [(name, dtype) for name in names for dtype in case_dtypes(name)]
+    return pytest.mark.parametrize(("name", "dtype"), chosen)
 
 
 def parameters(leave_out=()) -> list[tuple]:

@@ -1,5 +1,5 @@
 """One small call of every kernel in every form that has code of its own: several tiles and chunks,
-splits, grouped heads, windows, both widths, 16-bit and float32."""
+splits, grouped heads, windows, all widths, 16-bit and float32."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from support.inputs import GPU_OPS, cotangents, make
 
 SPLITS = replace(ONE_HEAD, rows=SPLIT + 36, value_dim=8, bias="11S")
 NARROW, WIDE = TILES["narrow, 256 features"], TILES["wide, two blocks of features"]
+WIDEST = TILES["of 256, two blocks of features"]
 CALLS = {
     "narrow": (replace(NARROW, bias="11S", masked="holes"), "bfloat16"),
     "narrow half": (replace(NARROW, rows=70, features=136), "float16"),
     "narrow float32": (replace(NARROW, rows=70, features=72), "float32"),
     "wide": (WIDE, "float16"),
     "wide float32": (replace(WIDE, features=80), "float32"),
+    "of 256": (replace(WIDEST, features=80, attributes=(ELU,)), "bfloat16"),
+    "of 256 half": (WIDEST, "float16"),
     "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
     "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
     "grouped heads": (
@@ -41,6 +44,16 @@ NEAR_FAR_CALLS = {
         replace(WIDE, rows=150, features=72),
         "float16",
         {"exact_window": 40, "causal": True},
+    ),
+    "near far, of 256": (
+        replace(WIDEST, rows=150),
+        "bfloat16",
+        {"exact_window": 40, "causal": True},
+    ),
+    "near far half, of 256, both sides": (
+        replace(WIDEST, rows=150),
+        "float16",
+        {"exact_window": 40},
     ),
     "near far float32": (
         replace(NARROW, rows=180, features=72, bias="11S", masked="holes"),

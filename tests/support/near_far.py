@@ -133,6 +133,11 @@ def gpu_cases(split: int) -> dict[str, tuple]:
             0,
             {"exact_window": 32},
         ),
+        "of 256, 80 features": (
+            replace(ONE_HEAD, rows=200, dim=256, value_dim=256, features=80, state=1),
+            0,
+            {"exact_window": 32},
+        ),
         "several tiles in a block, keys wider than values": (
             Case(batch=1, rows=430, groups=1, dim=80, value_dim=24, features=80, bias="11S"),
             70,
@@ -162,12 +167,15 @@ def gpu_parameters(split: int = GPU_SPLIT) -> list[tuple]:
         (causal, name, dtype)
         for causal in (False, True)
         for name in table(causal, split)
-        for dtype in (
-            ["float32", "bfloat16", "float16"]
-            if name in NARROW or name in gpu_cases(split)
-            else ["float32"]
-        )
+        for dtype in gpu_dtypes(name, split)
     ]
+
+
+def gpu_dtypes(name: str, split: int = GPU_SPLIT) -> list[str]:
+    """The types of a case: every one that the kernels take it in where it has code of its own."""
+    if name in gpu_cases(split):
+        return cases.gpu_dtypes(gpu_cases(split)[name][0])
+    return ["float32", "bfloat16", "float16"] if name in NARROW else ["float32"]
 
 
 def given(name, causal, dtype="float32", split=GPU_SPLIT):

@@ -2,9 +2,9 @@
 // the same for bfloat16 and half (one mma.m16n8k16) and for float32 (three mma.m16n8k8 of tf32
 // parts, which keep float32's accuracy).
 //
-// A tile is [rows][W], W = 64 or 128. Chunks of 16 bytes are permuted within a row (XOR with a
-// function of the row), so that operand loads, cp.async and stores of accumulators are free of bank
-// conflicts without padding.
+// A tile is [rows][W], W = 64, 128 or, in 16 bits only, 256. Chunks of 16 bytes are permuted within a
+// row (XOR with a function of the row), so that operand loads, cp.async and stores of accumulators
+// are free of bank conflicts without padding.
 //
 // Fragments: g = lane / 4, t = lane % 4. An accumulator c[4] of 16 rows x 8 columns holds (row g,
 // columns 2t and 2t + 1), then row g + 8, the same columns. Operands cover 16 of the summed index:
@@ -36,6 +36,18 @@ inline constexpr int kFragment = kIs16Bit<T> ? 4 : 8;  // registers of an operan
 // none are, so that operands of several iterations do not wait in registers.
 template <class T>
 inline constexpr int kUnroll = kIs16Bit<T> ? 8 : 1;
+
+// Of gradients, which are sums of W columns, registers hold at most 128: a block has a slice of
+// them. The blocks of the other slices compute the same weights.
+template <int W>
+inline constexpr int kSlice = W < 128 ? W : 128;
+template <int W>
+inline constexpr int kSlices = W / kSlice<W>;
+// The first column of a block, from an index of the grid that counts slices first.
+template <int W>
+PERFORMER_DEVICE int SliceBegin(unsigned index) {
+  return kSlices<W> == 1 ? 0 : static_cast<int>(index % kSlices<W>) * kSlice<W>;
+}
 
 // The index of (row, column) in a tile.
 template <class T, int W>

@@ -49,17 +49,18 @@ PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int rows, int tid) {
     CpAsync16(tile + At<T, W>(row, column), from + (ok ? row * W + column : 0), ok);
   }
 }
-// All of these rows.
-template <class T, int W, int kRows, int kThreads>
+// All of these rows; or, if kColumns < W, their columns from `from` on, to a tile [kRows][kColumns].
+template <class T, int W, int kRows, int kThreads, int kColumns = W>
 PERFORMER_DEVICE void CopyOperand(T* tile, const T* from, int tid) {
-  constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
+  constexpr int kChunks = kColumns / kChunk<T>, kStride = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStride == 0, "each thread copies as much");
   tid = Opaque(tid);
   const int column = tid % kChunks * kChunk<T>, first_row = tid / kChunks;
   const T* const source = from + first_row * W + column;
 #pragma unroll 4
   for (int n = 0; n < kRows / kStride; ++n)
-    CpAsync16(tile + At<T, W>(first_row + n * kStride, column), source + n * kStride * W, true);
+    CpAsync16(tile + At<T, kColumns>(first_row + n * kStride, column), source + n * kStride * W,
+              true);
 }
 
 // visit(row, |row|^2), by one thread for each row of a tile that CopyRows has filled. A thread reads

@@ -1,6 +1,7 @@
 // What all launchers are given: one Context, filled once for a call. It also fills the parameters
 // that kernels share.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -112,11 +113,13 @@ struct Context {
 };
 
 // run(std::integral_constant<int, W>) with the width of tiles' rows, to which D and E are padded.
-inline constexpr int kNarrow = 64, kWide = kMaxHeadWidth;
-template <class Run>
+inline constexpr int kNarrow = 64, kWide = kMaxFloat32HeadWidth, kWidest = kMaxHeadWidth;
+template <class T, class Run>
 Status WithWidth(const Dims& dims, Run run) {
-  if (dims.key_dim <= kNarrow && dims.value_dim <= kNarrow)
-    return run(std::integral_constant<int, kNarrow>());
+  const int64_t width = std::max(dims.key_dim, dims.value_dim);
+  if (width <= kNarrow) return run(std::integral_constant<int, kNarrow>());
+  if constexpr (kIs16Bit<T>)
+    if (width > kWide) return run(std::integral_constant<int, kWidest>());
   return run(std::integral_constant<int, kWide>());
 }
 

@@ -18,7 +18,8 @@ import tensorflow as tf
 # Operators that have no kernel for GPUs. TensorFlow does as well there: not worth a warning.
 _CPU_ONLY = ("append_rows",)
 _TYPES = (tf.float32, tf.bfloat16, tf.float16)
-_MAX_WIDTH, _WIDTH_OF_SMALL_BLOCKS, _MAX_HEADS = 128, 64, 65535  # D and E; H and G
+# D and E, also in float32, and where blocks are small; H and G.
+_MAX_WIDTH, _MAX_FLOAT32_WIDTH, _WIDTH_OF_SMALL_BLOCKS, _MAX_HEADS = 256, 128, 64, 65535
 _OLDEST = (8, 0)
 # The oldest driver of Linux that runs what CUDA 11, 12, 13 compiled ("minor version compatibility",
 # https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/).
@@ -98,6 +99,8 @@ def fault(call: Call, card: Card, build: Build) -> str:
     if call.dtype not in _TYPES:
         return f"they take {', '.join(t.name for t in _TYPES)}, not {call.dtype.name}"
     widest = max((width for width in call.widths if width is not None), default=0)
+    if call.dtype == tf.float32 and widest > _MAX_FLOAT32_WIDTH:
+        return f"they take heads of D and E up to {_MAX_FLOAT32_WIDTH} in float32, not {widest}"
     if widest > _MAX_WIDTH:
         return f"they take heads of D and E up to {_MAX_WIDTH}, not {widest}"
     if widest > _WIDTH_OF_SMALL_BLOCKS and card.capability and has_small_blocks(card.capability):

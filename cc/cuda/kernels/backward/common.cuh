@@ -23,13 +23,14 @@ struct RowStatistics {
 template <class T, int W, int kWarps_>
 struct BackwardLayout {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
-  // Of a warp: sums over tokens, twice 16 kRowTiles x W, fill half of the registers.
+  // Of a warp: sums over tokens, twice 16 kRowTiles x kSlice<W>, fill half of the registers.
   static constexpr int kRowTiles = kIs16Bit<T> && W == 64 ? 2 : 1;
   static constexpr int kFeatures = 16 * kRowTiles * kWarps;
   static constexpr int kMaxBytes = MaxSharedBytes(W, kWarps);
-  static constexpr int kStages = kIs16Bit<T> ? 2 : 1;  // of tiles, as shared memory allows
+  static constexpr int kStages =
+      kIs16Bit<T> && W <= 128 ? 2 : 1;  // of tiles, as shared memory allows
   // Sums over features: 16 tokens of a warp and this many columns, kColumns at a time.
-  static constexpr int kWarpColumns = W / (kWarps / 4);
+  static constexpr int kWarpColumns = kSlice<W> / (kWarps / 4);
   static constexpr int kColumns = kWarpColumns < 32 ? kWarpColumns : 32;
 
   static constexpr int kSize = static_cast<int>(sizeof(T));
@@ -38,7 +39,7 @@ struct BackwardLayout {
   static constexpr int kTileBytes = kTile * W * kSize;
 };
 template <class T, int W>
-inline constexpr int kBackwardWarps = kIs16Bit<T> || W == 64 ? 8 : 4;
+inline constexpr int kBackwardWarps = W * sizeof(T) <= 256 ? 8 : 4;
 
 // A thread's part of a tile of features x tokens. Rows are features row0 + 16 m + g + 8 e of the
 // block, columns are tokens 8 n + 2 t + c of kColumns.
@@ -69,20 +70,21 @@ PERFORMER_DEVICE void FeatureProduct(BackwardTile<kRowTiles, kColumns>& x, const
   }
 }
 
-// acc [16 kRowTiles features][W] += x (kColumns tokens) tokens (rows j0 .. of a tile).
-template <class T, int W, int kRowTiles, int kColumns = 32>
-PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][W / 8][4],
+// acc [16 kRowTiles features][kSums columns from c0] += x (kColumns tokens) tokens (rows j0 .. of a
+// tile).
+template <class T, int W, int kRowTiles, int kColumns = 32, int kSums>
+PERFORMER_DEVICE void SumTokens(float (&acc)[kRowTiles][kSums][4],
                                 const BackwardTile<kRowTiles, kColumns>& x, const T* tokens, int j0,
-                                int lane) {
+                                int c0, int lane) {
 #pragma unroll
   for (int s = 0; s < kColumns / 16; ++s) {
     uint32_t a[kRowTiles][kFragment<T>];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) PackA<T>(a[m], x[m][2 * s], x[m][2 * s + 1]);
 #pragma unroll
-    for (int n = 0; n < W / 16; ++n) {
+    for (int n = 0; n < kSums / 2; ++n) {
       uint32_t b[kFragment<T>];
-      LoadBTrans<T, W>(b, tokens, j0 + s * 16, n * 16, lane);
+      LoadBTrans<T, W>(b, tokens, j0 + s * 16, c0 + n * 16, lane);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) Mma<T>(acc[m][2 * n], acc[m][2 * n + 1], a[m], b);
     }
@@ -306,10 +308,12 @@ PERFORMER_DEVICE float BlockMax(const float* values, int64_t stride, int count, 
   return largest;
 }
 
-// Stores sums over tokens as rows of partial gradients [.., features][width] in memory.
-template <int W, int kRowTiles>
+// Stores sums over tokens, of columns from c0 on, as rows of partial gradients [.., features][width]
+// in memory.
+template <int kRowTiles, int kSums>
 PERFORMER_DEVICE void StoreSums(float* to, int width, int features, int first_feature,
-                                const float (&acc)[kRowTiles][W / 8][4], float factor, int lane) {
+                                const float (&acc)[kRowTiles][kSums][4], float factor, int c0,
+                                int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
@@ -319,10 +323,10 @@ PERFORMER_DEVICE void StoreSums(float* to, int width, int features, int first_fe
       if (row >= features) continue;
       float* const from = to + static_cast<int64_t>(row) * width;
 #pragma unroll
-      for (int n = 0; n < W / 8; ++n)
+      for (int n = 0; n < kSums; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int column = n * 8 + 2 * t + c;
+          const int column = c0 + n * 8 + 2 * t + c;
           if (column < width) from[column] = acc[m][n][2 * e + c] * factor;
         }
     }

@@ -6,7 +6,7 @@
 //   over features   dv = P^T dmean              dbias_j = sum_m dS
 //                   dk = root (dS slope)^T w - scale k sum_m dS
 //
-// Grid: (splits of all sequences, key/value heads). Masked keys get exactly 0.
+// Grid: (splits of all sequences, key/value heads, slices). Masked keys get exactly 0.
 #pragma once
 #include "cuda/kernels/backward/common.cuh"
 #include "cuda/kernels/backward/value_origin.cuh"
@@ -62,7 +62,7 @@ struct DkvBlock {
 
   // What a thread holds of its features: dw, -log_mass in units of root, and center.
   struct Features {
-    float sum_projection[kRowTiles][W / 8][4] = {};
+    float sum_projection[kRowTiles][kSlice<W> / 8][4] = {};
     float row_bias[kRowTiles][2], center[kRowTiles][2];
   };
 
@@ -73,6 +73,7 @@ struct DkvBlock {
   }
   PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
   PERFORMER_DEVICE static int feature0(int tid) { return tid / 32 * 16 * kRowTiles; }
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
 
   // Starts copying the projection and dmean.
   PERFORMER_DEVICE void IssueFeatures(int first_feature, int tid) const {
@@ -136,7 +137,7 @@ struct DkvBlock {
         }
     StoreSummed<T, kRowTiles>(tile(L::kWeights), x, feature0(tid), j0, lane);
     StoreSummed<T, kRowTiles>(tile(L::kSummed), ds, feature0(tid), j0, lane);
-    if (kDw && linear) SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, lane);
+    if (kDw && linear) SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, begin(), lane);
   }
 
   // Maps that are not linear: dS *= slope in shared memory, and dw takes it.
@@ -147,7 +148,7 @@ struct DkvBlock {
       LoadSummed<T, kRowTiles>(ds, tile(L::kSummed), feature0(tid), j0, lane);
       ChainSlope<T, W, kRowTiles>(ds, p.map, tile(L::kProjection), feature0(tid), keys, j0, lane);
       StoreSummed<T, kRowTiles>(tile(L::kSummed), ds, feature0(tid), j0, lane);
-      if (kDw) SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, lane);
+      if (kDw) SumTokens<T, W, kRowTiles>(own.sum_projection, ds, keys, j0, begin(), lane);
     }
   }
 
@@ -161,7 +162,7 @@ struct DkvBlock {
     const int rows = static_cast<int>(work.end - work.begin);
 #pragma unroll 1
     for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
-      const int c0 = warp / 4 * L::kWarpColumns + i;
+      const int c0 = begin() + warp / 4 * L::kWarpColumns + i;
       float dv[L::kColumns / 8][4] = {}, dk[L::kColumns / 8][4] = {}, unused[2];
       SumFeatures<T, W, L::kFeatures, L::kColumns, false>(dv, unused, tile(L::kWeights),
                                                           tile(L::kGradMean), r0, c0, lane);
@@ -293,10 +294,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) DkvKernel(DkvParams<T> p) {
     }
 
     if constexpr (kDw)
-      StoreSums<W, L::kRowTiles>(
-          p.part_projection + (blockIdx.x * p.groups + head) * features * p.keys.key.width,
-          p.keys.key.width, features, first_feature + Block::feature0(tid), own.sum_projection,
-          p.map.root / scale, tid % 32);
+      StoreSums(p.part_projection + (blockIdx.x * p.groups + head) * features * p.keys.key.width,
+                p.keys.key.width, features, first_feature + Block::feature0(tid),
+                own.sum_projection, p.map.root / scale, Block::begin(), tid % 32);
   }
 }
 

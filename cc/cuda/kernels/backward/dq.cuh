@@ -9,8 +9,8 @@
 // that takes them a feature block at a time needs the statistics of each row beforehand
 // (backward/row_statistics.cuh). dw is computed only where it is asked for.
 //
-// Grid: (splits of all sequences, query heads). Sums over tokens are partial results of a split and
-// head, for backward/sum_partials.cuh.
+// Grid: (splits of all sequences, query heads, slices). Sums over tokens are partial results of a
+// split and head, for backward/sum_partials.cuh.
 #pragma once
 #include "cuda/kernels/backward/block_softmax.cuh"
 #include "cuda/kernels/backward/common.cuh"
@@ -75,7 +75,7 @@ struct DqBlock {
 
   // Sums over tokens of a thread's features: dmean, dw and dlog_mass.
   struct Gradients {
-    float mean[kRowTiles][W / 8][4] = {}, projection[kRowTiles][W / 8][4] = {};
+    float mean[kRowTiles][kSlice<W> / 8][4] = {}, projection[kRowTiles][kSlice<W> / 8][4] = {};
     float log_mass[kRowTiles][2] = {};
   };
 
@@ -104,6 +104,7 @@ struct DqBlock {
   PERFORMER_DEVICE int heads() const { return static_cast<int>(p.query.heads); }
   PERFORMER_DEVICE int features() const { return static_cast<int>(p.features); }
   PERFORMER_DEVICE static int feature0(int tid) { return tid / 32 * 16 * kRowTiles; }
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
 
   // By one thread.
   PERFORMER_DEVICE void StorePointers() const {
@@ -173,13 +174,13 @@ struct DqBlock {
     }
     const T* const queries = tile(L::kQuery, parity);
     const T* const grad_out = tile(L::kGradOut, parity);
-    SumTokens<T, W, kRowTiles>(gradients.mean, x, grad_out, j0, Opaque(lane));
+    SumTokens<T, W, kRowTiles>(gradients.mean, x, grad_out, j0, begin(), Opaque(lane));
     if (!linear)
       ChainSlope<T, W, kRowTiles>(ds, p.map, tile(L::kProjection), feature0(tid), queries, j0,
                                   lane);
     StoreSummed<T, kRowTiles>(tile(L::kSummed), ds, feature0(tid), j0, lane);
     if constexpr (kDw)
-      SumTokens<T, W, kRowTiles>(gradients.projection, ds, queries, j0, Opaque(lane));
+      SumTokens<T, W, kRowTiles>(gradients.projection, ds, queries, j0, begin(), Opaque(lane));
   }
 
   // x += w q and g += mean . grad_out.
@@ -225,7 +226,7 @@ struct DqBlock {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-          for (int n = 0; n < W / 8; ++n)
+          for (int n = 0; n < kSlice<W> / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) gradients.projection[m][n][i] *= scale.now / before;
     }
@@ -300,7 +301,7 @@ struct DqBlock {
     const int id = Opaque(tid), lane = id % 32, warp = id / 32, r0 = warp % 4 * 16;
 #pragma unroll 1
     for (int i = 0; i < L::kWarpColumns; i += L::kColumns) {
-      const int c0 = warp / 4 * L::kWarpColumns + i;
+      const int c0 = begin() + warp / 4 * L::kWarpColumns + i;
       float dq[L::kColumns / 8][4] = {}, unused[2];
       SumFeatures<T, W, L::kFeatures, L::kColumns, false>(dq, unused, tile(L::kSummed),
                                                           tile(L::kProjection), r0, c0, lane);
@@ -323,15 +324,15 @@ struct DqBlock {
       for (int e = 0; e < 2; ++e) {
         const int feature = first_feature + feature0(tid) + m * 16 + lane / 4 + 8 * e;
         const float sum = QuadSum(gradients.log_mass[m][e]);
-        if (lane % 4 == 0 && feature < features())
+        if (begin() == 0 && lane % 4 == 0 && feature < features())
           p.part_log_mass[part * features() + feature] = sum;
       }
-    StoreSums<W, kRowTiles>(p.part_mean + part * features() * p.grad_out.width, p.grad_out.width,
-                            features(), first_feature + feature0(tid), gradients.mean, 1.f, lane);
+    StoreSums(p.part_mean + part * features() * p.grad_out.width, p.grad_out.width, features(),
+              first_feature + feature0(tid), gradients.mean, 1.f, begin(), lane);
     if constexpr (kDw)
-      StoreSums<W, kRowTiles>(p.part_projection + part * features() * p.query.width, p.query.width,
-                              features(), first_feature + feature0(tid), gradients.projection,
-                              p.map.root / scale, lane);
+      StoreSums(p.part_projection + part * features() * p.query.width, p.query.width, features(),
+                first_feature + feature0(tid), gradients.projection, p.map.root / scale, begin(),
+                lane);
   }
 };
 

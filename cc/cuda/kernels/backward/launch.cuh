@@ -61,8 +61,8 @@ Status LaunchDqKernel(const Context& context, const Division& splits, DqParams<T
     constexpr bool kAllFeatures = decltype(all_features)::value;
     using Layout = DqLayout<T, W, kWarps, kAllFeatures, kDw>;
     return context.launcher.Launch("query gradient", DqKernel<T, W, kWarps, kAllFeatures, kDw>,
-                                   {splits.count, dims.heads}, Layout::kThreads, Layout::kBytes,
-                                   *p);
+                                   {splits.count, dims.heads, kSlices<W>}, Layout::kThreads,
+                                   Layout::kBytes, *p);
   };
   constexpr int kFeatures = BackwardLayout<T, W, kWarps>::kFeatures;
   if constexpr (W == kNarrow)
@@ -187,7 +187,7 @@ Status LaunchDkv(const Context& context, const performer::SummarizeGradParams& c
             dims.batch * dims.keys * dims.groups * W, "sums of gradients", to));
     return context.launcher.Launch(
         "key gradient", dw ? DkvKernel<T, W, kWarps, true> : DkvKernel<T, W, kWarps, false>,
-        {splits.count, dims.groups}, Layout::kThreads, Layout::kBytes, p);
+        {splits.count, dims.groups, kSlices<W>}, Layout::kThreads, Layout::kBytes, p);
   };
   return WithWarps<W, kBackwardWarps<T, W>>(context, kFeaturesOf4Warps<T, W>, launch);
 }
@@ -210,7 +210,7 @@ Status SummarizeGrad(const Context& context, const performer::SummarizeGradParam
 template <class T>
 Status RunSummarizeGrad(const performer::SummarizeGradParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims, [&](auto width) {
+  return WithWidth<T>(call.dims, [&](auto width) {
     return SummarizeGrad<T, decltype(width)::value>(context, call);
   });
 }
@@ -218,8 +218,8 @@ Status RunSummarizeGrad(const performer::SummarizeGradParams& call, const Device
 template <class T>
 Status RunReadGrad(const performer::ReadGradParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims,
-                   [&](auto width) { return ReadGrad<T, decltype(width)::value>(context, call); });
+  return WithWidth<T>(
+      call.dims, [&](auto width) { return ReadGrad<T, decltype(width)::value>(context, call); });
 }
 
 }  // namespace cuda

@@ -29,7 +29,7 @@ struct RowStatisticsParams : StateReadParams<T> {
 template <class T, int W>
 struct RowStatisticsLayout {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;
-  static constexpr int kStages = kIs16Bit<T> || W == 64 ? 2 : 1;
+  static constexpr int kStages = W * sizeof(T) <= 256 ? 2 : 1;
   static constexpr int kTileBytes = kTile * W * static_cast<int>(sizeof(T));
   static constexpr int kRowBytes = kRows * W * static_cast<int>(sizeof(T));
   static constexpr int kGradOut = kRowBytes;

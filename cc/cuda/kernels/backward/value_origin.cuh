@@ -19,7 +19,7 @@ struct ValueOriginParams {
 };
 
 // Grid: one block for each matrix, one thread for each of the W columns.
-static __global__ void __launch_bounds__(128) ValueOriginKernel(ValueOriginParams p) {
+static __global__ void __launch_bounds__(256) ValueOriginKernel(ValueOriginParams p) {
   const int column = threadIdx.x;
   const int64_t first = blockIdx.x * p.features;
   float sum = 0, count = 0;

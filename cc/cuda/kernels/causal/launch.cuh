@@ -105,8 +105,8 @@ Status Causal(const Context& context, const performer::CausalParams& call) {
 template <class T>
 Status RunCausal(const performer::CausalParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims,
-                   [&](auto width) { return Causal<T, decltype(width)::value>(context, call); });
+  return WithWidth<T>(call.dims,
+                      [&](auto width) { return Causal<T, decltype(width)::value>(context, call); });
 }
 
 }  // namespace cuda

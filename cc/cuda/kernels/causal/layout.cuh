@@ -99,7 +99,7 @@ struct CausalLayout {
   static constexpr int kFeatures = 16 * kWarps;  // of a feature block: 16 of each warp
   static_assert(kTile == 16 * kWarps && kFeatures == kFeatureUnit, "a warp has 16 queries");
   // Of feature blocks: the next one is copied while one is worked on. One where two would not fit.
-  static constexpr int kStages = kIs16Bit<T> ? 2 : 1;
+  static constexpr int kStages = kIs16Bit<T> && W <= 128 ? 2 : 1;
   // Nats by which a key may exceed its anchor.
   static constexpr float kMaxGrowth =
       std::is_same_v<T, Half> ? kCausalCutNatsOfHalf : kCausalCutNats;

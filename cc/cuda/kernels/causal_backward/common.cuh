@@ -112,19 +112,23 @@ PERFORMER_DEVICE uint4 PackChunk(const float (&x)[kChunk<N>], float factor) {
 }
 
 // Converts half to bfloat16; `to` may be `from`. Each thread converts what it copied itself with
-// CopyRows or CopyOperand, so no barrier is needed before.
-template <class T, int W, int kRows, int kThreads>
-PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid) {
+// CopyRows or CopyOperand, so no barrier is needed before. Only the columns from c0 on are
+// converted where `to` has fewer, [kRows][kColumns].
+template <class T, int W, int kRows, int kThreads, int kColumns = W>
+PERFORMER_DEVICE void MakeRanged(Ranged<T>* to, const T* from, int tid, int c0 = 0) {
   if constexpr (kHasRanged<T>) {
     constexpr int kChunks = W / kChunk<T>, kStride = kThreads / kChunks;
     tid = Opaque(tid);
+    const int column = tid % kChunks * kChunk<T>;
+    if (kColumns < W && (column < c0 || column >= c0 + kColumns)) return;
 #pragma unroll 2
     for (int row = tid / kChunks; row < kRows; row += kStride) {
-      const int at = At<T, W>(row, tid % kChunks * kChunk<T>);
+      const T* const source = from + At<T, W>(row, column);
+      Ranged<T>* const chunk = to + At<T, kColumns>(row, kColumns < W ? column - c0 : column);
 #pragma unroll
       for (int i = 0; i < kChunk<T>; i += 2) {
-        const float2 x = LoadPair(from + at + i);
-        *Pair(to + at + i) = Pack<Ranged<T>>(x.x, x.y);
+        const float2 x = LoadPair(source + i);
+        *Pair(chunk + i) = Pack<Ranged<T>>(x.x, x.y);
       }
     }
   }

@@ -8,10 +8,10 @@
 //   dk = root (db slope) w - scale k sum_m db        dbias = sum_m db
 //   dv = kb R + tril(f kb^T)^T grad_out
 //
-// Grid: (tiles of all sequences, key/value heads). A block walks the features in blocks of 32. A
-// warp owns 16 keys, whose gradients stay in registers, and in the products with queries 16 features
-// and 32 queries. f, dA and what is made of them are computed for each query head of the key/value head
-// in turn; the first one takes R and r of the checkpoint, which are those of all.
+// Grid: (tiles of all sequences, key/value heads, slices). A block walks the features in blocks of
+// 32. A warp owns 16 keys, whose gradients stay in registers, and in the products with queries 16
+// features and 32 queries. f, dA and what is made of them are computed for each query head of the
+// key/value head in turn; the first one takes R and r of the checkpoint, which are those of all.
 //
 // f is large where keys of the tile outweigh all before them by far. Where a feature block has an f
 // beyond kCausalCutBits, its pairs are taken one by one (TakePairs), which costs as many
@@ -26,8 +26,8 @@ template <class T, int W>
 struct CausalDkvLayout : CausalKeyLayout<T, W> {
   using S = CausalKeyLayout<T, W>;
   // dk of wide keys is kept in shared memory if there is room for it: registers are short.
-  static constexpr bool kKeeps = kIs16Bit<T> && W > 64;
-  using Kept = KeptSums<W, S::kThreads, kKeeps>;
+  static constexpr bool kKeeps = kIs16Bit<T> && W == 128;
+  using Kept = KeptSums<kSlice<W>, S::kThreads, kKeeps>;
   static constexpr int kKept = (S::kBytes + 15) / 16 * 16;
   static constexpr int kBytes = kKeeps ? kKept + Kept::kBytes : S::kBytes;
   static_assert(kBytes <= MaxSharedBytes(W, S::kWarps));
@@ -41,7 +41,7 @@ struct CausalDkvSums {
   using R = typename Block::R;
 
   typename L::Kept key;
-  float value[W / 8][4] = {};
+  float value[kSlice<W> / 8][4] = {};
   float total[2] = {};  // this lane's share of the sum of db over features
 
   PERFORMER_DEVICE CausalDkvSums(unsigned char* shared, int tid) : key(shared + L::kKept, tid) {}
@@ -66,14 +66,16 @@ struct CausalDkvSums {
       block.TakeSlopes(db, stage, row0, lane);
       pack();
     }
-    key.template Add<R>(a, block.ranged_projection(stage), lane);
+    constexpr int kProjectionColumns = Block::kProjectionColumns;
+    key.template Add<R, kProjectionColumns>(a, block.ranged_projection(stage),
+                                            kProjectionColumns == W ? Block::begin() : 0, lane);
 #pragma unroll
     for (int s = 0; s < Block::kFeatures / 16; ++s) {
       uint32_t b[kFragment<R>];
       if (with_state)
 #pragma unroll
-        for (int n = 0; n < W / 16; ++n) {
-          LoadBTrans<R, W>(b, block.ranged_reverse(stage), s * 16, n * 16, lane);
+        for (int n = 0; n < kSlice<W> / 16; ++n) {
+          LoadBTrans<R, kSlice<W>>(b, block.ranged_reverse(stage), s * 16, n * 16, lane);
           Mma<R>(value[2 * n], value[2 * n + 1], kb[s], b);
         }
       if (pairs)
@@ -100,9 +102,9 @@ struct CausalDkvSums {
       uint32_t a[kFragment<R>];
       PackA<R>(a, local[2 * s], local[2 * s + 1]);
 #pragma unroll
-      for (int n = 0; n < W / 16; ++n) {
+      for (int n = 0; n < kSlice<W> / 16; ++n) {
         uint32_t b[kFragment<R>];
-        LoadBTrans<R, W>(b, block.ranged(L::kGradOut), s * 16, n * 16, lane);
+        LoadBTrans<R, W>(b, block.ranged(L::kGradOut), s * 16, Block::begin() + n * 16, lane);
         Mma<R>(value[2 * n], value[2 * n + 1], a, b);
       }
     }
@@ -113,7 +115,7 @@ struct CausalDkvSums {
                               int lane) {
     const CausalDkvParams<T>& p = block.p;
     const CausalDkvPointers<T>& to = *block.pointers();
-    float dk[1][W / 8][4];
+    float dk[kSlice<W> / 8][4];
     key.Read(dk);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -122,16 +124,17 @@ struct CausalDkvSums {
       if (row >= rows) continue;
       const bool masked = key_bias[row] == -kInfinity;
       const float norm = p.map.root * p.map.root * all;
-      if (to.grad_bias != nullptr && lane % 4 == 0) to.grad_bias[row] = masked ? 0.f : all;
+      if (to.grad_bias != nullptr && Block::begin() == 0 && lane % 4 == 0)
+        to.grad_bias[row] = masked ? 0.f : all;
       T* const key_row = to.grad_key + static_cast<int64_t>(row) * p.grad_key.stride;
       T* const value_row = to.grad_value + static_cast<int64_t>(row) * p.grad_value.stride;
 #pragma unroll
-      for (int n = 0; n < W / 8; ++n) {
-        const int column = n * 8 + 2 * (lane % 4);
-        float2 x = {dk[0][n][2 * e] * p.map.root, dk[0][n][2 * e + 1] * p.map.root};
+      for (int n = 0; n < kSlice<W> / 8; ++n) {
+        const int column = Block::begin() + n * 8 + 2 * (lane % 4);
+        float2 x = {dk[n][2 * e] * p.map.root, dk[n][2 * e + 1] * p.map.root};
         float2 y = {value[n][2 * e], value[n][2 * e + 1]};
         if (p.map.key_norm) {
-          const float2 k = LoadPair(block.tile(L::kKey) + AtPair<T, W>(row, n, lane % 4));
+          const float2 k = LoadPair(block.tile(L::kKey) + AtPair<T, W>(row, column / 8, lane % 4));
           x.x -= norm * k.x, x.y -= norm * k.y;
         }
         if (masked) x = y = float2{0.f, 0.f};
@@ -199,8 +202,8 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1) CausalDkvKernel(CausalDk
       __syncthreads();  // the feature block is complete; the other one and f are free
       if (L::kStages == 2 && first + L::kFeatures < features)
         block.IssueFeatures(first + L::kFeatures, stage ^ 1, tid);
-      MakeRanged<T, W, L::kFeatures, L::kThreads>(block.ranged_projection(stage),
-                                                  block.projection(stage), tid);
+      MakeRanged<T, W, L::kFeatures, L::kThreads, Block::kProjectionColumns>(
+          block.ranged_projection(stage), block.projection(stage), tid, Block::begin());
       {
         typename Block::After after;
         // Loads are in flight during products, where there are registers for it.

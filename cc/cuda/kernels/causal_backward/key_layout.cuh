@@ -64,9 +64,9 @@ struct CausalKeyLayout {
   // Of feature blocks: the next one is copied while one is worked on.
   static constexpr int kStages = kIs16Bit<T> && W == 64 ? 2 : 1;
   static constexpr bool kAdvances = kCheckpointTiles<T, W> > 1;
-  // float32 has room for grad_out only where the feature blocks are: it is there before and after
-  // them.
-  static constexpr bool kSharesGradOut = !kIs16Bit<T>;
+  // Rows of 512 bytes leave room for grad_out only where the feature blocks are: it is there before
+  // and after them. So do narrower ones in float32.
+  static constexpr bool kSharesGradOut = !kIs16Bit<T> || W > 128;
 
   // Shared memory, in bytes.
   static constexpr int kSize = static_cast<int>(sizeof(T));
@@ -81,14 +81,15 @@ struct CausalKeyLayout {
   // [kStages] of the projection, then R, [kFeatures][W] each
   static constexpr int kStageBytes = 2 * kFeatureBytes;
   static constexpr int kStage = kQueryFeatures + kFeatures * kTile * 4;
-  // R in bfloat16 [kFeatures][W], in 16 bits
+  // R in bfloat16 [kFeatures][kSlice<W>], in 16 bits; the projection likewise, for half
+  static constexpr int kRangedBytes = kFeatureBytes / kSlices<W>;
   static constexpr int kRangedReverse = kStage + kStages * kStageBytes;
-  static constexpr int kRangedProjection = kRangedReverse + (kIs16Bit<T> ? kFeatureBytes : 0);
-  static constexpr int kGradOut =
-      kSharesGradOut ? kStage : kRangedProjection + (kHasRanged<T> ? kFeatureBytes : 0);
+  static constexpr int kRangedProjection = kRangedReverse + (kIs16Bit<T> ? kRangedBytes : 0);
+  static constexpr int kAfterRanged = kRangedProjection + (kHasRanged<T> ? kRangedBytes : 0);
+  static constexpr int kGradOut = kSharesGradOut ? kStage : kAfterRanged;
   static_assert(!kSharesGradOut || kStages * kStageBytes >= kTileBytes);
   // float [kStages][kKeyNumbers][kFeatures]
-  static constexpr int kNumbers = kSharesGradOut ? kRangedProjection : kGradOut + kTileBytes;
+  static constexpr int kNumbers = kSharesGradOut ? kAfterRanged : kGradOut + kTileBytes;
   // Factors of R, float [kFeatures], and of the rows of values, float [kTile]; in 16 bits
   static constexpr int kReverseFactor = kNumbers + kStages * kKeyNumbers * kFeatures * 4;
   static constexpr int kValueFactor = kReverseFactor + (kIs16Bit<T> ? kFeatures * 4 : 0);

@@ -17,8 +17,11 @@ struct CausalKeyProjectionLayout : CausalKeyLayout<T, W> {
   // db slope [kFeatures][kTile], when queries are done with
   static constexpr int kKeyFeatures = S::kQuery;
   static_assert(kTile <= W);
-  static constexpr int kRangedKey = kHasRanged<T> ? (S::kBytes + 15) / 16 * 16 : S::kKey;
-  static constexpr int kBytes = kHasRanged<T> ? kRangedKey + S::kTileBytes : S::kBytes;
+  // Where there is no room for keys in bfloat16 beside those in half, they take their place.
+  static constexpr bool kConvertsKeys = kHasRanged<T> && W > 128;
+  static constexpr bool kHasBoth = kHasRanged<T> && !kConvertsKeys;
+  static constexpr int kRangedKey = kHasBoth ? (S::kBytes + 15) / 16 * 16 : S::kKey;
+  static constexpr int kBytes = kHasBoth ? kRangedKey + S::kTileBytes : S::kBytes;
   static_assert(kBytes <= MaxSharedBytes(W, S::kWarps));
 };
 
@@ -57,7 +60,8 @@ __global__ void __launch_bounds__(128, 1) CausalKeyProjectionKernel(CausalDkvPar
     stream.ComputeBias(0, block.tile(L::kKey), tid);
     block.FinishKeys(tid);
     block.FinishGradOut(tid);
-    MakeRanged<T, W, kTile, L::kThreads>(block.ranged(L::kRangedKey), block.tile(L::kKey), tid);
+    if constexpr (!L::kConvertsKeys)
+      MakeRanged<T, W, kTile, L::kThreads>(block.ranged(L::kRangedKey), block.tile(L::kKey), tid);
     __syncthreads();  // keys, values and queries are complete
     block.StorePairGradients(row0, lane);
     const bool advances = block.advances(), with_rest = head == 0;
@@ -94,6 +98,10 @@ __global__ void __launch_bounds__(128, 1) CausalKeyProjectionKernel(CausalDkvPar
       block.TakePairs(db, unused, stream.bias, 0, row0, Opaque(lane));
     }
     if (!p.map.linear()) block.TakeSlopes(db, 0, row0, Opaque(lane));
+    if constexpr (L::kConvertsKeys) {
+      __syncthreads();  // nobody reads keys in half any more
+      MakeRanged<T, W, kTile, L::kThreads>(block.ranged(L::kKey), block.tile(L::kKey), tid);
+    }
 #pragma unroll
     for (int n = 0; n < Block::kFeatureTiles; ++n)
 #pragma unroll

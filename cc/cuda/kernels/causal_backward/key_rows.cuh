@@ -34,7 +34,7 @@ struct CausalKeyRows {
   PERFORMER_DEVICE N* reverse(int stage) const {
     return reinterpret_cast<N*>(projection(stage)) + kFeatures * W;
   }
-  // R as an operand in the type R, of the feature block that is worked on.
+  // R as an operand in the type R, of the feature block that is worked on: [kFeatures][kSlice<W>].
   PERFORMER_DEVICE R* ranged_reverse(int stage) const {
     if constexpr (kIs16Bit<T>)
       return ranged(L::kRangedReverse);
@@ -42,10 +42,12 @@ struct CausalKeyRows {
       return reverse(stage);
   }
   PERFORMER_DEVICE N* values() const { return reinterpret_cast<N*>(shared + L::kValue); }
-  // The projection as an operand in the type R.
+  // The projection as an operand in the type R: [kFeatures][kProjectionColumns].
+  static constexpr int kProjectionColumns = kHasRanged<T> ? kSlice<W> : W;
   PERFORMER_DEVICE R* ranged_projection(int stage) const {
     return ranged(kHasRanged<T> ? L::kRangedProjection : L::kStage + stage * L::kStageBytes);
   }
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
   // [kFeatures] each.
   PERFORMER_DEVICE float* numbers(int stage, KeyNumber which) const {
     return floats(L::kNumbers) + (stage * kKeyNumbers + which) * kFeatures;

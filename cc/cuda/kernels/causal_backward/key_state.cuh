@@ -53,7 +53,10 @@ struct CausalKeyState : CausalKeyRows<T, W> {
       if constexpr (kIs16Bit<T>) {
         const HalfScale scale = ScaleOfHalf(kLargestHalf * (factor + after_factor));
         chunk = PackChunk<Half>(x, scale.to_half);
-        *reinterpret_cast<uint4*>(ranged(L::kRangedReverse) + at) = PackChunk<R>(x, 1.f);
+        const int in_slice = column - Base::begin();
+        if (kSlices<W> == 1 || (in_slice >= 0 && in_slice < kSlice<W>))
+          *reinterpret_cast<uint4*>(ranged(L::kRangedReverse) + At<R, kSlice<W>>(r, in_slice)) =
+              PackChunk<R>(x, 1.f);
         if (tid % kChunks == 0) floats(L::kReverseFactor)[r] = scale.from_half;
       } else {
         chunk = PackChunk<N>(x, 1.f);

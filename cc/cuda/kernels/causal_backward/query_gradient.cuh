@@ -19,7 +19,7 @@
 // between they do not, but there no feature weighs most.) The key side, which rounds in other ways,
 // gets delta and sz of the others.
 //
-// Grid: (tiles of all sequences, query heads).
+// Grid: (tiles of all sequences, query heads, slices).
 #pragma once
 #include "cuda/kernels/causal_backward/tile_gradient.cuh"
 
@@ -35,7 +35,7 @@ struct CausalQueryGradientParams : CausalTileGradientParams<T> {
 
 template <class T>
 struct CausalQueryGradientPointers : CausalTileGradientPointers<T> {
-  const Ranged<T>* ranged_projection;  // [M_pad, W]
+  const Ranged<T>* ranged_projection;  // [M_pad, W], from the block's slice on
 };
 
 template <class T, int W>
@@ -44,10 +44,14 @@ struct CausalQueryGradientLayout : CausalTileGradientLayout<T, W> {
   // Of feature blocks, as in CausalLayout. Two blocks of wide rows fit into a multiprocessor instead.
   static constexpr int kStages = kIs16Bit<T> && W == 64 ? 2 : 1;
 
+  // The columns of the projection as an operand in the type R: of all, or of the slice.
+  static constexpr int kRangedColumns = kHasRanged<T> ? kSlice<W> : W;
+
   // Shared memory, in bytes.
   static constexpr int kStageBytes = kStages * S::kFeatureBytes;  // [kStages] of [kFeatures][W]
+  static constexpr int kRangedBytes = S::kFeatureBytes / W * kRangedColumns;  // of a stage
   static constexpr int kRangedProjection = S::kProjection + (kHasRanged<T> ? kStageBytes : 0);
-  static constexpr int kState = kRangedProjection + kStageBytes;
+  static constexpr int kState = kRangedProjection + kStages * kRangedBytes;
   static constexpr int kWeights = kState + kStageBytes;       // kb [kFeatures][kTile]
   static constexpr int kValue = kWeights - S::kFeatureBytes;  // [kTile][W], before the features
   static constexpr int kAnchor = kWeights + S::kFeatures * kTile * S::kSize;  // float [kFeatures]
@@ -68,9 +72,13 @@ struct CausalQueryGradientBlock
   using Base =
       CausalTileGradientBlock<T, W, CausalQueryGradientLayout<T, W>, CausalQueryGradientParams<T>,
                               CausalQueryGradientPointers<T>>;
-  using Base::Base, Base::kColumns, Base::kStep;
+  using Base::Base, Base::kStep;
   using Base::p, Base::tile, Base::ranged, Base::floats, Base::pointers;
   using typename Base::L, typename Base::R, typename Base::Step, typename Base::Pairs;
+
+  static constexpr int kColumns = kSlice<W> / 8;  // accumulators of a row of 16 queries
+
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
 
   // Sums of 16 queries over the features so far, relative to exp(row_max).
   struct Sums {
@@ -109,7 +117,8 @@ struct CausalQueryGradientBlock
     const int64_t head = blockIdx.y, heads = p.query.heads, group = head / (heads / p.groups);
     *pointers() = {MakeCausalTileGradientPointers<T, W>(p, work, blockIdx.x, p.grad_query),
                    p.ranged_projection.At(QueryHeadIndex(p.projection.heads, head, heads, group),
-                                          p.features_pad, W)};
+                                          p.features_pad, W) +
+                       begin()};
   }
 
   // Starts copying the operands of the feature block from `first` on.
@@ -120,8 +129,9 @@ struct CausalQueryGradientBlock
     CopyOperand<T, W, L::kFeatures, kThreads>(tile(L::kProjection + skipped),
                                               pointers()->projection + at, tid);
     if constexpr (kHasRanged<T>)
-      CopyOperand<R, W, L::kFeatures, kThreads>(ranged(L::kRangedProjection + skipped),
-                                                pointers()->ranged_projection + at, tid);
+      CopyOperand<R, W, L::kFeatures, kThreads, L::kRangedColumns>(
+          ranged(L::kRangedProjection + buffer * L::kRangedBytes),
+          pointers()->ranged_projection + at, tid);
     Base::IssueState(tile(L::kState + skipped), first, tid);
     CpAsyncCommit();
   }
@@ -137,7 +147,7 @@ struct CausalQueryGradientBlock
       lane = Opaque(lane);
       const T* const projection = tile(L::kProjection + skipped) + first * W;
       Step f, x, z;
-      Base::TakeTurns(pointers()->query, p.query, row0, rows, lane);
+      Base::TakeQueries(row0, rows, lane);
       Base::QueryProduct(f, projection, floats(L::kAnchor) + first, row0, lane);
       if (some)
 #pragma unroll
@@ -147,7 +157,7 @@ struct CausalQueryGradientBlock
             f[n][i] = Base::IsHidden(i, row0, begin, end, lane) ? -kInfinity : f[n][i];
       bool is_first[2];
       Weigh(f, sums, is_first);
-      Base::TakeTurns(pointers()->grad_out, p.grad_out, row0, rows, lane);
+      Base::TakeGradOut(row0, rows, lane);
       Base::Gains(x, z, pairs, ranged(L::kState + skipped) + first * W, first, row0, lane);
       if (some)
 #pragma unroll
@@ -166,7 +176,7 @@ struct CausalQueryGradientBlock
           sums.sz[i / 2] += z[n][i];
         }
       if (!p.map.linear()) {
-        Base::TakeTurns(pointers()->query, p.query, row0, rows, lane);
+        Base::TakeQueries(row0, rows, lane);
         Step slope;
         Base::Slopes(slope, projection, row0, lane);
 #pragma unroll
@@ -174,7 +184,10 @@ struct CausalQueryGradientBlock
 #pragma unroll
           for (int i = 0; i < 4; ++i) x[n][i] *= slope[n][i], z[n][i] *= slope[n][i];
       }
-      SumFeatures(sums, x, z, ranged(L::kRangedProjection + skipped) + first * W, lane);
+      SumFeatures(
+          sums, x, z,
+          ranged(L::kRangedProjection + buffer * L::kRangedBytes) + first * L::kRangedColumns,
+          lane);
     }
   }
 
@@ -191,7 +204,7 @@ struct CausalQueryGradientBlock
       if (row >= rows) continue;
       const bool any = sz != 0.f;  // else no key was seen so far
       float rest = any ? sx / sz : 0.f, factor = any ? p.map.root / sz : 0.f;
-      if (t == 0) {
+      if (begin() == 0 && t == 0) {
         const int64_t line = pointers()->line + row * p.query.heads;
         StoreStatistics<T>(sums.row_max[e], sz, p.map.unit(), line, p.row_max, p.log_sum);
         p.delta[line] = any ? sums.centre[e] + rest : 0.f;
@@ -208,8 +221,8 @@ struct CausalQueryGradientBlock
           const int i = 2 * e + c;
           return any ? (sums.px[n][i] - rest * sums.pz[n][i]) * factor : 0.f;
         };
-        StoreColumns(to, n * 8 + 2 * t, p.grad_query.width, p.grad_query.aligned, value(0),
-                     value(1));
+        StoreColumns(to, begin() + n * 8 + 2 * t, p.grad_query.width, p.grad_query.aligned,
+                     value(0), value(1));
       }
     }
   }
@@ -262,6 +275,7 @@ struct CausalQueryGradientBlock
   // px, pz and the sums of the rounded operands.
   PERFORMER_DEVICE static void SumFeatures(Sums& sums, const Step& x, const Step& z,
                                            const R* projection, int lane) {
+    const int c0 = L::kRangedColumns == W ? begin() : 0;
 #pragma unroll
     for (int s = 0; s < kStep / 16; ++s) {
       lane = Opaque(lane);
@@ -278,7 +292,7 @@ struct CausalQueryGradientBlock
 #pragma unroll
       for (int n = 0; n < kColumns / 2; ++n) {
         uint32_t b[kFragment<R>];
-        LoadBTrans<R, W>(b, projection, s * 16, n * 16, lane);
+        LoadBTrans<R, L::kRangedColumns>(b, projection, s * 16, c0 + n * 16, lane);
         Mma<R>(sums.px[2 * n], sums.px[2 * n + 1], of_x, b);
         Mma<R>(sums.pz[2 * n], sums.pz[2 * n + 1], of_z, b);
       }

@@ -8,7 +8,7 @@
 // A warp has 16 query rows of a tile, then 16 features in the sums over tokens. These are partial
 // results of a split and head, for backward/sum_partials.cuh.
 //
-// Grid: (splits of all sequences, query heads, feature blocks).
+// Grid: (splits of all sequences, query heads, slices of feature blocks).
 #pragma once
 #include "cuda/kernels/causal_backward/tile_gradient.cuh"
 
@@ -30,7 +30,7 @@ struct CausalQueryProjectionLayout : CausalTileGradientLayout<T, W> {
   // Shared memory, in bytes.
   static constexpr int kState = S::kProjection + S::kFeatureBytes;  // [kFeatures][W]
   // Whether values are in its place first.
-  static constexpr bool kStateIsLate = !kIs16Bit<T>;
+  static constexpr bool kStateIsLate = S::kSharesRows || !kIs16Bit<T>;
   static constexpr int kValue = kState + (kStateIsLate ? 0 : S::kFeatureBytes);
   static constexpr int kRangedQuery =
       kHasRanged<T> ? kValue : S::kQuery;                  // when values are done with
@@ -56,10 +56,13 @@ struct CausalQueryProjectionBlock
   using Base =
       CausalTileGradientBlock<T, W, CausalQueryProjectionLayout<T, W>,
                               CausalQueryProjectionParams<T>, CausalTileGradientPointers<T>>;
-  using Base::Base, Base::kColumns, Base::kStep;
+  using Base::Base, Base::kStep;
   using Base::p, Base::tile, Base::ranged, Base::floats, Base::pointers;
   using typename Base::L, typename Base::R, typename Base::Step, typename Base::Pairs;
   static constexpr int kSteps = L::kFeatures / kStep;
+  static constexpr int kColumns = kSlice<W> / 8;  // accumulators of 16 features
+
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
 
   // Sums over tokens of 16 features.
   struct Gradients {
@@ -77,9 +80,9 @@ struct CausalQueryProjectionBlock
       const int g = lane / 4, first = step * kStep;
       const T* const projection = tile(L::kProjection) + first * W;
       Step f, x, z;
-      Base::TakeTurns(pointers()->query, p.query, row0, rows, lane);
+      Base::TakeQueries(row0, rows, lane);
       Base::QueryProduct(f, projection, floats(L::kAnchor) + first, row0, lane);
-      Base::TakeTurns(pointers()->grad_out, p.grad_out, row0, rows, lane);
+      Base::TakeGradOut(row0, rows, lane);
       Base::Gains(x, z, pairs, ranged(L::kState) + first * W, first, row0, lane);
 #pragma unroll
       for (int n = 0; n < kStep / 8; ++n)
@@ -125,7 +128,7 @@ struct CausalQueryProjectionBlock
 #pragma unroll
         for (int n = 0; n < kColumns / 2; ++n) {
           uint32_t b[kFragment<R>];
-          LoadBTrans<R, W>(b, ranged(L::kRangedQuery), s * 16, n * 16, lane);
+          LoadBTrans<R, W>(b, ranged(L::kRangedQuery), s * 16, begin() + n * 16, lane);
           Mma<R>(gradients.projection[0][2 * n], gradients.projection[0][2 * n + 1], a, b);
         }
     }
@@ -151,10 +154,11 @@ struct CausalQueryProjectionBlock
     for (int e = 0; e < 2; ++e) {
       const int feature = feature0 + lane / 4 + 8 * e;
       const float all = QuadSum(gradients.bias[e]);
-      if (lane % 4 == 0 && feature < features) p.part_feature_bias[part * features + feature] = all;
+      if (begin() == 0 && lane % 4 == 0 && feature < features)
+        p.part_feature_bias[part * features + feature] = all;
     }
-    StoreSums<W, 1>(p.part_projection + part * features * p.query.width, p.query.width, features,
-                    feature0, gradients.projection, p.map.root, lane);
+    StoreSums(p.part_projection + part * features * p.query.width, p.query.width, features,
+              feature0, gradients.projection, p.map.root, begin(), lane);
   }
 };
 
@@ -170,7 +174,7 @@ __global__ void __launch_bounds__(128, 2)
   const int warp = __shfl_sync(kAllLanes, tid / 32, 0), lane = tid % 32, row0 = warp * 16;
   const Block block(p, shared);
   const WorkTile split = GetWorkTile(p.splits, blockIdx.x);
-  const int first = static_cast<int>(blockIdx.z) * L::kFeatures;
+  const int first = static_cast<int>(blockIdx.z / kSlices<W>) * L::kFeatures;
   const int64_t first_tile = FirstWorkTile(p.work, split.sequence) + split.begin / kTile;
   const int64_t tiles = CeilDiv(split.end - split.begin, kTile);
   typename Block::Gradients gradients;
@@ -219,8 +223,12 @@ __global__ void __launch_bounds__(128, 2)
         block.tile(L::kState), own, stream.bias, rows, first, warp, lane,
         [&](int begin, int end) { block.Queries(da, pairs, row0, rows, begin, end, lane); });
     __syncthreads();  // kb, which the gradients take the place of, is done with
-    MakeRanged<T, W, kTile, kThreads>(block.ranged(L::kRangedQuery), block.tile(L::kQuery), tid);
-    block.TakeTurns(block.pointers()->query, p.query, row0, rows, lane);
+    block.TakeQueries(row0, rows, lane);
+    if constexpr (L::kSharesRows)
+      MakeRanged<T, W, 16, 32>(block.ranged(L::kRangedQuery) + row0 * W,
+                               block.tile(L::kQuery) + row0 * W, lane);
+    else
+      MakeRanged<T, W, kTile, kThreads>(block.ranged(L::kRangedQuery), block.tile(L::kQuery), tid);
     block.StoreGradients(da, row0, lane);
     __syncthreads();  // da is visible
     if (p.map.linear()) {

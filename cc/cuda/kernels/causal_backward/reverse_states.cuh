@@ -277,7 +277,7 @@ struct ReverseStatesBlock {
           if constexpr (kIs16Bit<T>) y = ToFloat(FromFloat<T>(y));
           state.mass[m][i / 2] += y * delta[j];
         }
-    SumTokens<T, W, kRowTiles>(state.sum, x, tile(L::kGradOut) + buffer * kTile * W, j0, lane);
+    SumTokens<T, W, kRowTiles>(state.sum, x, tile(L::kGradOut) + buffer * kTile * W, j0, 0, lane);
   }
 };
 
@@ -368,10 +368,9 @@ __global__ void __launch_bounds__(128, 1) ReverseStatesKernel(ReverseStatesParam
       const float total = QuadSum(state.mass[m][e]);
       if (tid % 4 == 0 && feature < p.features) p.part_mass[part * p.features + feature] = total;
     }
-  StoreSums<W, kRowTiles>(p.part_mean + part * p.features * p.grad_out.width, p.grad_out.width,
-                          static_cast<int>(p.features),
-                          block.first_feature + tid / 32 * 16 * kRowTiles, state.sum, 1.f,
-                          tid % 32);
+  StoreSums(p.part_mean + part * p.features * p.grad_out.width, p.grad_out.width,
+            static_cast<int>(p.features), block.first_feature + tid / 32 * 16 * kRowTiles,
+            state.sum, 1.f, 0, tid % 32);
 }
 
 // The reverse state after each split, relative to the state there, with zeros in the padding.
@@ -407,7 +406,7 @@ struct MergeReverseStatesParams {
 // One warp for each sequence, key/value head and feature, up to features_pad.
 template <class N>
 __global__ void __launch_bounds__(256, 4) MergeReverseStatesKernel(MergeReverseStatesParams p) {
-  constexpr int kColumns = 4;  // of a lane: E <= 128
+  constexpr int kColumns = 8;  // of a lane: E <= 256
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int64_t padded = p.groups * p.features_pad, per_sequence = p.groups * p.features;
   if (index >= p.splits.sequences * padded) return;

@@ -71,7 +71,7 @@ struct CausalTileGradientLayout {
   // tile.
   static constexpr int kMassRows = kIs16Bit<T> && W == 64 ? kTile / 16 : 1;
   // Whether the queries of a warp and their grad_out take turns in the same memory.
-  static constexpr bool kSharesRows = !kIs16Bit<T> && W == 128;
+  static constexpr bool kSharesRows = W * sizeof(T) > 256;
 
   static constexpr int kSize = static_cast<int>(sizeof(T));
   static constexpr int kTileBytes = kTile * W * kSize, kFeatureBytes = kFeatures * W * kSize;
@@ -171,14 +171,16 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
   }
 
   // With kSharesRows: brings the warp's queries, or their grad_out, to the memory that they share.
-  PERFORMER_DEVICE void TakeTurns(const T* from, const RowsOf<const T>& shape, int row0, int rows,
-                                  int lane) const {
+  PERFORMER_DEVICE void TakeQueries(int row0, int rows, int lane) const {
     if constexpr (L::kSharesRows) {
-      __syncwarp();  // nobody reads the others any more
-      CopyRows<T, W, 16, 32>(tile(L::kQuery) + row0 * W, from, row0, shape, lane,
-                             [&](int r) { return row0 + r < rows; });
-      CpAsyncCommit();
-      CpAsyncWait<0>();
+      TakeTurns(pointers()->query, p.query, row0, rows, lane);
+      __syncwarp();  // the rows are complete
+    }
+  }
+  PERFORMER_DEVICE void TakeGradOut(int row0, int rows, int lane) const {
+    if constexpr (L::kSharesRows) {
+      TakeTurns(pointers()->grad_out, p.grad_out, row0, rows, lane);
+      MakeRanged<T, W, 16, 32>(ranged(L::kGradOut) + row0 * W, tile(L::kGradOut) + row0 * W, lane);
       __syncwarp();  // the rows are complete
     }
   }
@@ -400,6 +402,17 @@ struct CausalTileGradientBlock : CausalKeys<T, W, Layout> {
     for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[n][i] = MapSlope(p.map, y[n][i]);
+  }
+
+ private:
+  // Copies rows of the warp, which are complete in the lane that copied them.
+  PERFORMER_DEVICE void TakeTurns(const T* from, const RowsOf<const T>& shape, int row0, int rows,
+                                  int lane) const {
+    __syncwarp();  // nobody reads the others any more
+    CopyRows<T, W, 16, 32>(tile(L::kQuery) + row0 * W, from, row0, shape, lane,
+                           [&](int r) { return row0 + r < rows; });
+    CpAsyncCommit();
+    CpAsyncWait<0>();
   }
 };
 

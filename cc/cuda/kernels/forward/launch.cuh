@@ -83,15 +83,15 @@ Status Read(const Context& context, const performer::ReadParams& call) {
 template <class T>
 Status RunSummarize(const performer::SummarizeParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims,
-                   [&](auto width) { return Summarize<T, decltype(width)::value>(context, call); });
+  return WithWidth<T>(
+      call.dims, [&](auto width) { return Summarize<T, decltype(width)::value>(context, call); });
 }
 
 template <class T>
 Status RunRead(const performer::ReadParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims,
-                   [&](auto width) { return Read<T, decltype(width)::value>(context, call); });
+  return WithWidth<T>(call.dims,
+                      [&](auto width) { return Read<T, decltype(width)::value>(context, call); });
 }
 
 }  // namespace cuda

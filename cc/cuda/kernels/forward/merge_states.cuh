@@ -28,7 +28,7 @@ struct MergeParams {
   float* mean = nullptr;      // [N, G, M, E]
 };
 
-inline constexpr int kMergeColumns = 4;  // columns of mean in a lane: E <= 128
+inline constexpr int kMergeColumns = 8;  // columns of mean in a lane: E <= 256
 
 // Merges another state into (log_mass, mean). A lane has kMergeColumns columns of the means.
 PERFORMER_DEVICE void MergeState(float& log_mass, float (&mean)[kMergeColumns],

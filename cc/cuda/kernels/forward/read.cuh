@@ -27,7 +27,7 @@ struct ReadPointers {
 template <class T, int W>
 struct ReadTraits {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kRowTiles = kIs16Bit<T> ? 2 : 1;
+  static constexpr int kRowTiles = kIs16Bit<T> && W <= 128 ? 2 : 1;
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // operands of queries
 

@@ -21,7 +21,7 @@ template <class T, int W>
 struct SummarizeTraits {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   // Limited by registers: float32 operands are twice as large.
-  static constexpr int kRowTiles = kIs16Bit<T> ? 2 : 1;
+  static constexpr int kRowTiles = kIs16Bit<T> && W <= 128 ? 2 : 1;
   static constexpr int kFeatures = 16 * kRowTiles * kWarps;
   static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // operands of features
   static_assert(kFeatures % kFeatureUnit == 0);

@@ -161,8 +161,8 @@ Status NearFar(const Context& context, const performer::NearFarParams& call) {
 template <class T>
 Status RunNearFar(const performer::NearFarParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims,
-                   [&](auto width) { return NearFar<T, decltype(width)::value>(context, call); });
+  return WithWidth<T>(
+      call.dims, [&](auto width) { return NearFar<T, decltype(width)::value>(context, call); });
 }
 
 }  // namespace cuda

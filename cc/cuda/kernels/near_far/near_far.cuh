@@ -30,7 +30,7 @@ struct NearFarLayout {
   static_assert(kTile == 16 * kWarps && kTile == kFeatureUnit, "a warp has 16 queries");
   // Of 64 features or keys: the next ones are copied while one is worked on. One where two would
   // not fit.
-  static constexpr int kStages = kIs16Bit<T> ? 2 : 1;
+  static constexpr int kStages = kIs16Bit<T> && W <= 128 ? 2 : 1;
   static constexpr bool kCopiesBehind = true;
   static constexpr bool kInRegisters = kIs16Bit<T> && W == 64;  // operands of queries
   static constexpr int kBiases = 4;                             // that of a step, and later ones

@@ -43,18 +43,18 @@ PERFORMER_DEVICE void RangedRest(uint32_t (&rest)[4], const uint32_t (&x)[4],
 }
 
 // As SumTokens (backward/common.cuh), of 16 features and with operands in Ranged<T>.
-template <class T, int W, int kColumns>
-PERFORMER_DEVICE void SumRangedTokens(float (&acc)[1][W / 8][4], const BackwardTile<1, kColumns>& x,
-                                      const T* tokens, int j0, int lane) {
+template <class T, int W, int kColumns, int kSums>
+PERFORMER_DEVICE void SumRangedTokens(float (&acc)[1][kSums][4], const BackwardTile<1, kColumns>& x,
+                                      const T* tokens, int j0, int c0, int lane) {
   using R = Ranged<T>;
 #pragma unroll
   for (int s = 0; s < kColumns / 16; ++s) {
     uint32_t a[kFragment<R>];
     PackA<R>(a, x[0][2 * s], x[0][2 * s + 1]);
 #pragma unroll
-    for (int n = 0; n < W / 16; ++n) {
+    for (int n = 0; n < kSums / 2; ++n) {
       uint32_t b[kFragment<T>];
-      LoadBTrans<T, W>(b, tokens, j0 + s * 16, n * 16, lane);
+      LoadBTrans<T, W>(b, tokens, j0 + s * 16, c0 + n * 16, lane);
       MakeRangedOperand<T>(b);
       Mma<R>(acc[0][2 * n], acc[0][2 * n + 1], a, b);
     }

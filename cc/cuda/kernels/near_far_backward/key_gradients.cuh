@@ -10,9 +10,9 @@
 // Unless causal there are reverse states on both sides of a block. They are merged in shared
 // memory, towards the smaller reference, so that every factor is at most 1.
 //
-// Grid: (tiles of all blocks, key/value heads). A block walks the features, 64 at a time, and then
-// its near queries, likewise, head by head. A warp owns 16 keys, whose gradients stay in registers.
-// Masked keys get exactly 0.
+// Grid: (tiles of all blocks, key/value heads, slices). A block walks the features, 64 or 32 at a
+// time, and then its near queries, 64 at a time, head by head. A warp owns 16 keys, whose gradients
+// stay in registers. Masked keys get exactly 0.
 #pragma once
 #include "cuda/kernels/near_far_backward/reverse_states.cuh"
 
@@ -63,13 +63,15 @@ struct NearFarKeyPointers {
   int first_query;            // the first of them, in rows of the tile
 };
 
-// A block walks steps of kTile features or near queries.
+// A block walks steps of kFeatures features or of kTile near queries.
 template <class T, int W, bool kBoth>
 struct NearFarKeyLayout {
   using R = Ranged<T>;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static_assert(kTile == 16 * kWarps && kTile == kFeatureUnit, "a warp has 16 keys");
   static constexpr int kStages = kIs16Bit<T> && W == 64 ? 2 : 1;
+  static constexpr int kFeatures = kIs16Bit<T> && W > 128 ? kTile / 2 : kTile;
+  static_assert(kFeatureUnit % kFeatures == 0);
   // How many numbers R is the sum of in shared memory: in 16 bits R . v, which nearly cancels
   // against r, needs more bits than bfloat16 has.
   static constexpr int kParts = kIs16Bit<T> ? 2 : 1;
@@ -78,9 +80,11 @@ struct NearFarKeyLayout {
   static constexpr int kTileBytes = kTile * W * static_cast<int>(sizeof(T));
   static constexpr int kKey = 0;
   static constexpr int kValue = kTileBytes;
-  // [kStages] of the projection [kTile][W] and R [kParts][kTile][W], or of queries and grad_out
+  // [kStages] of the projection [kFeatures][W] and R [kParts][kFeatures][W], or of queries and
+  // grad_out
   static constexpr int kStage = kValue + kTileBytes;
-  static constexpr int kStageBytes = (1 + kParts) * kTileBytes;
+  static constexpr int kFarBytes = (1 + kParts) * (kTileBytes / kTile * kFeatures);
+  static constexpr int kStageBytes = kFarBytes > 2 * kTileBytes ? kFarBytes : 2 * kTileBytes;
   static constexpr int kFactors = kStage + kStages * kStageBytes;  // float4 [2][kTile], see Column
   static constexpr int kNumbers = kFactors + 2 * kTile * 16;       // float2 [4][kTile], likewise
   static constexpr int kRowMax = kNumbers + 4 * kTile * 8;         // float [2][kTile] each
@@ -183,7 +187,7 @@ struct NearFarKeyBlock {
 
   // The gradients of the warp's keys. total: this lane's shares of the sums of db, and of ds.
   struct Sums {
-    float key[W / 8][4] = {}, value[W / 8][4] = {};
+    float key[kSlice<W> / 8][4] = {}, value[kSlice<W> / 8][4] = {};
     float far_total[2] = {}, near_total[2] = {};
   };
 
@@ -194,11 +198,12 @@ struct NearFarKeyBlock {
   PERFORMER_DEVICE NearFarKeyPointers<T>& pointers() const {
     return *reinterpret_cast<NearFarKeyPointers<T>*>(shared + L::kPointers);
   }
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
   PERFORMER_DEVICE int each() const { return static_cast<int>(p.query.heads / p.groups); }
   PERFORMER_DEVICE int far_steps() const {
     return pointers().before.sum == nullptr && pointers().after.sum == nullptr
                ? 0
-               : static_cast<int>(p.features_pad) / kTile;
+               : static_cast<int>(p.features_pad) / L::kFeatures;
   }
   PERFORMER_DEVICE int query_tiles() const {
     return static_cast<int>(CeilDiv(pointers().queries, kTile));
@@ -209,7 +214,7 @@ struct NearFarKeyBlock {
   }
   PERFORMER_DEVICE T* grad_out(int step) const { return columns(step) + kTile * W; }
   PERFORMER_DEVICE R* reverse(int step, int part) const {
-    return reinterpret_cast<R*>(columns(step) + (1 + part) * kTile * W);
+    return reinterpret_cast<R*>(columns(step) + (1 + part) * L::kFeatures * W);
   }
   PERFORMER_DEVICE float4* factors(int step) const {
     return reinterpret_cast<float4*>(shared + L::kFactors) + step % 2 * kTile;
@@ -219,14 +224,14 @@ struct NearFarKeyBlock {
     return reinterpret_cast<float2*>(shared + L::kNumbers) + step % 4 * kTile;
   }
 
-  // What a feature of a step has in global memory: thread tid < kTile loads that of column tid.
+  // What a feature of a step has in global memory: thread tid < kFeatures loads that of column tid.
   struct Column {
     float mass[2], reference[2], factor[2];                   // of the checkpoints
     float after_mass[2], after_log_mass[2], after_factor[2];  // of what is after the splits
   };
   PERFORMER_DEVICE void Load(Column& column, int step, int far, int tid) const {
-    if (tid >= kTile || step >= far) return;
-    const int64_t pad = p.features_pad, feature = static_cast<int64_t>(step) * kTile + tid;
+    if (tid >= L::kFeatures || step >= far) return;
+    const int64_t pad = p.features_pad, feature = static_cast<int64_t>(step) * L::kFeatures + tid;
 #pragma unroll
     for (int side = 0; side < (kBoth ? 2 : 1); ++side) {
       const ReversePart<T>& from = side == 0 ? pointers().before : pointers().after;
@@ -243,7 +248,7 @@ struct NearFarKeyBlock {
   // Stores what the parts of R are multiplied by: the checkpoint and what is after the split, of
   // each direction. And the numbers of both together.
   PERFORMER_DEVICE void Store(const Column& column, int step, int far, int tid) const {
-    if (tid >= kTile || step >= far) return;
+    if (tid >= L::kFeatures || step >= far) return;
     float reference = column.reference[0];
     if constexpr (kBoth) reference = fminf(reference, column.reference[1]);
     float of_checkpoint[2] = {}, of_after[2] = {}, mass = 0;
@@ -262,10 +267,10 @@ struct NearFarKeyBlock {
   }
 
   PERFORMER_DEVICE void IssueFeatures(int step, int tid) const {
-    const int64_t at = static_cast<int64_t>(step) * kTile * W;
-    CopyOperand<T, W, kTile, kThreads>(columns(step), pointers().projection + at, tid);
+    const int64_t at = static_cast<int64_t>(step) * L::kFeatures * W;
+    CopyOperand<T, W, L::kFeatures, kThreads>(columns(step), pointers().projection + at, tid);
     if (const ReverseNumber<T>* const sum = pointers().before.sum; sum != nullptr)
-      CopyOperand<ReverseNumber<T>, W, kTile, kThreads>(
+      CopyOperand<ReverseNumber<T>, W, L::kFeatures, kThreads>(
           reinterpret_cast<ReverseNumber<T>*>(reverse(step, 0)), sum + at, tid);
     CpAsyncCommit();
   }
@@ -295,14 +300,14 @@ struct NearFarKeyBlock {
     const NearFarKeyPointers<T>& from = pointers();
     R* const high = reverse(step, 0);
     [[maybe_unused]] R* const low = reverse(step, L::kParts - 1);
-    const int64_t first = (static_cast<int64_t>(step) * kTile + first_row) * W + column;
+    const int64_t first = (static_cast<int64_t>(step) * L::kFeatures + first_row) * W + column;
     const auto load = [&](const N* part, int row) {
       return part == nullptr ? uint4{0, 0, 0, 0}
                              : *reinterpret_cast<const uint4*>(part + first + row * kStride * W);
     };
     constexpr int kAtOnce = 2;  // rows whose loads are in flight
 #pragma unroll 1
-    for (int n = 0; n < kTile / kStride; n += kAtOnce) {
+    for (int n = 0; n < L::kFeatures / kStride; n += kAtOnce) {
       uint4 after[kAtOnce], behind[kAtOnce], after_behind[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -456,16 +461,16 @@ struct NearFarKeyBlock {
       const int row = row0 + lane / 4 + 8 * e;
       if (row >= rows) continue;
       const bool masked = key_bias[row] == -kInfinity;
-      if (to.grad_bias != nullptr && lane % 4 == 0)
+      if (to.grad_bias != nullptr && begin() == 0 && lane % 4 == 0)
         to.grad_bias[row] = masked ? 0.f : far_total + near_total;
       const float norm = p.map.key_norm ? far_total : 0.f;
       T* const key_row = to.grad_key + static_cast<int64_t>(row) * p.grad_key.stride;
       T* const value_row = to.grad_value + static_cast<int64_t>(row) * p.grad_value.stride;
 #pragma unroll
-      for (int n = 0; n < W / 8; ++n) {
-        const int column = n * 8 + 2 * (lane % 4);
+      for (int n = 0; n < kSlice<W> / 8; ++n) {
+        const int column = begin() + n * 8 + 2 * (lane % 4);
         float2 k = {0.f, 0.f};
-        if (norm != 0.f) k = LoadPair(tile(L::kKey) + AtPair<T, W>(row, n, lane % 4));
+        if (norm != 0.f) k = LoadPair(tile(L::kKey) + AtPair<T, W>(row, column / 8, lane % 4));
         float2 x = {(sums.key[n][2 * e] - norm * k.x) * scale,
                     (sums.key[n][2 * e + 1] - norm * k.y) * scale};
         float2 y = {sums.value[n][2 * e], sums.value[n][2 * e + 1]};
@@ -480,13 +485,14 @@ struct NearFarKeyBlock {
   // sum += x (16 of the summed index) times rows first .. first + 15 of a tile of N, as operands in
   // M.
   template <class M, class N>
-  PERFORMER_DEVICE static void SumColumns(float (&sum)[W / 8][4], const uint32_t (&x)[kFragment<M>],
-                                          const N* tile, int first, int lane) {
+  PERFORMER_DEVICE static void SumColumns(float (&sum)[kSlice<W> / 8][4],
+                                          const uint32_t (&x)[kFragment<M>], const N* tile,
+                                          int first, int lane) {
 #pragma unroll
-    for (int n = 0; n < W / 16; ++n) {
+    for (int n = 0; n < kSlice<W> / 16; ++n) {
       uint32_t b[kFragment<N>];
       if constexpr (!kIs16Bit<M>) lane = Opaque(lane);  // registers are short
-      LoadBTrans<N, W>(b, tile, first, n * 16, lane);
+      LoadBTrans<N, W>(b, tile, first, begin() + n * 16, lane);
       if constexpr (!std::is_same_v<M, N>) MakeRangedOperand<N>(b);
       Mma<M>(sum[2 * n], sum[2 * n + 1], x, b);
     }
@@ -568,13 +574,13 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1)
     block.Load(column, step + 2, far, tid);
     if (step < far) {
 #pragma unroll 1
-      for (int first = 0; first < kTile; first += Block::kStep)
+      for (int first = 0; first < L::kFeatures; first += Block::kStep)
         block.TakeFeatures(sums, stream.bias, step, first, row0, Opaque(lane));
       continue;
     }
     if (step == far && far > 0)  // near logits have one more factor of root
 #pragma unroll
-      for (int n = 0; n < W / 8; ++n)
+      for (int n = 0; n < kSlice<W> / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums.key[n][i] *= p.map.inverse_root;
     const float bias[2] = {stream.key_bias[row0 + lane / 4] * p.map.inverse_root,
@@ -588,7 +594,7 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1)
   }
   if (steps == far)  // no near query
 #pragma unroll
-    for (int n = 0; n < W / 8; ++n)
+    for (int n = 0; n < kSlice<W> / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums.key[n][i] *= p.map.inverse_root;
   block.Write(sums, stream.key_bias, row0, rows, Opaque(lane));

@@ -7,6 +7,8 @@
 // A warp has 16 features. These are partial results of a split and head, for
 // backward/sum_partials.cuh.
 //
+// A warp has 16 features, and a slice of the columns of dw.
+//
 // Grid: (splits of all sequences, key/value heads, feature blocks).
 #pragma once
 #include "cuda/kernels/near_far_backward/key_gradients.cuh"
@@ -26,7 +28,7 @@ struct NearFarKeyProjectionBlock : NearFarKeyBlock<T, W, kBoth> {
   using L = typename Base::L;
   using R = Ranged<T>;
   using Base::p, Base::tile, Base::columns, Base::reverse, Base::numbers;
-  static constexpr int kKeys = kIs16Bit<T> || W == 64 ? 32 : 16;  // of a tile, at a time
+  static constexpr int kKeys = W * sizeof(T) <= 256 ? 32 : 16;  // of a tile, at a time
   using Tile = BackwardTile<1, kKeys>;
 
   // x += R v^T: see ReverseProduct.
@@ -56,8 +58,8 @@ struct NearFarKeyProjectionBlock : NearFarKeyBlock<T, W, kBoth> {
   }
 
   // kKeys of the tile, from j0 on. bias: of keys.
-  PERFORMER_DEVICE void TakeKeys(float (&sum)[1][W / 8][4], const float* bias, int step, int j0,
-                                 int row0, int lane) const {
+  PERFORMER_DEVICE void TakeKeys(float (&sum)[1][kSlice<W> / 8][4], const float* bias, int step,
+                                 int j0, int row0, int c0, int lane) const {
     const int g = lane / 4, t = lane % 4;
     const float2 of_row[2] = {numbers(step)[row0 + g], numbers(step)[row0 + g + 8]};
     Tile x = {}, y;
@@ -75,7 +77,7 @@ struct NearFarKeyProjectionBlock : NearFarKeyBlock<T, W, kBoth> {
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[0][n][i] = x[0][n][i] == 0.f ? 0.f : x[0][n][i] * y[0][n][i];
-    SumRangedTokens<T, W, kKeys>(sum, y, tile(L::kKey), j0, lane);
+    SumRangedTokens<T, W, kKeys>(sum, y, tile(L::kKey), j0, c0, lane);
   }
 };
 
@@ -85,7 +87,10 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1)
   using Block = NearFarKeyProjectionBlock<T, W, kBoth>;
   using L = typename Block::L;
   PERFORMER_SHARED_MEMORY(shared);
-  const int tid = threadIdx.x, lane = tid % 32, row0 = tid / 32 * 16;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  constexpr int kFeatureWarps = L::kFeatures / 16;
+  static_assert(L::kWarps == kFeatureWarps * kSlices<W>);
+  const int row0 = warp % kFeatureWarps * 16, c0 = warp / kFeatureWarps * kSlice<W>;
   const Block block = {{p, shared}};
   const WorkTile split = GetWorkTile(p.geometry.splits, blockIdx.x);
   const int64_t window = p.geometry.window, tiles = CeilDiv(window, kTile);
@@ -93,7 +98,7 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1)
   const int64_t first = (first_block + split.begin / window) * tiles;
   const int64_t end = (first_block + CeilDiv(split.end, window)) * tiles;
   const int step = static_cast<int>(blockIdx.z), all = step + 1;
-  float sum[1][W / 8][4] = {};
+  float sum[1][kSlice<W> / 8][4] = {};
 
 #pragma unroll 1
   for (int64_t number = first; number < end; ++number) {
@@ -121,12 +126,13 @@ __global__ void __launch_bounds__(128, W == 64 ? 2 : 1)
     __syncthreads();  // the tile and R are complete
 #pragma unroll 1
     for (int j0 = 0; j0 < stream.pointers->rows; j0 += Block::kKeys)
-      block.TakeKeys(sum, stream.bias, step, j0, row0, Opaque(lane));
+      block.TakeKeys(sum, stream.bias, step, j0, row0, c0, Opaque(lane));
   }
   const int width = p.keys.key.width;
-  StoreSums<W, 1>(p.part_projection + (static_cast<int64_t>(blockIdx.x) * p.groups + blockIdx.y) *
-                                          p.features * width,
-                  width, static_cast<int>(p.features), step * kTile + row0, sum, p.map.root, lane);
+  StoreSums(p.part_projection +
+                (static_cast<int64_t>(blockIdx.x) * p.groups + blockIdx.y) * p.features * width,
+            width, static_cast<int>(p.features), step * L::kFeatures + row0, sum, p.map.root, c0,
+            lane);
 }
 
 }  // namespace cuda

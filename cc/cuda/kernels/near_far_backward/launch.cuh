@@ -12,7 +12,7 @@
 //   key projection   its gradient, where it is asked for                  key_projection.cuh
 //   key_bias         where one bias is common to all keys                 common_bias.cuh
 #pragma once
-#include "cuda/kernels/backward/gradients.h"
+#include "cuda/kernels/causal_backward/state_grad_launcher.cuh"
 #include "cuda/kernels/near_far/launch.cuh"
 #include "cuda/kernels/near_far_backward/common_bias.cuh"
 #include "cuda/kernels/near_far_backward/key_gradients.cuh"
@@ -27,10 +27,15 @@ namespace cuda {
 
 // The launches of one call, and what they hand on to each other.
 template <class T, int W>
-class NearFarGradLauncher {
+class NearFarGradLauncher : StateGradLauncher<T, W, performer::NearFarGradParams> {
+  using Base = StateGradLauncher<T, W, performer::NearFarGradParams>;
+  using Base::Allocate, Base::AllocateStates, Base::AllocateInitialGradients;
+  using Base::context_, Base::dims_, Base::launcher_, Base::call_;
+  using Base::log_mass_, Base::grad_initial_log_mass_;
+
  public:
   NearFarGradLauncher(const Context& context, const performer::NearFarGradParams& call)
-      : context_(context), dims_(context.dims), launcher_(context.launcher), call_(call) {}
+      : Base(context, call) {}
 
   Status Run() {
     PERFORMER_RETURN_IF_ERROR(States());
@@ -40,28 +45,14 @@ class NearFarGradLauncher {
     PERFORMER_RETURN_IF_ERROR(ReverseStates(false, &before_));
     if (log_mass_of_all_ != nullptr) PERFORMER_RETURN_IF_ERROR(ReverseStates(true, &after_));
     PERFORMER_RETURN_IF_ERROR(KeyGradients());
-    PERFORMER_RETURN_IF_ERROR(SumInitialGradients());
+    PERFORMER_RETURN_IF_ERROR(Base::SumInitialGradients());
     return KeyBias();
   }
 
  private:
-  template <class Number>
-  Status Allocate(int64_t count, Number** to) const {
-    return launcher_.Allocate(count, "gradients", to);
-  }
-
-  // [N, G, M], elements.
-  int64_t state_size() const { return dims_.sequences * dims_.groups * dims_.features; }
-
   Status States() {
-    static_cast<Common&>(forward_) = call_;
-    forward_.queries = call_.queries;
-    forward_.keys = call_.keys;
-    forward_.initial = call_.initial;
+    PERFORMER_RETURN_IF_ERROR(AllocateStates(&forward_));
     forward_.start = call_.start;
-    PERFORMER_RETURN_IF_ERROR(Allocate(state_size(), &log_mass_));
-    PERFORMER_RETURN_IF_ERROR(Allocate(state_size() * dims_.value_dim, &mean_));
-    forward_.state = {log_mass_, mean_};
     PERFORMER_RETURN_IF_ERROR(DivideNearFar(context_, forward_, &division_));
     if constexpr (!kIs16Bit<T>) PERFORMER_RETURN_IF_ERROR(SubtractOrigins());
     PERFORMER_RETURN_IF_ERROR(
@@ -105,28 +96,6 @@ class NearFarGradLauncher {
                             {count, dims_.groups}, kLessOriginThreads, 0, p);
   }
 
-  // One initial state for all sequences has the sum of their gradients.
-  bool sums_initial_gradients() const { return call_.initial.count != dims_.sequences; }
-
-  Status AllocateInitialGradients() {
-    if (!sums_initial_gradients()) {
-      grad_initial_log_mass_ = static_cast<float*>(call_.grad_initial.log_mass);
-      grad_initial_mean_ = static_cast<float*>(call_.grad_initial.mean);
-      return Status();
-    }
-    PERFORMER_RETURN_IF_ERROR(Allocate(state_size(), &grad_initial_log_mass_));
-    return Allocate(state_size() * dims_.value_dim, &grad_initial_mean_);
-  }
-
-  Status SumInitialGradients() const {
-    if (!sums_initial_gradients()) return Status();
-    const int64_t size = dims_.groups * dims_.features;
-    PERFORMER_RETURN_IF_ERROR(Sum(context_, 1, dims_.sequences, size, grad_initial_log_mass_,
-                                  call_.grad_initial.log_mass));
-    return Sum(context_, 1, dims_.sequences, size * dims_.value_dim, grad_initial_mean_,
-               call_.grad_initial.mean);
-  }
-
   Status QueryGradient() {
     const int64_t count = dims_.batch * dims_.queries * dims_.heads;
     for (float** to :
@@ -154,13 +123,13 @@ class NearFarGradLauncher {
   Status LaunchQueryGradient(const NearFarQueryGradientParams<T>& p) const {
     using Layout = NearFarQueryGradientLayout<T, W, kBoth>;
     return launcher_.Launch("near and far query gradient", NearFarQueryGradientKernel<T, W, kBoth>,
-                            {tiles(), dims_.heads}, Layout::kThreads, Layout::kBytes, p);
+                            {tiles(), dims_.heads, kSlices<W>}, Layout::kThreads, Layout::kBytes,
+                            p);
   }
 
   Status QueryProjection() const {
-    const QueryGradients& to = call_.grad_queries;
     const int64_t heads = dims_.heads, features = dims_.features;
-    int64_t splits = 0;  // sums of no terms where they are not asked for
+    int64_t splits = 0;
     NearFarQueryProjectionParams<T> p;
     if (call_.attributes.projection_gradient) {
       splits = division_.splits.count;
@@ -173,26 +142,22 @@ class NearFarGradLauncher {
       PERFORMER_RETURN_IF_ERROR(division_.geometry.causal ? LaunchQueryProjection<false>(p)
                                                           : LaunchQueryProjection<true>(p));
     }
-    PERFORMER_RETURN_IF_ERROR(SumHeads(context_, splits, heads, call_.queries.projection_heads,
-                                       features * dims_.key_dim, p.part_projection, to.projection));
-    return SumHeads(context_, splits, heads, call_.queries.feature_bias_heads, features,
-                    p.part_feature_bias, to.feature_bias);
+    return Base::SumQueryProjection(splits, p.part_projection, p.part_feature_bias);
   }
 
   template <bool kBoth>
   Status LaunchQueryProjection(const NearFarQueryProjectionParams<T>& p) const {
     using Layout = NearFarQueryProjectionLayout<T, W, kBoth>;
-    return launcher_.Launch("near and far query projection gradient",
-                            NearFarQueryProjectionKernel<T, W, kBoth>,
-                            {division_.splits.count, dims_.heads, context_.features_pad / kTile},
-                            Layout::kThreads, Layout::kBytes, p);
+    return launcher_.Launch(
+        "near and far query projection gradient", NearFarQueryProjectionKernel<T, W, kBoth>,
+        {division_.splits.count, dims_.heads, context_.features_pad / kTile * kSlices<W>},
+        Layout::kThreads, Layout::kBytes, p);
   }
 
   // Those of one direction.
   Status ReverseStates(bool backward, ReverseSide<T>* side) {
     using Layout = NearFarReverseLayout<T, W>;
-    const int64_t groups = dims_.groups, features = dims_.features, pad = context_.features_pad;
-    const int64_t splits = division_.splits.count, blocks = division_.blocks.count;
+    const int64_t splits = division_.splits.count;
     const FarSide<T>& states = backward ? steps_.after : steps_.before;
     NearFarReverseParams<T> p;
     static_cast<QueryParams<T>&>(p) = steps_;
@@ -204,79 +169,32 @@ class NearFarGradLauncher {
     p.statistics = statistics_.far();
     p.projection = steps_.projection;
     p.tiles = division_.blocks.tiles;
-    p.feature_blocks = CeilDiv(features, Layout::kFeatures);
+    p.feature_blocks = CeilDiv(dims_.features, Layout::kFeatures);
     p.tile_log_mass = states.checkpoints.log_mass;
     p.log_mass = backward ? log_mass_of_all_ : log_mass_;
     p.geometry = division_.geometry;
     p.backward = backward;
     p.log_features = steps_.log_features;
-    PERFORMER_RETURN_IF_ERROR(Allocate(blocks * groups * pad * W, &p.checkpoints.sum));
-    PERFORMER_RETURN_IF_ERROR(
-        Allocate(blocks * groups * kReverseNumbers * pad, &p.checkpoints.numbers));
-    PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * features, &p.part_mass));
-    PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * features * dims_.value_dim, &p.part_mean));
+    PERFORMER_RETURN_IF_ERROR(Base::AllocateReverseStates(splits, division_.blocks.count, &p));
     side->checkpoints = p.checkpoints;
-    PERFORMER_RETURN_IF_ERROR(
-        launcher_.Launch("near and far reverse states", NearFarReverseStatesKernel<T, W>,
-                         {splits * p.feature_blocks, groups}, Layout::kThreads, Layout::kBytes, p));
-    return MergeReverseStates(p, backward, side);
-  }
-
-  Status MergeReverseStates(const NearFarReverseParams<T>& states, bool backward,
-                            ReverseSide<T>* side) {
-    using N = ReverseNumber<T>;
-    const int64_t count = division_.splits.count * dims_.groups * context_.features_pad;
-    N* after = nullptr;
-    MergeReverseStatesParams p;
-    PERFORMER_RETURN_IF_ERROR(Allocate(count * W, &after));
-    PERFORMER_RETURN_IF_ERROR(Allocate(count * kAfterNumbers, &p.after.numbers));
-    p.after.sum = after;
-    p.features_pad = context_.features_pad;
-    p.inverse_root = context_.map.inverse_root;
-    p.splits = division_.splits.tiles;
-    p.groups = dims_.groups;
-    p.features = dims_.features;
-    p.width = static_cast<int>(dims_.value_dim);
-    p.part_mean = states.part_mean;
-    p.part_mass = states.part_mass;
-    p.before_log_mass = states.before_log_mass;
-    p.before_each = states.before_each;
-    p.log_mass = states.log_mass;
-    if (!backward) {
-      p.mean = mean_;
-      p.grad_log_mass = static_cast<const float*>(call_.grad_state.log_mass);
-      p.grad_mean = static_cast<const float*>(call_.grad_state.mean);
-      p.initial_log_mass = static_cast<const float*>(call_.initial.log_mass);
-      p.initial_mean = static_cast<const float*>(forward_.initial.mean);
-      p.initial_count = call_.initial.count;
-      p.grad_initial_log_mass = grad_initial_log_mass_;
-      p.grad_initial_mean = grad_initial_mean_;
-    }
-    p.padded_width = W;
-    side->after = p.after;
-    const int64_t rows = dims_.sequences * dims_.groups * context_.features_pad;
-    return launcher_.Launch("merge reverse states", MergeReverseStatesKernel<N>,
-                            {CeilDiv(rows * 32, kElementwiseThreads)}, kElementwiseThreads, 0, p);
+    PERFORMER_RETURN_IF_ERROR(launcher_.Launch(
+        "near and far reverse states", NearFarReverseStatesKernel<T, W>,
+        {splits * p.feature_blocks, dims_.groups}, Layout::kThreads, Layout::kBytes, p));
+    return Base::MergeReverseStates(p, division_.splits, !backward, forward_.initial.mean,
+                                    &side->after);
   }
 
   Status KeyGradients() {
     NearFarKeyGradientsParams<T> p;
     static_cast<CallParams&>(p) = steps_;
     p.keys = steps_.keys;
-    PERFORMER_RETURN_IF_ERROR((PackProjection<T, W>(context_, call_.keys.projection,
-                                                    call_.keys.projection_heads, &p.projection)));
+    PERFORMER_RETURN_IF_ERROR(Base::FillKeyGradients(&p));
     p.geometry = division_.geometry;
     p.query = steps_.query;
     p.grad_out = grad_out_;
     p.statistics = statistics_.near();
     p.before = before_;
     p.after = after_;
-    p.grad_key = MakeRows<T>(call_.grad_keys.key, dims_.groups, dims_.key_dim);
-    p.grad_value = MakeRows<T>(call_.grad_keys.value, dims_.groups, dims_.value_dim);
-    PERFORMER_RETURN_IF_ERROR(
-        AllocateBias(context_, call_.keys, call_.grad_keys.bias, &grad_bias_));
-    p.grad_bias = grad_bias_;
-    p.bias_rows = dims_.keys;
     PERFORMER_RETURN_IF_ERROR(division_.geometry.causal ? LaunchKeyGradients<false>(p)
                                                         : LaunchKeyGradients<true>(p));
     return KeyProjection(p);
@@ -286,38 +204,35 @@ class NearFarGradLauncher {
   Status LaunchKeyGradients(const NearFarKeyGradientsParams<T>& p) const {
     using Layout = NearFarKeyLayout<T, W, kBoth>;
     return launcher_.Launch("near and far key gradients", NearFarKeyGradientsKernel<T, W, kBoth>,
-                            {tiles(), dims_.groups}, Layout::kThreads, Layout::kBytes, p);
+                            {tiles(), dims_.groups, kSlices<W>}, Layout::kThreads, Layout::kBytes,
+                            p);
   }
 
-  // 0 where it is not asked for.
   Status KeyProjection(const NearFarKeyGradientsParams<T>& of_keys) const {
-    const int64_t groups = dims_.groups, size = dims_.features * dims_.key_dim;
     int64_t splits = 0;
     NearFarKeyProjectionParams<T> p;
     if (call_.attributes.projection_gradient) {
       splits = division_.splits.count;
       static_cast<NearFarKeyGradientsParams<T>&>(p) = of_keys;
-      PERFORMER_RETURN_IF_ERROR(Allocate(splits * groups * size, &p.part_projection));
+      PERFORMER_RETURN_IF_ERROR(
+          Allocate(splits * dims_.groups * dims_.features * dims_.key_dim, &p.part_projection));
       PERFORMER_RETURN_IF_ERROR(division_.geometry.causal ? LaunchKeyProjection<false>(p)
                                                           : LaunchKeyProjection<true>(p));
     }
-    return SumHeads(context_, splits, groups, call_.keys.projection_heads, size, p.part_projection,
-                    call_.grad_keys.projection);
+    return Base::SumKeyProjection(splits, p.part_projection);
   }
 
   template <bool kBoth>
   Status LaunchKeyProjection(const NearFarKeyProjectionParams<T>& p) const {
     using Layout = NearFarKeyLayout<T, W, kBoth>;
-    return launcher_.Launch("near and far key projection gradient",
-                            NearFarKeyProjectionKernel<T, W, kBoth>,
-                            {division_.splits.count, dims_.groups, context_.features_pad / kTile},
-                            Layout::kThreads, Layout::kBytes, p);
+    return launcher_.Launch(
+        "near and far key projection gradient", NearFarKeyProjectionKernel<T, W, kBoth>,
+        {division_.splits.count, dims_.groups, context_.features_pad / Layout::kFeatures},
+        Layout::kThreads, Layout::kBytes, p);
   }
 
   Status KeyBias() const {
-    float* common = nullptr;
-    if (call_.keys.bias_length != dims_.keys) {
-      PERFORMER_RETURN_IF_ERROR(Allocate(state_size(), &common));
+    return Base::KeyBias([&](float* common) {
       NearFarCommonBiasParams p;
       p.geometry = division_.geometry;
       p.heads = dims_.heads;
@@ -331,36 +246,26 @@ class NearFarGradLauncher {
       p.log_weight = static_cast<const float*>(call_.log_weight);
       p.grad_log_weight = static_cast<const float*>(call_.grad_log_weight);
       p.common = common;
-      PERFORMER_RETURN_IF_ERROR(launcher_.Launch(
-          "gradient of key_bias", NearFarCommonBiasKernel, {dims_.sequences, dims_.groups},
-          kCommonBiasThreads, kCommonBiasThreads / 32 * static_cast<int>(sizeof(float)), p));
-    }
-    return SumBias(context_, call_.keys, grad_bias_, common, call_.grad_keys.bias);
+      return launcher_.Launch("gradient of key_bias", NearFarCommonBiasKernel,
+                              {dims_.sequences, dims_.groups}, kCommonBiasThreads,
+                              kCommonBiasThreads / 32 * static_cast<int>(sizeof(float)), p);
+    });
   }
 
-  const Context& context_;
-  const Dims& dims_;
-  const Launcher& launcher_;
-  const performer::NearFarGradParams& call_;
   performer::NearFarParams forward_;  // of the call; in float32 with values less their origins
   NearFarDivision division_;
   NearFarStepsParams<T> steps_;
   RowsOf<const T> grad_out_;
   const float* log_mass_of_all_ = nullptr;  // see LaunchFarStates
-  float* log_mass_ = nullptr;               // [N, G, M]: the final state
-  float* mean_ = nullptr;                   // [N, G, M, E]
-  float* grad_initial_log_mass_ = nullptr;  // [N, G, M]
-  float* grad_initial_mean_ = nullptr;      // [N, G, M, E]
   NearFarOrigins origins_;
   NearFarStatistics statistics_;
   ReverseSide<T> before_, after_;
-  float* grad_bias_ = nullptr;  // [B, G, S] or nullptr
 };
 
 template <class T>
 Status RunNearFarGrad(const performer::NearFarGradParams& call, const Device& device) {
   const Context context(call, device);
-  return WithWidth(call.dims, [&](auto width) {
+  return WithWidth<T>(call.dims, [&](auto width) {
     return NearFarGradLauncher<T, decltype(width)::value>(context, call).Run();
   });
 }

@@ -19,7 +19,7 @@
 // Nothing of a later row may change a bit of an earlier one. Where the tile's own keys are columns,
 // those that are not finite are replaced by 0, and the rows from the first one of these on are NaN.
 //
-// Grid: (tiles of all blocks, query heads).
+// Grid: (tiles of all blocks, query heads, slices).
 #pragma once
 #include "cuda/device/poison.cuh"
 #include "cuda/kernels/near_far_backward/value_origin.cuh"
@@ -43,7 +43,7 @@ struct NearFarQueryGradientLayout {
   static_assert(kTile == 16 * kWarps && kTile == kFeatureUnit, "a warp has 16 queries");
   // As in NearFarLayout. Two blocks of wide rows fit into a multiprocessor instead.
   static constexpr int kStages = kIs16Bit<T> && W == 64 ? 2 : 1;
-  static constexpr bool kCopiesBehind = kIs16Bit<T> || W == 64;
+  static constexpr bool kCopiesBehind = W * sizeof(T) <= 256;
   static constexpr int kBiases = 4;
 
   // Shared memory, in bytes.
@@ -72,7 +72,7 @@ struct NearFarQueryGradientBlock
   using Base::kChunks, Base::kStride;
   using Base::p, Base::shared, Base::tile, Base::floats, Base::pointers;
   using R = Ranged<T>;
-  static constexpr int kColumns = W / 8;  // accumulators of a row of 16 queries
+  static constexpr int kColumns = kSlice<W> / 8;  // accumulators of a row of 16 queries
   // Columns of a step whose products are in registers at a time.
   static constexpr int kStep = kIs16Bit<T> && W == 64 ? 32 : 16;
   using Step = float[kStep / 8][4];
@@ -112,6 +112,7 @@ struct NearFarQueryGradientBlock
     }
   };
 
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
   PERFORMER_DEVICE int* bad() const { return reinterpret_cast<int*>(shared + L::kBad); }
 
   // Whether the tile takes values as they are, and its origin [W].
@@ -264,7 +265,7 @@ struct NearFarQueryGradientBlock
 #pragma unroll
       for (int n = 0; n < kColumns / 2; ++n) {
         uint32_t b[kFragment<T>];
-        LoadBTrans<T, W>(b, columns, s * 16, n * 16, lane);
+        LoadBTrans<T, W>(b, columns, s * 16, begin() + n * 16, lane);
         MakeRangedOperand<T>(b);
         Mma<R>(sums.px[2 * n], sums.px[2 * n + 1], of_x, b);
         Mma<R>(sums.pz[2 * n], sums.pz[2 * n + 1], of_z, b);
@@ -288,7 +289,7 @@ struct NearFarQueryGradientBlock
       const bool any = sz != 0.f, is_bad = row >= *bad();
       const float given = any ? p.grad_log_weight[line] : 0.f;
       float rest = any ? sx / sz - given : 0.f;
-      if (t == 0) {
+      if (begin() == 0 && t == 0) {
         const float log_sum = any ? log2f(sz) : 0.f;
         float log_max = row_max[e], delta = any ? sums.centre[e] + rest : 0.f;
         if constexpr (kKeepsLogSum<T>) {
@@ -313,13 +314,14 @@ struct NearFarQueryGradientBlock
       T* const to = p.grad_query.Row(pointers().row + row - pointers().begin, blockIdx.y);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        const float2 q = LoadPair(tile(L::kQuery) + AtPair<T, W>(row, n, t));
+        const int column = begin() / 8 + n;
+        const float2 q = LoadPair(tile(L::kQuery) + AtPair<T, W>(row, column, t));
         const auto value = [&](int c) {
           const int i = 2 * e + c;
           const float y = sums.px[n][i] - rest * sums.pz[n][i] - norm * (c == 0 ? q.x : q.y);
           return any || is_bad ? y * factor : 0.f;
         };
-        StoreColumns(to, n * 8 + 2 * t, p.grad_query.width, p.grad_query.aligned, value(0),
+        StoreColumns(to, column * 8 + 2 * t, p.grad_query.width, p.grad_query.aligned, value(0),
                      value(1));
       }
     }

@@ -8,7 +8,7 @@
 // A warp has 16 features. These are partial results of a split and head, for
 // backward/sum_partials.cuh.
 //
-// Grid: (splits of all sequences, query heads, feature blocks).
+// Grid: (splits of all sequences, query heads, slices of feature blocks).
 #pragma once
 #include "cuda/kernels/near_far_backward/common.cuh"
 
@@ -28,7 +28,7 @@ struct NearFarQueryProjectionLayout {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static_assert(kTile == 16 * kWarps && kTile == kFeatureUnit, "a warp has 16 features");
   static constexpr int kStages = 1;
-  static constexpr bool kCopiesBehind = kIs16Bit<T> || W == 64;
+  static constexpr bool kCopiesBehind = W * sizeof(T) <= 256;
   static constexpr int kBiases = 1;
 
   // Shared memory, in bytes.
@@ -56,12 +56,14 @@ struct NearFarQueryProjectionBlock
   using Base = NearFarSteps<T, W, kBoth, L, NearFarQueryProjectionParams<T>>;
   using Base::p, Base::tile, Base::floats, Base::pointers;
   using R = Ranged<T>;
-  static constexpr int kQueries = kIs16Bit<T> || W == 64 ? 32 : 16;  // of a tile, at a time
+  static constexpr int kQueries = W * sizeof(T) <= 256 ? 32 : 16;  // of a tile, at a time
 
   // Sums over tokens of 16 features.
   struct Sums {
-    float projection[1][W / 8][4] = {}, bias[2] = {};
+    float projection[1][kSlice<W> / 8][4] = {}, bias[2] = {};
   };
+
+  PERFORMER_DEVICE static int begin() { return SliceBegin<W>(blockIdx.z); }
 
   PERFORMER_DEVICE void IssueRows(int tid) const {
     const int begin = pointers().begin, end = pointers().end;
@@ -101,7 +103,7 @@ struct NearFarQueryProjectionBlock
         x[0][n][i] = f[0][n][i] == 0.f ? 0.f : f[0][n][i] * x[0][n][i];
         sums.bias[i / 2] += x[0][n][i];
       }
-    SumRangedTokens<T, W, kQueries>(sums.projection, x, tile(L::kQuery), j0, lane);
+    SumRangedTokens<T, W, kQueries>(sums.projection, x, tile(L::kQuery), j0, begin(), lane);
   }
 
   PERFORMER_DEVICE void Store(const Sums& sums, int first, int row0, int lane) const {
@@ -111,10 +113,11 @@ struct NearFarQueryProjectionBlock
     for (int e = 0; e < 2; ++e) {
       const int feature = first + row0 + lane / 4 + 8 * e;
       const float all = QuadSum(sums.bias[e]);
-      if (lane % 4 == 0 && feature < features) p.part_feature_bias[part * features + feature] = all;
+      if (begin() == 0 && lane % 4 == 0 && feature < features)
+        p.part_feature_bias[part * features + feature] = all;
     }
-    StoreSums<W, 1>(p.part_projection + part * features * p.query.width, p.query.width, features,
-                    first + row0, sums.projection, p.map.root, lane);
+    StoreSums(p.part_projection + part * features * p.query.width, p.query.width, features,
+              first + row0, sums.projection, p.map.root, begin(), lane);
   }
 };
 
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(128, 2)
   const int64_t first_block = FirstWorkTile(p.geometry.blocks, split.sequence);
   const int64_t first = (first_block + split.begin / window) * tiles;
   const int64_t end = (first_block + CeilDiv(split.end, window)) * tiles;
-  const int step = static_cast<int>(blockIdx.z);
+  const int step = static_cast<int>(blockIdx.z / kSlices<W>);
   typename Block::Sums sums;
 
 #pragma unroll 1

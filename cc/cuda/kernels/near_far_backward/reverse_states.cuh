@@ -265,10 +265,9 @@ __global__ void __launch_bounds__(128, 1) NearFarReverseStatesKernel(NearFarReve
       const float total = QuadSum(state.mass[m][e]);
       if (tid % 4 == 0 && feature < p.features) p.part_mass[part * p.features + feature] = total;
     }
-  StoreSums<W, kRowTiles>(p.part_mean + part * p.features * p.grad_out.width, p.grad_out.width,
-                          static_cast<int>(p.features),
-                          block.first_feature + tid / 32 * 16 * kRowTiles, state.sum, 1.f,
-                          tid % 32);
+  StoreSums(p.part_mean + part * p.features * p.grad_out.width, p.grad_out.width,
+            static_cast<int>(p.features), block.first_feature + tid / 32 * 16 * kRowTiles,
+            state.sum, 1.f, 0, tid % 32);
 }
 
 }  // namespace cuda
