@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from performer.bench.cases import Case
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-SETTINGS = ((64, 256), (64, 128), (128, 256), (128, 128))  # (D, M), the main one first
+# (D, M), the main one first
+SETTINGS = ((64, 256), (64, 128), (128, 256), (128, 128), (256, 256))
 BATCH, HEADS = 4, 16
 HEADLINE = 16384
 WINDOW = 64

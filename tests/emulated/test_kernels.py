@@ -158,6 +158,34 @@ def test_the_tensor_cores_do_no_more_than_counted(dtype):
         assert counters["mma"] / rows == counts[op] - for_projections
 
 
+# At D = E = 256 a product takes 32. Each of two slices computes what weights are made of: two
+# products for the gradients of Summarize and Read, of which Read's have taken as many before.
+def test_wide_heads_take_no_more_products_than_counted():
+    rows = 128
+    case = replace(GPU_CASES["of 256, two blocks of features"], rows=rows, features=256)
+    x = {**make(case, "bfloat16"), **cotangents(case, "bfloat16")}
+    x["key"], x["value"], x["query"] = (x[name] * 0 for name in ("key", "value", "query"))
+    states = {causal: forward(x, causal, run) for causal in (False, True)}
+    counts = {}
+    for op in ("Summarize", "Read", "Causal", "SummarizeGrad", "ReadGrad", "CausalGrad"):
+        for asked in (True, False) if op.endswith("Grad") else (None,):
+            options = {} if asked is None else {"projection_gradient": asked}
+            with counting() as counters:
+                run(op, {**x, **states[op.startswith("Causal")]}, **options)
+            counts[op, asked] = counters["mma"] / rows
+    assert counts == {
+        ("Summarize", None): 64,
+        ("Read", None): 64,
+        ("Causal", None): 170,
+        ("SummarizeGrad", True): 7 * 32,
+        ("SummarizeGrad", False): 6 * 32,
+        ("ReadGrad", True): 9 * 32,
+        ("ReadGrad", False): 8 * 32,
+        ("CausalGrad", True): 1162,
+        ("CausalGrad", False): 705,
+    }
+
+
 def test_what_the_kernels_do_not_take_is_refused():
     case = GPU_CASES["narrow, 256 features"]
     with pytest.raises(ValueError, match="float64"):

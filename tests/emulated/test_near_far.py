@@ -9,7 +9,6 @@ from performer.features.tolerances import tolerances
 from support import core_calls, near_far
 from support.compare import assert_close, assert_same_bits
 from support.emulated_calls import (
-    DTYPES,
     SCHEDULES,
     SPLIT,
     counting,
@@ -26,7 +25,8 @@ SIZES = [
     "of 256, 80 features",
 ]
 sizes = pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name in SIZES for dtype in near_far.gpu_dtypes(name, SPLIT)]
+    ("name", "dtype"),
+    [(name, dtype) for name in SIZES for dtype in near_far.gpu_dtypes(name, SPLIT)],
 )
 windows = pytest.mark.parametrize("window", [16, 64, 100])
 
