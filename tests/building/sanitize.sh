@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 
 echo "-- AddressSanitizer, UndefinedBehaviorSanitizer"
 source tests/building/asan.sh
-ctest --test-dir build/asan --output-on-failure
+ctest --test-dir build/asan --parallel "$(nproc)" --output-on-failure
 # --capture=sys: the report of a sanitizer goes past Python, and would be lost with the process. How
 # much memory a call takes cannot be seen here: AddressSanitizer keeps what was freed.
 with_asan "$python" -m pytest -q --capture=sys -p no:cacheprovider --numprocesses=2 \
@@ -20,4 +20,4 @@ build build/tsan thread -DPERFORMER_BINDINGS=OFF -DPERFORMER_ISAS="${isas%%,*}"
 # Some systems randomise addresses more widely than ThreadSanitizer can follow.
 fixed=()
 setarch -R true 2>/dev/null && fixed=(setarch -R)
-"${fixed[@]}" ctest --test-dir build/tsan --output-on-failure
+"${fixed[@]}" ctest --test-dir build/tsan --parallel "$(nproc)" --output-on-failure
