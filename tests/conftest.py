@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no process is left alone with one at the end."""
     long = (
         *("xla/test_operators", "docs/test_examples", "test_saved_model", "building/test_loader"),
+        *("convert/test_keras_hub", "parallel/test_workers", "test_bad_values"),
         *("parallel/test_sequences", "convert/test_distillation", "test_demo", "test_generation"),
         *("ops/test_argument_table", "ops/test_gradients", "layers/test_drop_in"),
         *("convert/test_replacement", "xla/test_layers", "layers/test_blocks", "docs/test_pages"),
