@@ -31,7 +31,7 @@ lint: environment
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	find cc tests -name '*.cc' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find cc tests -name '*.cc' -o -name '*.h' -o -name '*.cu*' | xargs -n 40 -P 4 $(VENV)/bin/clang-format --dry-run -Werror
 
 # What only these need is installed here.
 slow: build

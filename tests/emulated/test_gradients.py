@@ -37,7 +37,7 @@ WIDE = ["wide, two blocks of features", "of 256, two blocks of features"]
 
 
 @forms
-@each_dtype(["packed, with empty sequences", *WIDE])
+@each_dtype(["packed, with empty sequences", WIDE[0]])
 def test_gradients_are_the_same_bits_under_every_schedule(causal, name, dtype):
     case = all_cases(causal)[name]
     x, incoming = make(case, dtype), cotangents(case, dtype)

@@ -51,7 +51,7 @@ def test_results_are_the_same_bits_under_every_schedule(causal, name, dtype):
 
 
 @forms
-@each_dtype(["narrow, 128 features, entry std 3", *WIDTHS[1:]])
+@each_dtype(["narrow, 128 features, entry std 3", "wide, two blocks of features"])
 def test_the_tensor_cores_of_an_a100_keep_the_promises_too(causal, name, dtype):
     """They add in two steps, with a bit less; all other tests have those of an H100."""
     on_an_a100 = partial(run, tensor_cores="A100")

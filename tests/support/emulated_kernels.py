@@ -20,7 +20,6 @@ CALLS = {
     "narrow float32": (replace(NARROW, rows=70, features=72), "float32"),
     "wide": (WIDE, "float16"),
     "wide float32": (replace(WIDE, features=80), "float32"),
-    "of 256": (replace(WIDEST, features=80, attributes=(ELU,)), "bfloat16"),
     "of 256 half": (WIDEST, "float16"),
     "narrow relu": (replace(NARROW, rows=70, features=40, attributes=(RELU,)), "bfloat16"),
     "wide float32 elu": (replace(WIDE, rows=40, features=80, attributes=(ELU,)), "float32"),
@@ -43,11 +42,6 @@ NEAR_FAR_CALLS = {
     "near far half, wide": (
         replace(WIDE, rows=150, features=72),
         "float16",
-        {"exact_window": 40, "causal": True},
-    ),
-    "near far, of 256": (
-        replace(WIDEST, rows=150),
-        "bfloat16",
         {"exact_window": 40, "causal": True},
     ),
     "near far half, of 256, both sides": (

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
+import functools
 import importlib.util
 import os
 import re
@@ -355,7 +357,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     library = options.library or default_library()
     table = tomllib.loads((Path(__file__).parent / "limits.toml").read_text())
-    kernels = [k for name in ARCHITECTURES for k in kernels_of(library, name)]
+    with concurrent.futures.ProcessPoolExecutor(len(ARCHITECTURES)) as pool:  # each takes a minute
+        parts = pool.map(functools.partial(kernels_of, library), ARCHITECTURES)
+        kernels = [kernel for part in parts for kernel in part]
     if not kernels:
         print(f"budgets: {library} holds no CUDA kernels", file=sys.stderr)
         return 1
